@@ -1,0 +1,393 @@
+"""From text to batches: examples, the prompt template, tokenisation for both models, aligned indices, batches.
+
+A label at position i is token i+1: the last prompt token predicts the first response token, and the last response token
+predicts end-of-text. The shift happens once, here in `collate`; everything after it works on response positions only.
+
+Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: a long context
+(`input`) before a long instruction, never the template's answer marker. A response that was cut has no end-of-text.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from align import exact_token_alignment, token_bytes
+
+# The Alpaca template, in the form that the Dolly-based KD papers use (MiniLLM, arXiv 2306.08543)
+PREAMBLE = "Below is an instruction that describes a task"
+PROMPT = PREAMBLE + (
+    ". Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = PREAMBLE + (
+    ", paired with an input that provides further context. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@dataclass
+class Example:
+    """One line of a data set. Either `prompt` is given as is, or it is made of `instruction` and `input`."""
+
+    where: str  # "file, line 7", for messages
+    outputs: list[str]  # responses; training takes the first, evaluation compares with all
+    prompt: str | None = None
+    instruction: str = ""
+    input: str = ""
+
+    def prompt_text(self) -> str:
+        if self.prompt is not None:
+            return self.prompt
+        if self.input:
+            return PROMPT_WITH_INPUT.format(instruction=self.instruction, input=self.input)
+        return PROMPT.format(instruction=self.instruction)
+
+
+def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
+    """The examples on lines [first, last) of a UTF-8 JSONL file; blank lines are skipped.
+
+    A line is {"prompt", "output"} or {"instruction", "input" (optional), "output"}; `output` is a string or a list of
+    reference strings; other keys are left alone. Raises ValueError naming file, line and key of what is wrong.
+    """
+    examples = []
+    try:
+        # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+    empty = []
+    for number, line in enumerate(lines[first:last], start=first + 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        example = _example(record, where)
+        if not all(example.outputs):
+            empty.append(number)
+        examples.append(example)
+    if empty:
+        raise ValueError(
+            f"{path}: the output is empty on line{'s' * (len(empty) > 1)} {', '.join(map(str, empty[:10]))}"
+            f"{' and others' if len(empty) > 10 else ''}; drop these lines, there is no response to learn from"
+        )
+    if not examples:
+        raise ValueError(f"{path}: no examples")
+    return examples
+
+
+def _example(record: dict, where: str) -> Example:
+    def text(key: str, required: bool = True) -> str:
+        value = record.get(key, None if required else "")
+        if not isinstance(value, str):
+            found = "is missing" if key not in record else f"must be a string, found {type(value).__name__}"
+            raise ValueError(f"{where}: {key!r} {found}")
+        return value
+
+    outputs = record.get("output")
+    if isinstance(outputs, str):
+        outputs = [outputs]
+    if not isinstance(outputs, list) or not outputs or not all(isinstance(output, str) for output in outputs):
+        found = "is missing" if "output" not in record else "must be a string or a list of strings"
+        raise ValueError(f"{where}: 'output' {found}")
+    if "prompt" in record:
+        example = Example(where, outputs, prompt=text("prompt"))
+        if not example.prompt:
+            raise ValueError(f"{where}: 'prompt' is empty, so that nothing could predict the first response token")
+        return example
+    if "instruction" not in record:
+        raise ValueError(f"{where}: neither 'prompt' nor 'instruction'")
+    return Example(where, outputs, instruction=text("instruction"), input=text("input", required=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenisation
+
+
+class TextTokenizer:
+    """A tokenizer as training needs it: plain text in, ids out, and one end-of-text id."""
+
+    def __init__(self, directory: str | Path):
+        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json."""
+        directory = Path(directory)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
+            raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # "</s>" inside a text is text, not an end
+        self.directory = directory
+        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id = self._end_of_text()
+        self.bytes = token_bytes(self.tokenizer)
+
+    def _end_of_text(self) -> int:
+        for file, key in [
+            ("tokenizer_config.json", "eos_token"),
+            ("generation_config.json", "eos_token_id"),
+            ("config.json", "eos_token_id"),
+        ]:
+            path = self.directory / file
+            value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+            value = value.get("content") if isinstance(value, dict) else value
+            value = value[0] if isinstance(value, list) and value else value
+            index = self.tokenizer.token_to_id(value) if isinstance(value, str) else value
+            if index is None and value is not None:
+                raise ValueError(f"{path}: {key} {value!r} is not in tokenizer.json")
+            if index is not None:
+                return index
+        raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab(with_added_tokens=True)
+
+    def check_model(self, rows: int) -> None:
+        """Raises ValueError unless this tokenizer can belong to a model with `rows` embeddings."""
+        if self.size > rows:
+            raise ValueError(
+                f"{self.directory}: the tokenizer has ids up to {self.size - 1}, the model only {rows} embeddings; "
+                "tokenizer.json and model.safetensors do not belong together"
+            )
+        if rows > 1.1 * self.size + 1024:  # real vocabularies are padded by a few hundred rows
+            raise ValueError(
+                f"{self.directory}: the model has {rows} embeddings, the tokenizer only {self.size} ids; "
+                "tokenizer.json and model.safetensors do not belong together"
+            )
+
+
+@dataclass
+class Side:
+    """One example as one model reads it: prompt and response ids; end-of-text is part of an uncut response."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass
+class Row:
+    """One example, tokenised: for the student, and for the teacher with the aligned pairs if there is one."""
+
+    student: Side
+    teacher: Side | None = None
+    pairs: tuple[np.ndarray, np.ndarray] | None = None  # (teacher, student) indices into the two responses, eq. 14
+
+
+@dataclass
+class CutReport:
+    """How much of the text did not fit."""
+
+    examples: int = 0
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    prompt_characters: int = 0
+    response_characters: int = 0
+
+    def __str__(self) -> str:
+        if not self.prompts_cut and not self.responses_cut:
+            return f"{self.examples} examples, none cut"
+        return (
+            f"{self.examples} examples; cut to fit: {self.prompts_cut} prompts ({self.prompt_characters} characters), "
+            f"{self.responses_cut} responses ({self.response_characters} characters)"
+        )
+
+
+def longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
+    """The largest n in [0, length] that fits, -1 if not even 0 does; bisection, since longer texts have more tokens."""
+    low, high = -1, length
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def cut_prompt(example: Example, tokenizers: list[TextTokenizer], limit: int) -> str:
+    """The prompt, cut so that it has at most `limit` tokens in each tokenizer. Raises ValueError if it cannot be."""
+
+    def fits(text: str) -> bool:
+        return all(len(tokenizer.encode(text)) <= limit for tokenizer in tokenizers)
+
+    text = example.prompt_text()
+    if fits(text):
+        return text
+    if example.prompt is not None:  # taken as is: the answer marker stands at the end, so the beginning goes
+        length = longest_prefix(len(text), lambda n: fits(text[len(text) - n :]))
+        shorter = text[len(text) - length :] if length > 0 else ""
+    else:
+        length = longest_prefix(
+            len(example.input), lambda n: fits(replace(example, input=example.input[:n]).prompt_text())
+        )
+        shorter = replace(example, input=example.input[: max(length, 0)])
+        if length < 0:  # no room for a context: the instruction alone, as much of it as fits
+            length = longest_prefix(
+                len(example.instruction),
+                lambda n: fits(replace(shorter, instruction=example.instruction[:n]).prompt_text()),
+            )
+            shorter = replace(shorter, instruction=example.instruction[: max(length, 0)])
+        shorter = shorter.prompt_text() if length >= 0 else ""
+    if not shorter:
+        raise ValueError(f"{example.where}: the prompt does not fit into --max-prompt-len {limit}")
+    return shorter
+
+
+def tokenise(
+    examples: list[Example],
+    student: TextTokenizer,
+    teacher: TextTokenizer | None = None,
+    max_len: int = 512,
+    max_prompt_len: int = 256,
+    align: bool = False,
+) -> tuple[list[Row], CutReport]:
+    """Rows of at most `max_len` tokens (prompt, response and end-of-text together) for each model.
+
+    align: also the exact token alignment of each response. Raises ValueError naming an example that cannot fit.
+    """
+    tokenizers = [student] if teacher is None else [student, teacher]
+    rows, report = [], CutReport(examples=len(examples))
+    for example in examples:
+        prompt = cut_prompt(example, tokenizers, min(max_prompt_len, max_len - 1))
+        report.prompts_cut += prompt != example.prompt_text()
+        report.prompt_characters += max(0, len(example.prompt_text()) - len(prompt))
+        prompts = [tokenizer.encode(prompt) for tokenizer in tokenizers]
+        if not all(prompts):
+            raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
+
+        text = example.outputs[0]
+
+        def fits(text: str, end_of_text: int, prompts=prompts) -> bool:
+            sides = zip(tokenizers, prompts, strict=True)
+            return all(len(ids) + len(tokenizer.encode(text)) + end_of_text <= max_len for tokenizer, ids in sides)
+
+        whole = fits(text, end_of_text=1)
+        if not whole:
+            length = longest_prefix(len(text), lambda n, text=text, fits=fits: fits(text[:n], end_of_text=0))
+            if length < 1:
+                raise ValueError(f"{example.where}: no room for a response within --max-len {max_len}")
+            report.responses_cut += 1
+            report.response_characters += len(text) - length
+            text = text[:length]
+        sides = [
+            Side(ids, tokenizer.encode(text) + [tokenizer.eos_id] * whole)
+            for tokenizer, ids in zip(tokenizers, prompts, strict=True)
+        ]
+        if not all(side.response for side in sides):
+            raise ValueError(f"{example.where}: the response has no tokens")
+        row = Row(*sides)
+        if align:
+            row.pairs = exact_token_alignment(
+                [teacher.bytes[i] for i in row.teacher.response], [student.bytes[i] for i in row.student.response]
+            )
+        rows.append(row)
+    return rows, report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _to(instance, device):
+    """A copy of a dataclass with its tensors, and its dataclasses' tensors, on `device`."""
+    moved = {}
+    for entry in fields(instance):
+        value = getattr(instance, entry.name)
+        moved[entry.name] = value.to(device) if hasattr(value, "to") else value
+    return replace(instance, **moved)
+
+
+@dataclass
+class ModelBatch:
+    """What one model reads, and its R response positions, flattened. No attention mask: padding is on the right, where
+    causality hides it from every position that is used."""
+
+    input_ids: torch.Tensor  # (B, T), padded to the longest example
+    positions: torch.Tensor  # (R,) of the response positions in the flattened (B·T)
+    labels: torch.Tensor  # (R,) the token each of them predicts
+    example: torch.Tensor  # (R,) which of the B examples each belongs to
+
+    to = _to
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """(R,) the token read at each response position"""
+        return self.input_ids.flatten()[self.positions]
+
+
+@dataclass
+class Batch:
+    """B examples: N student and M teacher response positions, and which of them are aligned."""
+
+    student: ModelBatch
+    teacher: ModelBatch | None = None
+    teacher_index: torch.Tensor | None = None  # (A,) into the M teacher positions
+    student_index: torch.Tensor | None = None  # (A,) into the N student positions
+    align_ratios: list[float] = field(default_factory=list)  # aligned pairs over student tokens, per example
+
+    to = _to
+
+
+def collate_side(sides: list[Side], pad_id: int) -> ModelBatch:
+    """Pad on the right and shift once: position i reads token i and predicts token i+1."""
+    sequences = [side.prompt + side.response for side in sides]
+    width = max(len(sequence) for sequence in sequences) - 1  # nothing follows the last token
+    input_ids = torch.full((len(sides), width), pad_id)
+    positions, labels, example = [], [], []
+    for row, (side, sequence) in enumerate(zip(sides, sequences, strict=True)):
+        input_ids[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
+        first = row * width + len(side.prompt) - 1  # the last prompt token predicts the first response token
+        positions += range(first, first + len(side.response))
+        labels += side.response
+        example += [row] * len(side.response)
+    return ModelBatch(input_ids, torch.tensor(positions), torch.tensor(labels), torch.tensor(example))
+
+
+def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
+    """One batch of rows. The padding ids are read by no response position, any valid id will do."""
+    batch = Batch(collate_side([row.student for row in rows], student_pad))
+    if rows[0].teacher is not None:
+        batch.teacher = collate_side([row.teacher for row in rows], teacher_pad)
+    if rows[0].pairs is not None:
+        teacher_index, student_index = [], []
+        teacher_offset = student_offset = 0
+        for row in rows:
+            teacher_index.append(row.pairs[0] + teacher_offset)
+            student_index.append(row.pairs[1] + student_offset)
+            teacher_offset += len(row.teacher.response)
+            student_offset += len(row.student.response)
+            batch.align_ratios.append(len(row.pairs[1]) / len(row.student.response))
+        batch.teacher_index = torch.from_numpy(np.concatenate(teacher_index))
+        batch.student_index = torch.from_numpy(np.concatenate(student_index))
+    return batch
+
+
+def update_order(examples: int, per_update: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew.
+
+    A function of (seed, epoch) alone, so that a run can be taken up at any update. The last update of an epoch is
+    smaller where the examples do not divide evenly.
+    """
+    updates = -(-examples // per_update)
+    while True:
+        epoch, first = divmod(start, updates)
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        for update in range(first, updates):
+            yield order[update * per_update : (update + 1) * per_update]
+        start = (epoch + 1) * updates

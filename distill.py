@@ -1,0 +1,246 @@
+"""One update of each method: from a batch and two models to the loss terms. Nothing here knows of files or schedules.
+
+An update is made of one or more batches (gradient accumulation), in two phases:
+
+1. `teacher_states` of every batch: the frozen teacher's hidden states and predictions at its response positions, and
+   `totals`, the counts and statistics over all of them that normalise the losses;
+2. `loss` of every batch, for a backward pass each. The parts add up to the loss of the whole, however it is split.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from align import cross_model_attention, prediction_map, vocabulary_overlap
+from data import Batch, ModelBatch, TextTokenizer
+from losses import DIVERGENCES, count_agreeing, dskd_loss, kd_loss, sft_loss
+from projector import Projectors
+
+
+@dataclass
+class TeacherStates:
+    """What the frozen teacher says about one batch; nothing else of it is needed."""
+
+    hidden: Tensor  # (M, D) at its response positions
+    teacher_index: Tensor | None = None  # (K,) ETA pairs whose prediction the student's vocabulary has
+    student_index: Tensor | None = None  # (K,)
+    label: Tensor | None = None  # (K,) that prediction as a student token; without ETA (N,), all tokens
+
+
+@dataclass
+class Totals:
+    """Numbers over all batches of one update."""
+
+    tokens: int  # student response tokens
+    pairs: int = 0  # ETA pairs
+    agreeing: int | None = None  # pairs or tokens where the projected teacher predicts its label; None: one batch only
+    key_std: float = 1.0  # CMA: of [E_t(input); E_t(label)], of E_t(label) and of the teacher's hidden states,
+    label_std: float = 1.0  # over the response positions, so that padding has no say (the official code's does)
+    hidden_std: float = 1.0
+
+
+def hidden_at(model: nn.Module, side: ModelBatch) -> Tensor:
+    """The model's hidden states at the response positions: (R, width)."""
+    return model(side.input_ids).flatten(0, 1)[side.positions]
+
+
+def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
+    """The predicted token of each state, (R, D) and (V, D) -> (R,)."""
+    return torch.cat([(part @ head.T).argmax(-1) for part in hidden.split(chunk)])
+
+
+def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
+    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be."""
+    equal = teacher.vocabulary() == student.vocabulary()
+    if align == "auto":
+        align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
+    if method == "kd" and align != "none":
+        raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
+    if align == "none" and not equal:
+        raise ValueError(
+            f"--method {method} --align none needs equal vocabularies; {teacher.directory} and {student.directory} "
+            "differ: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
+        )
+    if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
+        other = {"eta": "v2", "cma": "v1"}[align]
+        raise ValueError(f"--align {align} belongs to --recipe {other} (the papers pair v1 with cma, v2 with eta)")
+    return align
+
+
+class Distiller(nn.Module):
+    """The teacher's side of a method: the frozen teacher, the projectors, and how the two vocabularies relate.
+
+    Its parameters are the projectors' alone; the teacher is kept out of `parameters()`, as it is neither trained nor
+    saved. `teacher` is None for method sft.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        student_tokenizer: TextTokenizer,
+        teacher: nn.Module | None = None,
+        teacher_tokenizer: TextTokenizer | None = None,
+        method: str = "dskd",
+        recipe: str = "v2",
+        align: str = "auto",
+        divergence: str = "fkl",
+        temperature: float = 2.0,
+        kd_rate: float = 0.5,
+        projectors_file: str | None = None,
+        chunk: int | None = 1024,
+    ):
+        super().__init__()
+        assert divergence in DIVERGENCES and method in {"sft", "kd", "dskd"}
+        self.method, self.recipe, self.divergence = method, recipe, divergence
+        self.temperature, self.kd_rate, self.chunk = temperature, kd_rate, chunk
+        self.align, self.projectors = "none", None
+        if method == "sft":
+            return
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
+        self.align = choose_alignment(align, method, recipe, teacher_tokenizer, student_tokenizer)
+        device = student.head_weight.device
+        if self.align == "eta":
+            shared = vocabulary_overlap(teacher_tokenizer.tokenizer, student_tokenizer.tokenizer)
+            mapped = prediction_map(
+                teacher_tokenizer.tokenizer,
+                student_tokenizer.tokenizer,
+                teacher_tokenizer.eos_id,
+                student_tokenizer.eos_id,
+                size=teacher.head_weight.shape[0],
+            )
+            self.register_buffer("student_token", torch.from_numpy(mapped).to(device), persistent=False)
+        else:  # equal vocabularies, perhaps padded to different numbers of rows
+            self.rows = min(student.head_weight.shape[0], teacher.head_weight.shape[0])
+            shared = (range(self.rows), range(self.rows))
+        if method == "dskd":
+            self.shared_teacher_ids, self.shared_student_ids = (torch.tensor(ids, device=device) for ids in shared)
+            self._start_projectors(student, projectors_file)
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher[0]
+
+    def _start_projectors(self, student: nn.Module, file: str | None) -> None:
+        """v1: random, with biases. v2: where the logits are preserved. `file`: some or all of them from there."""
+        student_head, teacher_head = student.head_weight, self.teacher.head_weight
+        widths = student_head.shape[1], teacher_head.shape[1]
+        given = load_file(file) if file else {}
+        biased = any(name.endswith(".bias") for name in given) if given else self.recipe == "v1"
+        self.projectors = Projectors(*widths, bias=biased, query=self.align == "cma").to(student_head.device)
+        own = self.projectors.state_dict()
+        for name, value in given.items():
+            if name not in own or own[name].shape != value.shape:
+                expected = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in own.items())
+                raise ValueError(f"{file}: {name} {list(value.shape)} does not fit; expected {expected}")
+        if self.recipe == "v2":
+            heads = self._shared_heads(student)
+            if "t2s.weight" not in given:
+                self.projectors.preserve_logits(*heads)
+            if "s2t.weight" not in given:
+                self.projectors.solve_s2t(*heads)
+        self.projectors.load_state_dict(given, strict=False)
+
+    def _shared_heads(self, student: nn.Module) -> tuple[Tensor, Tensor]:
+        """Both heads over the shared vocabulary, in the same order, in float32: (V, d), (V, D)."""
+        student_head, teacher_head = student.head_weight.detach(), self.teacher.head_weight
+        return student_head[self.shared_student_ids].float(), teacher_head[self.shared_teacher_ids].float()
+
+    @torch.no_grad()
+    def refresh(self, student: nn.Module) -> None:
+        """Once per update, before its losses: s2t for the student head as it is now, where it is solved (v2)."""
+        if self.projectors is not None and self.projectors.teacher_inverse is not None:
+            self.projectors.refresh_s2t(student.head_weight.detach()[self.shared_student_ids].float())
+
+    @torch.no_grad()
+    def teacher_states(self, batch: Batch) -> TeacherStates | None:
+        """The teacher's forward pass; None for sft."""
+        if self.method == "sft":
+            return None
+        states = TeacherStates(hidden_at(self.teacher, batch.teacher))
+        if self.method == "dskd" and self.recipe == "v2":
+            head = self.teacher.head_weight
+            if self.align == "none":
+                states.label = argmax_tokens(states.hidden, head[: self.rows])
+            else:  # eq. 14: only pairs whose prediction exists in the student's vocabulary
+                label = self.student_token[argmax_tokens(states.hidden[batch.teacher_index], head)]
+                known = label >= 0
+                states.label = label[known]
+                states.teacher_index, states.student_index = batch.teacher_index[known], batch.student_index[known]
+        return states
+
+    @torch.no_grad()
+    def totals(self, student: nn.Module, batches: list[Batch], states: list[TeacherStates | None]) -> Totals:
+        """The normalisers of one update, from all its batches and the teacher's states of each."""
+        totals = Totals(tokens=sum(len(batch.student.labels) for batch in batches))
+        if self.align == "eta":
+            totals.pairs = sum(len(state.label) for state in states)
+        if self.align == "cma":
+            embed = self.teacher.embed.weight
+            inputs, labels = (torch.cat([getattr(b.teacher, name) for b in batches]) for name in ("inputs", "labels"))
+            totals.key_std = float(torch.cat([embed[inputs], embed[labels]], -1).float().std())
+            totals.label_std = float(embed[labels].float().std())
+            totals.hidden_std = float(torch.cat([state.hidden for state in states]).float().std())
+        if self.method == "dskd" and self.recipe == "v2" and len(batches) > 1:
+            totals.agreeing = sum(
+                count_agreeing(self.projectors.t2s(self._paired(state)), state.label, student.head_weight)
+                for state in states
+            )
+        return totals
+
+    def _paired(self, states: TeacherStates) -> Tensor:
+        """The teacher states that have a student position of their own: (K, D) with ETA, else all (N, D)."""
+        return states.hidden if states.teacher_index is None else states.hidden[states.teacher_index]
+
+    def loss(self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals) -> dict[str, Tensor]:
+        """{loss, ce, kd, t2s_ce, ...}: this batch's part of the update's loss and terms, with gradient.
+
+        loss = (1 − kd_rate)·ce + kd_rate·kd. `student` may be a compiled model; its head is read from it.
+        """
+        student_hidden, gold, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
+        if self.method == "sft":
+            terms = sft_loss(student_hidden, gold, head, totals.tokens, self.chunk)
+            return {"loss": terms["ce"], **terms}
+        teacher_head = self.teacher.head_weight
+        options = {"divergence": self.divergence, "temperature": self.temperature, "chunk": self.chunk}
+        if self.method == "kd":
+            terms = kd_loss(student_hidden, gold, states.hidden, head, teacher_head, totals.tokens, **options)
+        else:
+            t2s, s2t, paired = self.projectors.t2s, self.projectors.s2t, self._paired(states)
+            t2s_label = gold if states.label is None else states.label
+            if self.align == "cma":
+                t2s_hidden, s2t_hidden = self._attend(student, batch, student_hidden, states.hidden, totals)
+            elif self.align == "eta":
+                t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden[states.student_index])
+            else:
+                t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden)
+            terms = dskd_loss(
+                student_hidden,
+                gold,
+                t2s_hidden,
+                t2s_label,
+                s2t_hidden,
+                paired,
+                head,
+                teacher_head,
+                tokens=totals.tokens,
+                student_rows=states.student_index,
+                recipe=self.recipe,
+                align=self.align,
+                pairs=totals.pairs,
+                agreeing=totals.agreeing,
+                **options,
+            )
+        return {"loss": (1 - self.kd_rate) * terms["ce"] + self.kd_rate * terms["kd"], **terms}
+
+    def _attend(self, student, batch: Batch, student_hidden: Tensor, teacher_hidden: Tensor, totals: Totals):
+        """CMA (v1): each side's states seen from the other's positions, t2s (N, d) and s2t (M, D)."""
+        student_embed, teacher_embed = student.embed.weight.detach(), self.teacher.embed.weight
+        ours, theirs = batch.student, batch.teacher
+        query = self.projectors.query(torch.cat([student_embed[ours.inputs], student_embed[ours.labels]], -1))
+        label_embeddings = teacher_embed[theirs.labels]
+        key = torch.cat([teacher_embed[theirs.inputs], label_embeddings], -1) / totals.key_std
+        t2s_weights, s2t_weights = cross_model_attention(query, key, ours.example, theirs.example)
+        value = teacher_hidden / totals.hidden_std + label_embeddings / totals.label_std
+        return t2s_weights @ self.projectors.t2s(value), s2t_weights @ self.projectors.s2t(student_hidden)

@@ -1,0 +1,111 @@
+"""From a name to files: presets of models and data sets, a local path first, then the local cache, then a download."""
+
+import os
+from pathlib import Path
+
+MODELS = {  # preset: repository on the Hugging Face hub
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "qwen": "Qwen/Qwen1.5-1.8B",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "llama2": "meta-llama/Llama-2-7b-hf",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+DATASETS = {  # name: (repository, {split: (file, first line, last line)}); lines count from 0, None is the end
+    "dolly": ("MiniLLM/dolly", {"train": ("raw.jsonl", 1000, None), "valid": ("raw.jsonl", 0, 1000)}),
+    "self-inst": ("MiniLLM/self-inst", {"valid": ("valid.jsonl", 0, None)}),
+    "vicuna": ("MiniLLM/Vicuna", {"valid": ("valid.jsonl", 0, None)}),
+    "sinst": ("MiniLLM/sinst", {"valid": ("11_/valid.jsonl", 0, None)}),
+    "uinst": ("MiniLLM/uinst", {"valid": ("11_/valid.jsonl", 0, None)}),
+}
+
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+
+
+def model_directory(name: str, weights: bool = True) -> Path:
+    """The local directory of a model: `name` is a directory, a preset, or a hub repository `owner/model`.
+
+    Only JSON and safetensors files are ever fetched. Raises FileNotFoundError saying which files are missing, and where
+    they could be put, if there is neither a directory, nor a cached copy, nor a network.
+    """
+    if os.path.isdir(name):
+        directory = Path(name)
+    elif name in MODELS or (name.count("/") == 1 and not name.startswith((".", "/"))):
+        directory = _snapshot(MODELS.get(name, name), "model", [*MODEL_FILES, *(WEIGHT_FILES if weights else ())], name)
+    else:
+        raise FileNotFoundError(
+            f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
+        )
+    missing = [file for file in MODEL_FILES[:2] if not (directory / file).is_file()]
+    if weights and not any((directory / file).is_file() for file in WEIGHT_FILES[:2]):
+        missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
+    if missing:
+        hint = "" if weights or "config.json" in missing else "; --from-scratch needs no weights"
+        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{hint}")
+    return directory
+
+
+def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
+    """The JSONL file of a data set and the lines that make up `split`: (path, first, last), lines counted from 0.
+
+    `name` is a file or a named set; a file is one split, whichever is asked for. Raises FileNotFoundError as above.
+    """
+    if os.path.isfile(name):
+        return Path(name), 0, None
+    if name not in DATASETS:
+        raise FileNotFoundError(f"data {name!r} is neither a file nor a named set; named sets: {', '.join(DATASETS)}")
+    repository, splits = DATASETS[name]
+    if split not in splits:
+        raise ValueError(f"data set {name!r} has no {split} split, only {', '.join(splits)}")
+    file, first, last = splits[split]
+    path = _snapshot(repository, "dataset", [file], name) / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the repository {repository} has no file {file}; give the path of a JSONL file instead of {name!r}"
+        )
+    return path, first, last
+
+
+def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
+    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    where = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
+    try:
+        cached = Path(snapshot_download(**where, local_files_only=True))
+        if all(any(cached.glob(file)) for file in files[:1]) and (kind == "dataset" or _has_weights(cached, files)):
+            return cached
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        pass  # not in the cache: fetch it
+    option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
+    by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
+    try:
+        return Path(snapshot_download(**where))
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name!r}: the repository {repository} is gated: accept its licence on the hub and run `hf auth login`, "
+            f"or: {by_hand}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{name!r}: there is no public {kind} repository {repository}. {by_hand}") from error
+    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:  # no network, in one of several disguises
+        raise FileNotFoundError(
+            f"{name!r} is not in the local cache and the hub cannot be reached ({type(error).__name__}). {by_hand}"
+        ) from error
+
+
+def _has_weights(directory: Path, files: list[str]) -> bool:
+    return WEIGHT_FILES[0] not in files or any((directory / file).exists() for file in WEIGHT_FILES[:2])

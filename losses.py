@@ -1,0 +1,284 @@
+"""The divergences and the objectives: plain functions on plain tensors, to be read beside the papers and copied.
+
+v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhere in this file:
+
+    N, M    response tokens of the student's and the teacher's tokenisation, all examples of the batch in one row
+    d, D    student and teacher width            V    vocabulary size, of whichever head stands beside it
+
+Every objective works on hidden states and heads rather than logits: the heads are the papers' point, and a response of
+400 tokens has 60 million logits over a vocabulary of 152k but less than a million hidden values. `chunk` bounds how
+many tokens have their logits in memory at once.
+
+Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
+the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
+overwritten with zeros.
+
+>>> generator = torch.Generator().manual_seed(0)
+>>> logits = torch.randn(5, 11, generator=generator)
+>>> DIVERGENCES["fkl"](logits, logits, temperature=2.0).abs().max().item() < 1e-6
+True
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences. log_p, log_q (N, V): log-probabilities of the student and of the teacher; each returns (N,)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ q (log q − log p)"""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p − log q)"""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight·a + (1 − weight)·b), without leaving log space: safe where both probabilities underflow."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ Σ q (log q − log m) + ½ Σ p (log p − log m), m = (p + q)/2"""
+    log_m = log_mixture(log_p, log_q, 0.5)
+    return 0.5 * (forward_kl(log_m, log_q) + forward_kl(log_m, log_p))
+
+
+def skewed_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+    """Σ q (log q − log(λ q + (1−λ) p))"""
+    return forward_kl(log_mixture(log_q, log_p, skew), log_q)
+
+
+def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+    """Σ p (log p − log((1−λ) q + λ p))"""
+    return reverse_kl(log_p, log_mixture(log_p, log_q, skew))
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
+    """(g_h·FKL + g_t·RKL)/(g_h + g_t): the larger gap, over the teacher's head or its tail, decides (arXiv 2404.02657).
+
+    Sorted by the teacher's probability, ascending, the tail is what has a cumulative mass ≤ alpha, the head the rest;
+    g = Σ |q − p| over each, without gradient.
+    """
+    with torch.no_grad():
+        p, q = log_p.exp(), log_q.exp()
+        q_ascending, order = q.sort(-1)
+        gap = (q - p).abs().gather(-1, order)
+        tail = q_ascending.cumsum(-1) <= alpha
+        gap_tail, gap_head = (gap * tail).sum(-1), (gap * ~tail).sum(-1)
+        # equal distributions have no gap at all; both divergences are 0 there, whatever the weight
+        weight_head = gap_head / (gap_head + gap_tail).clamp_min(torch.finfo(gap.dtype).tiny)
+    return weight_head * forward_kl(log_p, log_q) + (1 - weight_head) * reverse_kl(log_p, log_q)
+
+
+def _from_logits(divergence):
+    """D over log-probabilities -> D over logits: divided by the temperature, in float32 or better."""
+
+    def from_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        log_p = log_softmax(student_logits / temperature, dim=-1, dtype=dtype)
+        log_q = log_softmax(teacher_logits / temperature, dim=-1, dtype=dtype)
+        return divergence(log_p, log_q)
+
+    from_logits.__doc__ = (
+        f"{divergence.__doc__.splitlines()[0]}\n\n"
+        "student_logits (N, V), teacher_logits (N, V), both divided by `temperature` -> (N,) in float32."
+    )
+    return from_logits
+
+
+DIVERGENCES = {
+    "fkl": _from_logits(forward_kl),
+    "rkl": _from_logits(reverse_kl),
+    "js": _from_logits(jensen_shannon),
+    "skl": _from_logits(skewed_forward_kl),
+    "srkl": _from_logits(skewed_reverse_kl),
+    "akl": _from_logits(adaptive_kl),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Per-token terms: hidden states and heads in, one number per token out
+
+
+def gold_terms(student_hidden: Tensor, gold: Tensor, student_head: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the gold token, and whether it is the arg-max: (n, d), (n,), (V, d) -> (n,), (n,)."""
+    logits = student_hidden @ student_head.T  # (n, d) x (d, V) -> (n, V)
+    return cross_entropy(logits.float(), gold, reduction="none"), logits.argmax(-1) == gold
+
+
+def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence: str, temperature: float):
+    """Vanilla KD, per token: (cross-entropy, gold is arg-max, D(p ‖ q)), each (n,); the vocabularies are equal.
+
+    Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows both have.
+    """
+    student_logits = student_hidden @ student_head.T
+    teacher_logits = teacher_hidden @ teacher_head.T
+    ce = cross_entropy(student_logits.float(), gold, reduction="none")
+    rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    kd = DIVERGENCES[divergence](student_logits[:, :rows], teacher_logits[:, :rows], temperature)
+    return ce, student_logits.argmax(-1) == gold, kd
+
+
+def student_space_terms(
+    student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence: str, temperature: float
+):
+    """DSKD in the student's space, per token: both states under the student's head.
+
+    student_hidden, t2s_hidden (n, d): the student's states and the teacher's, projected; gold, t2s_label (n,).
+    Returns (ce, gold is arg-max, t2s_ce, t2s_kd, agrees), each (n,):
+    t2s_ce teaches the projector (and nothing else: the head is detached) to speak through the student's head; t2s_kd
+    teaches the student (and nothing else: the projected logits are detached); agrees says where the projected
+    teacher's arg-max is its label, that is where it can be trusted.
+    """
+    student_logits = student_hidden @ student_head.T  # (n, d) x (d, V) -> (n, V)
+    t2s_logits = t2s_hidden @ student_head.detach().T  # (n, d) x (d, V) -> (n, V)
+    ce = cross_entropy(student_logits.float(), gold, reduction="none")
+    t2s_ce = cross_entropy(t2s_logits.float(), t2s_label, reduction="none")
+    t2s_kd = DIVERGENCES[divergence](student_logits, t2s_logits.detach(), temperature)
+    return ce, student_logits.argmax(-1) == gold, t2s_ce, t2s_kd, t2s_logits.argmax(-1) == t2s_label
+
+
+def teacher_space_terms(s2t_hidden, teacher_hidden, teacher_head, divergence: str, temperature: float) -> Tensor:
+    """DSKD in the teacher's space, per token: both states under the teacher's head.
+
+    s2t_hidden (n, D): the student's states, projected; teacher_hidden (n, D); teacher_head (V, D), which is frozen but
+    passes the gradient on to the student. Returns D(p ‖ q) as (n,).
+    """
+    s2t_logits = s2t_hidden @ teacher_head.T  # (n, D) x (D, V) -> (n, V)
+    teacher_logits = teacher_hidden @ teacher_head.T
+    return DIVERGENCES[divergence](s2t_logits, teacher_logits, temperature)
+
+
+def by_chunks(terms, rows: tuple[Tensor, ...], fixed: tuple, chunk: int | None):
+    """terms(*rows, *fixed) over at most `chunk` rows at a time, concatenated; None: all at once.
+
+    The logits of a chunk are dropped after its forward pass and made again in its backward pass, so that memory is
+    bounded by the chunk and not by the batch: a third more arithmetic in the heads, the same values and gradients.
+    """
+    if chunk is None or len(rows[0]) <= chunk:
+        return terms(*rows, *fixed)
+    pieces = [
+        checkpoint(terms, *piece, *fixed, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(*(row.split(chunk) for row in rows), strict=True)
+    ]
+    if isinstance(pieces[0], Tensor):
+        return torch.cat(pieces)
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives. `tokens` normalises: the number of student response tokens of the whole batch that one update is made of,
+# so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, and counts to log.
+
+
+def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens: float, chunk: int | None = None):
+    """Supervised fine-tuning: cross-entropy with the gold tokens. {ce, correct}"""
+    ce, correct = by_chunks(gold_terms, (student_hidden, gold), (student_head,), chunk)
+    return {"ce": ce.sum() / tokens, "correct": correct.sum()}
+
+
+def kd_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    teacher_hidden: Tensor,  # (N, D)
+    student_head: Tensor,  # (V, d)
+    teacher_head: Tensor,  # (V, D)
+    tokens: float,
+    divergence: str = "fkl",
+    temperature: float = 2.0,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """Vanilla KD: every student token against the teacher's distribution at the same place. {ce, kd, correct}"""
+    rows, fixed = (student_hidden, gold, teacher_hidden), (student_head, teacher_head, divergence, temperature)
+    ce, correct, kd = by_chunks(kd_terms, rows, fixed, chunk)
+    return {"ce": ce.sum() / tokens, "kd": kd.sum() / tokens, "correct": correct.sum()}
+
+
+def dskd_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    t2s_hidden: Tensor,  # (K, d) the teacher's states in the student's space
+    t2s_label: Tensor,  # (K,) what they should predict there: gold tokens (v1), the teacher's own predictions (v2)
+    s2t_hidden: Tensor,  # (J, D) the student's states in the teacher's space
+    teacher_hidden: Tensor,  # (J, D)
+    student_head: Tensor,  # (V_s, d)
+    teacher_head: Tensor,  # (V_t, D)
+    tokens: float,
+    student_rows: Tensor | None = None,  # (K,) which student tokens t2s_hidden stands for; None: all N, in order
+    recipe: str = "v2",
+    align: str = "none",
+    divergence: str = "fkl",
+    temperature: float = 2.0,
+    pairs: float | None = None,
+    agreeing: float | None = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """DSKD: L_kd = L_stu + L_ce + L_tea, for all four combinations of the papers:
+
+    recipe align   t2s_label      L_stu (t2s_kd)                 L_ce (t2s_ce)   L_tea (s2t_kd)
+    v1     none    gold           all tokens / tokens            / tokens        forward KL / tokens
+    v1     cma     gold           agreeing tokens / tokens       / tokens        forward KL / tokens
+    v2     none    teacher's      agreeing tokens / their number / tokens        D / tokens
+    v2     eta     teacher's      agreeing pairs / their number  / pairs         D / pairs
+
+    An agreeing token is one where the projected teacher predicts its label. `pairs` and `agreeing` are those numbers
+    for the whole batch if this is a part of it (`count_agreeing` counts); None: this is all of it. No pair, or no
+    agreeing one: the term is 0. Returns {ce, kd, t2s_ce, t2s_kd, s2t_kd, correct, agreeing, pairs}.
+    """
+    if (recipe, align) not in {("v1", "none"), ("v1", "cma"), ("v2", "none"), ("v2", "eta")}:
+        raise ValueError(f"recipe {recipe!r} with align {align!r}: v1 goes with none or cma, v2 with none or eta")
+    in_student_space = (student_head, divergence, temperature)
+    if student_rows is None:
+        rows = (student_hidden, gold, t2s_hidden, t2s_label)
+        ce, correct, t2s_ce, t2s_kd, agrees = by_chunks(student_space_terms, rows, in_student_space, chunk)
+    else:  # tokens without a counterpart have only their cross-entropy
+        alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
+        alone[student_rows] = False
+        rows = (student_hidden[student_rows], gold[student_rows], t2s_hidden, t2s_label)
+        ce, correct, t2s_ce, t2s_kd, agrees = by_chunks(student_space_terms, rows, in_student_space, chunk)
+        ce_alone, correct_alone = by_chunks(gold_terms, (student_hidden[alone], gold[alone]), (student_head,), chunk)
+        ce, correct = torch.cat([ce, ce_alone]), torch.cat([correct, correct_alone])
+
+    s2t_divergence = "fkl" if recipe == "v1" else divergence
+    in_teacher_space = (teacher_head, s2t_divergence, temperature)
+    s2t_kd = by_chunks(teacher_space_terms, (s2t_hidden, teacher_hidden), in_teacher_space, chunk)
+
+    count = agrees.sum()
+    if not (recipe == "v1" and align == "none"):
+        t2s_kd = t2s_kd * agrees
+    normaliser = tokens
+    if align == "eta":
+        normaliser = max(len(t2s_label) if pairs is None else pairs, 1)
+    t2s_kd_normaliser = tokens
+    if recipe == "v2":
+        t2s_kd_normaliser = torch.clamp(count if agreeing is None else torch.as_tensor(agreeing), min=1)
+    terms = {
+        "t2s_ce": t2s_ce.sum() / normaliser,
+        "t2s_kd": t2s_kd.sum() / t2s_kd_normaliser,
+        "s2t_kd": s2t_kd.sum() / normaliser,
+    }
+    return {
+        "ce": ce.sum() / tokens,
+        "kd": sum(terms.values()),
+        **terms,
+        "correct": correct.sum(),
+        "agreeing": count,
+        "pairs": torch.tensor(len(t2s_label)),
+    }
+
+
+@torch.no_grad()
+def count_agreeing(t2s_hidden: Tensor, t2s_label: Tensor, student_head: Tensor, chunk: int = 1024) -> int:
+    """How many projected teacher states (K, d) predict their label (K,) under the student's head (V, d).
+
+    Neither depends on the student's states, so that a batch in parts can know the normaliser before its first part.
+    """
+    parts = zip(t2s_hidden.split(chunk), t2s_label.split(chunk), strict=True)
+    return sum(int(((hidden @ student_head.T).argmax(-1) == label).sum()) for hidden, label in parts)

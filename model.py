@@ -1,0 +1,681 @@
+"""GPT-2 and LLaMA-style decoders in plain PyTorch: read, written and sampled from Hugging Face directories.
+
+One file, no imports but torch and safetensors. `Decoder` is the whole model; a GPT-2 and a LLaMA block fill it:
+
+    load_model / build_model / save_model    checkpoints in, random models, checkpoints out (transformers reads them)
+    Decoder                                  token ids -> hidden states -> logits; hidden states are what gets distilled
+    generate / sample                        batched generation with a key-value cache
+
+    >>> config = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    >>> m = build_model(config)
+    >>> hidden = m(torch.tensor([[1, 2, 3]]))
+    >>> hidden.shape, m.logits(hidden).shape, m.head_weight.shape
+    (torch.Size([1, 3, 8]), torch.Size([1, 3, 64]), torch.Size([64, 8]))
+    >>> [len(new) for new in generate(m, [[1, 2, 3], [4]], max_new_tokens=5, eos_id=None)]
+    [5, 5]
+
+Families (config.json's model_type): gpt2; llama (Llama 1 to 3.x, TinyLlama, SmolLM2); mistral; qwen2 (Qwen1.5 to 2.5);
+qwen3. A config field or a tensor that is not understood is an error that names it. Not here: quantised weights,
+mixture of experts, YaRN and dynamic rotary scaling, cross-attention, pickled (.bin) checkpoints.
+
+Shapes: B batch, T sequence, S keys attended to, D width, V vocabulary.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json: every field is either used, known to be harmless, or required to have the one value that we implement
+
+# The fields used, with transformers' defaults; REQUIRED ones are positive integers.
+REQUIRED = object()
+_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
+_LLAMA = {"vocab_size": REQUIRED, "max_position_embeddings": REQUIRED, "hidden_size": REQUIRED,
+          "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED, "num_attention_heads": REQUIRED,
+          "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+          "attention_dropout": 0.0, "tie_word_embeddings": False, "initializer_range": 0.02, **_ROPE}  # fmt: skip
+_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+FIELDS = {
+    "gpt2": {"vocab_size": REQUIRED, "n_positions": REQUIRED, "n_embd": REQUIRED, "n_layer": REQUIRED,
+             "n_head": REQUIRED, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+             "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "tie_word_embeddings": True,
+             "initializer_range": 0.02},
+    "llama": {**_LLAMA, "attention_bias": False, "mlp_bias": False},
+    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {**_LLAMA, "num_key_value_heads": 32, **_WINDOWS},
+    "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
+}  # fmt: skip
+
+# Fields that would change the computation, with the only values implemented (unless the family's table has the field).
+ONLY = {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
+        "add_cross_attention": [False], "is_encoder_decoder": [False], "is_decoder": [False, True],
+        "attention_bias": [False], "mlp_bias": [False], "sliding_window": [None], "use_sliding_window": [False],
+        "rope_interleaved": [False], "use_mrope": [False], "pruned_heads": [None, {}], "partial_rotary_factor": [1.0],
+        "chunk_size_feed_forward": [0], "tie_encoder_decoder": [False]}  # fmt: skip
+
+# Fields about other software, other heads or defaults of generation: they do not touch the hidden states or the head.
+HARMLESS = set("""model_type architectures _name_or_path name_or_path transformers_version torch_dtype dtype use_cache
+    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 pretraining_tp
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id tokenizer_class prefix
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
+    output_attentions output_hidden_states output_past return_dict id2label label2id num_labels _num_labels problem_type
+    finetuning_task n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config transformers.js_config
+    max_length min_length do_sample temperature top_k top_p repetition_penalty max_sequence_length
+    transformers_weights""".split())  # fmt: skip
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def read_config(config: dict) -> SimpleNamespace:
+    """What the model needs of a Hugging Face config, GPT-2's names and LLaMA's brought together. Raises ValueError."""
+    family = config.get("model_type")
+    if family not in FIELDS:
+        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
+    where = f"config.json (model_type {family})"
+    for field, default in FIELDS[family].items():
+        value = config.get(field, "missing")
+        if default is REQUIRED and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{where}: {field} must be a positive integer, it is {value!r}")
+    for field in sorted(config.keys() - FIELDS[family].keys() - HARMLESS):
+        if field not in ONLY:
+            raise ValueError(f"{where}: field {field!r} (= {config[field]!r}) is not known; it may change the model")
+        if config[field] not in ONLY[field]:
+            raise ValueError(f"{where}: {field} = {config[field]!r} is not supported, only {ONLY[field][0]!r}")
+
+    f = SimpleNamespace(**{**FIELDS[family], **config})
+    if family == "gpt2":
+        c = SimpleNamespace(width=f.n_embd, layers=f.n_layer, heads=f.n_head, kv_heads=f.n_head, limit=f.n_positions,
+                            head_dim=f.n_embd // f.n_head, inner=f.n_inner or 4 * f.n_embd, eps=f.layer_norm_epsilon,
+                            activation=f.activation_function, embd_dropout=f.embd_pdrop, attn_dropout=f.attn_pdrop,
+                            resid_dropout=f.resid_pdrop, windows=[None] * f.n_layer)  # fmt: skip
+    else:
+        c = SimpleNamespace(width=f.hidden_size, layers=f.num_hidden_layers, heads=f.num_attention_heads,
+                            kv_heads=f.num_key_value_heads or f.num_attention_heads, limit=f.max_position_embeddings,
+                            head_dim=f.head_dim or f.hidden_size // f.num_attention_heads, inner=f.intermediate_size,
+                            eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout or 0.0,
+                            qkv_bias=family == "qwen2" or getattr(f, "attention_bias", False),
+                            out_bias=family != "qwen2" and getattr(f, "attention_bias", False),
+                            mlp_bias=getattr(f, "mlp_bias", False), qk_norm=family == "qwen3",
+                            windows=read_windows(family, f, where),
+                            inverse_frequencies=read_rope(f, where))  # fmt: skip
+    c.family, c.vocab_size, c.tied, c.init_std = family, f.vocab_size, f.tie_word_embeddings, f.initializer_range
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    if c.heads % c.kv_heads:
+        raise ValueError(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key-value heads")
+    if family == "gpt2" and c.width % c.heads:
+        raise ValueError(f"{where}: n_embd {c.width} does not divide into {c.heads} heads")
+    if family != "gpt2" and c.head_dim % 2:
+        raise ValueError(f"{where}: head_dim {c.head_dim} is odd, rotary embedding turns pairs")
+    return c
+
+
+def read_windows(family: str, f: SimpleNamespace, where: str) -> list[int | None]:
+    """How many tokens, itself included, a query of each layer sees; None for all of them."""
+    window = getattr(f, "sliding_window", None)
+    if family in ("llama", "mistral"):
+        return [window] * f.num_hidden_layers
+    sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
+    types = f.layer_types or ["sliding_attention" if s else "full_attention" for s in sliding]
+    if len(types) != f.num_hidden_layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
+    if "sliding_attention" in types and not (f.use_sliding_window and window):
+        raise ValueError(f"{where}: layer_types has sliding_attention, but use_sliding_window or sliding_window is off")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def read_rope(f: SimpleNamespace, where: str) -> torch.Tensor:
+    """Rotary frequencies θ^(-2i/head_dim), (head_dim / 2,) float32, with linear or Llama-3 long-context scaling.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`.
+    """
+    if f.rope_scaling and f.rope_parameters and f.rope_scaling != f.rope_parameters:
+        raise ValueError(f"{where}: rope_scaling and rope_parameters contradict each other; keep one")
+    rope = dict(f.rope_parameters or f.rope_scaling or {})
+    theta = rope.pop("rope_theta", None) or f.rope_theta or 10000.0
+    if f.rope_theta not in (None, theta):
+        raise ValueError(f"{where}: rope_theta {f.rope_theta} and {theta} contradict each other; keep one")
+    kind = rope.pop("rope_type", None) or rope.get("type", "default")
+    if rope.get("type") == kind:  # the older name of rope_type
+        del rope["type"]
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    fields = {"default": (), "linear": ("factor",), "llama3": llama3}.get(kind)
+    if fields is None:
+        raise ValueError(f"{where}: rotary scaling rope_type {kind!r} is not supported, only default, linear, llama3")
+    if set(rope) != set(fields):
+        raise ValueError(f"{where}: rotary scaling {kind!r} needs the fields {list(fields)}, got {sorted(rope)}")
+
+    head_dim = f.head_dim or f.hidden_size // f.num_attention_heads
+    # device="cpu": a model that is being built on the meta device still needs real numbers here
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    if kind == "linear":
+        inverse = inverse / rope["factor"]
+    elif kind == "llama3":  # slow waves are stretched by `factor`, fast ones are kept, those between interpolate
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = (1 - keep) * inverse / rope["factor"] + keep * inverse
+    return inverse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The blocks. Module names inside a block are those of the Hugging Face checkpoint.
+
+
+class KVCache:
+    """Keys and values of all tokens so far: two buffers per layer, allocated once, filled at each sequence's own pace.
+
+    The first forward pass stores right-padded prompts from slot 0; every later one stores one token per sequence, at
+    slot `lengths[b]`. What padding left in later slots is overwritten before any query may look at it.
+    """
+
+    def __init__(self, prompt_lengths: torch.Tensor, slots: int):
+        self.lengths = prompt_lengths  # (B,) tokens stored per sequence, once the prompts are in
+        self.slots, self.used = slots, 0  # `used`: no query needs a slot from here on
+        self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
+        self.values: list[torch.Tensor] = []
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the new k, v (B, kv_heads, T, head_dim); return what the new queries may attend to."""
+        if layer == len(self.keys):  # prompts
+            for new, buffers in ((k, self.keys), (v, self.values)):
+                buffers.append(new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
+                buffers[layer][:, :, : new.size(2)] = new
+            return k, v
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all sequences but these."""
+        self.lengths = self.lengths[rows]
+        for buffers in (self.keys, self.values):
+            for layer in range(len(buffers)):  # one at a time: the peak is one layer's copy
+                buffers[layer] = buffers[layer][rows]
+
+
+def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> torch.Tensor:
+    """softmax(q kᵀ / √head_dim) v, causal. q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, ·).
+
+    mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
+    if cache is not None:
+        k, v = cache.store(layer, k, v)  # (B, kv_heads, S, head_dim)
+    B, heads, T, head_dim = q.shape
+    groups = heads // k.size(1)  # query heads that share a key-value head
+    if groups > 1 and T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
+        y = F.scaled_dot_product_attention(q.view(B, -1, groups, head_dim), k, v, attn_mask=mask)
+        return y.reshape(B, 1, heads * head_dim)
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # of CUDA's fast kernels only flash attention shares heads by itself; it takes no mask and no float32
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
+    )
+    return y.transpose(1, 2).flatten(2)  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.attn_dropout = c.heads, c.attn_dropout
+        self.c_attn = nn.Linear(c.width, 3 * c.width)
+        self.c_proj = nn.Linear(c.width, c.width)
+        self.dropout = nn.Dropout(c.resid_dropout)
+
+    def forward(self, x, layer, mask, cache):
+        q, k, v = self.c_attn(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # 3 x (B, T, heads, head_dim)
+        y = attend(q, k, v, layer, mask, cache, self.attn_dropout if self.training else 0.0)
+        return self.dropout(self.c_proj(y))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc = nn.Linear(c.width, c.inner)
+        self.c_proj = nn.Linear(c.inner, c.width)
+        self.activation = ACTIVATIONS[c.activation]
+        self.dropout = nn.Dropout(c.resid_dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, c, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.ln_1 = nn.LayerNorm(c.width, eps=c.eps)
+        self.attn = GPT2Attention(c)
+        self.ln_2 = nn.LayerNorm(c.width, eps=c.eps)
+        self.mlp = GPT2MLP(c)
+
+    def forward(self, x, rotation, mask, cache):
+        x = x + self.attn(self.ln_1(x), self.layer, mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · weight, the division in float32 whatever the dtype of x (as in transformers)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding: pairs (x_i, x_{i + head_dim/2}) turn by the angle position · frequency_i."""
+
+    def __init__(self, inverse_frequencies: torch.Tensor):
+        super().__init__()
+        self.exact = inverse_frequencies
+        self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # .to(), .bfloat16(), ... move the table with the model, but must not round it
+        self.inverse_frequencies = self.exact.to(self.inverse_frequencies.device)
+        return self
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (B or 1, T, 1, head_dim / 2) in float32, for positions (B or 1, T); once for all layers."""
+        angles = (positions[..., None].float() * self.inverse_frequencies).unsqueeze(2)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn x (B, T, heads, head_dim); in float32, rounded once by the caller."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim, self.attn_dropout = c.head_dim, c.attn_dropout
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.eps)
+            self.k_norm = RMSNorm(c.head_dim, c.eps)
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x, layer, rotation, mask, cache):
+        q, k, v = (
+            project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, T, heads, head_dim), k and v with kv_heads
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
+        return self.o_proj(attend(q, k, v, layer, mask, cache, self.attn_dropout if self.training else 0.0))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.inner, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.width, c.inner, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.inner, c.width, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, c, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = LlamaAttention(c)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = LlamaMLP(c)
+
+    def forward(self, x, rotation, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), self.layer, rotation, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model whose output is its last hidden state; the prediction head is applied on its own.
+
+    `embed.weight` (V, D) are the token embeddings, `head_weight` (V, D) the prediction head (the same tensor if tied),
+    `config` the Hugging Face config it came from, `limit` the number of positions.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        c = read_config(config)
+        gpt2 = c.family == "gpt2"
+        self.config, self.limit, self.windows = copy.deepcopy(config), c.limit, c.windows
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.positions = nn.Embedding(c.limit, c.width) if gpt2 else None
+        self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
+        self.dropout = nn.Dropout(c.embd_dropout if gpt2 else 0.0)
+        self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
+        self.norm = nn.LayerNorm(c.width, eps=c.eps) if gpt2 else RMSNorm(c.width, c.eps)
+        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., D) -> (..., V)"""
+        return F.linear(hidden, self.head_weight)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask=None, cache: KVCache | None = None) -> torch.Tensor:
+        """input_ids (B, T) -> hidden states after the final norm (B, T, D).
+
+        Padding belongs on the right, where causality hides it from every real token: attention_mask (B, T) is only
+        checked to be of that kind, never used, and None saves the check (on CUDA, a wait for the device). States at
+        padded positions mean nothing. Raises ValueError for other masks and for sequences beyond the position limit.
+        """
+        T = input_ids.size(1)
+        if T > self.limit:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.limit} positions: shorten it")
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            check_right_padded(attention_mask, input_ids)
+        if cache is not None and cache.used:  # decoding: one more token per sequence, each at its own position
+            positions, n_keys = cache.lengths[:, None], cache.used  # (B, 1)
+        else:
+            positions, n_keys = torch.arange(T, device=input_ids.device)[None], T  # (1, T)
+
+        x = self.embed(input_ids)  # (B, T, D)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = self.dropout(x)
+        rotation = None if self.rotary is None else self.rotary(positions)
+        masks = {window: causal_mask(positions, n_keys, window) for window in set(self.windows)}
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            x = block(x, rotation, masks[window], cache)
+        return self.norm(x)
+
+
+def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor | None:
+    """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before.
+
+    None where that is the plain causal triangle, which needs no mask.
+    """
+    if positions.size(1) == n_keys and (window is None or window >= n_keys):
+        return None
+    back = positions[:, None, :, None] - torch.arange(n_keys, device=positions.device)  # how far back the key lies
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def check_right_padded(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: not equal")
+    real = attention_mask.bool()
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError("attention_mask has a real token after padding: pad on the right, after all real tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+# Hugging Face's prefix and its names for our modules. Everything inside a block has its name already.
+GPT2_NAMES = ("transformer.", {"embed": "wte", "positions": "wpe", "blocks": "h", "norm": "ln_f"})
+LLAMA_NAMES = ("model.", {"embed": "embed_tokens", "blocks": "layers", "norm": "norm"})
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
+# Constants that older versions of transformers saved with the weights: causal masks and rotary frequencies.
+CONSTANTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
+# GPT-2's checkpoints keep these weights as [in, out]; nn.Linear wants [out, in].
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+
+
+def hugging_face_names(m: Decoder) -> dict[str, str]:
+    """{our parameter name: its name in a Hugging Face checkpoint}"""
+    prefix, names = GPT2_NAMES if m.config["model_type"] == "gpt2" else LLAMA_NAMES
+
+    def rename(ours: str) -> str:
+        module, rest = ours.split(".", 1)
+        return ours if module == "lm_head" else f"{prefix}{names[module]}.{rest}"
+
+    return {ours: rename(ours) for ours, _ in m.named_parameters()}
+
+
+def build_model(config: dict) -> Decoder:
+    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1.
+
+    As in GPT-2, whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed.
+    """
+    with torch.device("meta"):  # skip torch's own initialisation
+        m = Decoder(config)
+    m.to_empty(device="cpu")
+    c = read_config(config)
+    for name, parameter in m.named_parameters():
+        if parameter.dim() == 2:
+            residual = c.family == "gpt2" and name.endswith("c_proj.weight")
+            nn.init.normal_(parameter, std=c.init_std / math.sqrt(2 * c.layers) if residual else c.init_std)
+        else:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    return m
+
+
+def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+    """Read a Hugging Face directory (config.json with model.safetensors, or its index and shards), in eval mode.
+
+    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Raises FileNotFoundError for
+    missing files; ValueError for configs, tensors or files that are not understood, incomplete or damaged.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    with torch.device("meta"):
+        m = Decoder(config)
+    prefix = (GPT2_NAMES if config["model_type"] == "gpt2" else LLAMA_NAMES)[0]
+    ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
+    missing, tied_head = set(ours), None
+    for file in checkpoint_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if CONSTANTS.search(name):
+                        continue
+                    # a checkpoint saved without its head (GPT-2's on the hub) has no prefix
+                    theirs = name if name in ours or name == "lm_head.weight" else prefix + name
+                    if theirs == "lm_head.weight" and m.lm_head is None:
+                        tied_head = tensors.get_tensor(name)  # compared below: the embedding may come later
+                    elif theirs not in missing:
+                        why = "came twice" if theirs in ours else f"is not known for model_type {config['model_type']}"
+                        raise ValueError(f"{file}: tensor {name!r} {why}")
+                    else:
+                        set_parameter(m, ours[theirs], tensors.get_tensor(name), dtype, device, f"{file}: {name}")
+                        missing.discard(theirs)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    if missing:
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
+    if tied_head is not None and not torch.equal(tied_head.to(device, dtype), m.embed.weight):
+        raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
+                         "tie_word_embeddings to false")  # fmt: skip
+    return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def set_parameter(m: Decoder, name: str, tensor: torch.Tensor, dtype, device, where: str) -> None:
+    owner, leaf = name.rsplit(".", 1)
+    owner = m.get_submodule(owner)
+    expected = getattr(owner, leaf).shape
+    in_out = m.config["model_type"] == "gpt2" and TRANSPOSED.search(name)
+    if tensor.shape != (expected[::-1] if in_out else expected):
+        expected = list(expected[::-1] if in_out else expected)
+        raise ValueError(f"{where}: shape {list(tensor.shape)} in the file, {expected} by config.json")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where}: {tensor.dtype} weights (a quantised checkpoint?) are not supported")
+    tensor = tensor.mT if in_out else tensor
+    # a copy on purpose: what safetensors returns is mapped from the file and would change with it
+    setattr(owner, leaf, nn.Parameter(torch.empty(expected, dtype=dtype, device=device).copy_(tensor)))
+
+
+def read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; expected a Hugging Face directory: config.json and "
+                                "model.safetensors (or model.safetensors.index.json and its shards)")  # fmt: skip
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return content
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory: the single file or else the shards of the index."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{path}: no weights; expected model.safetensors, or model.safetensors.index.json and "
+                                "its shards (pickled .bin checkpoints are not read)")  # fmt: skip
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: expected a weight_map of tensor names to file names")
+    files = []
+    for shard in sorted(set(weight_map.values())):
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            raise ValueError(f"{index}: shard {shard!r} is not a plain file name; it would be read from elsewhere")
+        files.append(path / shard)
+        if not files[-1].is_file():
+            raise FileNotFoundError(f"{files[-1]} not found, but {index.name} lists it as a shard")
+    return files
+
+
+def save_model(m: Decoder, path) -> None:
+    """Write config.json and model.safetensors for transformers' (and our) loader; a tied head is not written twice.
+
+    Each file is written beside its place and moved there, so a crash leaves the old file or the new one. The dtype is
+    the parameters'. Raises ValueError for parameters that are not a plain model's (merge adapters first).
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        names = hugging_face_names(Decoder(m.config))
+    parameters = dict(m.named_parameters())
+    if set(parameters) != set(names):
+        extra = sorted(set(parameters) ^ set(names))[:4]
+        raise ValueError(f"save_model: not a plain model, parameters {extra} differ: merge adapters before saving")
+    gpt2 = m.config["model_type"] == "gpt2"
+    tensors = {}
+    for ours, theirs in names.items():
+        tensor = parameters[ours].detach()
+        tensors[theirs] = (tensor.mT if gpt2 and TRANSPOSED.search(ours) else tensor).contiguous()
+    config = {**m.config, "architectures": [ARCHITECTURES[m.config["model_type"]]]}
+    # transformers loads in the dtype that the config states
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(m.embed.weight.dtype).removeprefix("torch.")
+
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(path / "model.safetensors.tmp", path / "model.safetensors")
+    (path / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(path / "config.json.tmp", path / "config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
+    """One token id per row of logits (B, V) -> (B,): greedy at temperature 0, else from softmax(logits / temperature).
+
+    top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        likeliest, ids = probabilities.sort(dim=-1, descending=True)
+        before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
+        likeliest = likeliest.masked_fill(before >= top_p, 0.0)  # the first has 0 before it: one is always kept
+        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, likeliest)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # normalises the rows itself
+
+
+@torch.no_grad()
+def generate(
+    m: Decoder, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, seed=None
+) -> list[list[int]]:
+    """Continue each prompt (a non-empty list of token ids, any lengths): the new ids only, a final eos_id included.
+
+    A sequence ends at eos_id (None: never), after max_new_tokens, or when prompt and new ids fill all positions.
+    temperature 0 is greedy; seed=None draws from torch's global generator. Greedy results do not depend on the batch;
+    sampled ones do, for a seed fixes the draws of the batch as a whole. Raises ValueError for impossible arguments.
+    """
+    check_generation(m, prompts, max_new_tokens, temperature, top_k, top_p)
+    device = m.embed.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    outputs = [[] for _ in prompts]
+    budget = [min(max_new_tokens, m.limit - len(prompt)) for prompt in prompts]
+    rows = [i for i in range(len(prompts)) if budget[i] > 0]  # the prompts in the batch
+    if not rows:
+        return outputs
+
+    was_training = m.training
+    m.eval()
+    try:
+        longest = max(len(prompts[i]) for i in rows)
+        ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
+        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,)
+        cache = KVCache(lengths, slots=max(len(prompts[i]) + budget[i] for i in rows))
+        hidden = m(ids, cache=cache)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
+        while True:
+            tokens = sample(m.logits(hidden), temperature, top_k, top_p, generator)  # (B,)
+            for i, token in zip(rows, tokens.tolist(), strict=True):
+                if budget[i] > 0:
+                    outputs[i].append(token)
+                    budget[i] = 0 if token == eos_id else budget[i] - 1
+            alive = [row for row, i in enumerate(rows) if budget[i] > 0]
+            if not alive:
+                return outputs
+            if len(alive) <= 0.75 * len(rows):  # compacting copies the cache, so wait until it pays
+                kept = torch.tensor(alive, device=device)
+                cache.keep(kept)
+                tokens, rows = tokens[kept], [rows[row] for row in alive]
+            cache.used = max(len(prompts[i]) + len(outputs[i]) for i in rows)
+            hidden = m(tokens[:, None], cache=cache)[:, -1]  # (B, D)
+            cache.lengths = (cache.lengths + 1).clamp(max=cache.slots - 1)  # finished rows run idle within the buffers
+    finally:
+        m.train(was_training)
+
+
+def check_generation(m: Decoder, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"generate: prompt {i} is empty; give it at least one token (the end-of-text id will do)")
+        if len(prompt) > m.limit:
+            raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens, the model {m.limit} positions; cut it")
+        if not 0 <= min(prompt) <= max(prompt) < len(m.embed.weight):
+            raise ValueError(f"generate: prompt {i} has a token id outside the vocabulary of {len(m.embed.weight)}")
+    if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate: max_new_tokens, temperature and top_k must be >= 0 and 0 < top_p <= 1, got "
+                         f"{max_new_tokens}, {temperature}, {top_k} and {top_p}")  # fmt: skip

@@ -1,0 +1,85 @@
+"""Projectors between the teacher's and the student's representation space, and where they start.
+
+The point of DSKD: two models with different heads predict in different spaces. A projector carries the hidden states of
+one model into the space of the other, so that both are read by the same head:
+
+    t2s: D -> d   teacher states under the student's head      s2t: d -> D   student states under the teacher's head
+
+v1 (arXiv 2406.17328) starts both at random and trains both, with biases. v2 (arXiv 2504.11426) starts where the
+projected logits equal the original ones as nearly as a linear map allows (`logit_preserving_weight`), trains t2s, and
+recomputes s2t from the current student head at every step.
+
+>>> head = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+>>> weight = logit_preserving_weight(source_head=head[:, :4], target_head=head)   # 4 -> 8
+>>> torch.allclose(weight, torch.eye(8, 4), atol=1e-5)                            # those four directions, kept
+True
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
+    """pinv(head) (D, V) of a head (V, D), through its D x D Gram matrix: no decomposition of a V x D matrix.
+
+    With head = U S Rᵀ the Gram matrix headᵀ head is R S² Rᵀ: its eigenvectors R and eigenvalues S² give
+    pinv(head) = (headᵀ head)⁺ headᵀ. Directions with a singular value below max(D, V)·ε(float32)·σ_max are dropped, as
+    `torch.linalg.pinv` does with a float32 head. Worked out in float64, `rows` rows at a time, because squaring the
+    singular values squares their ratio; returned in the dtype of the head.
+    """
+    head = head.detach()
+    gram = sum(part.double().T @ part.double() for part in head.split(rows))  # (D, V) x (V, D) -> (D, D)
+    squared, directions = torch.linalg.eigh(gram)  # ascending (D,), (D, D)
+    cut = (max(head.shape) * torch.finfo(torch.float32).eps) ** 2 * squared[-1]
+    gram_inverse = directions * torch.where(squared > cut, 1 / squared, 0.0) @ directions.T
+    return torch.cat([(gram_inverse @ part.double().T).to(head.dtype) for part in head.split(rows)], dim=1)
+
+
+def logit_preserving_weight(source_head: Tensor, target_head: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """W = argmin ‖ source_head − target_head · W ‖_F: the projected states give the original logits (v2).
+
+    source_head (V, d_in), target_head (V, d_out), rows in the same vocabulary order -> (d_out, d_in), the layout of
+    `nn.Linear(d_in, d_out).weight`. `inverse` is `pseudo_inverse(target_head)` if the caller has it already: s2t is
+    solved anew at every step, against a teacher head that never changes.
+    """
+    if source_head.shape[0] != target_head.shape[0]:
+        raise ValueError(
+            f"the heads must list the same tokens: source_head has {source_head.shape[0]} rows, "
+            f"target_head {target_head.shape[0]}; take the rows of the shared vocabulary first"
+        )
+    inverse = pseudo_inverse(target_head) if inverse is None else inverse
+    return inverse @ source_head.detach()  # (d_out, V) x (V, d_in) -> (d_out, d_in)
+
+
+class Projectors(nn.Module):
+    """t2s (D -> d), s2t (d -> D) and CMA's query (2d -> 2D), all linear; `query` is None without CMA.
+
+    v1 has biases. Both start at random (as `nn.Linear` does) and are trained, unless `preserve_logits` is called.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, bias: bool, query: bool = False):
+        super().__init__()
+        self.t2s = nn.Linear(teacher_width, student_width, bias=bias)
+        self.s2t = nn.Linear(student_width, teacher_width, bias=bias)
+        self.query = nn.Linear(2 * student_width, 2 * teacher_width, bias=bias) if query else None
+        self.register_buffer("teacher_inverse", None, persistent=False)  # set where s2t is solved, not trained
+
+    @torch.no_grad()
+    def preserve_logits(self, student_head: Tensor, teacher_head: Tensor) -> None:
+        """v2's start, from heads (V, d) and (V, D) over the shared vocabulary: t2s as a first value to train from, s2t
+        as a solution that `refresh_s2t` renews and no optimiser touches."""
+        self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
+        self.solve_s2t(student_head, teacher_head)
+
+    @torch.no_grad()
+    def solve_s2t(self, student_head: Tensor, teacher_head: Tensor) -> None:
+        """Take s2t from the heads from now on, instead of training it."""
+        self.s2t.weight.requires_grad_(False)
+        self.teacher_inverse = pseudo_inverse(teacher_head)
+        self.refresh_s2t(student_head)
+
+    @torch.no_grad()
+    def refresh_s2t(self, student_head: Tensor) -> None:
+        """s2t for the current student head (V, d), if it is solved; no gradient flows through the solution."""
+        if self.teacher_inverse is not None:
+            self.s2t.weight.copy_(self.teacher_inverse @ student_head)  # logit_preserving_weight, inverse at hand

@@ -1,0 +1,372 @@
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import tiny
+
+ROOT = Path(tiny.__file__).parent
+SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80)
+HORRORS = [
+    "", " ", "  two leading spaces", "trailing  ", "naïve café, Ærøskøbing ß", "漢字と仮名", "مرحبا بالعالم",
+    "\U0001f642 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e8\U0001f1ed", "tabs\tand\n\nnew lines\r\n",
+    "<0x41> is no byte", "e\u0301 is not é", "\x00\x7f", "if x:\n    return {'a': [1, 2]}", "The shy fox dances.",
+    "Where in the barn can I find the owl?\n",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tiny.make_data()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    texts = texts_of(data["teacher_train"][:3000])
+    tiny.train_tokenizers(texts, folder / "teacher", folder / "student")
+    teacher, student = (Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("teacher", "student"))
+    return folder, texts, teacher, student
+
+
+def texts_of(examples):
+    return [text for example in examples for text in (example["prompt"], example["output"])]
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def family_of(prompt):
+    return tiny.all_prompts()[prompt][0]
+
+
+def in_another_process(code, hash_seed):
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": str(1 + int(hash_seed) % 3)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+# -- the grammar -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_thousands_of_distinct_prompts():
+    counts = Counter(family for family, _ in tiny.all_prompts().values())
+    expected = {}
+    for family, (template, _) in tiny.FAMILIES.items():
+        fields = [field for field in tiny.FIELDS if "{" + field + "}" in template]
+        expected[family] = math.prod(len(tiny.FIELDS[field]) for field in fields)
+    assert counts == expected  # none lost: no prompt of one family is spelt like another's
+    assert len(counts) >= 9 and sum(counts.values()) >= 3000
+
+
+def test_no_word_belongs_to_two_groups():
+    words = [word for group in tiny.GROUPS.values() for word in group["words"].split(", ")]
+    words += [*tiny.MEMBERS, *tiny.OPPOSITES]
+    assert len(words) == len(set(words)) == len(tiny.POOLS)
+
+
+def test_pools_are_large_enough_and_repeat_nothing():
+    for word, pools in tiny.POOLS.items():
+        for name, pool in pools.items():
+            options = pool.split(", ")
+            assert len(options) == len(set(options)), (word, name)
+            assert name == "words" or len(options) >= len(tiny.WEIGHTS), (word, name)
+
+
+def test_prompts_and_answers_read_as_sentences():
+    generator = random.Random(0)
+    for prompt in tiny.all_prompts():
+        answer = tiny.draw_answer(prompt, generator)
+        assert prompt.endswith(tiny.MARKER) and prompt.count(tiny.MARKER) == 1 and prompt[0].isupper()
+        assert answer[0].isupper() and answer[-1] in ".!" and "  " not in answer and "{" not in prompt + answer
+        assert 5 <= len(answer.split()) <= 20, answer
+        for text in (prompt, answer):
+            words = text.replace(",", " ").lower().split()
+            for article, word in zip(words, words[1:], strict=False):
+                assert (article != "a" or word[0] not in "aeiou") and (article != "an" or word[0] in "aeiou"), text
+
+
+@pytest.mark.parametrize(
+    "phrase, expected",
+    [
+        ("nap", "naps"), ("search for a key", "searches for a key"), ("polish the silver", "polishes the silver"),
+        ("buzz", "buzzes"), ("try the soup", "tries the soup"), ("buy a hat", "buys a hat"), ("dance", "dances"),
+    ],
+)  # fmt: skip
+def test_third_person(phrase, expected):
+    assert tiny._third_person(phrase) == expected
+
+
+def test_answers_are_uncertain_for_every_prompt():
+    # Entropy of a draw, in nats: the mean over the two forms of the sum over their independent slots.
+    def entropy(slot):
+        total = sum(weight for _, weight in slot)
+        return -sum(weight / total * math.log(weight / total) for _, weight in slot)
+
+    entropies = [
+        sum(entropy(slot) for form in tiny.answer_slots(prompt) for slot in form) / 2 for prompt in tiny.all_prompts()
+    ]
+    assert min(entropies) > 2.0  # a kind of fruit and one taste: 2 slots of about 1.4 nats
+    assert sum(entropies) / len(entropies) > 4.0
+
+
+def test_tastes_differ_between_words_and_draws_follow_them(data):
+    def observed(word, name):
+        """Relative frequency of each favourite of a word in the teacher's "sentence" answers."""
+        counts = Counter()
+        for example in data["teacher_train"]:
+            family, words = tiny.all_prompts()[example["prompt"]]
+            if family == "sentence" and words["noun"] == word:
+                counts.update(o for o, _ in tiny.favourites(word, name) if o in example["output"])
+        return {option: count / sum(counts.values()) for option, count in counts.items()}
+
+    fox, wolf = observed("fox", "does"), observed("wolf", "does")
+    assert max(fox.values()) > 3 * min(fox.values())  # unequal tastes
+    assert sum(abs(fox.get(option, 0) - wolf.get(option, 0)) for option in {*fox, *wolf}) > 0.5  # 2 at the most
+
+    prompt, generator = "Write a sentence about a fox in the garden.\n", random.Random(0)
+    answers = [tiny.draw_answer(prompt, generator) for _ in range(4000)]
+    for word, name in (("fox", "look"), ("fox", "does"), ("garden", "spot"), ("garden", "when")):
+        options = tiny.favourites(word, name)
+        total = sum(weight for _, weight in options)
+        for option, weight in options:
+            frequency = sum(option.lower() in answer.lower() for answer in answers) / len(answers)
+            assert frequency == pytest.approx(weight / total, abs=0.04), (word, option)  # 5 standard errors
+
+    for name, group in tiny.GROUPS.items():
+        words = group["words"].split(", ")
+        for pool in set(tiny.POOLS[words[0]]) - {"words"}:
+            tastes = {tiny.favourites(word, pool) for word in words}
+            assert len(tastes) > len(words) / 2 or len(group[pool].split(", ")) == 5, (name, pool)
+
+
+def test_a_taste_is_the_same_in_every_family():
+    does = [option for option, _ in tiny.favourites("owl", "does")]
+    for prompt in ("Where in the barn can I find the owl?\n", "What does an owl do at dawn?\n"):
+        slots = [slot for form in tiny.answer_slots(prompt) for slot in form if len(slot) == 5]
+        assert any([option for option, _ in slot] == does for slot in slots)
+
+
+# -- validity ----------------------------------------------------------------------------------------------------------
+
+
+def test_gold_answers_and_references_are_valid(data):
+    for name, examples in data.items():
+        for example in examples:
+            answers = example["output"] if name in ("valid", "test") else [example["output"]]
+            assert all(tiny.is_valid(example["prompt"], answer) for answer in answers), example
+
+
+def test_a_corrupted_answer_is_invalid(data):
+    generator = random.Random(1)
+    foreign = 0
+    for example, other in zip(data["test"], data["test"][1:] + data["test"][:1], strict=True):
+        prompt, answer = example["prompt"], example["output"][0]
+        words = answer.split()
+        for length in range(len(words)):
+            assert not tiny.is_valid(prompt, " ".join(words[:length]))  # truncated
+        place = generator.randrange(len(words))
+        assert not tiny.is_valid(prompt, " ".join(words[:place] + ["zebra"] + words[place + 1 :]))
+        assert not tiny.is_valid(prompt, " ".join(words[:place] + words[place : place + 1] + words[place:]))
+        for changed in (answer.lower(), answer[:-1], answer + " ", " " + answer, answer + answer, answer.upper()):
+            assert not tiny.is_valid(prompt, changed)
+        foreign += tiny.is_valid(prompt, other["output"][0])
+    assert foreign <= 0.02 * len(data["test"])
+
+
+def test_only_a_words_own_favourites_are_valid():
+    prompt = "Name a kind of fruit for the fox.\n"
+    favourites = [option for option, _ in tiny.favourites("fox", "look")]
+    looks = tiny.GROUPS["animal"]["look"].split(", ")
+    for look in looks:
+        assert tiny.is_valid(prompt, f"A plum is the right fruit for the {look} fox.") == (look in favourites)
+    assert 0 < len(favourites) < len(looks)
+    assert not tiny.is_valid(prompt, f"A tulip is the right fruit for the {favourites[0]} fox.")
+
+
+def test_a_full_stop_is_no_wildcard():
+    prompt, answer = "Name a kind of fruit for the fox.\n", "A plum, as long as the fox dances."
+    assert tiny.is_valid(prompt, answer) and not tiny.is_valid(prompt, answer[:-1] + "x")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "Name a kind of fruit for the fox.", "Write a sentence about a tax in the garden.\n"]
+)
+def test_a_foreign_prompt_is_an_error(prompt):
+    with pytest.raises(ValueError, match="not a prompt of the tiny task"):
+        tiny.is_valid(prompt, "A plum.")
+
+
+# -- the data set ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 12345])
+def test_the_splits_share_no_prompt(seed):
+    data = tiny.make_data(seed, teacher_train=8000, valid=500, test=800)
+    train, valid, test = (
+        {example["prompt"] for name in names for example in data[name]}
+        for names in (("teacher_train", "student_train"), ("valid",), ("test",))
+    )
+    assert not train & valid and not train & test and not valid & test
+    assert len(valid) == 500 and len(test) == 800  # and no prompt twice
+
+
+def test_default_sizes_and_shape_of_the_examples(data):
+    sizes = {name: len(examples) for name, examples in data.items()}
+    assert sizes == {"teacher_train": 16000, "student_train": 500, "valid": 200, "test": 300}
+    for name, examples in data.items():
+        for example in examples:
+            assert set(example) == {"prompt", "output"}
+            if name in ("valid", "test"):
+                assert len(example["output"]) == 5 and all(isinstance(answer, str) for answer in example["output"])
+            else:
+                assert isinstance(example["output"], str)
+
+
+def test_every_family_is_about_equally_frequent_in_every_part(data):
+    for name, examples in data.items():
+        counts = Counter(family_of(example["prompt"]) for example in examples)
+        share = len(examples) / len(tiny.FAMILIES)
+        assert set(counts) == set(tiny.FAMILIES)
+        slack = 1 if name in ("valid", "test") else 5 * math.sqrt(share)
+        assert all(abs(count - share) <= slack for count in counts.values()), (name, counts)
+
+
+def test_test_words_were_all_seen_in_training(data):
+    seen = {(field, word) for e in data["teacher_train"] for field, word in tiny.all_prompts()[e["prompt"]][1].items()}
+    for example in data["valid"] + data["test"]:
+        assert set(tiny.all_prompts()[example["prompt"]][1].items()) <= seen
+
+
+def test_several_hundred_distinct_words(data):
+    texts = texts_of(data["teacher_train"])
+    assert len({word.strip(".,!?:").lower() for text in texts for word in text.split()}) >= 500
+
+
+def test_a_training_prompt_comes_back_with_other_answers(data):
+    answers = {}
+    for example in data["teacher_train"]:
+        answers.setdefault(example["prompt"], set()).add(example["output"])
+    assert sum(len(different) > 1 for different in answers.values()) > 1000
+
+
+def test_a_part_depends_on_the_seed_and_not_on_the_size_of_another():
+    small = tiny.make_data(3, **SMALL)
+    large = tiny.make_data(3, teacher_train=500, student_train=130, valid=70, test=90)
+    assert small["teacher_train"] == large["teacher_train"][:400]
+    assert tiny.make_data(3, **SMALL | {"teacher_train": 0})["test"] == small["test"]
+    assert tiny.make_data(3, **SMALL) == small
+    other = tiny.make_data(4, **SMALL)
+    assert all(other[name] != small[name] for name in small)
+    # The partition itself follows the seed: most test prompts of one seed are training prompts of another.
+    shared = {example["prompt"] for example in small["test"]} & {example["prompt"] for example in other["test"]}
+    assert len(shared) < len(small["test"]) / 2
+
+
+def test_the_grammar_does_not_depend_on_the_data_seed():
+    def grammar():
+        tables = [(prompt, tiny.answer_slots(prompt)) for prompt in tiny.all_prompts()]
+        return hashlib.sha256(repr(tables).encode()).hexdigest()
+
+    before = grammar()
+    random.seed(99)
+    data = tiny.make_data(7, **SMALL)
+    for cached in (tiny.favourites, tiny.answer_slots, tiny.all_prompts, tiny._answer_pattern):
+        cached.cache_clear()
+    assert grammar() == before
+    assert all(tiny.is_valid(e["prompt"], answer) for e in data["test"] for answer in e["output"])
+
+
+@pytest.mark.parametrize("size", [dict(valid=5000), dict(test=5000), dict(test=-1), dict(student_train=-5)])
+def test_impossible_sizes_are_named(size):
+    ((name, value),) = size.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        tiny.make_data(**{**SMALL, **size})
+
+
+def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
+    code = (
+        "import json, sys, hashlib, tiny\n"
+        "data = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)\n"
+        "texts = [text for e in data['teacher_train'] for text in (e['prompt'], e['output'])]\n"
+        "tiny.train_tokenizers(texts, {0!r} + '/teacher', {0!r} + '/student')\n"
+        "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())\n"
+    )
+    results = []
+    for hash_seed in ("0", "1"):
+        folder = tmp_path / hash_seed
+        digest = in_another_process(code.format(str(folder)), hash_seed)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        assert len(files) == 4
+        results.append((digest, [(str(path.relative_to(folder)), path.read_bytes()) for path in files]))
+    assert results[0] == results[1]
+    here = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)
+    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == results[0][0].strip()
+
+
+# -- the tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def test_tokenizers_are_lossless(tokenizers, data):
+    _, _, teacher, student = tokenizers
+    for text in HORRORS + texts_of(data["student_train"]):
+        for tokenizer in (teacher, student):
+            assert tokenizer.decode(ids(tokenizer, text)) == text
+
+
+def test_tokenizer_files_are_the_same_each_time(tokenizers, tmp_path):
+    folder, texts, _, _ = tokenizers
+    tiny.train_tokenizers(texts, tmp_path / "teacher", tmp_path / "student")
+    files = [path.relative_to(folder) for path in folder.rglob("*.json")]
+    assert len(files) == 4
+    assert all((folder / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
+
+
+def test_tokenizers_are_of_two_different_kinds(tokenizers, data):
+    folder, _, teacher, student = tokenizers
+    assert teacher.get_vocab_size() == tiny.TEACHER_VOCABULARY and student.get_vocab_size() == tiny.STUDENT_VOCABULARY
+    assert sorted(teacher.get_vocab().values()) == list(range(tiny.TEACHER_VOCABULARY))
+    assert [teacher.id_to_token(index) for index in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert teacher.encode("The fox").tokens[0] == "<s>" and ids(teacher, "</s>") == [2]
+    assert "▁fox" in teacher.get_vocab() and "Ġfox" in student.get_vocab()
+    assert [teacher.id_to_token(i) for i in ids(teacher, "é")] == ["▁", "<0xC3>", "<0xA9>"]
+    assert student.token_to_id("<|endoftext|>") is not None and "<unk>" not in student.get_vocab()
+    outputs = [example["output"] for example in data["student_train"]]
+
+    def spans(tokenizer, text):
+        return [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
+
+    assert sum(spans(teacher, text) != spans(student, text) for text in outputs) > 50  # they cut the text differently
+    for name, end in (("teacher", "</s>"), ("student", "<|endoftext|>")):
+        config = json.loads((folder / name / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert config["eos_token"] == end
+
+
+def test_no_teacher_token_joins_two_words(tokenizers, data):
+    # There is no cut into words when encoding (as in Llama's file), so that only the merges can keep words apart.
+    _, _, teacher, _ = tokenizers
+    assert json.loads(teacher.to_str())["pre_tokenizer"] is None
+    learned = [token for token in teacher.get_vocab() if not token.startswith("<")]
+    assert all("▁" not in token[1:] for token in learned)
+    assert all(token.strip("▁").isalpha() or len(token.strip("▁")) <= 1 for token in learned)
+
+
+def test_transformers_reads_both_tokenizers_alike(tokenizers):
+    transformers = pytest.importorskip("transformers")
+    folder, _, teacher, student = tokenizers
+    for name, tokenizer in (("teacher", teacher), ("student", student)):
+        loaded = transformers.AutoTokenizer.from_pretrained(folder / name)
+        for text in HORRORS:
+            assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+            assert loaded.decode(ids(tokenizer, text)) == text
+        assert loaded.eos_token == {"teacher": "</s>", "student": "<|endoftext|>"}[name]
