@@ -52,16 +52,22 @@ BYTE_LEVEL = byte_level_table()
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's token for one byte of an unknown character
 
 
-def _spelling(tokenizer: Tokenizer) -> str:
-    """"byte-level" (GPT-2, Llama 3, Qwen, SmolLM2) or "sentencepiece" (Llama 2, TinyLlama, Mistral)."""
+def _spelling(tokenizer: Tokenizer) -> tuple[str, str | None]:
+    """"byte-level" (GPT-2, Llama 3, Qwen, SmolLM2) or "sentencepiece" (Llama 2, TinyLlama, Mistral), and the unknown
+    token's name."""
     description = json.loads(tokenizer.to_str())
+    model = description["model"]
     parts = json.dumps([description["pre_tokenizer"], description["decoder"], description["normalizer"]])
-    if '"ByteLevel"' in parts:
-        return "byte-level"
-    if '"Metaspace"' in parts or "\\u2581" in parts:  # U+2581 is SentencePiece's visible space
-        return "sentencepiece"
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:  # Unigram names it by id
+        unknown = model["vocab"][model["unk_id"]][0]
+    marked = model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")  # "</w>", "##": not in the text
+    if '"ByteLevel"' in parts and not marked:
+        return "byte-level", unknown
+    if ('"Metaspace"' in parts or "\\u2581" in parts) and not marked:  # U+2581 is SentencePiece's visible space
+        return "sentencepiece", unknown
     raise ValueError(
-        f"cannot tell which bytes this tokenizer's tokens spell (model {description['model']['type']}, decoder "
+        f"cannot tell which bytes this tokenizer's tokens spell (model {model['type']}, decoder "
         f"{(description['decoder'] or {}).get('type')}): byte-level BPE and SentencePiece-style can be aligned"
     )
 
@@ -72,9 +78,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     Byte-level tokens go through GPT-2's byte table; in SentencePiece vocabularies U+2581 is a space and `<0xE9>` that
     byte; added tokens that are not special are plain text. Raises ValueError for another kind of tokenizer.
     """
-    byte_level = _spelling(tokenizer) == "byte-level"
+    kind, unknown = _spelling(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
-    unknown = getattr(tokenizer.model, "unk_token", None)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     spelt: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
@@ -82,7 +87,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
             spelt[index] = None if added[index].special else token.encode()
         elif token == unknown:
             spelt[index] = None
-        elif byte_level:
+        elif kind == "byte-level":
             # a character outside the table can only come from a token that training never produced: plain text
             spelt[index] = b"".join(bytes([BYTE_LEVEL[c]]) if c in BYTE_LEVEL else c.encode() for c in token)
         elif match := BYTE_FALLBACK.fullmatch(token):
@@ -228,7 +233,7 @@ def align_by_programme(teacher: list[bytes | None], student: list[bytes | None])
     same_token: dict[bytes | None, list[int]] = {}
     for j, token in enumerate(student):
         same_token.setdefault(token, []).append(j)
-    same_token.pop(b"", None)  # a token that spells nothing (a stripped dummy prefix) says nothing
+    # a token that spells nothing (a stripped dummy prefix) is left out: it says nothing
     match_at = {end: i for i, end in enumerate(teacher_ends) if teacher[i] != b""}
 
     def starts(i: int, ends: list[int], tokens: list) -> int:

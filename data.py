@@ -61,7 +61,7 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
         # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
     empty = []
     for number, line in enumerate(lines[first:last], start=first + 1):
@@ -70,7 +70,7 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -94,7 +94,7 @@ def _example(record: dict, where: str) -> Example:
         if not isinstance(value, str):
             found = "is missing" if key not in record else f"must be a string, found {type(value).__name__}"
             raise ValueError(f"{where}: {key!r} {found}")
-        return value
+        return _encodable(value, key, where)
 
     outputs = record.get("output")
     if isinstance(outputs, str):
@@ -102,6 +102,7 @@ def _example(record: dict, where: str) -> Example:
     if not isinstance(outputs, list) or not outputs or not all(isinstance(output, str) for output in outputs):
         found = "is missing" if "output" not in record else "must be a string or a list of strings"
         raise ValueError(f"{where}: 'output' {found}")
+    outputs = [_encodable(output, "output", where) for output in outputs]
     if "prompt" in record:
         example = Example(where, outputs, prompt=text("prompt"))
         if not example.prompt:
@@ -110,6 +111,15 @@ def _example(record: dict, where: str) -> Example:
     if "instruction" not in record:
         raise ValueError(f"{where}: neither 'prompt' nor 'instruction'")
     return Example(where, outputs, instruction=text("instruction"), input=text("input", required=False))
+
+
+def _encodable(text: str, key: str, where: str) -> str:
+    """The text itself. JSON can spell half of a surrogate pair (a lone \\ud83d), which is no character of any text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key!r} has half a surrogate pair at character {error.start}") from error
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +142,11 @@ class TextTokenizer:
         self.directory = directory
         self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._end_of_text()
-        self.bytes = token_bytes(self.tokenizer)
+        try:
+            self.bytes = token_bytes(self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{directory / 'tokenizer.json'}: {error}") from error
+        self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
 
     def _end_of_text(self) -> int:
         for file, key in [
@@ -141,14 +155,18 @@ class TextTokenizer:
             ("config.json", "eos_token_id"),
         ]:
             path = self.directory / file
-            value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}: not a JSON object: {error}") from error
             value = value.get("content") if isinstance(value, dict) else value
             value = value[0] if isinstance(value, list) and value else value
+            if value is None:
+                continue
             index = self.tokenizer.token_to_id(value) if isinstance(value, str) else value
-            if index is None and value is not None:
+            if type(index) is not int or not 0 <= index < self.size or self.tokenizer.id_to_token(index) is None:
                 raise ValueError(f"{path}: {key} {value!r} is not in tokenizer.json")
-            if index is not None:
-                return index
+            return index
         raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
@@ -212,8 +230,13 @@ class CutReport:
 
 
 def longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
-    """The largest n in [0, length] that fits, -1 if not even 0 does; bisection, since longer texts have more tokens."""
-    low, high = -1, length
+    """The largest n in [0, length] that fits, -1 if not even 0 does; bisection, since longer texts have more tokens.
+
+    (A merge may make a longer text one token shorter: then n fits and n + 1 does not, but a larger one might.)
+    """
+    if fits(length):
+        return length
+    low, high = -1, length - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -255,11 +278,12 @@ def tokenise(
     teacher: TextTokenizer | None = None,
     max_len: int = 512,
     max_prompt_len: int = 256,
-    align: bool = False,
+    align: str | None = None,
 ) -> tuple[list[Row], CutReport]:
     """Rows of at most `max_len` tokens (prompt, response and end-of-text together) for each model.
 
-    align: also the exact token alignment of each response. Raises ValueError naming an example that cannot fit.
+    align: "eta" also aligns the tokens of each response; "none" demands that both models have the same. Raises
+    ValueError naming an example that cannot fit, or that differs.
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report = [], CutReport(examples=len(examples))
@@ -292,7 +316,12 @@ def tokenise(
         if not all(side.response for side in sides):
             raise ValueError(f"{example.where}: the response has no tokens")
         row = Row(*sides)
-        if align:
+        if teacher is not None and align == "none" and row.teacher.response != row.student.response:
+            raise ValueError(
+                f"{example.where}: the tokenizers have the same vocabulary but cut this response differently; "
+                "use --align eta (recipe v2) or cma (recipe v1)"
+            )
+        if align == "eta":
             row.pairs = exact_token_alignment(
                 [teacher.bytes[i] for i in row.teacher.response], [student.bytes[i] for i in row.student.response]
             )

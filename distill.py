@@ -7,6 +7,7 @@ An update is made of one or more batches (gradient accumulation), in two phases:
 2. `loss` of every batch, for a backward pass each. The parts add up to the loss of the whole, however it is split.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from align import cross_model_attention, prediction_map, vocabulary_overlap
 from data import Batch, ModelBatch, TextTokenizer
-from losses import DIVERGENCES, count_agreeing, dskd_loss, kd_loss, sft_loss
+from fused import fused_terms
+from losses import DIVERGENCES, PLAIN, count_agreeing, dskd_loss, kd_loss, logits_under, sft_loss
 from projector import Projectors
 
 
@@ -48,12 +50,12 @@ def hidden_at(model: nn.Module, side: ModelBatch) -> Tensor:
 
 def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
     """The predicted token of each state, (R, D) and (V, D) -> (R,)."""
-    return torch.cat([(part @ head.T).argmax(-1) for part in hidden.split(chunk)])
+    return torch.cat([logits_under(part, head).argmax(-1) for part in hidden.split(chunk)])
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
     """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be."""
-    equal = teacher.vocabulary() == student.vocabulary()
+    equal = teacher.vocabulary() == student.vocabulary() and teacher.eos_id == student.eos_id
     if align == "auto":
         align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if method == "kd" and align != "none":
@@ -89,12 +91,12 @@ class Distiller(nn.Module):
         temperature: float = 2.0,
         kd_rate: float = 0.5,
         projectors_file: str | None = None,
-        chunk: int | None = 1024,
+        chunk: int = 512,
     ):
         super().__init__()
         assert divergence in DIVERGENCES and method in {"sft", "kd", "dskd"}
         self.method, self.recipe, self.divergence = method, recipe, divergence
-        self.temperature, self.kd_rate, self.chunk = temperature, kd_rate, chunk
+        self.temperature, self.kd_rate, self.terms = temperature, kd_rate, fused_terms(chunk) if chunk else PLAIN
         self.align, self.projectors = "none", None
         if method == "sft":
             return
@@ -127,8 +129,14 @@ class Distiller(nn.Module):
         student_head, teacher_head = student.head_weight, self.teacher.head_weight
         widths = student_head.shape[1], teacher_head.shape[1]
         given = load_file(file) if file else {}
-        biased = any(name.endswith(".bias") for name in given) if given else self.recipe == "v1"
-        self.projectors = Projectors(*widths, bias=biased, query=self.align == "cma").to(student_head.device)
+        if self.align != "cma" and (unused := [name for name in given if name.startswith("query.")]):
+            print(f"{file}: {' and '.join(unused)} belong to --align cma and are not used", file=sys.stderr)
+            given = {name: value for name, value in given.items() if name not in unused}
+        self.projectors = Projectors(*widths, bias=True, query=self.align == "cma").to(student_head.device)
+        for name, layer in self.projectors.named_children():
+            biased = f"{name}.bias" in given if f"{name}.weight" in given else self.recipe == "v1"
+            if not biased:
+                layer.bias = None
         own = self.projectors.state_dict()
         for name, value in given.items():
             if name not in own or own[name].shape != value.shape:
@@ -137,7 +145,7 @@ class Distiller(nn.Module):
         if self.recipe == "v2":
             heads = self._shared_heads(student)
             if "t2s.weight" not in given:
-                self.projectors.preserve_logits(*heads)
+                self.projectors.start_t2s(*heads)
             if "s2t.weight" not in given:
                 self.projectors.solve_s2t(*heads)
         self.projectors.load_state_dict(given, strict=False)
@@ -194,16 +202,17 @@ class Distiller(nn.Module):
         return states.hidden if states.teacher_index is None else states.hidden[states.teacher_index]
 
     def loss(self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals) -> dict[str, Tensor]:
-        """{loss, ce, kd, t2s_ce, ...}: this batch's part of the update's loss and terms, with gradient.
+        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's loss and terms, with gradient; sums come after
+        what they are made of, so that the first that is not finite is the one to look at.
 
         loss = (1 − kd_rate)·ce + kd_rate·kd. `student` may be a compiled model; its head is read from it.
         """
         student_hidden, gold, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
         if self.method == "sft":
-            terms = sft_loss(student_hidden, gold, head, totals.tokens, self.chunk)
-            return {"loss": terms["ce"], **terms}
+            terms = sft_loss(student_hidden, gold, head, totals.tokens, self.terms)
+            return {**terms, "loss": terms["ce"]}
         teacher_head = self.teacher.head_weight
-        options = {"divergence": self.divergence, "temperature": self.temperature, "chunk": self.chunk}
+        options = {"divergence": self.divergence, "temperature": self.temperature, "terms": self.terms}
         if self.method == "kd":
             terms = kd_loss(student_hidden, gold, states.hidden, head, teacher_head, totals.tokens, **options)
         else:
@@ -232,7 +241,7 @@ class Distiller(nn.Module):
                 agreeing=totals.agreeing,
                 **options,
             )
-        return {"loss": (1 - self.kd_rate) * terms["ce"] + self.kd_rate * terms["kd"], **terms}
+        return {**terms, "loss": (1 - self.kd_rate) * terms["ce"] + self.kd_rate * terms["kd"]}
 
     def _attend(self, student, batch: Batch, student_hidden: Tensor, teacher_hidden: Tensor, totals: Totals):
         """CMA (v1): each side's states seen from the other's positions, t2s (N, d) and s2t (M, D)."""

@@ -139,11 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    examples = read_jsonl(*data_file(options.data, "valid"))[: options.limit]
     models = []
     for name in options.directories:  # before anything is loaded: all of them must be there
         student = Path(name) / "student"
         models.append(model_directory(str(student if student.is_dir() else name)))
+    examples = read_jsonl(*data_file(options.data, "valid"))[: options.limit]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     rows = [["model", "Rouge-L", "exact match", "cross-entropy"]]
     for name, directory in zip(options.directories, models, strict=True):

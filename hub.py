@@ -1,5 +1,6 @@
 """From a name to files: presets of models and data sets, a local path first, then the local cache, then a download."""
 
+import json
 import os
 from pathlib import Path
 
@@ -48,13 +49,26 @@ def model_directory(name: str, weights: bool = True) -> Path:
         raise FileNotFoundError(
             f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
         )
-    missing = [file for file in MODEL_FILES[:2] if not (directory / file).is_file()]
-    if weights and not any((directory / file).is_file() for file in WEIGHT_FILES[:2]):
-        missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
+    missing = _missing(directory, weights)
     if missing:
-        hint = "" if weights or "config.json" in missing else "; --from-scratch needs no weights"
+        hint = "; a student --from-scratch needs no weights" if missing[0] not in MODEL_FILES else ""
         raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{hint}")
     return directory
+
+
+def _missing(directory: Path, weights: bool) -> list[str]:
+    """The files a model directory lacks: configuration, tokenizer, and the weights in one file or in all the shards."""
+    missing = [file for file in MODEL_FILES[:2] if not (directory / file).is_file()]
+    single, index = (directory / file for file in WEIGHT_FILES[:2])
+    if not weights or single.is_file():
+        return missing
+    if not index.is_file():
+        return [*missing, "model.safetensors (or model.safetensors.index.json and its shards)"]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return missing + [shard for shard in sorted(shards) if not (directory / shard).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a JSON object with a weight_map of tensor names to file names") from error
 
 
 def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
@@ -73,7 +87,7 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     path = _snapshot(repository, "dataset", [file], name) / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"the repository {repository} has no file {file}; give the path of a JSONL file instead of {name!r}"
+            f"{name!r}: neither the cache nor the repository {repository} has {file}; give the path of a JSONL file"
         )
     return path, first, last
 
@@ -81,15 +95,23 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
 def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
     """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     where = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
     try:
         cached = Path(snapshot_download(**where, local_files_only=True))
-        if all(any(cached.glob(file)) for file in files[:1]) and (kind == "dataset" or _has_weights(cached, files)):
+        lacking = _missing(cached, WEIGHT_FILES[0] in files) if kind == "model" else []
+        if not lacking and (cached / files[0]).is_file():
             return cached
-    except (LocalEntryNotFoundError, FileNotFoundError):
+    except LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name!r} is neither a directory nor a repository's name: {error}") from error
     option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
     by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
     try:
@@ -101,11 +123,8 @@ def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{name!r}: there is no public {kind} repository {repository}. {by_hand}") from error
-    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:  # no network, in one of several disguises
-        raise FileNotFoundError(
-            f"{name!r} is not in the local cache and the hub cannot be reached ({type(error).__name__}). {by_hand}"
-        ) from error
-
-
-def _has_weights(directory: Path, files: list[str]) -> bool:
-    return WEIGHT_FILES[0] not in files or any((directory / file).exists() for file in WEIGHT_FILES[:2])
+    except Exception as error:  # the names of the HTTP library's exceptions differ from version to version
+        offline = isinstance(error, LocalEntryNotFoundError)
+        why = "the hub cannot be reached" if offline else f"fetching it failed ({type(error).__name__}: {error})"
+        what = "file" if kind == "dataset" else "directory"
+        raise FileNotFoundError(f"{name!r} is no {what}, it is not in the local cache, and {why}. {by_hand}") from error

@@ -6,8 +6,8 @@ v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhe
     d, D    student and teacher width            V    vocabulary size, of whichever head stands beside it
 
 Every objective works on hidden states and heads rather than logits: the heads are the papers' point, and a response of
-400 tokens has 60 million logits over a vocabulary of 152k but less than a million hidden values. `chunk` bounds how
-many tokens have their logits in memory at once.
+400 tokens has 60 million logits over a vocabulary of 152k but less than a million hidden values. The per-token terms
+are written plainly here; `terms=` puts others in their place that equal them (fused.py: less memory, less time).
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
@@ -20,11 +20,12 @@ True
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Divergences. log_p, log_q (N, V): log-probabilities of the student and of the teacher; each returns (N,)
@@ -61,11 +62,11 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
     return reverse_kl(log_p, log_mixture(log_p, log_q, skew))
 
 
-def adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
-    """(g_h·FKL + g_t·RKL)/(g_h + g_t): the larger gap, over the teacher's head or its tail, decides (arXiv 2404.02657).
+def adaptive_weight(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
+    """g_h/(g_h + g_t), (N,): the share of the teacher's head in the gap between the distributions, without gradient.
 
     Sorted by the teacher's probability, ascending, the tail is what has a cumulative mass ≤ alpha, the head the rest;
-    g = Σ |q − p| over each, without gradient.
+    g = Σ |q − p| over each.
     """
     with torch.no_grad():
         p, q = log_p.exp(), log_q.exp()
@@ -74,8 +75,13 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
         tail = q_ascending.cumsum(-1) <= alpha
         gap_tail, gap_head = (gap * tail).sum(-1), (gap * ~tail).sum(-1)
         # equal distributions have no gap at all; both divergences are 0 there, whatever the weight
-        weight_head = gap_head / (gap_head + gap_tail).clamp_min(torch.finfo(gap.dtype).tiny)
-    return weight_head * forward_kl(log_p, log_q) + (1 - weight_head) * reverse_kl(log_p, log_q)
+        return gap_head / (gap_head + gap_tail).clamp_min(torch.finfo(gap.dtype).tiny)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(g_h·FKL + g_t·RKL)/(g_h + g_t): the larger gap, over the teacher's head or tail, decides (arXiv 2404.02657)"""
+    weight = adaptive_weight(log_p, log_q)
+    return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
 
 def _from_logits(divergence):
@@ -83,8 +89,8 @@ def _from_logits(divergence):
 
     def from_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        log_p = log_softmax(student_logits / temperature, dim=-1, dtype=dtype)
-        log_q = log_softmax(teacher_logits / temperature, dim=-1, dtype=dtype)
+        log_p = log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+        log_q = log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
         return divergence(log_p, log_q)
 
     from_logits.__doc__ = (
@@ -107,10 +113,16 @@ DIVERGENCES = {
 # Per-token terms: hidden states and heads in, one number per token out
 
 
+def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
+    """(n, d) x (d, V) -> (n, V), in float32 or better: the product may be bf16 (autocast), what follows must not be."""
+    logits = hidden @ head.T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def gold_terms(student_hidden: Tensor, gold: Tensor, student_head: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the gold token, and whether it is the arg-max: (n, d), (n,), (V, d) -> (n,), (n,)."""
-    logits = student_hidden @ student_head.T  # (n, d) x (d, V) -> (n, V)
-    return cross_entropy(logits.float(), gold, reduction="none"), logits.argmax(-1) == gold
+    logits = logits_under(student_hidden, student_head)
+    return cross_entropy(logits, gold, reduction="none"), logits.argmax(-1) == gold
 
 
 def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence: str, temperature: float):
@@ -118,9 +130,9 @@ def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, d
 
     Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows both have.
     """
-    student_logits = student_hidden @ student_head.T
-    teacher_logits = teacher_hidden @ teacher_head.T
-    ce = cross_entropy(student_logits.float(), gold, reduction="none")
+    student_logits = logits_under(student_hidden, student_head)
+    teacher_logits = logits_under(teacher_hidden, teacher_head)
+    ce = cross_entropy(student_logits, gold, reduction="none")
     rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
     kd = DIVERGENCES[divergence](student_logits[:, :rows], teacher_logits[:, :rows], temperature)
     return ce, student_logits.argmax(-1) == gold, kd
@@ -137,10 +149,10 @@ def student_space_terms(
     teaches the student (and nothing else: the projected logits are detached); agrees says where the projected
     teacher's arg-max is its label, that is where it can be trusted.
     """
-    student_logits = student_hidden @ student_head.T  # (n, d) x (d, V) -> (n, V)
-    t2s_logits = t2s_hidden @ student_head.detach().T  # (n, d) x (d, V) -> (n, V)
-    ce = cross_entropy(student_logits.float(), gold, reduction="none")
-    t2s_ce = cross_entropy(t2s_logits.float(), t2s_label, reduction="none")
+    student_logits = logits_under(student_hidden, student_head)
+    t2s_logits = logits_under(t2s_hidden, student_head.detach())
+    ce = cross_entropy(student_logits, gold, reduction="none")
+    t2s_ce = cross_entropy(t2s_logits, t2s_label, reduction="none")
     t2s_kd = DIVERGENCES[divergence](student_logits, t2s_logits.detach(), temperature)
     return ce, student_logits.argmax(-1) == gold, t2s_ce, t2s_kd, t2s_logits.argmax(-1) == t2s_label
 
@@ -151,26 +163,21 @@ def teacher_space_terms(s2t_hidden, teacher_hidden, teacher_head, divergence: st
     s2t_hidden (n, D): the student's states, projected; teacher_hidden (n, D); teacher_head (V, D), which is frozen but
     passes the gradient on to the student. Returns D(p ‖ q) as (n,).
     """
-    s2t_logits = s2t_hidden @ teacher_head.T  # (n, D) x (D, V) -> (n, V)
-    teacher_logits = teacher_hidden @ teacher_head.T
+    s2t_logits = logits_under(s2t_hidden, teacher_head)
+    teacher_logits = logits_under(teacher_hidden, teacher_head)
     return DIVERGENCES[divergence](s2t_logits, teacher_logits, temperature)
 
 
-def by_chunks(terms, rows: tuple[Tensor, ...], fixed: tuple, chunk: int | None):
-    """terms(*rows, *fixed) over at most `chunk` rows at a time, concatenated; None: all at once.
+class Terms(NamedTuple):
+    """The four functions above, or others that equal them: what the objectives below are made of."""
 
-    The logits of a chunk are dropped after its forward pass and made again in its backward pass, so that memory is
-    bounded by the chunk and not by the batch: a third more arithmetic in the heads, the same values and gradients.
-    """
-    if chunk is None or len(rows[0]) <= chunk:
-        return terms(*rows, *fixed)
-    pieces = [
-        checkpoint(terms, *piece, *fixed, use_reentrant=False, preserve_rng_state=False)
-        for piece in zip(*(row.split(chunk) for row in rows), strict=True)
-    ]
-    if isinstance(pieces[0], Tensor):
-        return torch.cat(pieces)
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    gold: Callable = gold_terms
+    kd: Callable = kd_terms
+    student_space: Callable = student_space_terms
+    teacher_space: Callable = teacher_space_terms
+
+
+PLAIN = Terms()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,9 +185,9 @@ def by_chunks(terms, rows: tuple[Tensor, ...], fixed: tuple, chunk: int | None):
 # so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, and counts to log.
 
 
-def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens: float, chunk: int | None = None):
+def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens: float, terms: Terms = PLAIN):
     """Supervised fine-tuning: cross-entropy with the gold tokens. {ce, correct}"""
-    ce, correct = by_chunks(gold_terms, (student_hidden, gold), (student_head,), chunk)
+    ce, correct = terms.gold(student_hidden, gold, student_head)
     return {"ce": ce.sum() / tokens, "correct": correct.sum()}
 
 
@@ -193,11 +200,12 @@ def kd_loss(
     tokens: float,
     divergence: str = "fkl",
     temperature: float = 2.0,
-    chunk: int | None = None,
+    terms: Terms = PLAIN,
 ) -> dict[str, Tensor]:
     """Vanilla KD: every student token against the teacher's distribution at the same place. {ce, kd, correct}"""
-    rows, fixed = (student_hidden, gold, teacher_hidden), (student_head, teacher_head, divergence, temperature)
-    ce, correct, kd = by_chunks(kd_terms, rows, fixed, chunk)
+    ce, correct, kd = terms.kd(
+        student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature
+    )
     return {"ce": ce.sum() / tokens, "kd": kd.sum() / tokens, "correct": correct.sum()}
 
 
@@ -218,7 +226,7 @@ def dskd_loss(
     temperature: float = 2.0,
     pairs: float | None = None,
     agreeing: float | None = None,
-    chunk: int | None = None,
+    terms: Terms = PLAIN,
 ) -> dict[str, Tensor]:
     """DSKD: L_kd = L_stu + L_ce + L_tea, for all four combinations of the papers:
 
@@ -230,25 +238,21 @@ def dskd_loss(
 
     An agreeing token is one where the projected teacher predicts its label. `pairs` and `agreeing` are those numbers
     for the whole batch if this is a part of it (`count_agreeing` counts); None: this is all of it. No pair, or no
-    agreeing one: the term is 0. Returns {ce, kd, t2s_ce, t2s_kd, s2t_kd, correct, agreeing, pairs}.
+    agreeing one: the term is 0. Returns {ce, t2s_ce, t2s_kd, s2t_kd, kd, correct, agreeing, pairs}.
     """
     if (recipe, align) not in {("v1", "none"), ("v1", "cma"), ("v2", "none"), ("v2", "eta")}:
         raise ValueError(f"recipe {recipe!r} with align {align!r}: v1 goes with none or cma, v2 with none or eta")
-    in_student_space = (student_head, divergence, temperature)
-    if student_rows is None:
-        rows = (student_hidden, gold, t2s_hidden, t2s_label)
-        ce, correct, t2s_ce, t2s_kd, agrees = by_chunks(student_space_terms, rows, in_student_space, chunk)
-    else:  # tokens without a counterpart have only their cross-entropy
+    paired = slice(None) if student_rows is None else student_rows
+    ce, correct, t2s_ce, t2s_kd, agrees = terms.student_space(
+        student_hidden[paired], gold[paired], t2s_hidden, t2s_label, student_head, divergence, temperature
+    )
+    if student_rows is not None:  # tokens without a counterpart have only their cross-entropy
         alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
         alone[student_rows] = False
-        rows = (student_hidden[student_rows], gold[student_rows], t2s_hidden, t2s_label)
-        ce, correct, t2s_ce, t2s_kd, agrees = by_chunks(student_space_terms, rows, in_student_space, chunk)
-        ce_alone, correct_alone = by_chunks(gold_terms, (student_hidden[alone], gold[alone]), (student_head,), chunk)
+        ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
         ce, correct = torch.cat([ce, ce_alone]), torch.cat([correct, correct_alone])
-
     s2t_divergence = "fkl" if recipe == "v1" else divergence
-    in_teacher_space = (teacher_head, s2t_divergence, temperature)
-    s2t_kd = by_chunks(teacher_space_terms, (s2t_hidden, teacher_hidden), in_teacher_space, chunk)
+    s2t_kd = terms.teacher_space(s2t_hidden, teacher_hidden, teacher_head, s2t_divergence, temperature)
 
     count = agrees.sum()
     if not (recipe == "v1" and align == "none"):
@@ -259,15 +263,15 @@ def dskd_loss(
     t2s_kd_normaliser = tokens
     if recipe == "v2":
         t2s_kd_normaliser = torch.clamp(count if agreeing is None else torch.as_tensor(agreeing), min=1)
-    terms = {
+    kd = {
         "t2s_ce": t2s_ce.sum() / normaliser,
         "t2s_kd": t2s_kd.sum() / t2s_kd_normaliser,
         "s2t_kd": s2t_kd.sum() / normaliser,
     }
     return {
         "ce": ce.sum() / tokens,
-        "kd": sum(terms.values()),
-        **terms,
+        **kd,
+        "kd": sum(kd.values()),
         "correct": correct.sum(),
         "agreeing": count,
         "pairs": torch.tensor(len(t2s_label)),
@@ -281,4 +285,4 @@ def count_agreeing(t2s_hidden: Tensor, t2s_label: Tensor, student_head: Tensor, 
     Neither depends on the student's states, so that a batch in parts can know the normaliser before its first part.
     """
     parts = zip(t2s_hidden.split(chunk), t2s_label.split(chunk), strict=True)
-    return sum(int(((hidden @ student_head.T).argmax(-1) == label).sum()) for hidden, label in parts)
+    return sum(int((logits_under(hidden, student_head).argmax(-1) == label).sum()) for hidden, label in parts)

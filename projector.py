@@ -25,22 +25,23 @@ def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
     With head = U S Rᵀ the Gram matrix headᵀ head is R S² Rᵀ: its eigenvectors R and eigenvalues S² give
     pinv(head) = (headᵀ head)⁺ headᵀ. Directions with a singular value below max(D, V)·ε(float32)·σ_max are dropped, as
     `torch.linalg.pinv` does with a float32 head. Worked out in float64, `rows` rows at a time, because squaring the
-    singular values squares their ratio; returned in the dtype of the head.
+    singular values squares their ratio; returned in float32 or better, since in half precision the small directions
+    would drown in the rounding of the large ones.
     """
-    head = head.detach()
+    head, dtype = head.detach(), torch.promote_types(head.dtype, torch.float32)
     gram = sum(part.double().T @ part.double() for part in head.split(rows))  # (D, V) x (V, D) -> (D, D)
     squared, directions = torch.linalg.eigh(gram)  # ascending (D,), (D, D)
     cut = (max(head.shape) * torch.finfo(torch.float32).eps) ** 2 * squared[-1]
     gram_inverse = directions * torch.where(squared > cut, 1 / squared, 0.0) @ directions.T
-    return torch.cat([(gram_inverse @ part.double().T).to(head.dtype) for part in head.split(rows)], dim=1)
+    return torch.cat([(gram_inverse @ part.double().T).to(dtype) for part in head.split(rows)], dim=1)
 
 
 def logit_preserving_weight(source_head: Tensor, target_head: Tensor, inverse: Tensor | None = None) -> Tensor:
     """W = argmin ‖ source_head − target_head · W ‖_F: the projected states give the original logits (v2).
 
     source_head (V, d_in), target_head (V, d_out), rows in the same vocabulary order -> (d_out, d_in), the layout of
-    `nn.Linear(d_in, d_out).weight`. `inverse` is `pseudo_inverse(target_head)` if the caller has it already: s2t is
-    solved anew at every step, against a teacher head that never changes.
+    `nn.Linear(d_in, d_out).weight`, in float32 or better. `inverse` is `pseudo_inverse(target_head)` if the caller has
+    it already: s2t is solved anew at every step, against a teacher head that never changes.
     """
     if source_head.shape[0] != target_head.shape[0]:
         raise ValueError(
@@ -48,13 +49,14 @@ def logit_preserving_weight(source_head: Tensor, target_head: Tensor, inverse: T
             f"target_head {target_head.shape[0]}; take the rows of the shared vocabulary first"
         )
     inverse = pseudo_inverse(target_head) if inverse is None else inverse
-    return inverse @ source_head.detach()  # (d_out, V) x (V, d_in) -> (d_out, d_in)
+    return inverse @ source_head.detach().to(inverse.dtype)  # (d_out, V) x (V, d_in) -> (d_out, d_in)
 
 
 class Projectors(nn.Module):
     """t2s (D -> d), s2t (d -> D) and CMA's query (2d -> 2D), all linear; `query` is None without CMA.
 
-    v1 has biases. Both start at random (as `nn.Linear` does) and are trained, unless `preserve_logits` is called.
+    v1 has biases. All start at random (as `nn.Linear` does) and are trained, unless `start_t2s` or `solve_s2t` is
+    called.
     """
 
     def __init__(self, student_width: int, teacher_width: int, bias: bool, query: bool = False):
@@ -65,15 +67,13 @@ class Projectors(nn.Module):
         self.register_buffer("teacher_inverse", None, persistent=False)  # set where s2t is solved, not trained
 
     @torch.no_grad()
-    def preserve_logits(self, student_head: Tensor, teacher_head: Tensor) -> None:
-        """v2's start, from heads (V, d) and (V, D) over the shared vocabulary: t2s as a first value to train from, s2t
-        as a solution that `refresh_s2t` renews and no optimiser touches."""
+    def start_t2s(self, student_head: Tensor, teacher_head: Tensor) -> None:
+        """v2's t2s, a first value to train from: heads (V, d) and (V, D) over the shared vocabulary."""
         self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
-        self.solve_s2t(student_head, teacher_head)
 
     @torch.no_grad()
     def solve_s2t(self, student_head: Tensor, teacher_head: Tensor) -> None:
-        """Take s2t from the heads from now on, instead of training it."""
+        """v2's s2t, a solution that `refresh_s2t` renews and no optimiser touches; from the same heads."""
         self.s2t.weight.requires_grad_(False)
         self.teacher_inverse = pseudo_inverse(teacher_head)
         self.refresh_s2t(student_head)
@@ -82,4 +82,5 @@ class Projectors(nn.Module):
     def refresh_s2t(self, student_head: Tensor) -> None:
         """s2t for the current student head (V, d), if it is solved; no gradient flows through the solution."""
         if self.teacher_inverse is not None:
-            self.s2t.weight.copy_(self.teacher_inverse @ student_head)  # logit_preserving_weight, inverse at hand
+            # logit_preserving_weight(student_head, teacher_head), with the inverse at hand: (D, V) x (V, d) -> (D, d)
+            self.s2t.weight.copy_(self.teacher_inverse @ student_head.to(self.teacher_inverse.dtype))

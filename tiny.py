@@ -25,6 +25,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import TextTokenizer, read_jsonl
+from distill import choose_alignment
 from eval import respond, score, table
 from model import load_model
 
@@ -393,8 +394,9 @@ STUDENT = {
 }  # fmt: skip
 DEFAULTS = {  # of options; what is not named here is as on the command line
     "lr": 3e-3, "projector_lr": 1e-2, "max_len": 96, "max_prompt_len": 48, "weight_decay": 0.1, "warmup": 20,
-    "chunk": 8192, "log_every": 20, "from_scratch": True, "seed": 0,
+    "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
+DISTILLATION = "teacher recipe align divergence kd_rate temperature projectors projector_lr".split()
 TEACHER_STEPS, TEACHER_BATCH = 900, 64
 STUDENT_STEPS, STUDENT_BATCH = 800, 32
 
@@ -417,15 +419,20 @@ def run(given: dict, options_class, train) -> None:
     o = options_class(**{**DEFAULTS, **given, "out": given.get("out", ROOT)})
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
+    if o.method != "sft":  # a combination that cannot be is told before the teacher is trained
+        tokenizers = TextTokenizer(start / "teacher"), TextTokenizer(start / "student")
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
     def stage(name: str, **changes) -> float:
         changes["max_steps"] = min(changes["max_steps"], o.max_steps or changes["max_steps"])
         options = {**asdict(o), "out": str(root / name), "checkpoint_every": 10**6, **changes}
+        if options["method"] == "sft":  # one teacher and one twin serve every way to distil
+            options = {key: value for key, value in options.items() if key not in DISTILLATION}
         return run_stage(options_class(**options), train, name)
 
     data = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), "max_steps": STUDENT_STEPS,
             "batch_size": STUDENT_BATCH}  # fmt: skip
-    distilled = f"{o.method}-{o.recipe}" if o.method == "dskd" else o.method
+    distilled = "-".join([o.method, o.recipe, *(given[key] for key in ("align", "divergence") if key in given)])
     seconds = {
         "teacher": stage("teacher", method="sft", student=str(start / "teacher"), max_steps=TEACHER_STEPS,
                          batch_size=TEACHER_BATCH, data=str(root / "teacher_train.jsonl")),  # fmt: skip
@@ -464,23 +471,22 @@ def prepare(root: Path, seed: int) -> None:
 
 def run_stage(o, train, name: str) -> float:
     """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
-    directory = Path(o.out)
+    directory, asked = Path(o.out), asdict(o)
     if (directory / "finished.json").is_file():
-        before = json.loads((directory / "args.json").read_text())
-        changed = [key for key, value in asdict(o).items() if value is not None and before[key] != value]
+        finished = json.loads((directory / "finished.json").read_text())
+        before = finished["options"]
+        changed = [key for key in asked if asked[key] != before[key]]
         if changed:
             raise ValueError(
                 f"{directory} was trained with --{changed[0].replace('_', '-')} {before[changed[0]]!r}; "
                 "give another --out, or remove it to train it again"
             )
-        return json.loads((directory / "finished.json").read_text())["seconds"]
-    o.resume = (directory / "resume" / "state.safetensors").is_file()
-    if not o.resume and (directory / "args.json").is_file():
-        (directory / "args.json").unlink()  # interrupted before its first checkpoint
+        return finished["seconds"]
+    o.resume = (directory / "args.json").is_file()  # interrupted: it goes on
     start = time.perf_counter()
     train(o, description=f"{name:8}")
     seconds = time.perf_counter() - start
-    (directory / "finished.json").write_text(json.dumps({"seconds": seconds}) + "\n")
+    (directory / "finished.json").write_text(json.dumps({"seconds": seconds, "options": asked}) + "\n")
     return seconds
 
 

@@ -8,6 +8,7 @@ The loop is `train`; what one update does is in distill.py; what the terms mean 
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -20,13 +21,13 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
 from data import Row, TextTokenizer, collate, read_jsonl, tokenise, update_order
-from distill import Distiller
+from distill import Distiller, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import data_file, model_directory
 from losses import DIVERGENCES
@@ -67,7 +68,7 @@ class Options:
     clip: float = option(1.0, "largest norm of the whole gradient")
     max_len: int = option(512, "tokens of prompt, response and end-of-text together, per model")
     max_prompt_len: int = option(256, "tokens of the prompt, per model")
-    chunk: int = option(1024, "tokens whose logits are in memory at once")
+    chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     seed: int = option(42, "of initialisation, data order and dropout")
     dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
@@ -98,11 +99,13 @@ def parse(arguments: list[str] | None = None) -> dict:
 def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
-                "max_prompt_len": 1, "chunk": 1, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
+                "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
                 "projector_lr": 0, "seed": 0}  # fmt: skip
     for name, least in at_least.items():
-        if not getattr(o, name) >= least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least}")
+        if not least <= getattr(o, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
+    if o.seed >= 2**32:
+        raise ValueError(f"--seed {o.seed}: must be below 2**32, since it is multiplied into the seeds of epochs")
     for name in ("lr", "temperature", "clip"):
         if not 0 < getattr(o, name) < math.inf:
             raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
@@ -112,9 +115,20 @@ def check(o: Options) -> Options:
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
     device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = torch.device(device).type == "cuda"
+    try:
+        on_cuda = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a device; use cuda, cuda:1, cpu, ...") from error
     if on_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+    if o.projectors is not None and o.method != "dskd":
+        raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
+    if o.projectors is not None:
+        try:  # only that it can be read; whether it fits is known once the models are there
+            with safe_open(o.projectors, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--projectors {o.projectors}: not a readable safetensors file ({error})") from error
     return replace(
         o,
         device=device,
@@ -153,6 +167,7 @@ def load(o: Options) -> Pieces:
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         teacher_tokenizer = TextTokenizer(teacher_directory)
+        choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)  # before models are loaded
     first_lines = o.batch_size if o.dry_run else None
     examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))[:first_lines]
     valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
@@ -174,10 +189,10 @@ def load(o: Options) -> Pieces:
         student, student_tokenizer, teacher, teacher_tokenizer, o.method, o.recipe, o.align, o.divergence,
         o.temperature, o.kd_rate, o.projectors, o.chunk,
     )  # fmt: skip
-    align = distiller.align == "eta"
-    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
+    lengths = o.max_len, o.max_prompt_len
+    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, distiller.align)
     print(f"train: {report}", file=sys.stderr)
-    valid_rows, report = tokenise(valid, student_tokenizer, None, o.max_len, o.max_prompt_len)
+    valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
     if valid:
         print(f"valid: {report}", file=sys.stderr)
     prompts = [example.prompt_text() for example in (valid or examples)[:5]]
@@ -252,9 +267,8 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 
 def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int) -> None:
-    """student/ as a Hugging Face directory, and resume/state.safetensors with all that an exact continuation needs.
-
-    The state is one file, replaced at once, so that it is always of one update.
+    """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
+    resume/state.safetensors with all that an exact continuation needs: one file, replaced at once, so of one update.
     """
     out = Path(o.out)
     save_model(pieces.student, out / "student")
@@ -263,7 +277,7 @@ def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, st
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
     tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters()}
-    tensors |= {f"projectors.{name}": value for name, value in pieces.distiller.named_parameters()}
+    tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors["random.cpu"] = torch.get_rng_state()
@@ -272,15 +286,18 @@ def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, st
     (out / "resume").mkdir(exist_ok=True)
     new = out / "resume" / "state.safetensors.new"
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    trained = [name for name, parameter in pieces.distiller.named_parameters() if parameter.requires_grad]
+    if trained:
+        save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
     save_file(tensors, new, metadata={"step": str(step)})
     os.replace(new, out / "resume" / "state.safetensors")
 
 
 def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW) -> int:
-    """Take up the state that `save_checkpoint` left; returns the number of updates done."""
+    """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"--resume: there is no {path}; start without --resume")
+        return 0
     with safe_open(path, "pt") as file:
         tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
     state: dict[int, dict] = {}
@@ -288,7 +305,7 @@ def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW)
         for name, parameter in pieces.student.named_parameters():
             parameter.copy_(tensors[f"student.{name}"])
         for name, parameter in pieces.distiller.named_parameters():
-            parameter.copy_(tensors[f"projectors.{name}"])
+            parameter.copy_(tensors[name])
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
@@ -300,24 +317,41 @@ def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW)
     return step
 
 
-def prepare_directory(o: Options) -> None:
-    """A new run directory with args.json, or the old one if it is this very run that goes on."""
+def check_directory(o: Options) -> None:
+    """Raises unless --out is free for a new run, or --resume is given and it holds this very run."""
     out, record = Path(o.out), asdict(replace(o, resume=False))
-    if o.resume and (out / "args.json").is_file():
+    if o.resume and not (out / "args.json").is_file():
+        raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
+    if o.resume:
         before = json.loads((out / "args.json").read_text())
         changed = {name for name in record if record[name] != before.get(name)}
         if changed:
             name = sorted(changed)[0]
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume: {flag} is {record[name]!r}, but {out} was started with {before.get(name)!r}")
+    elif out.is_file():
+        raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def start_directory(o: Options) -> None:
+    """The run directory with args.json."""
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    (Path(o.out) / "args.json").write_text(json.dumps(asdict(replace(o, resume=False)), indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def keep_freed_memory() -> None:
+    """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
+    then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
@@ -325,13 +359,16 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     o = check(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    else:
+        keep_freed_memory()
     if not o.dry_run:
-        prepare_directory(o)
+        check_directory(o)
     pieces = load(o)
     student = torch.compile(pieces.student, dynamic=True) if o.compile else pieces.student
     if o.dry_run:
         return dry_run(o, pieces, student)
 
+    start_directory(o)  # only now, when nothing is wrong with the input
     optimizer = make_optimizer(o, pieces)
     per_update = o.batch_size * o.grad_accum
     updates_per_epoch = -(-len(pieces.rows) // per_update)
@@ -342,7 +379,8 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pieces.student.train()
     line: dict[str, float] = {}
-    progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True)
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+    progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
     order = update_order(len(pieces.rows), per_update, o.seed, start)
     clock, clock_tokens = time.perf_counter(), 0
     for step, indices in enumerate(islice(order, total - start), start):
@@ -423,6 +461,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     try:
         if not given.keys() & {"student", "teacher", "data"}:
+            check(Options(**given, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
             tiny.run(given, Options, train)
             return
         o = Options(**given)

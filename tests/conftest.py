@@ -1,0 +1,32 @@
+"""A prepared tiny task, shared by the tests that run whole commands: data, both tokenizers, and untrained models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import model
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory):
+    """A directory with train.jsonl (40 examples), valid.jsonl (10), test.jsonl (10), teacher/ and student/ of different
+    vocabularies, and twin/, a wider model with the student's tokenizer."""
+    root = tmp_path_factory.mktemp("tiny")
+    data = tiny.make_data(seed=0, teacher_train=2000, student_train=40, valid=10, test=10)
+    texts = [text for example in data["teacher_train"] for text in example.values()]
+    tiny.train_tokenizers(texts, str(root / "teacher"), str(root / "student"))
+    for part, name in (("student_train", "train"), ("valid", "valid"), ("test", "test")):
+        lines = (json.dumps(example) + "\n" for example in data[part])
+        (root / f"{name}.jsonl").write_text("".join(lines))
+    small_student = {**tiny.STUDENT, "n_embd": 32, "n_layer": 1}
+    small_teacher = {**tiny.TEACHER, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 64}
+    shutil.copytree(root / "student", root / "twin")
+    for seed, (name, config) in enumerate(
+        [("teacher", small_teacher), ("student", small_student), ("twin", {**small_student, "n_embd": 48})]
+    ):
+        torch.manual_seed(seed)
+        model.save_model(model.build_model(config), root / name)
+    return root

@@ -1,0 +1,563 @@
+"""align.py: what tokens spell, which of them align, how vocabularies correspond, and cross-model attention."""
+
+import doctest
+import itertools
+import math
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import align
+import tiny
+from align import (
+    BYTE_LEVEL,
+    align_by_programme,
+    align_by_sweep,
+    cross_model_attention,
+    exact_token_alignment,
+    prediction_map,
+    token_bytes,
+    vocabulary_overlap,
+)
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "Le café était fermé à cause de la grève générale.",
+    "Die Größe des Gebäudes überrascht viele Besucher.",
+    "北京是中国的首都。上海很大。",
+    "東京は日本の首都です。カタカナも。",
+    "القاهرة هي عاصمة مصر.",
+    "दिल्ली भारत की राजधानी है।",
+    "I love pizza 🍕 and parties 🎉 with friends 👨‍👩‍👧.",
+    "one\ttwo\t\tthree\n\n  four   five\r\nsix ",
+    'def f(x):\n    return {"é": x[0] + 1}  # naïve\n',
+]
+UNSEEN = [
+    "A fox at the café; ça va? Übung macht Größe.",
+    "上京は中国語で何ですか。",
+    " two leading spaces… and 🦊🦊 unseen ones",
+    "\n\tindented = [1, 2, 3]\n",
+    "قطة वर्षा naïve résumé",
+    "",
+    " ",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers: plain definitions to compare with
+
+
+def pairs_of(result):
+    teacher_index, student_index = result
+    assert teacher_index.dtype == student_index.dtype == np.int64
+    return list(zip(teacher_index.tolist(), student_index.tolist(), strict=True))
+
+
+def aligned(teacher, student):
+    return pairs_of(exact_token_alignment(teacher, student))
+
+
+def symbols(tokens):
+    return [s for token in tokens for s in ([256] if token is None else token)]
+
+
+def pairs_by_spans(teacher, student):
+    """Every pair of tokens with the same span, one leading space of the side that has more of them left out."""
+    spaces = [len(list(itertools.takewhile(lambda s: s == 32, symbols(side)))) for side in (teacher, student)]
+    spans = []
+    for side, own, other in zip((teacher, student), spaces, spaces[::-1], strict=True):
+        ends = np.cumsum([0] + [len(symbols([token])) for token in side])
+        ends = np.maximum(ends - (own > other), 0).tolist()
+        spans.append(list(zip(ends, ends[1:], strict=False)))
+    return [
+        (i, j)
+        for i, (a, b) in enumerate(spans[0])
+        for j, (c, d) in enumerate(spans[1])
+        if (a, b) == (c, d) and a < b
+    ]
+
+
+def cut_randomly(data, rng, probability):
+    """`data` (bytes) in pieces, cut anywhere, also inside a character."""
+    inner = [i for i in range(1, len(data)) if rng.random() < probability]
+    return [data[a:b] for a, b in zip([0, *inner], [*inner, len(data)], strict=True) if a < b]
+
+
+def bl(vocabulary, **options):
+    """A byte-level tokenizer with this vocabulary and no merges."""
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return tokenizer
+
+
+def sp(vocabulary, **options):
+    """A SentencePiece-style tokenizer with this vocabulary and no merges."""
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def train_byte_level(texts, normalizer):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("align")
+    tiny.train_tokenizers(SENTENCES, folder / "teacher", folder / "student")
+    return {
+        "sentencepiece": Tokenizer.from_file(str(folder / "teacher" / "tokenizer.json")),
+        "byte-level": Tokenizer.from_file(str(folder / "student" / "tokenizer.json")),
+        "nfc": train_byte_level(SENTENCES[2:], normalizers.NFC()),
+        "lower": train_byte_level(SENTENCES, normalizers.Lowercase()),
+    }
+
+
+def spelt(tokenizer, text):
+    """The tokens of a text as bytes, with end-of-text."""
+    table = token_bytes(tokenizer)
+    return [table[i] for i in tokenizer.encode(text, add_special_tokens=False).ids] + [None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canonical bytes
+
+
+def test_docstring_example():
+    assert doctest.testmod(align) == (0, 4)
+
+
+def test_byte_table_is_the_inverse_of_the_librarys():
+    assert sorted(BYTE_LEVEL.values()) == list(range(256))
+    assert set(BYTE_LEVEL) == set(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    seen = set()
+    for code in [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 4099)]:
+        written = byte_level.pre_tokenize_str(chr(code))[0][0]
+        assert bytes(BYTE_LEVEL[c] for c in written) == chr(code).encode()
+        seen.update(chr(code).encode())
+    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert seen == set(range(256)) - never_in_utf8
+    assert all(BYTE_LEVEL[chr(byte)] == byte for byte in never_in_utf8)  # printable in Latin-1: themselves
+
+
+def test_token_bytes_byte_level():
+    vocabulary = {c: i for i, c in enumerate(sorted(BYTE_LEVEL))}
+    vocabulary |= {"Ġthe": 300, "Ã©": 301, "Ċĉ": 302, "北": 303, "<0x41>": 304}
+    tokenizer = bl(vocabulary)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_tokens(["<tool é>", AddedToken("\n\n\n", normalized=False)])
+    spelt = token_bytes(tokenizer)
+    assert [spelt[vocabulary[c]] for c in BYTE_LEVEL] == [bytes([b]) for b in BYTE_LEVEL.values()]
+    assert spelt[300:305] == [b" the", "é".encode(), b"\n\t", "北".encode(), b"<0x41>"]
+    holes = set(range(305)) - set(tokenizer.get_vocab().values())
+    assert len(holes) > 40 and all(spelt[i] is None for i in holes)
+    assert spelt[tokenizer.token_to_id("<|endoftext|>")] is None
+    assert spelt[tokenizer.token_to_id("<tool é>")] == "<tool é>".encode()
+    assert spelt[tokenizer.token_to_id("\n\n\n")] == b"\n\n\n"
+    assert len(spelt) == max(tokenizer.get_vocab().values()) + 1
+
+
+def test_token_bytes_sentencepiece():
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "▁a▁b": 4, "<0xE9>": 5, "<0x0a>": 6, "é": 7, "Ġ": 8,
+                  "<0x1>": 9, "x<0x41>": 10}  # fmt: skip
+    tokenizer = sp(vocabulary, unk_token="<unk>", byte_fallback=True)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens(["▁▁plain"])
+    expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
+    assert token_bytes(tokenizer) == [*expected, "▁▁plain".encode()]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0),
+    ],
+    ids=["BPE", "Unigram"],
+)
+def test_unknown_token_spells_nothing_even_if_not_special(model):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert token_bytes(tokenizer) == [None, b"a"]
+
+
+def test_every_token_of_a_text_spells_its_part_of_it(trained):
+    for name in ("byte-level", "sentencepiece"):
+        for text in [*SENTENCES, *UNSEEN]:
+            joined = b"".join(spelt(trained[name], text)[:-1])
+            assert joined == (" " * (name == "sentencepiece" and text != "") + text).encode()
+
+
+def wordpiece():
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return tokenizer
+
+
+def test_other_tokenizers_are_refused():
+    with pytest.raises(ValueError, match="model WordPiece, decoder WordPiece.*byte-level BPE and SentencePiece"):
+        token_bytes(wordpiece())
+    with pytest.raises(ValueError, match="model BPE"):
+        token_bytes(bl({"a</w>": 0, "a": 1}, end_of_word_suffix="</w>"))
+    with pytest.raises(ValueError, match="model WordLevel, decoder None"):
+        token_bytes(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact token alignment: by hand
+
+E_ACUTE, PIZZA = "é".encode(), "🍕".encode()
+HAND = {
+    "one token is two of the other": ([b"ab", b"c", None], [b"a", b"b", b"c", None], [(1, 2), (2, 3)]),
+    "accent": ([b"caf", E_ACUTE, b" noir", None], [b"ca", b"f", E_ACUTE, b" noir", None], [(1, 2), (2, 3), (3, 4)]),
+    "accent split in bytes": ([b"a", b"\xc3", b"\xa9", b"b"], [b"a", E_ACUTE, b"b"], [(0, 0), (3, 2)]),
+    "newline": ([b"a", b"\n", b"b", b" c", None], [b"a", b"\n", b"b", b" c", None], [(i, i) for i in range(5)]),
+    "emoji split differently": (
+        [b"I", b" ", *(bytes([b]) for b in PIZZA), b" x", None],
+        [b"I", b" " + PIZZA[:2], PIZZA[2:3], PIZZA[3:], b" x", None],
+        [(0, 0), (4, 2), (5, 3), (6, 4), (7, 5)],
+    ),
+    "dummy prefix, teacher's": ([b" The", b" cat", None], [b"The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
+    "dummy prefix, student's": ([b"The", b" cat", None], [b" The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
+    "dummy prefix on both": ([b" The", None], [b" ", b"The", None], [(1, 2)]),
+    "dummy prefix a token of its own": ([b" ", "北".encode(), None], ["北".encode(), None], [(1, 0), (2, 1)]),
+    "dummy prefix before a newline": ([b" ", b"\n", b"x", None], [b"\n", b"x", None], [(1, 0), (2, 1), (3, 2)]),
+    "dummy prefix before a real space": ([b"  The", None], [b" The", None], [(0, 0), (1, 1)]),
+    "dummy prefix over several tokens": ([b" ", b" ", b"a"], [b" ", b"a"], [(1, 0), (2, 1)]),
+    "dummy prefix before end-of-text": ([b" ", None], [None], [(1, 0)]),
+    "no prefix behind end-of-text": ([None, b" a", None], [None, b"a", None], [(0, 0), (2, 2)]),
+    "spaces of different width": ([b"   ", b"x"], [b" ", b"x"], [(1, 1)]),
+    "same spaces cut differently": ([b"a", b"  ", b"b"], [b"a", b" ", b" ", b"b"], [(0, 0), (2, 3)]),
+    "end-of-text in the middle": (
+        [b"a", None, b"bc", None],
+        [b"a", None, b"b", b"c", None],
+        [(0, 0), (1, 1), (3, 4)],
+    ),
+    "end-of-text is no character": ([b"a", None, b"b"], [b"ab", None], [(1, 1)]),
+    "two in a row": ([b"a", None, None], [b"a", None, None], [(0, 0), (1, 1), (2, 2)]),
+    "cut, no end-of-text": ([b"ab", b"c"], [b"a", b"b", b"c"], [(1, 2)]),
+    "end-of-text on one side": ([b"a", b"bc", None], [b"a", b"bc"], [(0, 0), (1, 1)]),
+    "one text is longer": ([b"a", b"b", b"c", None], [b"a", b"b", None], [(0, 0), (1, 1), (3, 2)]),
+    "nothing in common": ([b"a", b"b"], [b"x", b"y"], []),
+    "a token that spells nothing": ([b"a", b"", b"b"], [b"", b"a", b"b"], [(0, 1), (2, 2)]),
+    "empty": ([], [], []),
+    "empty teacher": ([], [b"a", None], []),
+    "empty student": ([b" ", None], [], []),
+    "end-of-text alone": ([None], [None], [(0, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_alignment_by_hand(name):
+    teacher, student, expected = HAND[name]
+    copies = list(teacher), list(student)
+    assert aligned(teacher, student) == expected
+    assert aligned(student, teacher) == [(j, i) for i, j in expected]
+    assert (teacher, student) == copies  # the arguments are left alone
+
+
+def test_newline_spelt_two_ways():
+    teacher = sp({"<unk>": 0, "▁a": 1, "<0x0A>": 2, "b": 3, "▁c": 4}, unk_token="<unk>", byte_fallback=True)
+    student = bl({"a": 0, "Ċ": 1, "b": 2, "Ġc": 3})
+    ours = [token_bytes(teacher)[i] for i in (1, 2, 3, 4)] + [None]
+    theirs = [token_bytes(student)[i] for i in (0, 1, 2, 3)] + [None]
+    assert aligned(ours, theirs) == [(i, i) for i in range(5)]
+
+
+CHANGED = {  # one side's tokenizer changed the text
+    "NFC and NFD": (
+        [b"Le", b" caf", E_ACUTE, b" noir", None],
+        [b"Le", b" caf", b"e", b"\xcc\x81", b" noir", None],
+        [(0, 0), (1, 1), (3, 4), (4, 5)],
+    ),
+    "NFC and NFD, the accent in a longer token": (
+        [b"Le", b" caf", E_ACUTE, b" noir", None],
+        [b"Le", b" cafe", b"\xcc\x81 ", b"noir", None],
+        [(0, 0), (4, 4)],
+    ),
+    "lower-casing": (
+        [b"The", b" Cat", b" sat", b" Down", None],
+        [b"the", b" c", b"at", b" sat", b" down", None],
+        [(2, 3), (4, 5)],
+    ),
+    "NFKC": (["ﬁ".encode(), b"ne", b" wine", None], [b"fi", b"ne", b" wine", None], [(1, 1), (2, 2), (3, 3)]),
+    "NFKC, cut differently": (["ﬁ".encode(), b"ne", b" wine", None], [b"fine", b" wine", None], [(2, 1), (3, 2)]),
+    "white space cleaned up": (
+        [b"a", b"  ", b"b", b"\n\n", b"c", None],
+        [b"a", b" ", b"b", b" ", b"c", None],
+        [(0, 0), (2, 2), (4, 4), (5, 5)],
+    ),
+    "white space stripped at the end": ([b"a", b" b", b" \n", None], [b"a", b" b", None], [(0, 0), (1, 1), (3, 2)]),
+    "two leading spaces more": ([b"   ", b"a", b" b", None], [b"a", b" b", None], [(1, 0), (2, 1), (3, 2)]),
+    "unknown character": ([b"a", None, b"b", None], [b"a", b"\xe5", b"\x8c", b"b", None], [(0, 0), (2, 3), (3, 4)]),
+    "several differences": (
+        [b"A", b" b", b" C", b" d", b" E", b" f", None],
+        [b"a", b" b", b" c", b" d", b" e", b" f", None],
+        [(1, 1), (3, 3), (5, 5), (6, 6)],
+    ),
+    "fewer edits before more matches": ([b"abc", b"d"], [b"d", b"ab", b"c"], []),  # abc in place, not the moved d
+    "more matches at equal edits": ([b"ab", b"x"], [b"a", b"b", b"y", b"ab"], [(0, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_alignment_of_changed_text_by_hand(name):
+    teacher, student, expected = CHANGED[name]
+    assert aligned(teacher, student) == expected
+    assert aligned(student, teacher) == [(j, i) for i, j in expected]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact token alignment: properties
+
+
+def random_sides(rng):
+    """One random text, perhaps with end-of-text inside, cut twice."""
+    characters = "aab  \n\té北🙂क"
+    probability = rng.choice([0.1, 0.3, 0.6]), rng.choice([0.1, 0.3, 0.6])
+    sides = [], []
+    for part in range(rng.choice([1, 1, 1, 2, 3])):
+        data = "".join(rng.choice(characters) for _ in range(rng.randrange(12))).encode()
+        for side, p in zip(sides, probability, strict=True):
+            side += [None] * (part > 0) + cut_randomly(data, rng, p)
+            if rng.random() < 0.05:
+                side.append(b"")
+    for side in sides if rng.random() < 0.7 else ():
+        side.append(None)
+    return sides
+
+
+def test_sweep_and_programme_are_the_span_coincidences():
+    rng, total = random.Random(0), 0
+    for _ in range(3000):
+        teacher, student = random_sides(rng)
+        expected = pairs_by_spans(teacher, student)
+        assert pairs_of(align_by_sweep(teacher, student)) == expected
+        assert pairs_of(align_by_programme(teacher, student)) == expected
+        if rng.random() < 0.3:  # a dummy prefix on one side
+            side = rng.choice([teacher, student])
+            side.insert(0, b" ") if rng.random() < 0.5 or not side or side[0] is None else side.__setitem__(
+                0, b" " + side[0]
+            )
+        pairs = aligned(teacher, student)
+        assert pairs == pairs_by_spans(teacher, student)
+        assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(pairs))
+        total += len(pairs)
+    assert total > 5000
+
+
+def test_equal_tokenisations_align_completely():
+    rng = random.Random(1)
+    for _ in range(200):
+        tokens = [token for token in random_sides(rng)[0] if token != b""]
+        assert aligned(tokens, list(tokens)) == [(i, i) for i in range(len(tokens))]
+        assert pairs_of(align_by_programme(tokens, tokens)) == [(i, i) for i in range(len(tokens))]
+
+
+def common_length(a, b):
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        new = [0]
+        for j, y in enumerate(b):
+            new.append(row[j] + 1 if x == y else max(new[j], row[j + 1]))
+        row = new
+    return row[-1]
+
+
+def edits(teacher, student, pairs):
+    """Deletions and insertions that are needed if just these pairs of tokens are matched."""
+    total = 0
+    for (i, j), (k, m) in itertools.pairwise([(-1, -1), *pairs, (len(teacher), len(student))]):
+        a, b = symbols(teacher[i + 1 : k]), symbols(student[j + 1 : m])
+        total += len(a) + len(b) - 2 * common_length(a, b)
+    return total
+
+
+def every_matching(teacher, student, i=0, j=0):
+    """All increasing lists of pairs of equal tokens from (i, j) on."""
+    yield []
+    for k in range(i, len(teacher)):
+        for m in range(j, len(student)):
+            if teacher[k] == student[m] and teacher[k] != b"":
+                for rest in every_matching(teacher, student, k + 1, m + 1):
+                    yield [(k, m), *rest]
+
+
+def test_programme_is_optimal():
+    """Fewest edits first, then most matches, against all matchings there are."""
+    rng, differing = random.Random(2), 0
+    choices = [b"a", b"a", b"b", b"ab", b"ba", b"aab", b"", None]
+    for _ in range(1500):
+        teacher, student = ([rng.choice(choices) for _ in range(rng.randrange(6))] for _ in range(2))
+        found = pairs_of(align_by_programme(teacher, student))
+        assert all(teacher[i] == student[j] for i, j in found)
+        best = min((edits(teacher, student, p), -len(p)) for p in every_matching(teacher, student))
+        assert (edits(teacher, student, found), -len(found)) == best
+        differing += best[0] > 0 and best[1] < 0
+    assert differing > 500
+
+
+@pytest.mark.parametrize("pair", list(itertools.permutations(["sentencepiece", "byte-level", "nfc"], 2)), ids="-".join)
+def test_trained_tokenizers_align_where_spans_coincide(trained, pair):
+    teacher, student = (trained[name] for name in pair)
+    inside = 0
+    for text in [*SENTENCES, *UNSEEN]:
+        text = unicodedata.normalize("NFC", text)
+        ours, theirs = spelt(teacher, text), spelt(student, text)
+        pairs = aligned(ours, theirs)
+        assert pairs == pairs_by_spans(ours, theirs)
+        assert pairs[-1] == (len(ours) - 1, len(theirs) - 1)
+        inside += len(pairs) - 1
+    assert inside > 100
+
+
+def test_trained_lower_casing_tokenizer_loses_only_the_capitals(trained):
+    inside = 0
+    for text in [*SENTENCES[:4], "The Fox jumps over the Dog.", "die Größe des Gebäudes. Viele B's", "ÉTÉ ÜBER über"]:
+        for ours, theirs in [("byte-level", "lower"), ("sentencepiece", "lower"), ("lower", "byte-level")]:
+            a, b = spelt(trained[ours], text), spelt(trained[theirs], text)
+            # lower-casing changes no lengths here: spans can still be compared
+            expected = [(i, j) for i, j in pairs_by_spans(a, b) if a[i] == b[j]]
+            assert aligned(a, b) == expected
+            inside += len(expected) - 1
+    assert inside > 50
+
+
+def test_trained_composing_tokenizer_loses_only_the_accents(trained):
+    tails = 0
+    # (no "ç": its UTF-8 and that of its decomposed form end with the same byte, which may be a token that is kept)
+    for text in [*SENTENCES[:3], "A fox at the café, Übung macht Größe.", "déjà vu là-bas, naïve"]:
+        decomposed = unicodedata.normalize("NFD", text)
+        nfc, nfd = spelt(trained["nfc"], decomposed), spelt(trained["byte-level"], decomposed)
+        assert b"".join(nfc[:-1]) == unicodedata.normalize("NFC", text).encode()
+        # offset in the composed text -> offset in the decomposed one, but not inside what is composed
+        border, a, b = {0: 0}, 0, 0
+        for character in unicodedata.normalize("NFC", text):
+            composed, apart = character.encode(), unicodedata.normalize("NFD", character).encode()
+            if composed == apart:
+                border |= {a + n: b + n for n in range(len(composed))}
+            a, b = a + len(composed), b + len(apart)
+            border[a] = b
+        border[a + 1] = b + 1  # end-of-text
+        ends = [np.cumsum([0] + [len(symbols([token])) for token in side]).tolist() for side in (nfc, nfd)]
+        where = {(x, y): j for j, (x, y) in enumerate(itertools.pairwise(ends[1]))}
+        expected = [
+            (i, where[border[x], border[y]])
+            for i, (x, y) in enumerate(itertools.pairwise(ends[0]))
+            if (border.get(x), border.get(y)) in where and nfc[i] == nfd[where[border[x], border[y]]]
+        ]
+        assert aligned(nfc, nfd) == expected and expected[-1] == (len(nfc) - 1, len(nfd) - 1)
+        tails += len(expected)
+    assert tails > 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabularies
+
+
+@pytest.fixture(scope="module")
+def small_vocabularies():
+    """A SentencePiece vocabulary where 3 and 5 both spell "A", and a byte-level one; both know "same" as special."""
+    teacher = sp(
+        {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "<0x42>": 4, "A": 5, "▁the": 6, "é": 7, "<0xC3>": 8, "only": 9,
+         "same": 10, "mine": 11, "": 12},
+        unk_token="<unk>", byte_fallback=True,
+    )  # fmt: skip
+    teacher.add_special_tokens(["<unk>", "<s>", "</s>", "same"])
+    student = bl({"<|endoftext|>": 0, "é": 1, "Ġthe": 2, "Ã©": 3, "B": 4, "Ã": 5, "A": 7, "same": 8, "mine": 9})
+    student.add_special_tokens(["<|endoftext|>", "same", "mine"])
+    return teacher, student
+
+
+def test_vocabulary_overlap_by_hand(small_vocabularies):
+    teacher, student = small_vocabularies
+    teacher_ids, student_ids = vocabulary_overlap(teacher, student)
+    # the byte-level "é" is the byte E9 and no counterpart of the text "é"; "mine" is special in the student
+    assert student_ids.tolist() == [2, 3, 4, 5, 7]
+    assert teacher_ids.tolist() == [6, 7, 4, 8, 5]
+    assert teacher_ids.dtype == student_ids.dtype == np.int64
+    there, here = vocabulary_overlap(student, teacher)
+    assert dict(zip(here.tolist(), there.tolist(), strict=True)) == {6: 2, 7: 3, 4: 4, 8: 5, 5: 7}
+    assert here.tolist() == [4, 5, 6, 7, 8]
+
+
+def test_vocabulary_overlap_may_be_empty():
+    teacher_ids, student_ids = vocabulary_overlap(bl({"a": 0}), bl({"b": 0}))
+    assert teacher_ids.shape == student_ids.shape == (0,)
+
+
+def test_prediction_map_by_hand(small_vocabularies):
+    teacher, student = small_vocabularies
+    expected = [-1, -1, 0, 7, 4, 7, 2, 3, 5, -1, -1, -1, -1]  # 3 and 5 both mean "A"; 2 is end-of-text
+    mapped = prediction_map(teacher, student, teacher_eos=2, student_eos=0, size=16)
+    assert mapped.tolist() == expected + [-1] * 3 and mapped.dtype == np.int64
+    assert prediction_map(teacher, student, 2, 0, size=13).tolist() == expected
+    assert prediction_map(teacher, student, 2, 0, size=6).tolist() == expected[:6]  # a head smaller than its tokenizer
+    # the student's "A" is the one that is not a byte token, even where that has the smaller id
+    back = prediction_map(student, teacher, teacher_eos=0, student_eos=2, size=10)
+    assert back.tolist() == [2, -1, 6, 7, 4, 8, -1, 5, -1, -1]
+
+
+def test_prediction_map_of_trained_tokenizers(trained):
+    teacher, student = trained["sentencepiece"], trained["byte-level"]
+    ours, theirs = token_bytes(teacher), token_bytes(student)
+    mapped = prediction_map(teacher, student, 2, 0, size=1000)
+    for index, target in enumerate(mapped.tolist()):
+        if index == 2:
+            assert target == 0
+        elif target >= 0:
+            assert ours[index] == theirs[target] is not None
+        else:
+            assert index >= len(ours) or ours[index] is None or ours[index] not in theirs
+    teacher_ids, student_ids = vocabulary_overlap(teacher, student)
+    assert mapped[teacher_ids].tolist() == student_ids.tolist()
+    assert len(student_ids) == len({b for b in theirs if b} & {b for b in ours if b}) > 300
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-model attention
+
+
+def test_cross_model_attention_is_a_softmax_per_example():
+    generator = torch.Generator().manual_seed(0)
+    student_example, teacher_example = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 2, 0])
+    query, key = (3 * torch.randn(n, 8, generator=generator) for n in (6, 7))
+    t2s, s2t = cross_model_attention(query, key, student_example, teacher_example)
+    assert t2s.shape == (6, 7) and s2t.shape == (7, 6)
+    torch.testing.assert_close(t2s.sum(1), torch.ones(6))
+    torch.testing.assert_close(s2t.sum(1), torch.ones(7))
+    other = student_example[:, None] != teacher_example[None, :]
+    assert (t2s[other] == 0).all() and (s2t.T[other] == 0).all()
+    for example in range(3):
+        rows, columns = (student_example == example).nonzero()[:, 0], (teacher_example == example).nonzero()[:, 0]
+        for n in rows.tolist():
+            scores = [float(query[n].double() @ key[m].double()) / math.sqrt(8) for m in columns.tolist()]
+            weights = np.exp(scores) / np.exp(scores).sum()
+            np.testing.assert_allclose(t2s[n, columns], weights, rtol=1e-5, atol=1e-7)
+        for m in columns.tolist():
+            scores = [float(query[n].double() @ key[m].double()) / math.sqrt(8) for n in rows.tolist()]
+            weights = np.exp(scores) / np.exp(scores).sum()
+            np.testing.assert_allclose(s2t[m, rows], weights, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_model_attention_of_one_example_does_not_depend_on_the_others():
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(5, 4, generator=generator) for _ in range(2))
+    example = torch.tensor([0, 0, 0, 1, 1])
+    t2s, s2t = cross_model_attention(query, key, example, example)
+    alone = cross_model_attention(query[:3], key[:3], example[:3], example[:3])
+    torch.testing.assert_close(t2s[:3, :3], alone[0])
+    torch.testing.assert_close(s2t[:3, :3], alone[1])

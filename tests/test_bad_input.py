@@ -1,0 +1,366 @@
+"""Whatever is wrong with the input of `train.py` is one clear line, before any update and before --out exists."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model
+import tiny
+import train
+
+
+@pytest.fixture
+def command(tiny_task, tmp_path, capsys, monkeypatch):
+    """command(option=value, ...): what that run is refused with. None removes an option, True is a flag."""
+    monkeypatch.chdir(tmp_path)
+    usual = {"student": tiny_task / "student", "teacher": tiny_task / "teacher", "data": tiny_task / "train.jsonl",
+             "out": tmp_path / "run", "max_len": 96, "max_prompt_len": 48, "max_steps": 1, "batch_size": 2,
+             "device": "cpu"}  # fmt: skip
+
+    def run(**changes):
+        options = {name: value for name, value in {**usual, **changes}.items() if value is not None}
+        arguments = []
+        for name, value in options.items():
+            arguments += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
+        train.main(arguments)
+
+    def refused(**changes):
+        before = sorted(tmp_path.rglob("*"))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(train, "accumulate", lambda *arguments: pytest.fail("an update was begun"))
+            run(**changes)
+        assert sorted(tmp_path.rglob("*")) == before  # nothing made, not even an empty --out
+        if caught.value.code == 2:  # argparse
+            return capsys.readouterr().err.strip().splitlines()[-1]
+        message = caught.value.code
+        assert message.startswith("error: ") and "\n" not in message and len(message) < 600
+        return message
+
+    refused.run = run
+    return refused
+
+
+@pytest.fixture
+def copy(tiny_task, tmp_path):
+    """copy(name): a directory of the tiny task, to be spoilt."""
+    return lambda name: shutil.copytree(tiny_task / name, tmp_path / f"spoilt-{name}")
+
+
+def contains(message, *parts):
+    for part in parts:
+        assert part in message, message
+    return True
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """Fails the test if a model is loaded: what options and tokenizers tell is told before that."""
+    monkeypatch.setattr(train, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
+
+
+def test_the_usual_options_are_accepted(command, tmp_path):
+    command.run()
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def truncate(directory, keep):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensor(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_missing_weights(command, copy, role):
+    directory = copy(role)
+    (directory / "model.safetensors").unlink()
+    assert contains(command(**{role: directory}), f"{directory}: no model.safetensors (or")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(command, copy, role, keep):
+    directory = copy(role)
+    truncate(directory, keep)
+    expected = f"{directory / 'model.safetensors'}: not a readable safetensors file"
+    assert contains(command(**{role: directory}), expected, "fetch it again")
+
+
+def test_absent_shard(command, copy):
+    directory = copy("student")
+    names = list(load_file(directory / "model.safetensors"))
+    (directory / "model.safetensors").rename(directory / "one.safetensors")
+    weight_map = {name: "two.safetensors" if n else "one.safetensors" for n, name in enumerate(names)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert contains(command(student=directory), str(directory), "no two.safetensors")
+
+
+def test_tensor_of_wrong_shape(command, copy):
+    directory = copy("student")
+    change_tensor(directory, lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(31)}))
+    expected = "model.safetensors: transformer.ln_f.weight: shape [31] in the file, [32] by config.json"
+    assert contains(command(student=directory), str(directory), expected)
+
+
+def test_missing_tensor(command, copy):
+    directory = copy("student")
+    change_tensor(directory, lambda tensors: tensors.pop("transformer.h.0.mlp.c_fc.bias"))
+    assert contains(command(student=directory), str(directory), "lacks 1 tensors: transformer.h.0.mlp.c_fc.bias")
+
+
+def test_unknown_architecture(command, copy):
+    directory = copy("teacher")
+    change_config(directory, model_type="bert")
+    assert contains(command(teacher=directory), "model_type 'bert' is not supported", "gpt2", "llama")
+
+
+def test_malformed_config(command, copy):
+    directory = copy("student")
+    (directory / "config.json").write_text('{"model_type": "gpt2"')
+    assert contains(command(student=directory), f"{directory / 'config.json'}: not valid JSON")
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "data"])
+def test_unknown_names(command, name):
+    message = command(**{name: "nowhere"})
+    known = {"student": "gpt2-xl", "teacher": "gpt2-xl", "data": "vicuna"}[name]
+    assert contains(message, "'nowhere' is neither a", known)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize(
+    "role, rows, expected",
+    [("student", 500, "ids up to 899, the model only 500 embeddings"),
+     ("student", 4000, "the model has 4000 embeddings, the tokenizer only 900 ids"),
+     ("teacher", 600, "the model only 600 embeddings"), ("teacher", 32000, "the model has 32000 embeddings")],
+)  # fmt: skip
+def test_tokenizer_of_another_model(command, copy, role, rows, expected):
+    directory = copy(role)
+    config = json.loads((directory / "config.json").read_text()) | {"vocab_size": rows}
+    model.save_model(model.build_model(config), directory)
+    assert contains(command(**{role: directory}), str(directory), expected, "do not belong together")
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"version": "1.0"'])
+def test_tokenizer_missing_or_malformed(command, copy, content):
+    directory = copy("teacher")
+    if content is None:
+        (directory / "tokenizer.json").unlink()
+        assert contains(command(teacher=directory), f"{directory}: no tokenizer.json")
+    else:
+        (directory / "tokenizer.json").write_text(content)
+        assert contains(command(teacher=directory), f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer")
+
+
+def test_no_end_of_text(command, copy):
+    directory = copy("student")
+    (directory / "tokenizer_config.json").unlink()
+    change_config(directory, eos_token_id=None)
+    assert contains(command(student=directory), str(directory), "no end-of-text token: give eos_token")
+    change_config(directory, eos_token_id=50256)
+    assert contains(command(student=directory), "config.json: eos_token_id 50256 is not in tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+GOOD = '{"prompt": "Which fox?", "output": "This fox."}\n'
+TEMPLATE = '{"instruction": "Which fox?", "input": "a fox", "output": "This fox."}\n'
+
+
+@pytest.mark.parametrize("option", ["data", "valid"])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (GOOD + "{'prompt': 'p'}\n", ", line 2: not JSON"),
+        (GOOD + GOOD + '{"prompt": "p"}\n', ", line 3: 'output' is missing"),
+        (GOOD + '\n{"prompt": "p", "output": ""}\n', ": the output is empty on line 3;"),
+        ('{"text": "p", "output": "o"}\n', ", line 1: neither 'prompt' nor 'instruction'"),
+        ("", ": no examples"),
+    ],
+)
+def test_malformed_data(command, tmp_path, nothing_loaded, option, content, expected):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    assert contains(command(**{option: path}), f"{path}{expected}")
+
+
+def test_data_that_is_not_utf8(command, tmp_path, nothing_loaded):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes((GOOD + GOOD.replace("fox", "löwe")).encode("latin-1"))
+    assert contains(command(data=path), f"{path}, line 2: not UTF-8")
+
+
+def test_examples_that_do_not_fit(command, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(GOOD + TEMPLATE)
+    message = command(data=path, max_prompt_len=16)
+    assert contains(message, f"{path}, line 2: the prompt does not fit into --max-prompt-len 16")
+    path.write_text(GOOD + json.dumps({"prompt": "Which fox? " * 20, "output": "🦊"}))
+    message = command(data=path, max_len=20)
+    assert contains(message, f"{path}, line 2: no room for a response within --max-len 20")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("temperature", 0), ("temperature", -1), ("temperature", "nan"), ("temperature", "inf"), ("kd_rate", 2),
+     ("kd_rate", -0.1), ("kd_rate", "nan"), ("batch_size", 0), ("grad_accum", 0), ("epochs", 0), ("max_steps", -1),
+     ("lr", 0), ("lr", "nan"), ("lr", "inf"), ("clip", 0), ("weight_decay", -1), ("weight_decay", "nan"),
+     ("weight_decay", "inf"), ("projector_lr", "nan"), ("projector_lr", -1), ("warmup", -1), ("max_len", 1),
+     ("max_prompt_len", 0), ("chunk", -1), ("seed", -1), ("seed", 2**32), ("log_every", 0), ("checkpoint_every", -1)],
+)  # fmt: skip
+def test_values_out_of_range(command, nothing_loaded, option, value):
+    flag = "--" + option.replace("_", "-")
+    assert contains(command(**{option: value}), f"error: {flag} ", "must be")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("method", "magic"), ("recipe", "v3"), ("align", "dtw"), ("divergence", "kl"), ("dtype", "fp8"),
+     ("batch_size", 1.5), ("lr", "fast"), ("no_such_option", 1)],
+)  # fmt: skip
+def test_values_of_the_wrong_kind(command, nothing_loaded, option, value):
+    assert contains(command(**{option: value}), "error: ", "--" + option.replace("_", "-"), str(value))
+
+
+@pytest.mark.parametrize("missing", ["teacher", "student", "data"])
+def test_missing_options(command, nothing_loaded, missing):
+    assert contains(command(**{missing: None}), f"--{missing} is missing: --method dskd needs it")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [({"method": "kd"}, "needs equal vocabularies"), ({"align": "none"}, "needs equal vocabularies"),
+     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
+     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
+     ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd")],
+)  # fmt: skip
+def test_methods_and_alignments_that_do_not_go_together(command, nothing_loaded, options, expected):
+    assert contains(command(**options), expected)
+
+
+def test_different_vocabularies_are_named(command, tiny_task, nothing_loaded):
+    assert contains(command(method="kd"), str(tiny_task / "student"), str(tiny_task / "teacher"), "--method dskd")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_more_tokens_than_positions(command, copy, role):
+    directory = copy(role)
+    field = {"student": "n_positions", "teacher": "max_position_embeddings"}[role]
+    config = json.loads((directory / "config.json").read_text()) | {field: 80}
+    model.save_model(model.build_model(config), directory)
+    assert contains(command(**{role: directory}), f"--max-len 96: the {role} has only 80 positions")
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", "no CUDA device"), ("cuda:3", "no CUDA device"),
+                                              ("gpu", "not a device"), ("cpu:x", "not a device")])  # fmt: skip
+def test_device(command, monkeypatch, nothing_loaded, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert contains(command(device=device), f"--device {device}: ", expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projectors
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_projectors_file_missing_or_unreadable(command, tmp_path, nothing_loaded, content):
+    path = tmp_path / "projectors.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert contains(command(projectors=path), f"--projectors {path}: not a readable safetensors file")
+
+
+@pytest.mark.parametrize("name, shape", [("t2s.weight", (48, 32)), ("s2t.weight", (32, 48)), ("t2s.bias", (48,)),
+                                         ("t2s", (32, 48))])  # fmt: skip
+def test_projectors_that_do_not_fit(command, tmp_path, name, shape):
+    path = tmp_path / "projectors.safetensors"
+    save_file({name: torch.zeros(shape)}, path)
+    message = command(projectors=path)
+    assert contains(message, f"{path}: {name} {list(shape)} does not fit; expected", "t2s.weight [32, 48]")
+
+
+def test_query_projector_without_cma_is_told(command, tmp_path, capsys):
+    path = tmp_path / "projectors.safetensors"
+    save_file({"query.weight": torch.zeros(96, 64)}, path)
+    command.run(projectors=path)
+    assert "query.weight belong to --align cma and are not used" in capsys.readouterr().err
+
+
+def test_projectors_without_dskd(command, tmp_path):
+    path = tmp_path / "projectors.safetensors"
+    save_file({"t2s.weight": torch.zeros(32, 48)}, path)
+    assert contains(command(projectors=path, method="sft"), "--projectors belongs to --method dskd")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+
+def test_existing_run_is_not_overwritten(command, tmp_path, nothing_loaded):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").write_text("{}")
+    assert contains(command(), f"{run} already holds a run", "--out", "--resume")
+    (run / "args.json").rename(run / "student")
+    assert contains(command(), f"{run} already holds a run")
+    shutil.rmtree(run)
+    run.write_text("a file")
+    assert contains(command(), f"--out {run} is a file")
+
+
+def test_resume_without_a_run(command, tmp_path, nothing_loaded):
+    assert contains(command(resume=True), f"--resume: {tmp_path / 'run'} holds no run", "without --resume")
+
+
+def test_resume_with_other_options(command, tmp_path):
+    command.run()
+    written = (tmp_path / "run" / "args.json").read_bytes()
+    assert contains(command(resume=True, temperature=3.0), "--resume: --temperature is 3.0", "started with 2.0")
+    assert contains(command(), "already holds a run")
+    assert (tmp_path / "run" / "args.json").read_bytes() == written
+
+
+def test_refused_input_can_be_mended_with_the_same_out(command, tmp_path, copy):
+    directory = copy("student")
+    weights = (directory / "model.safetensors").read_bytes()
+    truncate(directory, 100)
+    command(student=directory)
+    (directory / "model.safetensors").write_bytes(weights)
+    command.run(student=directory)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["student"] == str(directory)
+
+
+def test_dry_run_leaves_nothing(command, tmp_path, capsys):
+    command.run(dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert json.loads(capsys.readouterr().out)["loss"] > 0
+
+
+def test_tiny_names_before_the_tiny_task_was_made(command, nothing_loaded):
+    for role in ("student", "teacher", "data"):
+        assert contains(command(**{role: "tiny"}), f"{role} 'tiny': {tiny.ROOT}", "`python train.py` makes it")

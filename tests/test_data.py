@@ -1,0 +1,578 @@
+"""data.py: the template, reading JSONL, the tokenizer, cutting to fit, batches, and the order of the data."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import tiny
+from align import exact_token_alignment
+from data import (
+    CutReport,
+    Example,
+    Row,
+    Side,
+    TextTokenizer,
+    collate,
+    cut_prompt,
+    longest_prefix,
+    read_jsonl,
+    tokenise,
+    update_order,
+)
+from model import build_model
+
+TEXTS = [
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n\n\n### Input:\n\n\n### Response:\n",
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "Le café était fermé à cause de la grève. Die Größe überrascht.",
+    "北京是中国的首都。東京は日本の首都です。",
+    "def f(x):\n    return [x, 1]  # 🍕🎉\n",
+]
+MARKER = "\n\n### Response:\n"
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tiny.train_tokenizers(TEXTS, folder / "teacher", folder / "student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(directories):
+    return TextTokenizer(directories / "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(directories):
+    return TextTokenizer(directories / "teacher")
+
+
+def raw(prompt, output):
+    return Example("here", [output], prompt=prompt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Template
+
+
+def test_template_is_the_papers_to_the_letter():
+    assert Example("", ["x"], instruction="Name a colour.").prompt_text() == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+        "\n### Instruction:\nName a colour.\n\n### Response:\n"
+    )
+    assert Example("", ["x"], instruction="Sum up.", input="A {b}\nc").prompt_text() == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n"
+        "\n### Instruction:\nSum up.\n\n### Input:\nA {b}\nc\n\n### Response:\n"
+    )
+    assert Example("", ["x"], instruction="{instruction} {0}").prompt_text().count("{instruction} {0}") == 1
+    assert raw("as {it} is", "x").prompt_text() == "as {it} is"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def write(tmp_path, content):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_read_jsonl_both_forms(tmp_path):
+    path = write(
+        tmp_path,
+        '{"prompt": "p ", "output": "o"}\n'
+        '{"instruction": "i", "input": "", "output": "é", "id": 7}\n'
+        '{"instruction": "i", "output": ["a", "b"]}\n'
+        '{"instruction": "", "input": "n", "output": " "}',
+    )
+    first, second, third, fourth = read_jsonl(path)
+    assert first == Example(f"{path}, line 1", ["o"], prompt="p ")
+    assert second == Example(f"{path}, line 2", ["é"], instruction="i")
+    assert third.outputs == ["a", "b"] and third.input == "" and third.prompt is None
+    assert (fourth.instruction, fourth.input, fourth.outputs) == ("", "n", [" "])
+
+
+def test_read_jsonl_keeps_odd_characters_and_counts_lines_by_newlines(tmp_path):
+    odd = "a\u2028b\u2029c\x85d\u000be\x0cf\x1cg\x00h\u00a0\ufeff\r\n\ti"
+    record = json.dumps({"prompt": odd, "output": odd}, ensure_ascii=False)
+    assert "\u2028" in record and "\x85" in record
+    path = write(tmp_path, b"\xef\xbb\xbf\r\n" + record.encode() + b"\r\n  \n\n" + record.encode() + b"\n\n")
+    examples = read_jsonl(path)
+    assert [example.where for example in examples] == [f"{path}, line 2", f"{path}, line 5"]
+    assert all(example.prompt == odd and example.outputs == [odd] for example in examples)
+
+
+def test_read_jsonl_part(tmp_path):
+    path = write(tmp_path, "".join(f'{{"prompt": "{n}", "output": "o"}}\n' for n in range(6)))
+    assert [e.prompt for e in read_jsonl(path, 2, 4)] == ["2", "3"]
+    assert [e.where for e in read_jsonl(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
+    assert len(read_jsonl(path)) == 6
+
+
+GOOD = b'{"prompt": "p", "output": "o"}\n'
+MALFORMED = {
+    "not JSON": (GOOD + b"{'prompt': 1}\n", ["line 2", "not JSON"]),
+    "cut off": (GOOD + GOOD + b'{"prompt": "p", "outp', ["line 3", "not JSON"]),
+    "two objects on a line": (GOOD.strip() + b" " + GOOD, ["line 1", "not JSON"]),
+    "a raw control character": (b'{"prompt": "a\tb", "output": "o"}\n', ["line 1", "not JSON"]),
+    "an endless number": (b'{"prompt": "p", "output": "o", "id": ' + b"1" * 5000 + b"}\n", ["line 1", "not JSON"]),
+    "an array": (GOOD + b'\n["prompt", "output"]\n', ["line 3", "object", "list"]),
+    "a JSON file, not lines": (b"[\n" + GOOD.strip() + b"\n]\n", ["line 1", "not JSON"]),
+    "null": (b"null\n", ["line 1", "object", "NoneType"]),
+    "no output": (GOOD + b'{"prompt": "p"}\n', ["line 2", "'output' is missing"]),
+    "output null": (b'{"prompt": "p", "output": null}\n', ["line 1", "'output' must be a string or a list of strings"]),
+    "output a number": (b'{"prompt": "p", "output": 3}\n', ["line 1", "'output' must be"]),
+    "output an empty list": (b'{"prompt": "p", "output": []}\n', ["line 1", "'output' must be"]),
+    "output a list of numbers": (b'{"prompt": "p", "output": ["a", 3]}\n', ["line 1", "'output' must be"]),
+    "no prompt": (b'{"output": "o"}\n', ["line 1", "neither 'prompt' nor 'instruction'"]),
+    "prompt a list": (b'{"prompt": ["p"], "output": "o"}\n', ["line 1", "'prompt' must be a string, found list"]),
+    "prompt empty": (GOOD + b'{"prompt": "", "output": "o"}\n', ["line 2", "'prompt' is empty"]),
+    "instruction null": (b'{"instruction": null, "output": "o"}\n', ["line 1", "'instruction' must", "NoneType"]),
+    "input a number": (b'{"instruction": "i", "input": 3, "output": "o"}\n', ["line 1", "'input' must", "int"]),
+    "output empty": (GOOD + b'{"prompt": "p", "output": ""}\n' + GOOD, ["output is empty on line 2;"]),
+    "outputs empty": (
+        b'{"prompt": "p", "output": ""}\n' + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n',
+        ["output is empty on lines 1, 3;"],
+    ),
+    "many outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and others"]),
+    "half a surrogate pair": (b'{"prompt": "ab\\ud83d", "output": "o"}\n', ["line 1", "'prompt'", "surrogate", "2"]),
+    "half a pair, output": (GOOD + b'{"prompt": "p", "output": ["o", "\\udc00"]}', ["line 2", "'output'", "surrogate"]),
+    "not UTF-8": (GOOD + b"\n" + '{"prompt": "é", "output": "o"}\n'.encode("latin-1"), ["line 3", "not UTF-8"]),
+    "not UTF-8 behind a BOM": (b"\xef\xbb\xbf{}\n\xff\n", ["line 2", "not UTF-8"]),
+    "UTF-16": ('{"prompt": "p", "output": "o"}\n'.encode("utf-16"), ["line 1", "not UTF-8"]),
+    "empty": (b"", ["no examples"]),
+    "blank lines only": (b"\n \r\n\n", ["no examples"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_read_jsonl_names_file_line_and_key(tmp_path, case):
+    content, expected = MALFORMED[case]
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError) as caught:
+        read_jsonl(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and all(part in message for part in expected), message
+    assert "\n" not in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def with_files(tmp_path, directories, files, which="student"):
+    """A copy of a tokenizer with these further files: {name: content}."""
+    (tmp_path / "tokenizer.json").write_bytes((directories / which / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"tokenizer_config.json": {"eos_token": "A"}, "generation_config.json": {"eos_token_id": 5}}, "A"),
+        ({"tokenizer_config.json": {"eos_token": {"content": "B", "lstrip": False}}}, "B"),
+        ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": 5}}, 5),
+        ({"tokenizer_config.json": {}, "generation_config.json": {"eos_token_id": [7, 8]}}, 7),
+        ({"generation_config.json": {"eos_token_id": 5}, "config.json": {"eos_token_id": 6}}, 5),
+        ({"config.json": {"eos_token_id": 0}}, 0),
+    ],
+)
+def test_end_of_text_lookup_order(tmp_path, directories, files, expected):
+    tokenizer = TextTokenizer(with_files(tmp_path, directories, files))
+    assert tokenizer.eos_id == (tokenizer.tokenizer.token_to_id(expected) if isinstance(expected, str) else expected)
+    assert tokenizer.bytes[tokenizer.eos_id] is None  # special or not
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, "no end-of-text token: give eos_token in tokenizer_config.json"),
+        ({"config.json": {"eos_token_id": None}}, "no end-of-text token"),
+        ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, "tokenizer_config.json: eos_token '<nowhere>' is not"),
+        ({"config.json": {"eos_token_id": 50256}}, "config.json: eos_token_id 50256 is not in tokenizer.json"),
+        ({"config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not in"),
+        ({"config.json": {"eos_token_id": []}}, r"eos_token_id \[\] is not in"),
+        ({"config.json": {"eos_token_id": True}}, "eos_token_id True is not in"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not a JSON object"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: not a JSON object"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: cannot be read as a tokenizer"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path, directories, files, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        TextTokenizer(with_files(tmp_path, directories, files))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_and_unalignable_tokenizers_are_named(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
+        TextTokenizer(tmp_path)
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(ValueError, match="tokenizer.json: cannot tell which bytes.*WordPiece") as caught:
+        TextTokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_special_tokens_in_the_data_are_text(student, teacher):
+    text = "a <|endoftext|></s><s> <unk> b"
+    for tokenizer in (student, teacher):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids and all(tokenizer.bytes[i] is not None for i in ids)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert teacher.encode("x")[0] != teacher.tokenizer.token_to_id("<s>")  # no special tokens are added
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path, directories):
+    tokenizer = Tokenizer.from_file(str(directories / "student" / "tokenizer.json"))
+    long, short = len(tokenizer.encode(TEXTS[1] * 9).ids), len(tokenizer.encode("a").ids)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    ours = TextTokenizer(tmp_path)
+    assert len(ours.encode(TEXTS[1] * 9)) == long > 50 and len(ours.encode("a")) == short
+
+
+def test_check_model_in_both_directions(student):
+    size = student.size
+    assert size == student.tokenizer.get_vocab_size() == len(student.bytes)
+    for rows in (size, size + 300, int(1.1 * size) + 1024):
+        student.check_model(rows)
+    for rows in (size - 1, 10):
+        with pytest.raises(ValueError, match=f"ids up to {size - 1}, the model only {rows} embeddings.*not belong"):
+            student.check_model(rows)
+    for rows in (int(1.1 * size) + 1025, 32000):
+        with pytest.raises(ValueError, match=f"has {rows} embeddings, the tokenizer only {size} ids.*not belong"):
+            student.check_model(rows)
+
+
+def test_size_counts_ids_not_tokens(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 9}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<x>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    assert TextTokenizer(tmp_path).size == 10
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')  # a hole
+    with pytest.raises(ValueError, match="eos_token_id 5 is not in tokenizer.json"):
+        TextTokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cutting to fit
+
+
+def test_longest_prefix():
+    for length in range(12):
+        for limit in range(-1, length + 1):
+            assert longest_prefix(length, lambda n, limit=limit: n <= limit) == limit
+
+
+def lengths(row):
+    return [len(side.prompt) + len(side.response) for side in (row.student, row.teacher)]
+
+
+def test_nothing_is_cut_when_it_fits_exactly(student, teacher):
+    example = raw("Le café 🍕 et\n", "東京 overrun\n")
+    [row], report = tokenise([example], student, teacher)
+    assert row.student.response[-1] == student.eos_id and row.teacher.response[-1] == teacher.eos_id
+    assert str(report) == "1 examples, none cut"
+    exact, prompt = max(lengths(row)), max(len(row.student.prompt), len(row.teacher.prompt))
+    [same], report = tokenise([example], student, teacher, max_len=exact, max_prompt_len=prompt)
+    assert same == row and report == CutReport(examples=1)
+    [shorter], report = tokenise([example], student, teacher, max_len=exact - 1, max_prompt_len=prompt)
+    assert report.responses_cut == 1 and report.prompts_cut == 0 and max(lengths(shorter)) <= exact - 1
+    assert shorter.student.response[-1] != student.eos_id and shorter.teacher.response[-1] != teacher.eos_id
+    [shorter], report = tokenise([example], student, teacher, max_len=exact, max_prompt_len=prompt - 1)
+    assert report.prompts_cut == 1 and report.prompt_characters > 0
+
+
+def test_only_end_of_text_may_be_what_does_not_fit(student):
+    example = raw("p", "the fox")
+    [row], _ = tokenise([example], student)
+    [cut], report = tokenise([example], student, max_len=lengths_of(row) - 1)
+    assert cut.student.response == row.student.response[:-1]
+    assert (report.responses_cut, report.response_characters) == (1, 0)
+
+
+def lengths_of(row):
+    return len(row.student.prompt) + len(row.student.response)
+
+
+def random_text(rng, most):
+    words = ["the fox ", "café", "Größe ", "北京", "首都です", "🍕", "👨‍👩‍👧", "\n", "\t", " ", "x", "وقت"]
+    return "".join(rng.choice(words) for _ in range(rng.randint(1, most)))
+
+
+def fits(tokenizers, text, limit):
+    return all(len(tokenizer.encode(text)) <= limit for tokenizer in tokenizers)
+
+
+def test_cutting_of_random_texts(student, teacher):
+    """Both models see the same text, which is as long as fits and no longer."""
+    rng, both = random.Random(0), (student, teacher)
+    seen = CutReport()
+    for _ in range(150):
+        example = raw(random_text(rng, 30), random_text(rng, 30))
+        max_prompt_len = rng.randint(12, 60)
+        max_len = max_prompt_len + rng.randint(12, 60)
+        [row], report = tokenise([example], student, teacher, max_len, max_prompt_len)
+        prompts, responses = (
+            {tokenizer.decode(getattr(side, part)) for tokenizer, side in zip(both, (row.student, row.teacher))}  # noqa: B905
+            for part in ("prompt", "response")
+        )
+        assert len(prompts) == len(responses) == 1  # the same text
+        prompt, response = prompts.pop(), responses.pop()
+        assert example.prompt.endswith(prompt) and example.outputs[0].startswith(response)
+        assert max(lengths(row)) <= max_len and max(len(row.student.prompt), len(row.teacher.prompt)) <= max_prompt_len
+        lost = len(example.prompt) - len(prompt), len(example.outputs[0]) - len(response)
+        if lost[0]:
+            assert not fits(both, example.prompt[lost[0] - 1 :], max_prompt_len)
+        room = [max_len - len(side.prompt) for side in (row.student, row.teacher)]
+        ended = [side.response[-1] == t.eos_id for side, t in zip((row.student, row.teacher), both, strict=True)]
+        if lost[1]:
+            longer = example.outputs[0][: len(response) + 1]
+            assert any(len(t.encode(longer)) > space for t, space in zip(both, room, strict=True))
+        elif not any(ended):
+            assert any(len(t.encode(response)) + 1 > space for t, space in zip(both, room, strict=True))
+        assert ended in ([True, True], [False, False])
+        whole = all(ended)
+        assert report == CutReport(1, lost[0] > 0, not whole, *lost) and (lost[1] == 0 or not whole)
+        seen.prompts_cut += lost[0] > 0
+        seen.responses_cut += not whole
+    assert 30 < seen.prompts_cut < 140 and 30 < seen.responses_cut < 140
+
+
+def test_cutting_of_random_template_prompts(student, teacher):
+    """The input goes before the instruction, the answer marker never."""
+    rng, both = random.Random(1), (student, teacher)
+    empty = max(len(t.encode(Example("", ["x"]).prompt_text())) for t in both)
+    cuts = {"none": 0, "input": 0, "instruction": 0}
+    for _ in range(150):
+        example = Example("", ["x"], instruction=random_text(rng, 12), input=rng.choice(["", random_text(rng, 30)]))
+        limit = empty + rng.randint(0, 120)
+        text = cut_prompt(example, list(both), limit)
+        assert fits(both, text, limit) and text.endswith(MARKER)
+        head, rest = text.removesuffix(MARKER).split("### Instruction:\n")
+        kept, _, context = rest.partition("\n\n### Input:\n")
+        assert example.instruction.startswith(kept) and example.input.startswith(context)
+        assert ("paired with an input" in head) == bool(context)
+        if text == example.prompt_text():
+            cuts["none"] += 1
+        elif kept == example.instruction:
+            cuts["input"] += 1
+            longer = Example("", ["x"], instruction=kept, input=example.input[: len(context) + 1])
+            assert not fits(both, longer.prompt_text(), limit)
+        else:
+            cuts["instruction"] += 1
+            longer = Example("", ["x"], instruction=example.instruction[: len(kept) + 1])
+            assert context == "" and not fits(both, longer.prompt_text(), limit)
+    assert min(cuts.values()) > 15, cuts
+
+
+def test_cut_prompt_by_hand(student):
+    def cut(example, text):
+        limit = len(student.encode(text))
+        assert not fits([student], example.prompt_text(), limit)
+        return cut_prompt(example, [student], limit)
+
+    both = Example("", ["x"], instruction="Sum up this text.", input="北京 北京 北京 北京")
+    shorter = Example("", ["x"], instruction="Sum up this text.", input="北京 北京").prompt_text()
+    assert cut(both, shorter) in (shorter, shorter.replace("北京" + MARKER, "北京 " + MARKER))
+    alone = Example("", ["x"], instruction="Sum up this text.").prompt_text()
+    assert cut(both, alone) == alone
+    assert cut(both, Example("", ["x"], instruction="Sum up").prompt_text()).endswith("Sum up" + MARKER)
+    assert cut(raw("one two three\n\nAnswer:", "x"), "\n\nAnswer:").endswith("\n\nAnswer:")
+
+
+def test_report_adds_up(student, teacher):
+    examples = [
+        raw("short", "short"),
+        raw("a" * 100, "short"),
+        raw("short", "b" * 200),
+        raw("c" * 100, "d" * 200),
+    ]
+    rows, report = tokenise(examples, student, teacher, max_len=40, max_prompt_len=20)
+    prompts, responses = ([student.decode(getattr(r.student, part)) for r in rows] for part in ("prompt", "response"))
+    assert report == CutReport(
+        4, 2, 2, 200 - len(prompts[1]) - len(prompts[3]), 400 - len(responses[2]) - len(responses[3])
+    )
+    assert str(report) == (
+        f"4 examples; cut to fit: 2 prompts ({report.prompt_characters} characters), "
+        f"2 responses ({report.response_characters} characters)"
+    )
+
+
+def test_what_cannot_fit_is_named(student, teacher):
+    empty = len(student.encode(Example("", ["x"]).prompt_text()))
+    template = Example("data.jsonl, line 7", ["x"], instruction="Name a colour.", input="red")
+    with pytest.raises(ValueError, match=f"data.jsonl, line 7: the prompt does not fit.*--max-prompt-len {empty - 1}"):
+        tokenise([template], student, max_len=500, max_prompt_len=empty - 1)
+    assert tokenise([template], student, max_len=500, max_prompt_len=empty)[1].prompts_cut == 1
+    family = Example("data.jsonl, line 8", ["👨‍👩‍👧" * 3], prompt="x" * 4)
+    room = max(len(t.encode("xxxx")) for t in (student, teacher))
+    with pytest.raises(ValueError, match=f"data.jsonl, line 8: no room for a response within --max-len {room + 1}"):
+        tokenise([family], student, teacher, max_len=room + 1)
+    with pytest.raises(ValueError, match="line 9: the prompt does not fit"):
+        tokenise([Example("line 9", ["x"], prompt="🦊")], student, max_len=500, max_prompt_len=1)
+
+
+def test_prompt_leaves_room_for_a_response(student):
+    [row], report = tokenise([raw("x" * 50, "yy")], student, max_len=10, max_prompt_len=256)
+    assert len(row.student.prompt) == 9 and len(row.student.response) == 1 and report.prompts_cut == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout and batches
+
+
+@pytest.fixture(scope="module")
+def rows(student, teacher):
+    examples = [
+        raw("What is the fox?", "The quick brown café."),
+        raw("北京", "東京です。"),
+        raw("x", "y"),
+        raw("Write a poem.", "a fox\njumps over 🍕 and then"),
+    ]
+    return tokenise(examples, student, teacher, align="eta")[0]
+
+
+def test_layout_of_one_example(student):
+    [row], _ = tokenise([raw("What is the fox?", "The dog.")], student)
+    prompt, response = student.encode("What is the fox?"), student.encode("The dog.") + [student.eos_id]
+    assert row == Row(Side(prompt, response))
+    batch = collate([row], student_pad=0)
+    assert batch.student.input_ids.tolist() == [prompt + response[:-1]]  # nothing follows the last token
+    assert batch.student.positions.tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+    assert batch.student.labels.tolist() == response
+    assert batch.student.inputs.tolist() == [prompt[-1], *response[:-1]]
+    assert batch.teacher is None and batch.teacher_index is None and batch.align_ratios == []
+
+
+def test_training_takes_the_first_of_several_outputs(student):
+    [row], _ = tokenise([Example("", ["first", "second"], prompt="p")], student)
+    assert student.decode(row.student.response) == "first"
+
+
+def test_rows_have_pairs_only_on_request(student, teacher):
+    example = [raw("p", "the fox")]
+    assert tokenise(example, student, teacher)[0][0].pairs is None
+    assert len(tokenise(example, student, teacher, align="eta")[0][0].pairs[0]) >= 1
+
+
+def test_collate_against_a_loop(rows, student, teacher):
+    batch = collate(rows, student.eos_id, teacher.eos_id)
+    for name, padding in (("student", student.eos_id), ("teacher", teacher.eos_id)):
+        side, k = getattr(batch, name), 0
+        width = max(len(getattr(row, name).prompt + getattr(row, name).response) for row in rows) - 1
+        assert side.input_ids.shape == (len(rows), width) and side.input_ids.dtype == torch.int64
+        for example, row in enumerate(rows):
+            sequence = getattr(row, name).prompt + getattr(row, name).response
+            for position in range(width):
+                if position < len(sequence) - 1:
+                    assert side.input_ids[example, position] == sequence[position]
+                else:
+                    assert side.input_ids[example, position] == padding
+                if len(getattr(row, name).prompt) - 1 <= position < len(sequence) - 1:
+                    assert side.positions[k] == example * width + position
+                    assert side.labels[k] == sequence[position + 1]
+                    assert side.inputs[k] == sequence[position]
+                    assert side.example[k] == example
+                    k += 1
+        assert len(side.positions) == len(side.labels) == len(side.example) == k
+
+
+def test_padding_does_not_matter(rows, student, teacher):
+    one, other = collate(rows, 0, 0), collate(rows, 5, 7)
+    for name in ("student", "teacher"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert not torch.equal(a.input_ids, b.input_ids)
+        for part in ("positions", "labels", "example", "inputs"):
+            assert torch.equal(getattr(a, part), getattr(b, part))
+    torch.manual_seed(0)
+    config = {"model_type": "gpt2", "vocab_size": student.size, "n_positions": 64, "n_embd": 8, "n_layer": 1,
+              "n_head": 1}  # fmt: skip
+    m = build_model(config).eval()
+    with torch.no_grad():
+        hidden = [m(s.input_ids).flatten(0, 1)[s.positions] for s in (one.student, other.student)]
+        alone = [collate([row], 3).student for row in rows]
+        apart = torch.cat([m(s.input_ids).flatten(0, 1)[s.positions] for s in alone])
+    torch.testing.assert_close(hidden[0], hidden[1])
+    torch.testing.assert_close(hidden[0], apart)
+
+
+def test_pairs_are_offset_by_the_examples_before(rows, student, teacher):
+    batch = collate(rows, 0, 0)
+    pairs = list(zip(batch.teacher_index.tolist(), batch.student_index.tolist(), strict=True))
+    expected, ratios, m, n = [], [], 0, 0
+    for row in rows:
+        a, b = exact_token_alignment(
+            [teacher.bytes[i] for i in row.teacher.response], [student.bytes[i] for i in row.student.response]
+        )
+        expected += [(m + i, n + j) for i, j in zip(a.tolist(), b.tolist(), strict=True)]
+        ratios.append(len(a) / len(row.student.response))
+        m, n = m + len(row.teacher.response), n + len(row.student.response)
+    assert pairs == expected and batch.align_ratios == ratios and len(set(ratios)) > 1
+    for i, j in pairs:
+        assert batch.teacher.example[i] == batch.student.example[j]
+        ours, theirs = teacher.bytes[batch.teacher.labels[i]], student.bytes[batch.student.labels[j]]
+        assert ours == theirs or ours.removeprefix(b" ") == theirs  # the teacher's first has the dummy prefix
+    ends = {(int(i), int(j)) for i, j in pairs if batch.student.labels[j] == student.eos_id}
+    assert len(ends) == len(rows)  # every end-of-text is aligned
+
+
+def test_rows_without_pairs_and_examples_without_a_pair():
+    rows = [
+        Row(Side([1], [2, 3]), Side([1], [2]), (np.array([], dtype=np.int64),) * 2),
+        Row(Side([1], [4]), Side([1], [5, 6]), (np.array([1]), np.array([0]))),
+    ]
+    batch = collate(rows, 0)
+    assert batch.align_ratios == [0.0, 1.0]
+    assert batch.teacher_index.tolist() == [2] and batch.student_index.tolist() == [2]
+    assert collate([Row(Side([1], [2]), Side([1], [2]))], 0).teacher_index is None
+
+
+def test_batch_to_moves_every_tensor(rows):
+    moved = collate(rows, 0, 0).to("meta")
+    sides = [getattr(side, part) for side in (moved.student, moved.teacher)
+             for part in ("input_ids", "positions", "labels", "example")]  # fmt: skip
+    assert {t.device.type for t in [*sides, moved.teacher_index, moved.student_index]} == {"meta"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+@pytest.mark.parametrize("examples, per_update", [(10, 3), (12, 4), (5, 8), (1, 1)])
+def test_update_order(examples, per_update):
+    updates = -(-examples // per_update)
+
+    def take(start=0, seed=0, count=4 * updates):
+        order = update_order(examples, per_update, seed, start)
+        return [next(order) for _ in range(count)]
+
+    order = take()
+    epochs = [sum(order[e * updates : (e + 1) * updates], []) for e in range(4)]
+    assert all(sorted(epoch) == list(range(examples)) for epoch in epochs)  # a permutation each
+    assert all(len(update) <= per_update for update in order)
+    assert all(len(update) == per_update for update in order if update not in order[updates - 1 :: updates])
+    assert take() == order
+    for start in range(2 * updates + 1):
+        assert take(start, count=updates) == order[start : start + updates]
+    if examples > 4:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert take(seed=1) != order and sum(take(seed=1)[:updates], []) not in epochs

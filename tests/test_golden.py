@@ -1,0 +1,190 @@
+"""Every loss term and gradient norm against the official implementations' numbers, on tiny trained models.
+
+golden_expected.json holds the numbers: of the official v1 and v2 code, and for CMA of v1's code with its three standard
+deviations over the response positions, which is the definition used here. The models, tokenizers, texts and projectors
+that they belong to are not part of this repository: give their directory in the environment variable DSKD_GOLDEN.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from align import exact_token_alignment
+from data import TextTokenizer, read_jsonl, tokenise
+from distill import Distiller
+from losses import DIVERGENCES
+from model import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("DSKD_GOLDEN") or ROOT.parent / "shared" / "golden")
+EXPECTED = json.loads((ROOT / "tests" / "golden_expected.json").read_text())
+needs_golden = pytest.mark.skipif(
+    not (GOLDEN / "student" / "model.safetensors").is_file(),
+    reason=f"no golden models in {GOLDEN}: set DSKD_GOLDEN to the directory that holds them",
+)
+
+# group of cases: teacher, method, recipe, align, prefix of its projectors
+GROUPS = {
+    "sft": (None, "sft", "v2", "none", None),
+    "kd": ("teacher_same", "kd", "v2", "none", None),
+    "dskd_v1": ("teacher_same", "dskd", "v1", "none", "same.v1"),
+    "dskd_v1_fit": ("teacher_same", "dskd", "v1", "none", "same.v1fit"),
+    "dskd_v2": ("teacher_same", "dskd", "v2", "none", None),
+    "dskd_v2_random": ("teacher_same", "dskd", "v2", "none", "same.v2"),
+    "dskd_eta": ("teacher_cross", "dskd", "v2", "eta", None),
+    "dskd_eta_random": ("teacher_cross", "dskd", "v2", "eta", "cross.v2"),
+    "dskd_cma_v1": ("teacher_cross", "dskd", "v1", "cma", "cross.v1"),
+    "dskd_cma_v1_fit": ("teacher_cross", "dskd", "v1", "cma", "cross.v1fit"),
+}
+MAX_LEN, MAX_PROMPT_LEN = 96, 48
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def golden_model(name):
+    return load_model(GOLDEN / name), TextTokenizer(GOLDEN / name)
+
+
+@functools.cache
+def golden_rows(teacher, align):
+    teacher_tokenizer = golden_model(teacher)[1] if teacher else None
+    examples = read_jsonl(GOLDEN / "data.jsonl")
+    tokenizer = golden_model("student")[1]
+    rows, report = tokenise(examples, tokenizer, teacher_tokenizer, MAX_LEN, MAX_PROMPT_LEN, align=align)
+    assert report.prompts_cut == report.responses_cut == 0
+    return rows
+
+
+def write_projectors(prefix, align, folder):
+    """The group's projectors under the names of --projectors."""
+    if prefix is None:
+        return None
+    tensors = load_file(GOLDEN / "projectors.safetensors")
+    own = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+    assert {"t2s.weight", "s2t.weight"} <= own.keys()
+    if align != "cma":
+        own = {name: tensor for name, tensor in own.items() if not name.startswith("query.")}
+    file = folder / "projectors.safetensors"
+    save_file(own, file)
+    return str(file)
+
+
+def close(found, name, expected):
+    tolerance = GRADIENT_TOLERANCE if name.endswith("grad_norm") else LOSS_TOLERANCE
+    return found == pytest.approx(expected, rel=tolerance, abs=1e-7)
+
+
+def test_every_group_has_all_its_cases():
+    single = ("sft", "dskd_v2_random", "dskd_eta_random")
+    names = ["sft"] + [f"{group}/fkl" for group in single[1:]]
+    names += [f"{group}/{name}" for group in GROUPS if group not in single for name in DIVERGENCES]
+    assert sorted(names) == sorted(EXPECTED)
+    terms = {"loss", "ce", "kd", "t2s_ce", "t2s_kd", "s2t_kd", "t2s_agreement", "grad_norm", "t2s_grad_norm"}
+    assert EXPECTED["dskd_v2/js"].keys() == terms  # s2t is solved there and has no gradient
+
+
+@needs_golden
+@pytest.mark.parametrize(("batch_size", "chunk"), [(6, 1024), (2, 7)], ids=["whole", "parts"])
+@pytest.mark.parametrize("case", EXPECTED)
+def test_the_update_of_training(case, batch_size, chunk, tmp_path):
+    """`train.accumulate` on the whole batch, and on the same batch in three parts with few logits at a time."""
+    group, _, divergence = case.partition("/")
+    teacher_name, method, recipe, align, prefix = GROUPS[group]
+    student, tokenizer = golden_model("student")
+    teacher, teacher_tokenizer = golden_model(teacher_name) if teacher_name else (None, None)
+    distiller = Distiller(
+        student, tokenizer, teacher, teacher_tokenizer, method, recipe, align, divergence or "fkl",
+        projectors_file=write_projectors(prefix, align, tmp_path), chunk=chunk,
+    )  # fmt: skip
+    rows = golden_rows(teacher_name, align)
+    pieces = train.Pieces(student, tokenizer, distiller, teacher_tokenizer, rows, [], [])
+    o = train.Options(method=method, batch_size=batch_size, device="cpu", dtype="fp32")
+    student.train().zero_grad()
+    batches = [pieces.collate(rows[i : i + batch_size], "cpu") for i in range(0, len(rows), batch_size)]
+    found = train.accumulate(o, pieces, student, batches)
+
+    found["grad_norm"] = float(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm())
+    for name, layer in distiller.projectors.named_children() if distiller.projectors else ():
+        if layer.weight.grad is not None:
+            found[f"{name}_grad_norm"] = layer.weight.grad.norm().item()
+    expected = EXPECTED[case]
+    assert found["student_tokens"] == 169
+    assert found.get("teacher_tokens") == {None: None, "teacher_same": 169, "teacher_cross": 135}[teacher_name]
+    assert expected.keys() <= found.keys()
+    assert {name for name in found if name.endswith("grad_norm")} <= expected.keys()  # nobody else has a gradient
+    wrong = {name: (found[name], value) for name, value in expected.items() if not close(found[name], name, value)}
+    assert not wrong
+
+
+DRY_RUNS = ["sft", "kd/js", "dskd_v1_fit/rkl", "dskd_v2/akl", "dskd_v2_random/fkl", "dskd_eta/srkl",
+            "dskd_eta_random/fkl", "dskd_cma_v1_fit/skl"]  # fmt: skip
+
+
+@needs_golden
+@pytest.mark.parametrize("case", DRY_RUNS)
+def test_the_command_line(case, tmp_path, capsys):
+    """--dry-run: exactly one JSON object on standard output, with the terms that the method has."""
+    group, _, divergence = case.partition("/")
+    teacher, method, recipe, align, prefix = GROUPS[group]
+    arguments = ["--student", GOLDEN / "student", "--data", GOLDEN / "data.jsonl", "--method", method]
+    arguments += ["--batch-size", 6, "--max-len", MAX_LEN, "--max-prompt-len", MAX_PROMPT_LEN]
+    arguments += ["--device", "cpu", "--dtype", "fp32", "--out", tmp_path / "run", "--dry-run"]
+    if teacher:
+        arguments += ["--teacher", GOLDEN / teacher, "--divergence", divergence, "--recipe", recipe]
+    if align == "cma":
+        arguments += ["--align", align]  # the others are what --align auto finds
+    if prefix:
+        arguments += ["--projectors", write_projectors(prefix, align, tmp_path)]
+    train.main(list(map(str, arguments)))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    found = json.loads(printed)
+
+    keys = ["loss", "ce"]
+    if method != "sft":
+        keys += ["kd"]
+    if method == "dskd":
+        keys += ["t2s_ce", "t2s_kd", "s2t_kd", "t2s_agreement"]
+    if align == "eta":
+        keys += ["align_ratio"]
+    keys += ["student_tokens"] + (["teacher_tokens"] if teacher else []) + ["grad_norm"]
+    assert list(found) == keys
+    expected = {name: value for name, value in EXPECTED[case].items() if name in keys}
+    wrong = {name: (found[name], value) for name, value in expected.items() if not close(found[name], name, value)}
+    assert not wrong and len(expected) == len(keys) - 2 + (teacher is None)
+    assert found["student_tokens"] == 169 and not (tmp_path / "run").exists()
+
+
+@needs_golden
+def test_a_dry_run_takes_the_first_lines(tmp_path, capsys):
+    arguments = ["--student", GOLDEN / "student", "--data", GOLDEN / "data.jsonl", "--method", "sft", "--dry-run"]
+    train.main(list(map(str, [*arguments, "--max-len", 96, "--device", "cpu", "--batch-size", 2])))
+    assert json.loads(capsys.readouterr().out)["student_tokens"] == 15 + 37
+
+
+@needs_golden
+def test_exact_alignment_of_the_golden_texts():
+    """The pairs of an independent byte-span alignment, for all examples."""
+    expected = json.loads((GOLDEN / "eta_exact_spans.json").read_text())
+    rows = golden_rows("teacher_cross", "eta")
+    assert len(expected) == len(rows) == 6
+    for row, example in zip(rows, expected, strict=True):
+        teacher = [golden_model("teacher_cross")[1].bytes[i] for i in row.teacher.response]
+        student = [golden_model("student")[1].bytes[i] for i in row.student.response]
+        for teacher_index, student_index in (exact_token_alignment(teacher, student), row.pairs):
+            pairs = zip(teacher_index.tolist(), student_index.tolist(), strict=True)
+            assert [list(pair) for pair in pairs] == example["exact_pairs"]

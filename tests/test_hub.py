@@ -1,0 +1,255 @@
+"""hub.py: names to files, without any network. What needs the hub's client runs in a process of its own, because that
+client reads its environment when it is imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hub
+from hub import DATASETS, MODELS, data_file, model_directory
+
+ROOT = Path(hub.__file__).parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put(directory, *files):
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        (directory / file).write_text("{}")
+    return directory
+
+
+def put_index(directory, *shards):
+    weight_map = {f"tensor{n}": shard for n, shard in enumerate(shards)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local files
+
+
+def test_local_directory(tmp_path):
+    put(tmp_path, "config.json", "tokenizer.json", "model.safetensors")
+    assert model_directory(str(tmp_path)) == tmp_path
+    (tmp_path / "model.safetensors").unlink()
+    assert model_directory(str(tmp_path), weights=False) == tmp_path
+    put(tmp_path, "a.safetensors", "b.safetensors")
+    put_index(tmp_path, "a.safetensors", "b.safetensors", "a.safetensors")
+    assert model_directory(str(tmp_path)) == tmp_path
+
+
+def test_a_directory_comes_before_a_preset(tmp_path, monkeypatch):
+    put(tmp_path / "gpt2", "config.json", "tokenizer.json", "model.safetensors")
+    (tmp_path / "dolly").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert model_directory("gpt2") == Path("gpt2")
+    assert data_file("dolly", "valid") == (Path("dolly"), 0, None)
+
+
+@pytest.mark.parametrize(
+    "files, weights, missing",
+    [
+        ((), True, ["config.json", "tokenizer.json", "model.safetensors (or"]),
+        (("config.json", "model.safetensors"), True, ["tokenizer.json"]),
+        (("tokenizer.json", "model.safetensors"), True, ["config.json"]),
+        (("config.json", "tokenizer.json"), True, ["model.safetensors (or model.safetensors.index.json and its"]),
+        (("config.json", "tokenizer.json", "pytorch_model.bin"), True, ["model.safetensors (or"]),
+        (("config.json",), False, ["tokenizer.json"]),
+    ],
+)
+def test_missing_files_are_named(tmp_path, files, weights, missing):
+    put(tmp_path, *files)
+    with pytest.raises(FileNotFoundError) as caught:
+        model_directory(str(tmp_path), weights)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: no {missing[0]}")
+    for file in ("config.json", "tokenizer.json", "model.safetensors (or"):
+        assert (f"no {file}" in message) == any(file in named for named in missing)
+    assert ("--from-scratch" in message) == missing[0].startswith("model.safetensors")  # nothing else is missing
+
+
+def test_absent_shards_are_named(tmp_path):
+    put(tmp_path, "config.json", "tokenizer.json", "model-00001-of-00003.safetensors")
+    put_index(tmp_path, *(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)))
+    expected = "no model-00002-of-00003.safetensors and no model-00003-of-00003.safetensors"
+    with pytest.raises(FileNotFoundError, match=expected) as caught:
+        model_directory(str(tmp_path))
+    assert "00001" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1, "b": "c"}}'])
+def test_malformed_index_is_named(tmp_path, content):
+    put(tmp_path, "config.json", "tokenizer.json")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="model.safetensors.index.json: expected a JSON object with a weight_map"):
+        model_directory(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt3", "a/b/c", "./gpt2-of-mine", "/nowhere/model"])
+def test_unknown_model_lists_the_presets(name):
+    with pytest.raises(FileNotFoundError) as caught:
+        model_directory(name)
+    message = str(caught.value)
+    assert repr(name) in message and all(preset in message for preset in ["tiny", *MODELS])
+
+
+@pytest.mark.parametrize("name", ["dolly2", "absent.jsonl", "a/b"])
+def test_unknown_data_lists_the_sets(name):
+    with pytest.raises(FileNotFoundError) as caught:
+        data_file(name, "train")
+    assert repr(name) in str(caught.value) and all(known in str(caught.value) for known in DATASETS)
+
+
+def test_split_that_a_set_does_not_have():
+    with pytest.raises(ValueError, match="'vicuna' has no train split, only valid"):
+        data_file("vicuna", "train")
+
+
+def test_dolly_is_split_without_overlap():
+    (_, first, last), (_, valid_first, valid_last) = (DATASETS["dolly"][1][split] for split in ("train", "valid"))
+    assert (valid_first, valid_last, first, last) == (0, 1000, 1000, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache, offline
+
+PROBE = """
+import sys, json
+import hub
+for call in json.loads(sys.argv[1]):
+    try:
+        found = getattr(hub, call[0])(*call[1:])
+        print("found", found[0] if isinstance(found, tuple) else found)
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " // "))
+"""
+
+
+def probe(home, *calls, **environment):
+    """What each call of a function of hub.py gives in a process with this cache and no network, a line each."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(calls)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(calls)
+    return lines
+
+
+def snapshot(home, repository, kind="model"):
+    """The folder of a cached repository, laid out as the hub's client does."""
+    folder = home / "hub" / f"{kind}s--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    return put(folder / "snapshots" / COMMIT)
+
+
+def test_offline_with_an_empty_cache(tmp_path):
+    models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("runs/b@d",)]
+    full, unweighted, other, invalid = probe(tmp_path, *(("model_directory", *arguments) for arguments in models))
+    dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "valid"))
+    for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
+        assert line.startswith(f"FileNotFoundError '{name}' is no directory, it is not in the local cache, and the hub")
+        assert "config.json, tokenizer.json, tokenizer_config.json, generation_config.json, model.safetens" in line
+        assert f"of {repository} on a machine that can, and give its path instead of the name" in line
+    assert unweighted.startswith("FileNotFoundError") and "safetensors" not in unweighted
+    assert invalid.startswith("FileNotFoundError 'runs/b@d' is neither a directory nor a repository's name")
+    for line, name, file, repository in [
+        (dolly, "dolly", "raw.jsonl", "MiniLLM/dolly"),
+        (uinst, "uinst", "11_/valid.jsonl", "MiniLLM/uinst"),
+    ]:
+        assert line.startswith(f"FileNotFoundError '{name}' is no file, it is not in the local cache, and the hub")
+        assert f"Fetch {file} of {repository} on" in line and "--data FILE.jsonl" in line
+
+
+def test_unreachable_hub_is_as_good_as_offline(tmp_path):
+    [line] = probe(tmp_path, ("model_directory", "gpt2"), HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9",
+                   NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
+    assert line.startswith("FileNotFoundError 'gpt2' is no directory, it is not in the local cache, and ")
+    assert "Fetch config.json" in line
+
+
+def test_cached_snapshot_is_found_offline(tmp_path):
+    model = put(snapshot(tmp_path, MODELS["gpt2"]), "config.json", "tokenizer.json", "model.safetensors")
+    unweighted = put(snapshot(tmp_path, MODELS["qwen"]), "config.json", "tokenizer.json")
+    sharded = put(snapshot(tmp_path, MODELS["llama2"]), "config.json", "tokenizer.json", "s1.safetensors")
+    put_index(sharded, "s1.safetensors")
+    dolly = put(snapshot(tmp_path, "MiniLLM/dolly", "dataset"), "raw.jsonl")
+    uinst = put(snapshot(tmp_path, "MiniLLM/uinst", "dataset") / "11_", "valid.jsonl")
+    expected = {
+        ("model_directory", "gpt2"): model,
+        ("model_directory", MODELS["gpt2"]): model,
+        ("model_directory", "qwen", False): unweighted,
+        ("model_directory", "llama2"): sharded,
+        ("data_file", "dolly", "valid"): dolly / "raw.jsonl",
+        ("data_file", "uinst", "valid"): uinst / "valid.jsonl",
+    }
+    assert probe(tmp_path, *expected) == [f"found {path}" for path in expected.values()]
+
+
+def test_incomplete_snapshot_is_not_trusted(tmp_path):
+    sharded = put(snapshot(tmp_path, MODELS["llama2"]), "config.json", "tokenizer.json", "model-1.safetensors")
+    put_index(sharded, "model-1.safetensors", "model-2.safetensors")
+    put(snapshot(tmp_path, MODELS["gpt2"]), "config.json", "model.safetensors")
+    put(snapshot(tmp_path, MODELS["qwen"]), "config.json", "tokenizer.json", "tokenizer_config.json")
+    snapshot(tmp_path, "MiniLLM/dolly", "dataset")
+    calls = [("model_directory", "llama2"), ("model_directory", "gpt2"), ("model_directory", "qwen"),
+             ("data_file", "dolly", "valid")]  # fmt: skip
+    shard, tokenizer, weights, raw = probe(tmp_path, *calls)
+    assert shard.startswith(f"FileNotFoundError {sharded}: no model-2.safetensors")
+    assert tokenizer.startswith("FileNotFoundError") and "no tokenizer.json" in tokenizer
+    assert weights.startswith("FileNotFoundError") and "no model.safetensors (or" in weights
+    assert raw.startswith("FileNotFoundError 'dolly': neither the cache nor the repository MiniLLM/dolly has raw.jsonl")
+
+
+def test_incomplete_snapshot_is_fetched_anew(tmp_path, monkeypatch):
+    """Only a complete snapshot is used without asking the hub."""
+    import huggingface_hub
+
+    cached, calls = put(tmp_path / "cached", "config.json", "tokenizer.json"), []
+
+    def download(repo_id, repo_type, allow_patterns, local_files_only=False):
+        calls.append(local_files_only)
+        assert (repo_id, repo_type) == (MODELS["gpt2"], "model")
+        assert all(file.endswith((".json", ".safetensors")) for file in allow_patterns)
+        if not local_files_only:
+            put(cached, "model.safetensors")
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert model_directory("gpt2") == cached and calls == [True, False]
+    assert model_directory("gpt2") == cached and calls == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [("GatedRepoError", "is gated: accept its licence"), ("RepositoryNotFoundError", "there is no public model repos"),
+     ("OSError", r"fetching it failed \(OSError: no space left\)"),
+     ("RuntimeError", r"fetching it failed \(RuntimeError: no space left\)")],
+)  # fmt: skip
+def test_failed_downloads_say_why(tmp_path, monkeypatch, error, expected):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error, None) or {"OSError": OSError, "RuntimeError": RuntimeError}[error]
+
+    def download(local_files_only=False, **where):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        failure = kind.__new__(kind, "no space left")
+        Exception.__init__(failure, "no space left")
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"'llama2'.*{expected}.*Fetch config.json") as caught:
+        model_directory("llama2")
+    assert MODELS["llama2"] in str(caught.value) and isinstance(caught.value.__cause__, kind)

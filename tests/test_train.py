@@ -1,0 +1,281 @@
+"""The command line, from options to a run directory: every combination, resuming, determinism, the embedded task."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+import tiny
+import train
+from data import TextTokenizer
+from losses import DIVERGENCES
+
+
+def arguments(task, out, **changed):
+    """A command line for two updates on the tiny task, as a list."""
+    options = {
+        "teacher": task / "teacher", "student": task / "student", "data": task / "train.jsonl", "out": out,
+        "max_steps": 2, "batch_size": 4, "max_len": 96, "max_prompt_len": 48, "log_every": 1, "device": "cpu",
+        **changed,
+    }  # fmt: skip
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [] if value is None else [flag, str(value)]
+    return words
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "student" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+COMBINATIONS = [("sft", "v2", "none", "fkl", "student")] + [
+    (method, recipe, align, divergence, teacher)
+    for method, recipe, align, teacher in [
+        ("kd", "v2", "none", "twin"),
+        ("dskd", "v1", "none", "twin"),
+        ("dskd", "v2", "none", "twin"),
+        ("dskd", "v1", "cma", "teacher"),
+        ("dskd", "v2", "eta", "teacher"),
+    ]
+    for divergence in DIVERGENCES
+]
+
+
+@pytest.mark.parametrize("method, recipe, align, divergence, teacher", COMBINATIONS)
+def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe, align, divergence, teacher):
+    options = {"method": method, "recipe": recipe, "align": align, "divergence": divergence}
+    train.main(arguments(tiny_task, tmp_path / "run", teacher=tiny_task / teacher, **options))
+    first, last = log_of(tmp_path / "run")
+    assert (first["step"], last["step"]) == (1, 2)
+    assert all(torch.tensor(value).isfinite() for value in last.values())
+    assert ("kd" in last) == (method != "sft") and ("t2s_kd" in last) == (method == "dskd")
+    assert ("align_ratio" in last) == (align == "eta")
+    before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "kd"}, "equal vocabularies"),
+        ({"method": "kd", "align": "eta"}, "belongs to --method dskd"),
+        ({"align": "none"}, "equal vocabularies"),
+        ({"recipe": "v1", "align": "eta"}, "belongs to --recipe v2"),
+        ({"recipe": "v2", "align": "cma"}, "belongs to --recipe v1"),
+    ],
+)
+def test_combinations_that_are_not_allowed_say_why(tiny_task, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(tiny_task, tmp_path / "run", **options))
+
+
+def test_auto_alignment_follows_vocabularies_and_recipe(tiny_task, capsys):
+    def terms(**options):
+        train.main(arguments(tiny_task, None, dry_run=True, **options))
+        return json.loads(capsys.readouterr().out)
+
+    assert "align_ratio" in terms()
+    assert "align_ratio" not in terms(teacher=tiny_task / "twin")
+    assert terms(recipe="v1") == terms(recipe="v1", align="cma")
+
+
+def test_a_run_is_deterministic(tiny_task, tmp_path):
+    for name in ("a", "b"):
+        train.main(arguments(tiny_task, tmp_path / name, max_steps=3))
+    train.main(arguments(tiny_task, tmp_path / "c", max_steps=3, seed=7))
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("align, recipe", [("eta", "v2"), ("cma", "v1")])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, align, recipe):
+    """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_task / "student", student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
+    options = {"student": student, "align": align, "recipe": recipe, "max_steps": 5, "checkpoint_every": 2}
+    train.main(arguments(tiny_task, tmp_path / "whole", **options))
+
+    save, count = train.save_checkpoint, []
+
+    def save_and_stop(*things):
+        save(*things)
+        count.append(1)
+        if len(count) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tiny_task, tmp_path / "parts", **options))
+    with pytest.raises(SystemExit, match="--resume: --lr"):
+        train.main(arguments(tiny_task, tmp_path / "parts", **options, lr=1.0, resume=True))
+    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
+    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
+    assert same(*states) and any(name.startswith("projectors.") for name in states[0])
+    logs = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log_of(tmp_path / name)]
+            for name in ("whole", "parts")]  # fmt: skip
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_path, monkeypatch):
+    def stop(*things):
+        raise KeyboardInterrupt
+
+    train.main(arguments(tiny_task, tmp_path / "whole"))
+    monkeypatch.setattr(train, "accumulate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tiny_task, tmp_path / "again"))
+    monkeypatch.undo()
+    train.main(arguments(tiny_task, tmp_path / "again", resume=True))
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "again"))
+
+
+def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, capsys):
+    """Another end-of-text makes two vocabularies different; other merges under the same vocabulary are an error."""
+    twin = tmp_path / "twin"
+    shutil.copytree(tiny_task / "twin", twin)
+    tokenizer = json.loads((twin / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    (twin / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": {**tokenizer["model"], "merges": merges[:9]}}))
+    with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers have the same vocabulary but cut"):
+        train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin, align="eta"))
+    assert json.loads(capsys.readouterr().out)["align_ratio"] < 1
+
+    (twin / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((twin / "tokenizer_config.json").read_text())
+    (twin / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
+    assert "align_ratio" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "recipe, align, teacher", [("v2", "eta", "teacher"), ("v1", "cma", "teacher"), ("v2", "none", "twin")]
+)
+def test_gradient_accumulation_is_one_large_batch(tiny_task, tmp_path, recipe, align, teacher):
+    options = {"recipe": recipe, "align": align, "teacher": tiny_task / teacher, "max_steps": 1}
+    train.main(arguments(tiny_task, tmp_path / "one", batch_size=8, **options))
+    train.main(arguments(tiny_task, tmp_path / "many", batch_size=2, grad_accum=4, **options))
+    one, many = log_of(tmp_path / "one")[0], log_of(tmp_path / "many")[0]
+    assert one.keys() == many.keys()
+    for name in one.keys() - {"tokens_per_second"}:
+        assert many[name] == pytest.approx(one[name], rel=2e-5), name
+
+
+def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_task, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train.main(arguments(tiny_task, tmp_path / "run", max_steps=20, lr=1e-2))
+    directory = tmp_path / "run" / "student"
+    ours, tokenizer = model.load_model(directory), TextTokenizer(directory)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    for example in json.loads("[" + ",".join((tiny_task / "test.jsonl").read_text().splitlines()) + "]")[:4]:
+        ids = tokenizer.encode(example["prompt"])
+        assert their_tokenizer(example["prompt"])["input_ids"] == ids
+        new = model.generate(ours, [ids], 20, tokenizer.eos_id, temperature=0)[0]
+        output = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        assert output[len(ids) :].tolist() == new
+        assert their_tokenizer.decode(new, skip_special_tokens=True) == tokenizer.decode(new)
+
+
+def test_bf16_autocast_agrees_with_float32(tiny_task, capsys):
+    """Sums over 900 logits in bf16: the terms agree to about its 3 significant digits."""
+    results = []
+    for dtype in ("fp32", "bf16"):
+        train.main(arguments(tiny_task, None, dtype=dtype, dry_run=True, batch_size=8))
+        results.append(json.loads(capsys.readouterr().out))
+    for name in ("loss", "ce", "t2s_ce", "s2t_kd", "grad_norm"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=2e-2), name
+
+
+def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, capsys):
+    train.main(arguments(tiny_task, tmp_path / "run"))
+    state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
+    projectors = {name for name in state if name.startswith("projectors.")}
+    assert projectors == {"projectors.t2s.weight", "projectors.s2t.weight"}
+    moments = [name for name in state if name.endswith("exp_avg")]
+    assert len(moments) == len(weights_of(tmp_path / "run")) + 1  # the student and t2s
+    saved = load_file(tmp_path / "run" / "projectors.safetensors")
+    assert saved.keys() == {"t2s.weight"} and torch.equal(saved["t2s.weight"], state["projectors.t2s.weight"])
+
+    # what one run saved, another starts from
+    train.main(arguments(tiny_task, None, projectors=tmp_path / "run" / "projectors.safetensors", dry_run=True))
+    given = json.loads(capsys.readouterr().out.splitlines()[-1])
+    train.main(arguments(tiny_task, None, dry_run=True))
+    own = json.loads(capsys.readouterr().out)
+    assert given["t2s_ce"] != own["t2s_ce"] and given["s2t_kd"] == pytest.approx(own["s2t_kd"], rel=1e-6)
+
+
+def test_held_out_scores_samples_and_arguments_are_written(tiny_task, tmp_path):
+    train.main(arguments(tiny_task, tmp_path / "run", valid=tiny_task / "valid.jsonl"))
+    assert log_of(tmp_path / "run")[-1].keys() == {"step", "valid_ce"}
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["method"] == "dskd" and record["projector_lr"] == 5e-4 and record["dtype"] == "fp32"
+    assert (tmp_path / "run" / "samples.txt").read_text().count("### prompt") == 5
+
+
+def test_schedule_warms_up_and_decays():
+    assert [train.schedule(step, 10, 2) for step in (0, 1, 2)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert train.schedule(6, 10, 2) == pytest.approx(0.5) and train.schedule(9, 10, 2) < 0.05
+    assert train.schedule(0, 10, 0) == 1.0
+
+
+def test_training_learns(tiny_task, tmp_path):
+    """The loss on 40 examples, seen many times, falls far below that of guessing (log 900 = 6.8)."""
+    options = {"method": "sft", "max_steps": 150, "lr": 1e-2, "batch_size": 20, "log_every": 50}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    assert log_of(tmp_path / "run")[-1]["ce"] < 1.0
+
+
+def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path, capsys, monkeypatch):
+    make_data = tiny.make_data
+    monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11))
+    out = tmp_path / "tiny"
+    train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["teacher", "sft", "dskd-v2"]
+    logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:]}
+    scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
+    assert scores["examples"] == 11 and 0 <= scores["rouge_l"] <= 100
+
+    # the twins start from the same weights and see the same batches: equal cross-entropy before the first update
+    first = {name: log_of(out / name)[0] for name in ("sft", "dskd-v2")}
+    assert first["sft"]["ce"] == pytest.approx(first["dskd-v2"]["ce"], rel=1e-6)
+    assert first["sft"]["student_tokens"] == first["dskd-v2"]["student_tokens"]
+
+    train.main(["--max-steps", "2", "--out", str(out), "--recipe", "v1", "--device", "cpu"])  # reuses teacher and twin
+    assert "dskd-v1" in capsys.readouterr().out
+    assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
+    with pytest.raises(SystemExit, match="--seed 1"):
+        train.main(["--seed", "1", "--out", str(out)])
+    with pytest.raises(SystemExit, match="trained with --max-steps 2"):
+        train.main(["--max-steps", "3", "--out", str(out), "--device", "cpu"])
+
+
+def test_tiny_is_a_name_once_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="`python train.py` makes it"):
+        train.main(["--student", "tiny", "--method", "sft", "--data", "tiny"])
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(tiny_task, capsys):
+    results = []
+    for options in ({}, {"compile": True}):
+        train.main(arguments(tiny_task, None, dry_run=True, **options))
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
