@@ -97,9 +97,11 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     return spelt
 
 
-def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """bytes -> id; of several ids that spell the same bytes the first that is not a byte-fallback token."""
+def _ids_by_bytes(tokenizer: Tokenizer, eos: int | None) -> dict[bytes, int]:
+    """bytes -> id, without end-of-text; of several ids with the same bytes the first that is no byte-fallback token."""
     spelt = token_bytes(tokenizer)
+    if eos is not None:
+        spelt[eos] = None  # also where the vocabulary does not mark it as special
     fallback = [bool(BYTE_FALLBACK.fullmatch(tokenizer.id_to_token(i) or "")) for i in range(len(spelt))]
     ids: dict[bytes, int] = {}
     for index in sorted(range(len(spelt)), key=lambda i: (fallback[i], i)):
@@ -108,12 +110,14 @@ def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     return ids
 
 
-def vocabulary_overlap(teacher: Tokenizer, student: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def vocabulary_overlap(
+    teacher: Tokenizer, student: Tokenizer, teacher_eos: int | None = None, student_eos: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids (teacher_ids, student_ids) of the tokens that both vocabularies have, ordered by student id.
 
-    Special tokens take no part: what they mean differs even where their names agree.
+    Special tokens and end-of-text take no part: what they mean differs even where their names agree.
     """
-    teacher_ids, student_ids = _ids_by_bytes(teacher), _ids_by_bytes(student)
+    teacher_ids, student_ids = _ids_by_bytes(teacher, teacher_eos), _ids_by_bytes(student, student_eos)
     common = sorted((student_ids[b], teacher_ids[b]) for b in student_ids.keys() & teacher_ids.keys())
     student_side, teacher_side = np.array(common, dtype=np.int64).reshape(-1, 2).T
     return teacher_side.copy(), student_side.copy()
@@ -125,7 +129,7 @@ def prediction_map(teacher: Tokenizer, student: Tokenizer, teacher_eos: int, stu
     Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """
-    student_ids = _ids_by_bytes(student)
+    student_ids = _ids_by_bytes(student, student_eos)
     mapped = np.full(size, -1, dtype=np.int64)
     for index, spelt in enumerate(token_bytes(teacher)[:size]):
         mapped[index] = student_ids.get(spelt, -1) if spelt else -1

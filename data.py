@@ -138,7 +138,6 @@ class TextTokenizer:
             raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "</s>" inside a text is text, not an end
         self.directory = directory
         self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._end_of_text()
@@ -170,6 +169,13 @@ class TextTokenizer:
         raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a response, where "</s>" is text, not an end."""
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, where the name of a special token is that token, as in chat formats; none is added."""
+        self.tokenizer.encode_special_tokens = False
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -247,7 +253,7 @@ def cut_prompt(example: Example, tokenizers: list[TextTokenizer], limit: int) ->
     """The prompt, cut so that it has at most `limit` tokens in each tokenizer. Raises ValueError if it cannot be."""
 
     def fits(text: str) -> bool:
-        return all(len(tokenizer.encode(text)) <= limit for tokenizer in tokenizers)
+        return all(len(tokenizer.encode_prompt(text)) <= limit for tokenizer in tokenizers)
 
     text = example.prompt_text()
     if fits(text):
@@ -291,7 +297,7 @@ def tokenise(
         prompt = cut_prompt(example, tokenizers, min(max_prompt_len, max_len - 1))
         report.prompts_cut += prompt != example.prompt_text()
         report.prompt_characters += max(0, len(example.prompt_text()) - len(prompt))
-        prompts = [tokenizer.encode(prompt) for tokenizer in tokenizers]
+        prompts = [tokenizer.encode_prompt(prompt) for tokenizer in tokenizers]
         if not all(prompts):
             raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
 

@@ -61,9 +61,11 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
     if method == "kd" and align != "none":
         raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
     if align == "none" and not equal:
+        ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
+        differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"
         raise ValueError(
             f"--method {method} --align none needs equal vocabularies; {teacher.directory} and {student.directory} "
-            "differ: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
+            f"{differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
         )
     if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
         other = {"eta": "v2", "cma": "v1"}[align]
@@ -104,20 +106,16 @@ class Distiller(nn.Module):
         self.align = choose_alignment(align, method, recipe, teacher_tokenizer, student_tokenizer)
         device = student.head_weight.device
         if self.align == "eta":
-            shared = vocabulary_overlap(teacher_tokenizer.tokenizer, student_tokenizer.tokenizer)
-            mapped = prediction_map(
-                teacher_tokenizer.tokenizer,
-                student_tokenizer.tokenizer,
-                teacher_tokenizer.eos_id,
-                student_tokenizer.eos_id,
-                size=teacher.head_weight.shape[0],
-            )
+            tokenizers = teacher_tokenizer.tokenizer, student_tokenizer.tokenizer
+            ends = teacher_tokenizer.eos_id, student_tokenizer.eos_id
+            shared = vocabulary_overlap(*tokenizers, *ends)
+            self.shared_teacher_ids, self.shared_student_ids = (torch.from_numpy(ids).to(device) for ids in shared)
+            mapped = prediction_map(*tokenizers, *ends, size=teacher.head_weight.shape[0])
             self.register_buffer("student_token", torch.from_numpy(mapped).to(device), persistent=False)
         else:  # equal vocabularies, perhaps padded to different numbers of rows
             self.rows = min(student.head_weight.shape[0], teacher.head_weight.shape[0])
-            shared = (range(self.rows), range(self.rows))
+            self.shared_teacher_ids = self.shared_student_ids = slice(self.rows)
         if method == "dskd":
-            self.shared_teacher_ids, self.shared_student_ids = (torch.tensor(ids, device=device) for ids in shared)
             self._start_projectors(student, projectors_file)
 
     @property
@@ -142,7 +140,7 @@ class Distiller(nn.Module):
             if name not in own or own[name].shape != value.shape:
                 expected = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in own.items())
                 raise ValueError(f"{file}: {name} {list(value.shape)} does not fit; expected {expected}")
-        if self.recipe == "v2":
+        if self.recipe == "v2":  # what the file gives is trained, s2t too; what it does not is solved
             heads = self._shared_heads(student)
             if "t2s.weight" not in given:
                 self.projectors.start_t2s(*heads)

@@ -36,7 +36,7 @@ def respond(
     progress: bool = False,
 ) -> list[str]:
     """The model's response to each prompt, without end-of-text; temperature 0 is greedy."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: little padding
     responses = [""] * len(ids)
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):

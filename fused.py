@@ -1,10 +1,10 @@
 """The terms of losses.py again, fast: same values, same gradients, a fraction of the memory and time.
 
 Written plainly, a divergence over a vocabulary of V makes a dozen (tokens, V) tensors and keeps them for the backward
-pass; passing over them costs several times more than the matrix products that made the logits. Here
+pass; passing over them can cost several times more than the matrix products that made the logits. Here
 
 - logits exist for `chunk` tokens at a time, in the forward pass and, made again, in the backward pass;
-- the backward pass writes each gradient over the logits it belongs to, by formulas worked out on paper (GRADIENTS);
+- the backward pass writes each gradient over the logits it belongs to, by formulas worked out on paper (DIVERGENCES);
 - on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache.
 
 `tests/test_fused.py` holds every value and gradient equal to the plain version's.
@@ -92,20 +92,23 @@ class HeadTerms(torch.autograd.Function):
     target_ce cross-entropy of target = target_hidden @ target_headᵀ with `label` (None: 0)
     kd        D(softmax(logits/T), softmax(target/T)), target detached            (target_hidden None: 0)
 
-    hidden (n, d), head (V, d), target_hidden (n, D), target_head (V', D); the divergence is over the rows that both
-    heads have. Returns (ce, correct, target_ce, agrees, kd), each (n,). Gradients reach hidden, head and, through
-    target_ce, target_hidden; never target_head. Products are in autocast's dtype, everything else in float32.
+    hidden (n, d), head (V, d), target_hidden (n, D), target_head (V', D) or None for the same head; the divergence is
+    over the rows that both heads have. Returns (ce, correct, target_ce, agrees, kd), each (n,). Gradients reach hidden,
+    head and, through target_ce, target_hidden; never target_head. Products are in autocast's dtype, everything else in
+    float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, head, target_hidden, target_head, gold, label, divergence, temperature, chunk):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        cast = [None if x is None else x.detach().to(dtype) for x in (hidden, head, target_hidden, target_head)]
-        ctx.save_for_backward(*cast, gold, label)
-        ctx.options = divergence, temperature, chunk
         ctx.dtypes = hidden.dtype, head.dtype, None if target_hidden is None else target_hidden.dtype
+        cast = [None if x is None else x.detach().to(dtype) for x in (hidden, head, target_hidden, target_head)]
         hidden, head, target_hidden, target_head = cast
+        if target_hidden is not None and target_head is None:
+            target_head = head
+        ctx.save_for_backward(hidden, head, target_hidden, target_head, gold, label)
+        ctx.options = divergence, temperature, chunk
         n, exact = len(hidden), torch.promote_types(dtype, torch.float32)
         ce, target_ce, kd = hidden.new_zeros((3, n), dtype=exact)
         correct, agrees = torch.zeros((2, n), dtype=torch.bool, device=hidden.device)
@@ -184,15 +187,14 @@ def fused_terms(chunk: int) -> losses.Terms:
         return ce, correct, kd
 
     def student_space(student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature):
-        heads = student_head, t2s_hidden, student_head.detach()
         ce, correct, t2s_ce, agrees, t2s_kd = HeadTerms.apply(
-            student_hidden, *heads, gold, t2s_label, divergence, temperature, chunk
+            student_hidden, student_head, t2s_hidden, None, gold, t2s_label, divergence, temperature, chunk
         )
         return ce, correct, t2s_ce, t2s_kd, agrees
 
     def teacher_space(s2t_hidden, teacher_hidden, teacher_head, divergence, temperature):
         return HeadTerms.apply(
-            s2t_hidden, teacher_head, teacher_hidden, teacher_head, None, None, divergence, temperature, chunk
+            s2t_hidden, teacher_head, teacher_hidden, None, None, None, divergence, temperature, chunk
         )[-1]
 
     return losses.Terms(gold, kd, student_space, teacher_space)

@@ -31,7 +31,8 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"valid": ("11_/valid.jsonl", 0, None)}),
 }
 
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+               "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 
 

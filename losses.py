@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Divergences. log_p, log_q (N, V): log-probabilities of the student and of the teacher; each returns (N,)
@@ -115,7 +115,7 @@ DIVERGENCES = {
 
 def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
     """(n, d) x (d, V) -> (n, V), in float32 or better: the product may be bf16 (autocast), what follows must not be."""
-    logits = hidden @ head.T
+    logits = linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -274,7 +274,7 @@ def dskd_loss(
         "kd": sum(kd.values()),
         "correct": correct.sum(),
         "agreeing": count,
-        "pairs": torch.tensor(len(t2s_label)),
+        "pairs": torch.full_like(count, len(t2s_label)),
     }
 
 

@@ -416,6 +416,8 @@ def run(given: dict, options_class, train) -> None:
 
     given: the options that were given on the command line. Finished stages in the directory are kept and reused.
     """
+    if "epochs" in given:
+        raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
     o = options_class(**{**DEFAULTS, **given, "out": given.get("out", ROOT)})
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
@@ -424,8 +426,8 @@ def run(given: dict, options_class, train) -> None:
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
     def stage(name: str, **changes) -> float:
-        changes["max_steps"] = min(changes["max_steps"], o.max_steps or changes["max_steps"])
         options = {**asdict(o), "out": str(root / name), "checkpoint_every": 10**6, **changes}
+        options |= {key: given[key] for key in ("max_steps", "batch_size", "checkpoint_every") if key in given}
         if options["method"] == "sft":  # one teacher and one twin serve every way to distil
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
         return run_stage(options_class(**options), train, name)
@@ -442,7 +444,7 @@ def run(given: dict, options_class, train) -> None:
         seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **data)
     rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
     for name in seconds:
-        scores = test_scores(root / name / "student", root / "test.jsonl", o.device or "cpu")
+        scores = score_on_test(root / name / "student", root / "test.jsonl", o.device or "cpu")
         (root / name / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
         figures = f"{scores['parameters'] / 1e6:.2f} M", f"{scores['valid']:.1f} %", f"{scores['rouge_l']:.1f}"
         rows.append([name, *figures, f"{seconds[name]:.0f} s"])
@@ -490,7 +492,7 @@ def run_stage(o, train, name: str) -> float:
     return seconds
 
 
-def test_scores(directory: Path, test_file: Path, device: str = "cpu") -> dict:
+def score_on_test(directory: Path, test_file: Path, device: str = "cpu") -> dict:
     """Greedy answers to the test prompts: per cent that the grammar allows, and Rouge-L against five references."""
     model, tokenizer, examples = load_model(directory, device=device), TextTokenizer(directory), read_jsonl(test_file)
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)

@@ -26,13 +26,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
-from data import Row, TextTokenizer, collate, read_jsonl, tokenise, update_order
+from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise, update_order
 from distill import Distiller, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, load_model, read_json, save_model
 
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
+    "added_tokens.json vocab.json merges.txt tokenizer.model"
+).split()  # what a student's directory hands on to what was trained from it
 ALIGNMENTS = ["none", "eta", "cma"]
 DTYPES = ["fp32", "bf16"]
 
@@ -55,7 +59,7 @@ class Options:
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
     temperature: float = option(2.0, "divides all logits inside the divergence")
-    projectors: str | None = option(None, "safetensors file: start from t2s, s2t, query (.weight, .bias) given there")
+    projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     epochs: int = option(20, "passes over the data")
     max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
@@ -120,7 +124,9 @@ def check(o: Options) -> Options:
     except RuntimeError as error:
         raise ValueError(f"--device {device}: not a device; use cuda, cuda:1, cpu, ...") from error
     if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+        raise ValueError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    if torch.device(device).type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: only cuda and cpu are supported (the projectors are solved in float64)")
     if o.projectors is not None and o.method != "dskd":
         raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
     if o.projectors is not None:
@@ -181,6 +187,7 @@ def load(o: Options) -> Pieces:
     if o.method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
         teacher = load_model(teacher_directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
+        teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
     for name, model in (("student", student), ("teacher", teacher)):
         if model is not None and o.max_len > model.limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {model.limit} positions")
@@ -195,7 +202,8 @@ def load(o: Options) -> Pieces:
     valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
     if valid:
         print(f"valid: {report}", file=sys.stderr)
-    prompts = [example.prompt_text() for example in (valid or examples)[:5]]
+    room = min(o.max_prompt_len, o.max_len - 1)
+    prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts)
 
 
@@ -212,16 +220,16 @@ def accumulate(o: Options, pieces: Pieces, student, batches: list) -> dict[str, 
     with autocast:
         states = [distiller.teacher_states(batch) for batch in batches]
         totals = distiller.totals(pieces.student, batches, states)
-    sums: dict[str, float] = {}
+    total = 0
     for batch, state in zip(batches, states, strict=True):
         with autocast:
             terms = distiller.loss(student, batch, state, totals)
-        values = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # one wait for the device
-        for name, value in zip(terms, values, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value}")
-            sums[name] = sums.get(name, 0.0) + value
         terms["loss"].backward()
+        total = total + torch.stack([value.detach().float() for value in terms.values()])
+    sums = dict(zip(terms, total.tolist(), strict=True))  # the one wait for the device
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
     return summarise(sums, batches, totals.tokens, distiller.align)
 
 
@@ -272,7 +280,7 @@ def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, st
     """
     out = Path(o.out)
     save_model(pieces.student, out / "student")
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
@@ -281,8 +289,8 @@ def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, st
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if torch.device(o.device).type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(o.device)
     (out / "resume").mkdir(exist_ok=True)
     new = out / "resume" / "state.safetensors.new"
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -312,8 +320,8 @@ def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if torch.device(o.device).type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], o.device)
     return step
 
 
@@ -348,8 +356,8 @@ def start_directory(o: Options) -> None:
 def keep_freed_memory() -> None:
     """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
     then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "gnu_get_libc_version"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -412,12 +420,13 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
             log.write(line)
         progress.update()
         if done % checkpoint_every == 0 or done == total:
+            pause = time.perf_counter()
             if pieces.valid_rows:
                 eos_id = pieces.student_tokenizer.eos_id
                 line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
                 log.write({"step": done, "valid_ce": line["valid_ce"]})
             save_checkpoint(o, pieces, optimizer, done)
-            clock = time.perf_counter()
+            clock += time.perf_counter() - pause  # the speed is that of training
     progress.close()
     write_samples(o, pieces)
     return line
@@ -461,6 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     try:
         if not given.keys() & {"student", "teacher", "data"}:
+            if given.get("dry_run"):
+                raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
             check(Options(**given, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
             tiny.run(given, Options, train)
             return

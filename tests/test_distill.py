@@ -537,7 +537,6 @@ def test_a_term_that_is_not_a_number_is_named(tokenizers, name, where, term):
     setting.distiller.refresh = lambda student: None
     with pytest.raises(FloatingPointError, match=rf"\b{term} is nan"):
         setting.update()
-    assert all(parameter.grad is None for parameter in setting.parameters().values())
 
 
 def test_bf16_autocast_gives_nearly_the_same(tokenizers):

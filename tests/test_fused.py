@@ -1,0 +1,99 @@
+"""fused.py against the plain terms of losses.py: every value, every gradient, for every divergence."""
+
+import pytest
+import torch
+
+import fused
+from losses import DIVERGENCES, PLAIN
+
+N, D_STUDENT, D_TEACHER, V_STUDENT, V_TEACHER = 7, 5, 6, 11, 13
+
+
+def inputs(dtype=torch.float64) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "hidden": normal(N, D_STUDENT), "head": normal(V_STUDENT, D_STUDENT), "t2s": normal(N, D_STUDENT),
+        "s2t": normal(N, D_TEACHER), "teacher": normal(N, D_TEACHER), "teacher_head": normal(V_TEACHER, D_TEACHER),
+        "gold": torch.randint(V_STUDENT, (N,), generator=generator),
+        "label": torch.randint(V_STUDENT, (N,), generator=generator),
+    }  # fmt: skip
+
+
+CALLS = {  # name: (function of Terms, its arguments by name of input)
+    "gold": ("gold", ["hidden", "gold", "head"]),
+    "kd, padded vocabularies": ("kd", ["hidden", "gold", "teacher", "head", "teacher_head"]),
+    "student space": ("student_space", ["hidden", "gold", "t2s", "label", "head"]),
+    "teacher space": ("teacher_space", ["s2t", "teacher", "teacher_head"]),
+}
+
+
+def values_and_gradients(terms, call, divergence, dtype=torch.float64, frozen=("teacher", "teacher_head")):
+    """Outputs of one term function, and the gradient of a weighted sum of them for every input that learns."""
+    function, names = CALLS[call]
+    x = {name: value.requires_grad_(value.is_floating_point() and name not in frozen)
+         for name, value in inputs(dtype).items()}  # fmt: skip
+    options = () if function == "gold" else (divergence, 2.0)
+    outputs = getattr(terms, function)(*[x[name] for name in names], *options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64)  # other for every token, some negative
+    total = sum((k + 1) * (output.double() * weights).sum() for k, output in enumerate(outputs) if output.requires_grad)
+    total.backward()
+    return [output.detach() for output in outputs], {name: value.grad for name, value in x.items()}
+
+
+@pytest.mark.parametrize("chunk, cached", [(1, 1), (3, 20), (N, 2**20), (100, 30)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("call", CALLS)
+def test_values_and_gradients_equal_the_plain_ones(monkeypatch, call, divergence, chunk, cached):
+    monkeypatch.setattr(fused, "CACHED_LOGITS", cached)
+    plain_values, plain_gradients = values_and_gradients(PLAIN, call, divergence)
+    values, gradients = values_and_gradients(fused.fused_terms(chunk), call, divergence)
+    assert len(values) == len(plain_values)
+    for value, plain in zip(values, plain_values, strict=True):
+        torch.testing.assert_close(value, plain, rtol=1e-10, atol=1e-12)
+    for name in gradients:
+        assert (gradients[name] is None) == (plain_gradients[name] is None), name
+        if gradients[name] is not None:
+            torch.testing.assert_close(gradients[name], plain_gradients[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("call", CALLS)
+def test_under_bf16_autocast(call, divergence):
+    """Products in bf16, the rest in float32: as close to the plain terms under autocast as bf16 is (3 digits)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        plain_values, plain_gradients = values_and_gradients(PLAIN, call, divergence, torch.float32)
+        values, gradients = values_and_gradients(fused.fused_terms(3), call, divergence, torch.float32)
+    for value, plain in zip(values, plain_values, strict=True):
+        assert value.dtype == plain.dtype
+        torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    for name, plain in plain_gradients.items():
+        if plain is not None:
+            assert gradients[name].dtype == plain.dtype
+            assert (gradients[name] - plain).norm() <= 2e-2 * plain.norm(), name
+
+
+def test_no_tokens_at_all():
+    """A batch without a pair: empty terms, zero gradients."""
+    x = inputs()
+    hidden, head = x["hidden"][:0].requires_grad_(), x["head"].requires_grad_()
+    outputs = fused.fused_terms(4).student_space(hidden, x["gold"][:0], x["t2s"][:0], x["label"][:0], head, "fkl", 2.0)
+    assert all(output.shape == (0,) for output in outputs)
+    sum(output.sum() for output in outputs if output.requires_grad).backward()
+    assert hidden.grad.shape == hidden.shape and not head.grad.any()
+
+
+def test_terms_are_on_the_device_of_their_input():
+    """On the meta device, where mixing in a tensor of another device shows."""
+    from losses import dskd_loss
+
+    x = {name: value.to("meta") for name, value in inputs(torch.float32).items()}
+    terms = dskd_loss(
+        x["hidden"], x["gold"], x["t2s"], x["label"], x["s2t"], x["teacher"], x["head"], x["teacher_head"], tokens=N
+    )
+    assert {term.device.type for term in terms.values()} == {"meta"}
+    torch.stack([term.float() for term in terms.values()])
