@@ -397,8 +397,8 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = "teacher recipe align divergence kd_rate temperature on_policy projectors projector_lr".split()
-TEACHER_STEPS, TEACHER_BATCH = 900, 64
-STUDENT_STEPS, STUDENT_BATCH = 800, 32
+TEACHER_STEPS, TEACHER_BATCH = 800, 64
+STUDENT_STEPS, STUDENT_BATCH = 600, 32
 
 
 def find(name: str | None, role: str) -> Path | None:
