@@ -320,6 +320,8 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
 
     train.main(["--max-steps", "2", "--out", str(out), "--recipe", "v1", "--device", "cpu"])  # reuses teacher and twin
     assert "dskd-v1" in capsys.readouterr().out
+    train.main(["--max-steps", "2", "--out", str(out), "--on-policy", "1", "--device", "cpu"])
+    assert "dskd-v2-on-policy" in capsys.readouterr().out
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])
