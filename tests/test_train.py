@@ -1,6 +1,7 @@
 """The command line, from options to a run directory: every combination, resuming, determinism, the embedded task."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -261,6 +262,16 @@ def test_bf16_autocast_agrees_with_float32(tiny_task, capsys):
         results.append(json.loads(capsys.readouterr().out))
     for name in ("loss", "ce", "t2s_ce", "s2t_kd", "grad_norm"):
         assert results[1][name] == pytest.approx(results[0][name], rel=2e-2), name
+
+
+@pytest.mark.parametrize("method, teacher", [("dskd", "teacher"), ("kd", "twin")])
+def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path, method, teacher):
+    """Weights cast while sampling, without gradient, must not be the ones that training reads."""
+    options = {"method": method, "teacher": tiny_task / teacher, "dtype": "bf16", "on_policy": 1, "max_len": 60}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(math.isfinite(value) for line in log_of(tmp_path / "run") for value in line.values())
 
 
 def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, capsys):
