@@ -182,6 +182,11 @@ class TextTokenizer:
         """Text of the ids without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def spelt(self, ids: list[int]) -> list[bytes | None]:
+        """The bytes of each id, as `exact_token_alignment` takes them: None is end-of-text alone, the other special
+        tokens spell nothing."""
+        return [None if i == self.eos_id else self.bytes[i] or b"" for i in ids]
+
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
@@ -328,11 +333,45 @@ def tokenise(
                 "use --align eta (recipe v2) or cma (recipe v1)"
             )
         if align == "eta":
-            row.pairs = exact_token_alignment(
-                [teacher.bytes[i] for i in row.teacher.response], [student.bytes[i] for i in row.student.response]
-            )
+            row.pairs = exact_token_alignment(teacher.spelt(row.teacher.response), student.spelt(row.student.response))
         rows.append(row)
     return rows, report
+
+
+def sampled_row(
+    row: Row, response: list[int], student: TextTokenizer, teacher: TextTokenizer, max_len: int, align: str
+) -> Row:
+    """The row with a response that the student sampled in the place of the gold one (v2, eq. 18).
+
+    response: the new ids, end-of-text included unless the length cut it. The student keeps these ids, whether or not it
+    would cut their text into them itself. With `align` "none" the teacher reads the same ids, otherwise their text:
+
+    - bytes that are no UTF-8 become U+FFFD in it, as for any reader; such tokens have no exact counterpart, those
+      around them do. Where the length cut a character in two, the teacher's text ends before it;
+    - end-of-text stands on both sides or on neither, an empty response is end-of-text alone;
+    - what does not fit into the teacher's `max_len` is cut off both.
+
+    Returns `row` itself where one side has no token left (nothing but special tokens before the cut, or no room).
+    """
+
+    def for_teacher(length: int) -> list[int]:
+        """The teacher's tokens of the first `length` of the student's."""
+        if align == "none":
+            return response[:length]
+        if length == len(response) and response[-1] == student.eos_id:
+            return teacher.encode(student.decode(response[:-1])) + [teacher.eos_id]
+        return teacher.encode(student.decode(response[:length]).rstrip("\ufffd"))
+
+    room = max_len - len(row.teacher.prompt)
+    length = longest_prefix(len(response), lambda n: len(for_teacher(n)) <= room) if response else 0
+    if length < 1 or not for_teacher(length):
+        return row
+    sampled = Row(Side(row.student.prompt, response[:length]), Side(row.teacher.prompt, for_teacher(length)))
+    if align == "eta":
+        sampled.pairs = exact_token_alignment(
+            teacher.spelt(sampled.teacher.response), student.spelt(sampled.student.response)
+        )
+    return sampled
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ An update is made of one or more batches (gradient accumulation), in two phases:
 1. `teacher_states` of every batch: the frozen teacher's hidden states and predictions at its response positions, and
    `totals`, the counts and statistics over all of them that normalise the losses;
 2. `loss` of every batch, for a backward pass each. The parts add up to the loss of the whole, however it is split.
+
+On-policy (v2, eq. 18) the distillation term is taken on other batches, of responses that the student sampled, and the
+gold batches have their cross-entropy alone; it is the same `loss`, called for both.
 """
 
 import sys
@@ -35,7 +38,8 @@ class TeacherStates:
 class Totals:
     """Numbers over all batches of one update."""
 
-    tokens: int  # student response tokens
+    tokens: int  # student response tokens that L_kd is over
+    gold_tokens: int  # gold response tokens; the same, unless the student sampled
     pairs: int = 0  # ETA pairs
     agreeing: int | None = None  # pairs or tokens where the projected teacher predicts its label; None: one batch only
     key_std: float = 1.0  # CMA: of [E_t(input); E_t(label)], of E_t(label) and of the teacher's hidden states,
@@ -98,7 +102,8 @@ class Distiller(nn.Module):
         super().__init__()
         assert divergence in DIVERGENCES and method in {"sft", "kd", "dskd"}
         self.method, self.recipe, self.divergence = method, recipe, divergence
-        self.temperature, self.kd_rate, self.terms = temperature, kd_rate, fused_terms(chunk) if chunk else PLAIN
+        self.temperature, self.terms = temperature, fused_terms(chunk) if chunk else PLAIN
+        self.kd_rate = 0.0 if method == "sft" else kd_rate
         self.align, self.projectors = "none", None
         if method == "sft":
             return
@@ -177,9 +182,12 @@ class Distiller(nn.Module):
         return states
 
     @torch.no_grad()
-    def totals(self, student: nn.Module, batches: list[Batch], states: list[TeacherStates | None]) -> Totals:
-        """The normalisers of one update, from all its batches and the teacher's states of each."""
-        totals = Totals(tokens=sum(len(batch.student.labels) for batch in batches))
+    def totals(
+        self, student: nn.Module, batches: list[Batch], states: list[TeacherStates | None], gold: list[Batch]
+    ) -> Totals:
+        """The normalisers of one update, from all the batches that L_kd is on, the teacher's states of each, and all
+        gold batches (the same ones, unless the student sampled)."""
+        totals = Totals(*(sum(len(batch.student.labels) for batch in part) for part in (batches, gold)))
         if self.align == "eta":
             totals.pairs = sum(len(state.label) for state in states)
         if self.align == "cma":
@@ -199,23 +207,27 @@ class Distiller(nn.Module):
         """The teacher states that have a student position of their own: (K, D) with ETA, else all (N, D)."""
         return states.hidden if states.teacher_index is None else states.hidden[states.teacher_index]
 
-    def loss(self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals) -> dict[str, Tensor]:
+    def loss(
+        self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals, is_gold: bool = True
+    ) -> dict[str, Tensor]:
         """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's loss and terms, with gradient; sums come after
         what they are made of, so that the first that is not finite is the one to look at.
 
-        loss = (1 − kd_rate)·ce + kd_rate·kd. `student` may be a compiled model; its head is read from it.
+        loss = (1 − kd_rate)·ce + kd_rate·kd. Without the teacher's `states`: the first part alone (sft, and the gold
+        side of on-policy distillation); not `is_gold`: the second alone (its sampled side). `student` may be a compiled
+        model; its head is read from it.
         """
-        student_hidden, gold, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
-        if self.method == "sft":
-            terms = sft_loss(student_hidden, gold, head, totals.tokens, self.terms)
-            return {**terms, "loss": terms["ce"]}
-        teacher_head = self.teacher.head_weight
+        student_hidden, labels, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
+        gold = labels if is_gold else None
         options = {"divergence": self.divergence, "temperature": self.temperature, "terms": self.terms}
-        if self.method == "kd":
+        if states is None:
+            terms = sft_loss(student_hidden, labels, head, totals.gold_tokens, self.terms)
+        elif self.method == "kd":
+            teacher_head = self.teacher.head_weight
             terms = kd_loss(student_hidden, gold, states.hidden, head, teacher_head, totals.tokens, **options)
         else:
             t2s, s2t, paired = self.projectors.t2s, self.projectors.s2t, self._paired(states)
-            t2s_label = gold if states.label is None else states.label
+            t2s_label = labels if states.label is None else states.label
             if self.align == "cma":
                 t2s_hidden, s2t_hidden = self._attend(student, batch, student_hidden, states.hidden, totals)
             elif self.align == "eta":
@@ -230,7 +242,7 @@ class Distiller(nn.Module):
                 s2t_hidden,
                 paired,
                 head,
-                teacher_head,
+                self.teacher.head_weight,
                 tokens=totals.tokens,
                 student_rows=states.student_index,
                 recipe=self.recipe,
@@ -239,7 +251,8 @@ class Distiller(nn.Module):
                 agreeing=totals.agreeing,
                 **options,
             )
-        return {**terms, "loss": (1 - self.kd_rate) * terms["ce"] + self.kd_rate * terms["kd"]}
+        weights = {"ce": 1 - self.kd_rate, "kd": self.kd_rate}
+        return {**terms, "loss": sum(weight * terms[name] for name, weight in weights.items() if name in terms)}
 
     def _attend(self, student, batch: Batch, student_hidden: Tensor, teacher_hidden: Tensor, totals: Totals):
         """CMA (v1): each side's states seen from the other's positions, t2s (N, d) and s2t (M, D)."""

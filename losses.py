@@ -119,23 +119,29 @@ def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def against_gold(logits: Tensor, gold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the gold token, and whether it is the arg-max, each (n,); zeros where none is given."""
+    if gold is None:
+        return logits.new_zeros(len(logits)), logits.new_zeros(len(logits), dtype=torch.bool)
+    return cross_entropy(logits, gold, reduction="none"), logits.argmax(-1) == gold
+
+
 def gold_terms(student_hidden: Tensor, gold: Tensor, student_head: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the gold token, and whether it is the arg-max: (n, d), (n,), (V, d) -> (n,), (n,)."""
-    logits = logits_under(student_hidden, student_head)
-    return cross_entropy(logits, gold, reduction="none"), logits.argmax(-1) == gold
+    return against_gold(logits_under(student_hidden, student_head), gold)
 
 
 def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence: str, temperature: float):
     """Vanilla KD, per token: (cross-entropy, gold is arg-max, D(p ‖ q)), each (n,); the vocabularies are equal.
 
-    Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows both have.
+    gold None: the first two are 0. Heads of one tokenizer may be padded to different numbers of rows; the divergence is
+    over the rows both have.
     """
     student_logits = logits_under(student_hidden, student_head)
     teacher_logits = logits_under(teacher_hidden, teacher_head)
-    ce = cross_entropy(student_logits, gold, reduction="none")
     rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
     kd = DIVERGENCES[divergence](student_logits[:, :rows], teacher_logits[:, :rows], temperature)
-    return ce, student_logits.argmax(-1) == gold, kd
+    return *against_gold(student_logits, gold), kd
 
 
 def student_space_terms(
@@ -143,18 +149,17 @@ def student_space_terms(
 ):
     """DSKD in the student's space, per token: both states under the student's head.
 
-    student_hidden, t2s_hidden (n, d): the student's states and the teacher's, projected; gold, t2s_label (n,).
-    Returns (ce, gold is arg-max, t2s_ce, t2s_kd, agrees), each (n,):
+    student_hidden, t2s_hidden (n, d): the student's states and the teacher's, projected; gold (may be None: no
+    cross-entropy), t2s_label (n,). Returns (ce, gold is arg-max, t2s_ce, t2s_kd, agrees), each (n,):
     t2s_ce teaches the projector (and nothing else: the head is detached) to speak through the student's head; t2s_kd
     teaches the student (and nothing else: the projected logits are detached); agrees says where the projected
     teacher's arg-max is its label, that is where it can be trusted.
     """
     student_logits = logits_under(student_hidden, student_head)
     t2s_logits = logits_under(t2s_hidden, student_head.detach())
-    ce = cross_entropy(student_logits, gold, reduction="none")
-    t2s_ce = cross_entropy(t2s_logits, t2s_label, reduction="none")
+    t2s_ce, agrees = against_gold(t2s_logits, t2s_label)
     t2s_kd = DIVERGENCES[divergence](student_logits, t2s_logits.detach(), temperature)
-    return ce, student_logits.argmax(-1) == gold, t2s_ce, t2s_kd, t2s_logits.argmax(-1) == t2s_label
+    return *against_gold(student_logits, gold), t2s_ce, t2s_kd, agrees
 
 
 def teacher_space_terms(s2t_hidden, teacher_hidden, teacher_head, divergence: str, temperature: float) -> Tensor:
@@ -183,6 +188,7 @@ PLAIN = Terms()
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives. `tokens` normalises: the number of student response tokens of the whole batch that one update is made of,
 # so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, and counts to log.
+# gold None, for responses that are not gold (on-policy: the student's own): the distillation terms alone, no ce.
 
 
 def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens: float, terms: Terms = PLAIN):
@@ -193,7 +199,7 @@ def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens:
 
 def kd_loss(
     student_hidden: Tensor,  # (N, d)
-    gold: Tensor,  # (N,)
+    gold: Tensor | None,  # (N,)
     teacher_hidden: Tensor,  # (N, D)
     student_head: Tensor,  # (V, d)
     teacher_head: Tensor,  # (V, D)
@@ -206,12 +212,13 @@ def kd_loss(
     ce, correct, kd = terms.kd(
         student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature
     )
-    return {"ce": ce.sum() / tokens, "kd": kd.sum() / tokens, "correct": correct.sum()}
+    terms = {} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}
+    return {**terms, "kd": kd.sum() / tokens}
 
 
 def dskd_loss(
     student_hidden: Tensor,  # (N, d)
-    gold: Tensor,  # (N,)
+    gold: Tensor | None,  # (N,)
     t2s_hidden: Tensor,  # (K, d) the teacher's states in the student's space
     t2s_label: Tensor,  # (K,) what they should predict there: gold tokens (v1), the teacher's own predictions (v2)
     s2t_hidden: Tensor,  # (J, D) the student's states in the teacher's space
@@ -244,9 +251,15 @@ def dskd_loss(
         raise ValueError(f"recipe {recipe!r} with align {align!r}: v1 goes with none or cma, v2 with none or eta")
     paired = slice(None) if student_rows is None else student_rows
     ce, correct, t2s_ce, t2s_kd, agrees = terms.student_space(
-        student_hidden[paired], gold[paired], t2s_hidden, t2s_label, student_head, divergence, temperature
+        student_hidden[paired],
+        None if gold is None else gold[paired],
+        t2s_hidden,
+        t2s_label,
+        student_head,
+        divergence,
+        temperature,
     )
-    if student_rows is not None:  # tokens without a counterpart have only their cross-entropy
+    if gold is not None and student_rows is not None:  # tokens without a counterpart have only their cross-entropy
         alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
         alone[student_rows] = False
         ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
@@ -269,10 +282,9 @@ def dskd_loss(
         "s2t_kd": s2t_kd.sum() / normaliser,
     }
     return {
-        "ce": ce.sum() / tokens,
+        **({} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}),
         **kd,
         "kd": sum(kd.values()),
-        "correct": correct.sum(),
         "agreeing": count,
         "pairs": torch.full_like(count, len(t2s_label)),
     }

@@ -605,6 +605,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     """One token id per row of logits (B, V) -> (B,): greedy at temperature 0, else from softmax(logits / temperature).
 
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
+    Raises FloatingPointError for logits that are not finite.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -613,6 +614,8 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probabilities = logits.softmax(-1)
+    if probabilities[:, 0].isnan().any():  # one logit that is inf or nan makes its whole row nan
+        raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
     if top_p < 1:
         likeliest, ids = probabilities.sort(dim=-1, descending=True)
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
@@ -623,19 +626,22 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
 
 @torch.no_grad()
 def generate(
-    m: Decoder, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, seed=None
+    m: Decoder, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, seed=None, vocabulary=None
 ) -> list[list[int]]:
     """Continue each prompt (a non-empty list of token ids, any lengths): the new ids only, a final eos_id included.
 
-    A sequence ends at eos_id (None: never), after max_new_tokens, or when prompt and new ids fill all positions.
+    A sequence ends at eos_id (None: never), after max_new_tokens (a number, or one per prompt), or when prompt and new
+    ids fill all positions. Only ids below `vocabulary` are drawn (None: all rows of the head, also those that pad it).
     temperature 0 is greedy; seed=None draws from torch's global generator. Greedy results do not depend on the batch;
     sampled ones do, for a seed fixes the draws of the batch as a whole. Raises ValueError for impossible arguments.
     """
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
     check_generation(m, prompts, max_new_tokens, temperature, top_k, top_p)
     device = m.embed.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     outputs = [[] for _ in prompts]
-    budget = [min(max_new_tokens, m.limit - len(prompt)) for prompt in prompts]
+    budget = [min(most, m.limit - len(prompt)) for most, prompt in zip(max_new_tokens, prompts, strict=True)]
     rows = [i for i in range(len(prompts)) if budget[i] > 0]  # the prompts in the batch
     if not rows:
         return outputs
@@ -649,7 +655,7 @@ def generate(
         cache = KVCache(lengths, slots=max(len(prompts[i]) + budget[i] for i in rows))
         hidden = m(ids, cache=cache)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
         while True:
-            tokens = sample(m.logits(hidden), temperature, top_k, top_p, generator)  # (B,)
+            tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
             for i, token in zip(rows, tokens.tolist(), strict=True):
                 if budget[i] > 0:
                     outputs[i].append(token)
@@ -676,6 +682,10 @@ def check_generation(m: Decoder, prompts, max_new_tokens, temperature, top_k, to
             raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens, the model {m.limit} positions; cut it")
         if not 0 <= min(prompt) <= max(prompt) < len(m.embed.weight):
             raise ValueError(f"generate: prompt {i} has a token id outside the vocabulary of {len(m.embed.weight)}")
-    if max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if len(max_new_tokens) != len(prompts):
+        raise ValueError(f"generate: {len(max_new_tokens)} max_new_tokens for {len(prompts)} prompts; give one number "
+                         "for all, or one per prompt")  # fmt: skip
+    least = min(max_new_tokens, default=0)
+    if least < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("generate: max_new_tokens, temperature and top_k must be >= 0 and 0 < top_p <= 1, got "
-                         f"{max_new_tokens}, {temperature}, {top_k} and {top_p}")  # fmt: skip
+                         f"{least}, {temperature}, {top_k} and {top_p}")  # fmt: skip

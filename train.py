@@ -12,8 +12,10 @@ import ctypes
 import json
 import math
 import os
+import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -26,12 +28,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
-from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise, update_order
-from distill import Distiller, choose_alignment
+from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
+from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import data_file, model_directory
 from losses import DIVERGENCES
-from model import build_model, load_model, read_json, save_model
+from model import build_model, generate, load_model, read_json, save_model
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -59,6 +61,7 @@ class Options:
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
     temperature: float = option(2.0, "divides all logits inside the divergence")
+    on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
     projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     epochs: int = option(20, "passes over the data")
@@ -115,6 +118,12 @@ def check(o: Options) -> Options:
             raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
     if not 0 <= o.kd_rate <= 1:
         raise ValueError(f"--kd-rate {o.kd_rate}: must be between 0 (only gold labels) and 1 (only the teacher)")
+    if not 0 <= o.on_policy <= 1:
+        raise ValueError(f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)")
+    if o.on_policy and o.method == "sft":
+        raise ValueError("--on-policy belongs to distillation; --method sft has no teacher to judge sampled responses")
+    if o.on_policy and o.dry_run:
+        raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
@@ -165,6 +174,10 @@ class Pieces:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
         return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
 
+    def batches(self, rows: list[Row], o: Options) -> list:
+        """The rows of one update as batches of --batch-size."""
+        return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
+
 
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
@@ -211,38 +224,70 @@ def load(o: Options) -> Pieces:
 # One update
 
 
-def accumulate(o: Options, pieces: Pieces, student, batches: list) -> dict[str, float]:
-    """Loss terms of one update over its batches, with their gradient added up. Raises FloatingPointError for a term
-    that is not finite, naming it."""
+def autocast(o: Options) -> torch.autocast:
+    return torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=o.dtype == "bf16")
+
+
+def is_on_policy(o: Options, step: int) -> bool:
+    """Whether update `step` distils on sampled responses: with probability --on-policy, and a function of (seed, step)
+    alone, so that a resumed run, and every process of one run, decides alike."""
+    return random.Random(f"{o.seed} on-policy {step}").random() < o.on_policy
+
+
+def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple[list[Row], int]:
+    """The rows with responses sampled from the student as it is now (v2, eq. 18; T = 1, the whole distribution, no
+    dropout, no gradient), and how many tokens were sampled. Seeded by (seed, step), like `is_on_policy`.
+
+    All responses of an update are sampled together: so they do not depend on how it is split, and it is faster.
+    """
+    seed = random.Random(f"{o.seed} sample {step}").getrandbits(63)
+    tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
+    room = [o.max_len - len(prompt) for prompt in prompts]
+    with autocast(o):
+        responses = generate(pieces.student, prompts, room, tokenizer.eos_id, seed=seed, vocabulary=tokenizer.size)
+    both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.distiller.align
+    sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
+    return sampled, sum(map(len, responses))
+
+
+def accumulate(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
+    """Loss terms of one update over its batches, with their gradient added up. `sampled`: batches of sampled responses,
+    which L_kd is on instead of the gold ones. Raises FloatingPointError for a term that is not finite, naming it."""
     distiller = pieces.distiller
-    autocast = torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=o.dtype == "bf16")
+    distilled = sampled or batches
     distiller.refresh(pieces.student)
-    with autocast:
-        states = [distiller.teacher_states(batch) for batch in batches]
-        totals = distiller.totals(pieces.student, batches, states)
-    total = 0
-    for batch, state in zip(batches, states, strict=True):
-        with autocast:
-            terms = distiller.loss(student, batch, state, totals)
+    with autocast(o):
+        states = [distiller.teacher_states(batch) for batch in distilled]
+        totals = distiller.totals(pieces.student, distilled, states, batches)
+    parts = [(batch, state, not sampled) for batch, state in zip(distilled, states, strict=True)]
+    if sampled:
+        parts = [(batch, None, True) for batch in batches] + parts
+    names: list[str] = []
+    values = []
+    for batch, state, is_gold in parts:
+        with autocast(o):
+            terms = distiller.loss(student, batch, state, totals, is_gold)
         terms["loss"].backward()
-        total = total + torch.stack([value.detach().float() for value in terms.values()])
-    sums = dict(zip(terms, total.tolist(), strict=True))  # the one wait for the device
-    for name, value in sums.items():
+        names += terms
+        values += [value.detach().float() for value in terms.values()]
+    sums: dict[str, float] = {}
+    for name, value in zip(names, torch.stack(values).tolist(), strict=True):  # the one wait for the device
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
-    return summarise(sums, batches, totals.tokens, distiller.align)
+        sums[name] = sums.get(name, 0.0) + value
+    return summarise(sums, distilled, totals, distiller.align)
 
 
-def summarise(sums: dict[str, float], batches: list, tokens: int, align: str) -> dict[str, float]:
-    """Counts turned into the ratios that are logged."""
-    sums["accuracy"] = sums.pop("correct") / tokens
+def summarise(sums: dict[str, float], batches: list, totals: Totals, align: str) -> dict[str, float]:
+    """Counts turned into the ratios that are logged; `batches` are those that L_kd is on."""
+    sums["accuracy"] = sums.pop("correct") / totals.gold_tokens
     agreeing, pairs = sums.pop("agreeing", None), sums.pop("pairs", None)
     if agreeing is not None:
         sums["t2s_agreement"] = agreeing / max(pairs, 1)
     if align == "eta":
         ratios = [ratio for batch in batches for ratio in batch.align_ratios]
         sums["align_ratio"] = sum(ratios) / len(ratios)
-    sums["student_tokens"] = tokens
+    sums["student_tokens"] = totals.tokens
     if batches[0].teacher is not None:
         sums["teacher_tokens"] = sum(len(batch.teacher.labels) for batch in batches)
     return sums
@@ -390,14 +435,16 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
     order = update_order(len(pieces.rows), per_update, o.seed, start)
-    clock, clock_tokens = time.perf_counter(), 0
+    meter = Meter()
     for step, indices in enumerate(islice(order, total - start), start):
         rows = [pieces.rows[i] for i in indices]
-        batches = [pieces.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
+        sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         try:
-            terms = accumulate(o, pieces, student, batches)
+            if is_on_policy(o, step):
+                sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
+            terms = accumulate(o, pieces, student, pieces.batches(rows, o), pieces.batches(sampled, o))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
@@ -409,27 +456,56 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        clock_tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows)
+        meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
+        if o.on_policy:  # a response that could not be used left the gold one in its place
+            terms["on_policy"] = sum(new is not row for new, row in zip(sampled, rows, strict=False)) / len(rows)
         done = step + 1
         if done % o.log_every == 0 or done == total or step == start:
-            now = time.perf_counter()
-            speed, clock, clock_tokens = clock_tokens / (now - clock), now, 0
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
-            line |= {"lr": optimizer.param_groups[0]["lr"], "tokens_per_second": round(speed, 1)}
-            progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
         progress.update()
         if done % checkpoint_every == 0 or done == total:
-            pause = time.perf_counter()
+            paused = time.perf_counter()
             if pieces.valid_rows:
                 eos_id = pieces.student_tokenizer.eos_id
                 line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
                 log.write({"step": done, "valid_ce": line["valid_ce"]})
             save_checkpoint(o, pieces, optimizer, done)
-            clock += time.perf_counter() - pause  # the speed is that of training
+            meter.since += time.perf_counter() - paused  # not training
     progress.close()
     write_samples(o, pieces)
     return line
+
+
+class Meter:
+    """What the time since the last logged line brought."""
+
+    def __init__(self):
+        self.since, self.tokens = time.perf_counter(), 0
+        self.generating, self.generated, self.responses = 0.0, 0, 0
+
+    def time_generation(self, sample: Callable, *arguments) -> list[Row]:
+        began = time.perf_counter()
+        rows, tokens = sample(*arguments)
+        self.generating += time.perf_counter() - began
+        self.generated += tokens
+        self.responses += len(rows)
+        return rows
+
+    def read(self, on_policy: bool) -> dict[str, float]:
+        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
+        seconds = time.perf_counter() - self.since
+        line = {"tokens_per_second": round(self.tokens / seconds, 1)}
+        if on_policy:
+            line["generation_share"] = round(self.generating / seconds, 4)
+        if self.responses:
+            line["generation_tokens_per_second"] = round(self.generated / self.generating, 1)
+            line["sampled_length"] = self.generated / self.responses
+        self.__init__()
+        return line
 
 
 class Log:

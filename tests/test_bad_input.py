@@ -276,6 +276,11 @@ def test_more_tokens_than_positions(command, copy, role):
     assert contains(command(**{role: directory}), f"--max-len 96: the {role} has only 80 positions")
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, 50, "nan", "inf"])
+def test_on_policy_out_of_range(command, nothing_loaded, value):
+    assert contains(command(on_policy=value), "--on-policy ", "between 0 (gold responses) and 1 (sampled ones)")
+
+
 @pytest.mark.parametrize("device, expected", [("cuda", "no CUDA device"), ("cuda:3", "no CUDA device"),
                                               ("gpu", "not a device"), ("cpu:x", "not a device")])  # fmt: skip
 def test_device(command, monkeypatch, nothing_loaded, device, expected):

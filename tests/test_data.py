@@ -20,6 +20,7 @@ from data import (
     cut_prompt,
     longest_prefix,
     read_jsonl,
+    sampled_row,
     tokenise,
     update_order,
 )
@@ -434,6 +435,141 @@ def test_what_cannot_fit_is_named(student, teacher):
 def test_prompt_leaves_room_for_a_response(student):
     [row], report = tokenise([raw("x" * 50, "yy")], student, max_len=10, max_prompt_len=256)
     assert len(row.student.prompt) == 9 and len(row.student.response) == 1 and report.prompts_cut == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampled responses
+
+
+def byte_ids(tokenizer, spelt: bytes) -> list[int]:
+    """One token for each byte."""
+    return [tokenizer.bytes.index(bytes([byte])) for byte in spelt]
+
+
+def paired_bytes(row, student, teacher):
+    """What the aligned pairs spell, checked to be the same on both sides; None is end-of-text."""
+    pairs = list(zip(*row.pairs, strict=True))
+    theirs = [teacher.spelt(row.teacher.response)[i] for i, _ in pairs]
+    ours = [student.spelt(row.student.response)[j] for _, j in pairs]
+    assert [token and token.lstrip(b" ") for token in ours] == [token and token.lstrip(b" ") for token in theirs]
+    return ours
+
+
+@pytest.mark.parametrize("align", ["eta", "cma"])
+def test_a_sampled_response_is_read_by_the_teacher_as_text(student, teacher, align):
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align=align)[0][0]
+    expected = tokenise([raw("Say:", "Le café: 東京")], student, teacher, align=align)[0][0]
+    row = sampled_row(gold, expected.student.response, student, teacher, 512, align)
+    assert (row.student, row.teacher) == (expected.student, expected.teacher)
+    assert row.student.response[-1] == student.eos_id and row.teacher.response[-1] == teacher.eos_id
+    if align == "eta":
+        assert all(np.array_equal(a, b) for a, b in zip(row.pairs, expected.pairs, strict=True))
+        assert paired_bytes(row, student, teacher)[-1] is None  # end-of-text has its counterpart
+    labels = collate([row], 0).student.labels
+    assert labels.tolist() == row.student.response  # and is trained on
+
+    cut = sampled_row(gold, expected.student.response[:-1], student, teacher, 512, align)
+    assert cut.student.response == expected.student.response[:-1]
+    assert cut.teacher.response == expected.teacher.response[:-1]
+    assert student.eos_id not in collate([cut], 0).student.labels
+
+
+def test_the_student_keeps_the_tokens_that_it_sampled(student, teacher):
+    """It would itself cut "the fox" into fewer tokens; the alignment is by bytes, so that it finds what coincides."""
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
+    response = [*byte_ids(student, b"the"), *student.encode(" fox"), student.eos_id]
+    assert student.encode("the fox") != response[:-1]
+    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    assert row.student.response == response
+    assert row.teacher.response == [*teacher.encode("the fox"), teacher.eos_id]
+    assert paired_bytes(row, student, teacher)[-2:] == [student.bytes[response[-2]], None]
+
+
+def test_an_empty_response_is_end_of_text_on_both_sides(student, teacher):
+    for align in ("eta", "cma"):
+        gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align=align)[0][0]
+        row = sampled_row(gold, [student.eos_id], student, teacher, 512, align)
+        assert (row.student.response, row.teacher.response) == ([student.eos_id], [teacher.eos_id])
+        assert align == "cma" or [index.tolist() for index in row.pairs] == [[0], [0]]
+
+
+@pytest.mark.parametrize("broken", [b"\xe9", b"\xff\xfe", b"\xf0\x9f\x8d", b"\xbf\xbd"])
+def test_bytes_that_are_no_text(student, teacher, broken):
+    """The teacher reads U+FFFD in their place; what stands around them is still aligned, end-of-text too."""
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
+    before, after = student.encode("the lazy"), student.encode(" dog sleeps")
+    response = [*before, *byte_ids(student, broken), *after, student.eos_id]
+    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    assert row.student.response == response
+    text = teacher.decode(row.teacher.response)
+    assert text.startswith("the lazy\ufffd") and text.endswith("\ufffd dog sleeps")
+    whole = sampled_row(gold, [*before, *after, student.eos_id], student, teacher, 512, "eta")
+    found, expected = paired_bytes(row, student, teacher), paired_bytes(whole, student, teacher)
+    assert [token for token in found if token is None or len(token) > 1] == [
+        token for token in expected if token is None or len(token) > 1
+    ]
+    assert found[-1] is None and len(found) > 2
+
+
+def test_a_character_that_the_length_cuts_in_two(student, teacher):
+    """The teacher's text ends before it; followed by end-of-text, it is text that is wrong, and stays."""
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
+    response = [*student.encode("the fox"), *byte_ids(student, "🍕".encode()[:3])]
+    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    assert row.student.response == response
+    assert row.teacher.response == teacher.encode("the fox")
+    row = sampled_row(gold, [*response, student.eos_id], student, teacher, 512, "eta")
+    assert row.teacher.response == [*teacher.encode("the fox\ufffd"), teacher.eos_id]
+    # nothing but the beginning of a character: the teacher would have no token, so the gold response stays
+    assert sampled_row(gold, byte_ids(student, "🍕".encode()[:2]), student, teacher, 512, "eta") is gold
+
+
+def test_sampled_special_tokens_spell_nothing(student, teacher):
+    """With the roles changed: the SentencePiece vocabulary has <unk> and <s>, which are not end-of-text."""
+    student, teacher = teacher, student
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
+    start = student.tokenizer.token_to_id("<s>")
+    words = student.encode("the lazy dog")
+    response = [start, *words[:2], start, *words[2:], student.eos_id]
+    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    assert row.student.response == response
+    assert row.teacher.response == gold.teacher.response
+    expected = gold.pairs[1] + 1 + (gold.pairs[1] >= 2)
+    assert row.pairs[1].tolist() == expected.tolist() and row.pairs[0].tolist() == gold.pairs[0].tolist()
+    assert paired_bytes(row, student, teacher)[-1] is None
+    assert sampled_row(gold, [start, start], student, teacher, 512, "eta") is gold
+    row = sampled_row(gold, [start, student.eos_id], student, teacher, 512, "eta")
+    assert [index.tolist() for index in row.pairs] == [[0], [1]]
+
+
+@pytest.mark.parametrize("room", range(7))
+def test_sampled_responses_fit_the_teacher_too(student, teacher, room):
+    gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
+    text = "the ßßß dog"  # few tokens for the student, several for the teacher
+    response = [*student.encode(text), student.eos_id]
+    theirs = [*teacher.encode(text), teacher.eos_id]
+    max_len = len(gold.teacher.prompt) + room
+    row = sampled_row(gold, response, student, teacher, max_len, "eta")
+    if room == 0:
+        assert row is gold
+        return
+    assert room < len(theirs)
+    assert 0 < len(row.teacher.response) <= room
+    assert row.student.response == response[: len(row.student.response)]
+    assert row.teacher.response == theirs[: len(row.teacher.response)]
+    assert teacher.eos_id not in row.teacher.response and student.eos_id not in row.student.response
+    if len(row.student.response) < len(response) - 1:  # (end-of-text may be all that does not fit)
+        longer = student.decode(response[: len(row.student.response) + 1]).rstrip("\ufffd")
+        assert len(teacher.encode(longer)) > room  # one token more would not have fitted
+
+
+def test_with_one_vocabulary_the_teacher_sees_the_same_ids(student):
+    gold = tokenise([raw("Say:", "the lazy dog")], student, student, align="none")[0][0]
+    response = [*byte_ids(student, b"the\xe9"), student.eos_id]
+    row = sampled_row(gold, response, student, student, 512, "none")
+    assert row.student.response == row.teacher.response == response and row.pairs is None
+    row = sampled_row(gold, response, student, student, len(gold.teacher.prompt) + 2, "none")
+    assert row.student.response == row.teacher.response == response[:2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

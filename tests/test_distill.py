@@ -106,11 +106,11 @@ class Setting:
         named = [("student", self.student), ("projectors", self.distiller.projectors or torch.nn.Module())]
         return {f"{kind}.{key}": parameter for kind, module in named for key, parameter in module.named_parameters()}
 
-    def update(self, *batches):
+    def update(self, *batches, sampled=None):
         """Terms and gradients of one update."""
         for parameter in self.parameters().values():
             parameter.grad = None
-        terms = train.accumulate(self.o, self.pieces, self.student, list(batches) or [self.batch()])
+        terms = train.accumulate(self.o, self.pieces, self.student, list(batches) or [self.batch()], sampled)
         gradients = {name: p.grad.clone() for name, p in self.parameters().items() if p.grad is not None}
         return terms, gradients
 
@@ -359,6 +359,119 @@ def test_predictions_by_parts():
     for chunk in (1, 3, 7, 100):
         assert torch.equal(argmax_tokens(hidden, head, chunk), (hidden @ head.T).argmax(-1))
     assert argmax_tokens(hidden[:0], head).shape == (0,)
+
+
+# -- on-policy ---------------------------------------------------------------------------------------------------------
+
+every_distillation = pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
+
+
+def splits(setting, rows):
+    return [setting.batch(rows)], [setting.batch(rows[:2]), setting.batch(rows[2:])], [setting.batch([r]) for r in rows]
+
+
+@every_distillation
+def test_on_policy_with_the_gold_responses_is_off_policy(tokenizers, name, monkeypatch):
+    """A student that says the gold responses: the same terms, the same gradients."""
+    setting = Setting(tokenizers, name)
+    if name.startswith("dskd"):
+        setting.fit_t2s()
+    terms, gradients = setting.update()
+    monkeypatch.setattr(train, "generate", lambda *arguments, **_: [row.student.response for row in setting.rows])
+    setting.o.max_len = 128
+    rows, tokens = train.sample_rows(setting.o, setting.pieces, setting.rows, step=0)
+    assert tokens == terms["student_tokens"]
+    for new, row in zip(rows, setting.rows, strict=True):
+        assert new is not row and (new.student, new.teacher) == (row.student, row.teacher)
+    for gold, sampled in zip(splits(setting, setting.rows), splits(setting, rows)[::-1], strict=True):
+        found, found_gradients = setting.update(*gold, sampled=sampled)
+        assert found == pytest.approx(terms, rel=1e-5, abs=1e-6)
+        assert found_gradients.keys() == gradients.keys()
+        torch.testing.assert_close(found_gradients, gradients, **EXACT)
+
+
+@every_distillation
+def test_on_policy_is_gold_cross_entropy_and_distillation_on_the_samples(tokenizers, name):
+    """loss = (1 − r)·ce(gold) + r·kd(sampled), each a mean over its own tokens, however the update is split."""
+    setting = Setting(tokenizers, name, kd_rate=0.3)
+    if name.startswith("dskd"):
+        setting.fit_t2s()
+    setting.o.max_len = 48
+    rows, tokens = train.sample_rows(setting.o, setting.pieces, setting.rows, step=0)
+    assert sum(len(row.student.response) for row in rows) != sum(len(row.student.response) for row in setting.rows)
+    sft = Setting(tokenizers, "sft", setting.student)
+    gold, gold_gradients = sft.update(sft.batch(setting.rows))
+    _, sampled_ce_gradients = sft.update(sft.batch(rows))
+    both, both_gradients = setting.update(setting.batch(rows))  # as if the samples were gold
+    expected = {**both, "ce": gold["ce"], "accuracy": gold["accuracy"]}
+    expected["loss"] = 0.7 * gold["ce"] + 0.3 * both["kd"]
+    expected_gradients = dict(both_gradients)
+    for key, gradient in gold_gradients.items():
+        expected_gradients[key] = both_gradients[key] + 0.7 * (gradient - sampled_ce_gradients[key])
+    for gold, sampled in zip(splits(setting, setting.rows), splits(setting, rows)[::-1], strict=True):
+        found, gradients = setting.update(*gold, sampled=sampled)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        torch.testing.assert_close(gradients, expected_gradients, **EXACT)
+
+
+def test_sampling_is_without_dropout_and_leaves_no_trace(tokenizers):
+    student = random_model({**GPT2, "embd_pdrop": 0.5, "resid_pdrop": 0.5}, tokenizers[1].size + 9, seed=0)
+    with torch.no_grad():
+        student.head_weight[tokenizers[1].size :] = 3 * student.head_weight[:9]  # no such tokens, but likely
+    setting = Setting(tokenizers, "dskd v2 eta", student)
+    setting.o.max_len = 40
+    student.train()
+    state = torch.get_rng_state()
+    rows, _ = train.sample_rows(setting.o, setting.pieces, setting.rows, step=3)
+    again, _ = train.sample_rows(setting.o, setting.pieces, setting.rows, step=3)
+    assert torch.equal(torch.get_rng_state(), state) and student.training and student.blocks[0].training
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert [row.student for row in rows] == [row.student for row in again]
+    other, _ = train.sample_rows(setting.o, setting.pieces, setting.rows, step=4)
+    assert [row.student for row in rows] != [row.student for row in other]
+    student.eval()
+    assert [row.student for row in train.sample_rows(setting.o, setting.pieces, setting.rows, step=3)[0]] == [
+        row.student for row in rows
+    ]
+    for row, new in zip(setting.rows, rows, strict=True):
+        assert new.student.prompt == row.student.prompt and new.teacher.prompt == row.teacher.prompt
+        assert max(new.student.response) < tokenizers[1].size
+        for side, eos_id in ((new.student, tokenizers[1].eos_id), (new.teacher, tokenizers[0].eos_id)):
+            assert 0 < len(side.response) <= 40 - len(side.prompt)
+            assert eos_id not in side.response[:-1]
+        ended = new.student.response[-1] == tokenizers[1].eos_id
+        assert (new.teacher.response[-1] == tokenizers[0].eos_id) == ended
+
+
+@every_distillation
+def test_a_sampled_end_of_text_is_trained_on(tokenizers, name, monkeypatch):
+    """The gradient of the head's end-of-text row sees whether the sampled response has an end."""
+    setting = Setting(tokenizers, name)
+    setting.o.max_len = 128
+    eos_id = setting.tokenizer.eos_id
+    response = setting.tokenizer.encode("The red fox")
+
+    def sampled(ids):
+        monkeypatch.setattr(train, "generate", lambda *arguments, **_: [ids] * len(setting.rows))
+        return setting.batch(train.sample_rows(setting.o, setting.pieces, setting.rows, step=0)[0])
+
+    ended, cut, empty = sampled([*response, eos_id]), sampled(response), sampled([eos_id])
+    for batch, number in ((ended, 1), (cut, 0), (empty, 1)):
+        assert (batch.student.labels == eos_id).sum() == number * len(setting.rows)
+        assert (batch.teacher.labels == setting.teacher_tokenizer.eos_id).sum() == number * len(setting.rows)
+        terms, _ = setting.update(sampled=[batch])
+        assert terms["student_tokens"] == len(batch.student.labels) and math.isfinite(terms["kd"])
+    assert empty.student.labels.tolist() == [eos_id] * len(setting.rows)
+
+
+def test_the_share_of_on_policy_updates():
+    for share in (0.0, 0.25, 1.0):
+        o = train.Options(on_policy=share)
+        drawn = [train.is_on_policy(o, step) for step in range(2000)]
+        assert sum(drawn) / 2000 == pytest.approx(share, abs=0.04)
+        assert drawn == [train.is_on_policy(o, step) for step in range(2000)]
+    other = [train.is_on_policy(train.Options(on_policy=0.5, seed=1), step) for step in range(50)]
+    assert other != [train.is_on_policy(train.Options(on_policy=0.5, seed=2), step) for step in range(50)]
 
 
 # -- who moves ---------------------------------------------------------------------------------------------------------

@@ -462,6 +462,33 @@ def test_parts_of_a_batch_add_up(recipe, align):
     torch.testing.assert_close(sums, whole)
 
 
+# -- without gold ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", [PLAIN, fused.fused_terms(2)], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", ["kd", *COMBINATIONS])
+def test_without_gold_the_distillation_term_is_the_same_and_alone(case, terms):
+    """As on sampled responses: no cross-entropy, neither its value nor its gradient."""
+
+    def run(gold):
+        i = Inputs(*(case if isinstance(case, tuple) else ("v2", "none")))
+        i.teacher_hidden.requires_grad_(False)
+        i.teacher_head.requires_grad_(False)
+        i.gold = i.gold if gold else None
+        if case == "kd":
+            heads = i.student_head, i.teacher_head
+            found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "skl", TEMPERATURE, terms)
+        else:
+            found = i.loss("skl", terms)
+        found["kd"].backward()
+        return found, {name: leaf.grad for name, leaf in i.leaves().items() if leaf.grad is not None}
+
+    (found, gradients), (expected, expected_gradients) = run(gold=False), run(gold=True)
+    assert found.keys() == expected.keys() - {"ce", "correct"}
+    torch.testing.assert_close(found, {name: expected[name] for name in found})
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 # -- edges -------------------------------------------------------------------------------------------------------------
 
 

@@ -272,6 +272,33 @@ def test_position_limit():
         m(torch.ones(1, 41, dtype=torch.long))
 
 
+def test_a_budget_for_each_prompt():
+    m = random_model(GPT2)
+    whole = generate(m, PROMPTS, 12, None, temperature=0)
+    budgets = [max(12 - 6 * i, 0) for i in range(len(PROMPTS))]  # 12, 6, 0, ...
+    expected = [new[:budget] for new, budget in zip(whole, budgets, strict=True)]
+    assert generate(m, PROMPTS, budgets, None, temperature=0) == expected
+    with pytest.raises(ValueError, match="2 max_new_tokens for 1 prompts"):
+        generate(m, [[1]], [1, 2], None)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(m, [[1], [2]], [1, -1], None)
+
+
+def test_rows_beyond_the_vocabulary_are_never_drawn():
+    m = random_model(GPT2)
+    with torch.no_grad():  # all states point at the last rows
+        m.norm.bias.fill_(1.0)
+        m.head_weight[50:] = 3.0
+    assert max(max(new) for new in generate(m, PROMPTS, 10, None, seed=1)) >= 50
+    assert max(max(new) for new in generate(m, PROMPTS, 10, None, seed=1, vocabulary=50)) < 50
+
+
+def test_there_is_nothing_to_draw_from_logits_that_are_not_finite():
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            sample(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]))
+
+
 def test_generate_restores_the_mode_and_refuses_nonsense():
     m = random_model(GPT2).train()
     generate(m, [[1, 2]], 3, None)

@@ -1,6 +1,7 @@
 """The command line, from options to a run directory: every combination, resuming, determinism, the embedded task."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-COMBINATIONS = [("sft", "v2", "none", "fkl", "student")] + [
-    (method, recipe, align, divergence, teacher)
+COMBINATIONS = [("sft", "v2", "none", "fkl", "student", 0)] + [
+    (method, recipe, align, divergence, teacher, on_policy)
     for method, recipe, align, teacher in [
         ("kd", "v2", "none", "twin"),
         ("dskd", "v1", "none", "twin"),
@@ -51,18 +52,26 @@ COMBINATIONS = [("sft", "v2", "none", "fkl", "student")] + [
         ("dskd", "v2", "eta", "teacher"),
     ]
     for divergence in DIVERGENCES
+    for on_policy in (0, 1)
 ]
 
 
-@pytest.mark.parametrize("method, recipe, align, divergence, teacher", COMBINATIONS)
-def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe, align, divergence, teacher):
+@pytest.mark.parametrize("method, recipe, align, divergence, teacher, on_policy", COMBINATIONS)
+def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe, align, divergence, teacher, on_policy):
     options = {"method": method, "recipe": recipe, "align": align, "divergence": divergence}
+    if on_policy:
+        options |= {"on_policy": 1, "max_len": 60}
     train.main(arguments(tiny_task, tmp_path / "run", teacher=tiny_task / teacher, **options))
     first, last = log_of(tmp_path / "run")
     assert (first["step"], last["step"]) == (1, 2)
     assert all(torch.tensor(value).isfinite() for value in last.values())
     assert ("kd" in last) == (method != "sft") and ("t2s_kd" in last) == (method == "dskd")
     assert ("align_ratio" in last) == (align == "eta")
+    assert ("on_policy" in last) == bool(on_policy)
+    if on_policy:
+        assert last["on_policy"] == 1 and last["sampled_length"] >= last["student_tokens"] / 4  # cut for the teacher
+        assert align != "none" or last["sampled_length"] == last["student_tokens"] / 4 == last["teacher_tokens"] / 4
+        assert 0 < last["generation_share"] < 1 and last["generation_tokens_per_second"] > 0
     before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
@@ -75,6 +84,8 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe,
         ({"align": "none"}, "equal vocabularies"),
         ({"recipe": "v1", "align": "eta"}, "belongs to --recipe v2"),
         ({"recipe": "v2", "align": "cma"}, "belongs to --recipe v1"),
+        ({"method": "sft", "on_policy": 0.5}, "--on-policy belongs to distillation; --method sft has no teacher"),
+        ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
     ],
 )
 def test_combinations_that_are_not_allowed_say_why(tiny_task, tmp_path, options, message):
@@ -100,14 +111,15 @@ def test_a_run_is_deterministic(tiny_task, tmp_path):
     assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("align, recipe", [("eta", "v2"), ("cma", "v1")])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, align, recipe):
+@pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, align, recipe, on_policy):
     """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
     student = tmp_path / "student"
     shutil.copytree(tiny_task / "student", student)
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
-    options = {"student": student, "align": align, "recipe": recipe, "max_steps": 5, "checkpoint_every": 2}
+    options = {"student": student, "align": align, "recipe": recipe, "max_steps": 5, "checkpoint_every": 2,
+               "on_policy": on_policy, "seed": 4}  # fmt: skip
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
 
     save, count = train.save_checkpoint, []
@@ -126,9 +138,58 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypa
     train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
     states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
     assert same(*states) and any(name.startswith("projectors.") for name in states[0])
-    logs = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log_of(tmp_path / name)]
+    speeds = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
+    logs = [[{k: v for k, v in line.items() if k not in speeds} for line in log_of(tmp_path / name)]
             for name in ("whole", "parts")]  # fmt: skip
+    if on_policy:  # both kinds of update, before and after the interruption
+        kinds = [line["on_policy"] for line in logs[0]]
+        assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
+
+
+def test_no_on_policy_is_on_policy_with_probability_0(tiny_task, tmp_path):
+    train.main(arguments(tiny_task, tmp_path / "without"))
+    train.main(arguments(tiny_task, tmp_path / "zero", on_policy=0))
+    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("without", "zero")))
+    without, zero = (log_of(tmp_path / name)[-1] for name in ("without", "zero"))
+    assert without | {"tokens_per_second": 0} == zero | {"tokens_per_second": 0}
+
+
+def test_sampled_responses_change_the_update_and_mix_with_gold_ones(tiny_task, tmp_path):
+    options = {"max_len": 60, "max_steps": 6, "seed": 3}
+    for share in (0, 0.5, 1):
+        train.main(arguments(tiny_task, tmp_path / str(share), on_policy=share, **options))
+    assert not same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
+    first = {share: log_of(tmp_path / str(share))[0] for share in (0, 1)}
+    assert first[1]["ce"] == pytest.approx(first[0]["ce"], rel=1e-6)  # on the gold responses, before any update
+    assert first[1]["kd"] != first[0]["kd"]
+    mixed = log_of(tmp_path / "0.5")
+    assert {line["on_policy"] for line in mixed} == {0, 1}
+    for line in mixed:
+        assert ("sampled_length" in line) == ("generation_tokens_per_second" in line) == (line["on_policy"] > 0)
+        assert (line["generation_share"] > 0) == (line["on_policy"] > 0)
+
+
+def test_the_log_sums_up_the_updates_since_the_last_line():
+    meter = train.Meter()
+    for tokens in (20, 40):
+        assert meter.time_generation(lambda n: ([None] * 4, n), tokens) == [None] * 4
+    meter.tokens += 100
+    line = meter.read(on_policy=True)
+    assert line["sampled_length"] == 60 / 8 and 0 < line["generation_share"] < 1
+    assert line["tokens_per_second"] > 0 and line["generation_tokens_per_second"] > 0
+    assert meter.read(on_policy=True).keys() == {"tokens_per_second", "generation_share"}
+    assert meter.read(on_policy=False).keys() == {"tokens_per_second"}
+
+
+def test_a_response_that_cannot_be_used_leaves_the_gold_one(tiny_task, tmp_path, monkeypatch):
+    """Every second one is half a character and cut; `on_policy` says how many were sampled."""
+    tokenizer = TextTokenizer(tiny_task / "student")
+    half, word = [tokenizer.bytes.index(b"\xf0")], [*tokenizer.encode("The fox"), tokenizer.eos_id]
+    monkeypatch.setattr(train, "generate", lambda *arguments, **_: [half, word] * 2)
+    train.main(arguments(tiny_task, tmp_path / "run", on_policy=1, max_steps=1))
+    line = log_of(tmp_path / "run")[0]
+    assert line["on_policy"] == 0.5 and line["student_tokens"] > 2 * len(word)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_path, monkeypatch):
@@ -203,6 +264,16 @@ def test_bf16_autocast_agrees_with_float32(tiny_task, capsys):
         assert results[1][name] == pytest.approx(results[0][name], rel=2e-2), name
 
 
+@pytest.mark.parametrize("method, teacher", [("dskd", "teacher"), ("kd", "twin")])
+def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path, method, teacher):
+    """Weights cast while sampling, without gradient, must not be the ones that training reads."""
+    options = {"method": method, "teacher": tiny_task / teacher, "dtype": "bf16", "on_policy": 1, "max_len": 60}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(math.isfinite(value) for line in log_of(tmp_path / "run") for value in line.values())
+
+
 def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, capsys):
     train.main(arguments(tiny_task, tmp_path / "run"))
     state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
@@ -260,6 +331,8 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
 
     train.main(["--max-steps", "2", "--out", str(out), "--recipe", "v1", "--device", "cpu"])  # reuses teacher and twin
     assert "dskd-v1" in capsys.readouterr().out
+    train.main(["--max-steps", "2", "--out", str(out), "--on-policy", "1", "--device", "cpu"])
+    assert "dskd-v2-on-policy" in capsys.readouterr().out
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])
