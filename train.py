@@ -8,6 +8,7 @@ The loop is `train`; what one update does is in distill.py; what the terms mean 
 """
 
 import argparse
+import copy
 import ctypes
 import json
 import math
@@ -27,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import lora
 import tiny
 from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
-from hub import data_file, model_directory
+from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, generate, load_model, read_json, save_model
 
@@ -64,6 +66,9 @@ class Options:
     on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
     projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
+    lora: int = option(0, "rank of the student's LoRA adapters, which alone are trained (0: train all of it)")
+    lora_alpha: float | None = option(None, "the adapters are scaled by alpha / rank (default: the papers' 8)")
+    lora_dropout: float | None = option(None, "dropout on the adapters' input (default: the papers' 0.1)")
     epochs: int = option(20, "passes over the data")
     max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
     batch_size: int = option(32, "examples per forward pass")
@@ -107,7 +112,7 @@ def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
-                "projector_lr": 0, "seed": 0}  # fmt: skip
+                "projector_lr": 0, "seed": 0, "lora": 0}  # fmt: skip
     for name, least in at_least.items():
         if not least <= getattr(o, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
@@ -124,6 +129,7 @@ def check(o: Options) -> Options:
         raise ValueError("--on-policy belongs to distillation; --method sft has no teacher to judge sampled responses")
     if o.on_policy and o.dry_run:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
+    o = check_lora(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
@@ -152,6 +158,24 @@ def check(o: Options) -> Options:
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
         out=o.out or f"runs/{o.method}",
     )
+
+
+def check_lora(o: Options) -> Options:
+    alpha, dropout = o.lora_alpha, o.lora_dropout
+    if not o.lora:
+        if alpha is not None or dropout is not None:
+            raise ValueError("--lora-alpha and --lora-dropout belong to --lora RANK, which is not given")
+        return o
+    alpha, dropout = 8.0 if alpha is None else alpha, 0.1 if dropout is None else dropout
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"--lora-alpha {alpha}: must be positive and finite")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
+    if o.from_scratch:
+        raise ValueError(
+            f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded task) starts without one"
+        )
+    return replace(o, lora_alpha=alpha, lora_dropout=dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +221,10 @@ def load(o: Options) -> Pieces:
     else:
         student = load_model(student_directory, torch.float32, o.device)
     student_tokenizer.check_model(student.embed.weight.shape[0])
+    if o.lora:
+        lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        print(f"LoRA: {trained:,} of the student's parameters are trained", file=sys.stderr)
     if o.method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
         teacher = load_model(teacher_directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
@@ -294,8 +322,9 @@ def summarise(sums: dict[str, float], batches: list, totals: Totals, align: str)
 
 
 def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
-    """AdamW: weight decay on the student's matrices, none on its vectors; the projectors have their own rate."""
-    parameters = list(pieces.student.parameters())
+    """AdamW: weight decay on the student's matrices, none on its vectors; the projectors have their own rate. With
+    LoRA the student's matrices are those of its adapters."""
+    parameters = [p for p in pieces.student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "lr": o.lr, "weight_decay": 0.0},
@@ -322,14 +351,20 @@ def schedule(step: int, total: int, warmup: int) -> float:
 def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int) -> None:
     """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
     resume/state.safetensors with all that an exact continuation needs: one file, replaced at once, so of one update.
+    With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
     """
     out = Path(o.out)
-    save_model(pieces.student, out / "student")
+    if o.lora:
+        base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
+        lora.save_adapter(pieces.student, out / "adapter", base)
+        save_model(merged_copy(pieces.student), out / "student")
+    else:
+        save_model(pieces.student, out / "student")
     for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters()}
+    tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters() if value.requires_grad}
     tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
@@ -346,6 +381,12 @@ def save_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, st
     os.replace(new, out / "resume" / "state.safetensors")
 
 
+def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
+    """The student with its adapters merged, on the CPU. In place would round the weights that training goes on from."""
+    on_cpu = {id(p): torch.nn.Parameter(p.detach().cpu(), requires_grad=False) for p in student.parameters()}
+    return lora.merge(copy.deepcopy(student, on_cpu))  # deepcopy takes its copies of the parameters from there
+
+
 def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW) -> int:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done."""
     path = Path(o.out) / "resume" / "state.safetensors"
@@ -356,7 +397,8 @@ def restore_checkpoint(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW)
     state: dict[int, dict] = {}
     with torch.no_grad():
         for name, parameter in pieces.student.named_parameters():
-            parameter.copy_(tensors[f"student.{name}"])
+            if parameter.requires_grad:  # with LoRA the rest is as --student has it
+                parameter.copy_(tensors[f"student.{name}"])
         for name, parameter in pieces.distiller.named_parameters():
             parameter.copy_(tensors[name])
     for name, value in tensors.items():
@@ -548,7 +590,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.keys() & {"student", "teacher", "data"}:
             if given.get("dry_run"):
                 raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
-            check(Options(**given, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
+            names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
+            check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
             tiny.run(given, Options, train)
             return
         o = Options(**given)

@@ -231,7 +231,8 @@ def test_examples_that_do_not_fit(command, tmp_path):
      ("kd_rate", -0.1), ("kd_rate", "nan"), ("batch_size", 0), ("grad_accum", 0), ("epochs", 0), ("max_steps", -1),
      ("lr", 0), ("lr", "nan"), ("lr", "inf"), ("clip", 0), ("weight_decay", -1), ("weight_decay", "nan"),
      ("weight_decay", "inf"), ("projector_lr", "nan"), ("projector_lr", -1), ("warmup", -1), ("max_len", 1),
-     ("max_prompt_len", 0), ("chunk", -1), ("seed", -1), ("seed", 2**32), ("log_every", 0), ("checkpoint_every", -1)],
+     ("max_prompt_len", 0), ("chunk", -1), ("seed", -1), ("seed", 2**32), ("log_every", 0), ("checkpoint_every", -1),
+     ("lora", -1)],
 )  # fmt: skip
 def test_values_out_of_range(command, nothing_loaded, option, value):
     flag = "--" + option.replace("_", "-")

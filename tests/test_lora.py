@@ -1,0 +1,513 @@
+"""lora.py against peft (where installed), and training with adapters against its promises."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import GPT2, LLAMA, QWEN, random_batch, random_model
+from test_train import arguments, log_of, same, weights_of
+
+import lora
+import model
+import train
+
+CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
+GPT2_LAYERS = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+LLAMA_LAYERS = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def peft():
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return library
+
+
+def trained(m, rank=3, alpha=5.0, dropout=0.0, **options):
+    """m with adapters as after some training: B is no longer zero."""
+    torch.manual_seed(1)
+    lora.attach(m, rank, alpha, dropout, **options)
+    for layer in lora.adapted(m).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return m
+
+
+def logits_of(m):
+    with torch.no_grad():
+        return m.logits(m(random_batch()[0]))
+
+
+def close(a, b, limit=1e-5):
+    return float((a - b).abs().max()) < limit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers
+
+
+@every_family
+def test_attached_model_starts_as_the_base_and_has_gradient_in_adapters_only(family):
+    m = random_model(CONFIGS[family])
+    before, names = logits_of(m), {name for name, _ in m.named_parameters()}
+    assert lora.attach(m, 4, 8) is m
+    assert torch.equal(logits_of(m), before)
+
+    layers = GPT2_LAYERS if family == "gpt2" else LLAMA_LAYERS
+    adapters = {f"blocks.{i}.{name}.lora_{X}" for i in range(2) for name in layers for X in "AB"}
+    assert {name for name, _ in m.named_parameters()} == names | adapters
+    m.logits(m(random_batch()[0])).square().mean().backward()
+    assert {name for name, p in m.named_parameters() if p.grad is not None} == adapters
+    assert {name for name, p in m.named_parameters() if p.requires_grad} == adapters
+    # at B = 0 the gradient reaches B, not yet A
+    assert all((p.grad.abs().max() > 0) == name.endswith("_B") for name, p in m.named_parameters() if name in adapters)
+
+
+def test_a_layer_is_its_formula():
+    torch.manual_seed(0)
+    m = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(6, 5)})
+    plain, x = copy.deepcopy(m.c_fc), torch.randn(7, 6)
+    layer = trained(m, rank=2, alpha=3.0, dropout=0.5).eval().c_fc
+    assert float(layer.lora_A.detach().abs().max()) <= 1 / 6**0.5  # uniform in ±1/√in, as peft starts it
+    weight = plain.weight + 3.0 / 2 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, plain.bias))
+
+    layer.train()
+    torch.manual_seed(3)
+    kept = torch.nn.functional.dropout(x, 0.5)
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), plain(x) + 1.5 * kept @ layer.lora_A.T @ layer.lora_B.T)  # the base has none
+
+
+@every_family
+def test_merged_logits_equal_adapted_ones(family):
+    m = random_model(CONFIGS[family])
+    base, weights = logits_of(m), [p for p in m.parameters()]
+    values = [p.clone() for p in weights]
+    adapted = logits_of(trained(m))
+    assert lora.merge(m) is m and not lora.adapted(m)
+    assert close(logits_of(m), adapted) and not close(adapted, base, 0.1)
+    assert all(torch.equal(p, value) for p, value in zip(weights, values, strict=True))  # old tensors are left alone
+
+
+def test_merging_rounds_once_in_half_precision():
+    """W + update is summed in float32 and is then within half a unit of bf16's last place, 2⁻⁹ of its power of two."""
+    layer = trained(random_model(LLAMA).bfloat16()).blocks[0].mlp.up_proj
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = layer.weight.double() + 5 / 3 * layer.lora_B.double() @ layer.lora_A.double()
+    merged = layer.merged().weight
+    assert merged.dtype == torch.bfloat16
+    assert ((merged.double() - exact).abs() <= 1.001 * 2**-9 * 2 ** exact.abs().log2().ceil()).all()
+
+
+def test_attached_layers_take_over_the_mode_and_generate_with_the_cache():
+    m = random_model({**GPT2, "embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0})
+    trained(m, dropout=0.5)
+    assert torch.equal(logits_of(m), logits_of(m))  # eval: no dropout
+    prompts = [[1, 2, 3], [4]]
+    new = model.generate(m, prompts, 8, None, temperature=0)
+    assert new == model.generate(lora.merge(copy.deepcopy(m)), prompts, 8, None, temperature=0)
+    m.train()
+    assert not torch.equal(logits_of(m), logits_of(m))
+
+
+@every_family
+def test_bf16_autocast_agrees_with_float32(family):
+    m = random_model(CONFIGS[family])
+    base, adapted = logits_of(m), logits_of(trained(m))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = logits_of(m).float()
+    assert float((rounded - adapted).norm()) < 0.1 * float((base - adapted).norm())
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    m = trained(random_model(GPT2).train(), dropout=0.0).eval()
+    compiled, ids = torch.compile(m, dynamic=True), random_batch()[0]
+    gradients = []
+    for run in (m, compiled):
+        m.zero_grad()
+        run(ids).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ((0, 8.0), "rank 0"),
+        ((-1, 8.0), "rank -1"),
+        ((2.0, 8.0), "rank 2.0"),
+        ((True, 8.0), "rank True"),
+        ((4, 0.0), "alpha 0.0"),
+        ((4, float("nan")), "alpha nan"),
+        ((4, 8.0, 1.0), "dropout 1.0"),
+        ((4, 8.0, -0.1), "dropout -0.1"),
+        ((4, 8.0, 0.1, ["lm_head", "fc"]), "no linear layer called lm_head, fc"),  # c_fc does not end in ".fc"
+    ],
+)
+def test_impossible_values_leave_the_model_alone(values, message):
+    m = random_model(GPT2)
+    with pytest.raises(ValueError, match=message):
+        lora.attach(m, *values)
+    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+
+
+def test_a_rank_above_the_width_and_a_second_adapter():
+    m = trained(random_model(GPT2), rank=30)  # wasteful, but peft's files may have it
+    adapted = logits_of(m)
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora.attach(m, 4, 8)
+    with pytest.raises(ValueError, match="merge adapters before saving"):
+        model.save_model(m, "nowhere")
+    assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@every_family
+def test_saved_adapter_comes_back(family, tmp_path):
+    m = trained(random_model(CONFIGS[family]), dropout=0.1)
+    lora.save_adapter(m, tmp_path)
+    again = lora.load_adapter(random_model(CONFIGS[family]), tmp_path)
+    assert torch.equal(logits_of(again), logits_of(m))
+    assert same(lora.adapter_state(again), lora.adapter_state(m))
+    settings = [{(x.rank, x.alpha, x.dropout, x.training) for x in lora.adapted(y).values()} for y in (m, again)]
+    assert settings[0] == settings[1] == {(3, 5.0, 0.1, False)}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(ValueError, match="has no adapters"):
+        lora.save_adapter(random_model(CONFIGS[family]), tmp_path / "none")
+
+
+def in_transformers(m, directory):
+    """The base model of m, which is still plain, in transformers."""
+    import transformers
+
+    model.save_model(m, directory)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def their_logits(m):
+    with torch.no_grad():
+        return m(random_batch()[0]).logits
+
+
+@every_family
+@pytest.mark.parametrize("targets", [lora.TARGETS, ["blocks.1.attn.c_proj", "blocks.1.self_attn.q_proj", "down_proj"]])
+def test_peft_loads_our_adapter(peft, recwarn, family, targets, tmp_path):
+    m = random_model(CONFIGS[family])
+    theirs = in_transformers(m, tmp_path / "base")
+    lora.save_adapter(trained(m, targets=targets, dropout=0.1), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    assert close(their_logits(theirs), logits_of(m))
+    assert peft.get_peft_model_state_dict(theirs).keys() == lora.adapter_state(m).keys()
+    assert not [str(w.message) for w in recwarn if "adapter" in str(w.message) or "fan_in" in str(w.message)]
+    assert close(their_logits(theirs.merge_and_unload()), logits_of(lora.merge(m)))
+
+
+@every_family
+@pytest.mark.parametrize("part", [False, True])
+def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
+    m = random_model(CONFIGS[family])
+    base, theirs = logits_of(m), in_transformers(m, tmp_path / "base")
+    targets = ["c_attn", "q_proj", "v_proj"] if part else list(lora.TARGETS)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.2, target_modules=targets, layers_to_transform=[1] if part else None,
+        task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(theirs, config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    lora.load_adapter(m, tmp_path / "adapter")
+    assert close(logits_of(m), their_logits(theirs)) and not close(logits_of(m), base, 1e-2)
+    ours = len(lora.adapted(m))
+    assert ours == sum("lora_A" in name for name, _ in theirs.named_parameters())
+    lora.save_adapter(m, tmp_path / "again")  # the same layers go back
+    assert len(lora.adapted(lora.load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""
+
+    def make(edit_config=lambda config: None, edit_tensors=lambda tensors: None):
+        lora.save_adapter(trained(random_model(GPT2)), tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        edit_config(config)
+        edit_tensors(tensors)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return make
+
+
+FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("use_dora", True, "use_dora = True is not supported, only plain LoRA"),
+        ("use_rslora", True, "use_rslora = True"),
+        ("bias", "all", "bias = 'all'"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("rank_pattern", {"c_fc": 2}, "rank_pattern"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
+        ("something_new", 1, "something_new = 1"),
+        ("peft_type", "IA3", "not an adapter of peft_type LORA"),
+        ("r", None, "rank None"),
+        ("lora_alpha", "8", "alpha '8'"),
+        ("lora_dropout", 2, "dropout 2"),
+        ("r", 4, r"lora_A.weight' is \[3, 24\], the model and rank 4 of adapter_config.json need \[4, 24\]"),
+    ],
+)
+def test_adapters_of_another_kind(saved, field, value, message):
+    m, path = random_model(GPT2), saved(lambda config: config.update({field: value}))
+    with pytest.raises(ValueError, match=message) as caught:
+        lora.load_adapter(m, path)
+    assert str(path) in str(caught.value)
+    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    "key, shape, message",
+    [
+        (FIRST, [3, 25], rf"'{FIRST}' is \[3, 25\], .* need \[3, 24\]"),
+        (FIRST.replace("lora_A", "lora_B"), [3, 24], r"lora_B.weight' is \[3, 24\], .* need \[72, 3\]"),
+        (FIRST.replace(".0.", ".2."), [3, 24], r"no linear layer for tensor .*h\.2.* \[3, 24\]"),
+        (FIRST.replace("lora_A", "lora_magnitude"), [72], "no linear layer for tensor .*lora_magnitude"),
+        ("base_model.model.lm_head.weight", [61, 24], "no linear layer for tensor .*lm_head"),
+        (FIRST, None, r"h\.0\.attn\.c_attn has only lora_B"),
+    ],
+)
+def test_adapters_of_another_model(saved, key, shape, message):
+    def edit(tensors):
+        tensors.pop(key, None)
+        tensors.update({key: torch.ones(shape)} if shape else {})
+
+    m, path = random_model(GPT2), saved(edit_tensors=edit)
+    with pytest.raises(ValueError, match=message):
+        lora.load_adapter(m, path)
+    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+
+
+def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):
+    with pytest.raises(ValueError, match="no tensors"):
+        lora.load_adapter(random_model(GPT2), saved(edit_tensors=lambda tensors: tensors.clear()))
+    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model"):
+        lora.load_adapter(random_model(LLAMA), saved())
+
+
+def test_missing_and_damaged_files(saved):
+    path = saved()
+    (path / "adapter_model.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        lora.load_adapter(random_model(GPT2), path)
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors not found"):
+        lora.load_adapter(random_model(GPT2), path)
+    (path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        lora.load_adapter(random_model(GPT2), path)
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config.json not found"):
+        lora.load_adapter(random_model(GPT2), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+METHODS = {
+    "sft": {"method": "sft"},
+    "sft of the llama-style model": {"method": "sft", "student": "teacher"},
+    "kd": {"method": "kd", "teacher": "twin"},
+    "eta": {"align": "eta"},
+    "cma": {"recipe": "v1", "align": "cma"},
+}
+
+
+def command(task, out, method="eta", **changed):
+    options = {"lora": 4, "lr": 1e-2, **METHODS[method], **changed}
+    options |= {name: task / options[name] for name in ("student", "teacher") if isinstance(options.get(name), str)}
+    return arguments(task, out, **options)
+
+
+@pytest.fixture
+def at_save(monkeypatch):
+    """A list to which every checkpoint appends the pieces of the run that it saved."""
+    seen, save = [], train.save_checkpoint
+
+    def save_and_tell(o, pieces, *others):
+        save(o, pieces, *others)
+        seen.append(pieces)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_tell)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method):
+    train.main(command(tiny_task, tmp_path / "run", method, max_steps=3))
+    source = tiny_task / METHODS[method].get("student", "student")
+    pieces, start = at_save[-1], model.load_model(source)
+    before, after = dict(start.named_parameters()), dict(pieces.student.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    fresh = lora.attach(copy.deepcopy(start), 4, 8.0)
+    for name, layer in lora.adapted(pieces.student).items():
+        assert layer.lora_B.abs().max() > 0 and layer.lora_A.shape == fresh.get_submodule(name).lora_A.shape
+
+    trained_names = {name for name, p in pieces.student.named_parameters() if p.requires_grad}
+    assert trained_names == {name for name, p in fresh.named_parameters() if p.requires_grad} > set()
+    state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
+    assert {name.removeprefix("student.") for name in state if name.startswith("student.")} == trained_names
+    projectors = [name for name, p in pieces.distiller.named_parameters() if p.requires_grad]
+    assert len([name for name in state if name.endswith("exp_avg")]) == len(trained_names) + len(projectors)
+    assert len(projectors) == {"eta": 1, "cma": 6}.get(method, 0)
+
+    # in the merged checkpoint only the matrices with an adapter have changed
+    old, new = load_file(source / "model.safetensors"), weights_of(tmp_path / "run")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and changed == {
+        lora.peft_path(fresh, name) + ".weight" for name in lora.adapted(fresh)
+    }
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (record["lora"], record["lora_alpha"], record["lora_dropout"]) == (4, 8.0, 0.1)
+
+
+def test_projectors_move_with_adapters(tiny_task, tmp_path):
+    """t2s and CMA's three are trained from where they start; the frozen head keeps the solved s2t what it was."""
+    states = {}
+    for method in ("eta", "cma"):
+        for steps in (1, 3):
+            out = tmp_path / f"{method}{steps}"
+            train.main(command(tiny_task, out, method, max_steps=steps, projector_lr=1e-2))
+            states[method, steps] = load_file(out / "resume" / "state.safetensors")
+    for method in ("eta", "cma"):
+        early, late = states[method, 1], states[method, 3]
+        names = [name for name in early if name.startswith("projectors.")]
+        still = {name for name in names if torch.equal(early[name], late[name])}
+        assert still == ({"projectors.s2t.weight"} if method == "eta" else set())
+
+
+@pytest.mark.parametrize("method", ["eta", "sft of the llama-style model"])
+def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save, method):
+    """student/ in transformers and in our loader, and adapter/ on the base in peft, all give the logits trained."""
+    import transformers
+
+    out = tmp_path / "run"
+    train.main(command(tiny_task, out, method, max_steps=10))
+    expected = logits_of(at_save[-1].student.eval())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student").eval()
+    assert close(their_logits(theirs), expected) and close(logits_of(model.load_model(out / "student")), expected)
+    source = tiny_task / METHODS[method].get("student", "student")
+    base = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    assert not close(their_logits(base), expected, 1e-2)
+    assert close(their_logits(peft.PeftModel.from_pretrained(base, str(out / "adapter"))), expected)
+    both = peft.AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter")).eval()  # finds the base by its config
+    assert close(their_logits(both), expected)
+    assert (out / "samples.txt").read_text().count("### prompt") == 5
+
+
+@pytest.mark.parametrize("method", ["eta", "cma"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, method):
+    """Bit for bit, with dropout in adapters and model: nothing of the merging finds its way back."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_task / "student", student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
+    options = {"student": student, "max_steps": 5, "checkpoint_every": 2, "lora_dropout": 0.3, "lora_alpha": 16}
+    train.main(command(tiny_task, tmp_path / "whole", method, **options))
+    save = train.save_checkpoint
+
+    def save_and_stop(*things):
+        save(*things)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save_and_stop)
+        train.main(command(tiny_task, tmp_path / "parts", method, **options))
+    with pytest.raises(SystemExit, match="--resume: --lora-alpha is 8.0"):
+        train.main(command(tiny_task, tmp_path / "parts", method, **options | {"lora_alpha": None}, resume=True))
+    train.main(command(tiny_task, tmp_path / "parts", method, **options, resume=True))
+    for file in ("resume/state", "student/model", "adapter/adapter_model"):
+        assert same(*(load_file(tmp_path / name / f"{file}.safetensors") for name in ("whole", "parts"))), file
+    logs = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log_of(tmp_path / name)]
+            for name in ("whole", "parts")]  # fmt: skip
+    assert logs[0] == logs[1] and len(logs[0]) == 5
+
+
+def test_learning_from_a_trained_student_in_bf16(tiny_task, tmp_path):
+    """A model that has learned from the first examples learns the rest with adapters, under autocast."""
+    lines = (tiny_task / "train.jsonl").read_text().splitlines()
+    (tmp_path / "first.jsonl").write_text("\n".join(lines[:20]))
+    (tmp_path / "rest.jsonl").write_text("\n".join(lines[20:]))
+    options = {"method": "sft", "batch_size": 20, "log_every": 10, "dtype": "bf16", "lr": 1e-2}
+    train.main(arguments(tiny_task, tmp_path / "base", data=tmp_path / "first.jsonl", max_steps=60, **options))
+    options |= {"student": tmp_path / "base" / "student", "valid": tiny_task / "valid.jsonl", "lora": 16}
+    options |= {"lora_alpha": 32, "data": tmp_path / "rest.jsonl", "max_steps": 60}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    losses = [line["ce"] for line in log_of(tmp_path / "run") if "ce" in line]
+    assert losses[-1] < losses[0] - 1 and "valid_ce" in log_of(tmp_path / "run")[-1]
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_without_lora_there_is_no_adapter(tiny_task, tmp_path):
+    train.main(arguments(tiny_task, tmp_path / "run", max_steps=1))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_compiled_training(tiny_task, tmp_path):
+    terms = []
+    for name, options in {"eager": {}, "compiled": {"compile": True}}.items():
+        train.main(command(tiny_task, tmp_path / name, lora_dropout=0, **options))
+        terms.append(log_of(tmp_path / name)[-1])
+    for name in ("loss", "ce", "kd", "grad_norm"):
+        assert terms[1][name] == pytest.approx(terms[0][name], rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lora": -1}, "--lora -1: must be at least 0"),
+        ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
+        ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
+        ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),
+        ({"lora": 4, "from_scratch": True}, "--lora 4 adapts a trained student"),
+        ({"lora": None, "lora_alpha": 8}, "belong to --lora RANK"),
+        ({"lora": None, "lora_dropout": 0}, "belong to --lora RANK"),
+    ],
+)
+def test_options_that_make_no_sense(tiny_task, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(command(tiny_task, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_task_starts_from_scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--lora 4 adapts a trained student"):
+        train.main(["--lora", "4"])
+    assert not list(tmp_path.iterdir())
