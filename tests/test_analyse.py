@@ -1,0 +1,262 @@
+"""The analyses: what the simulation converges to, what the structure distance ignores, and what the pictures show."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import analyse
+import distill
+import model
+from align import exact_token_alignment
+from data import Row, TextTokenizer, collate, read_jsonl, tokenise
+from losses import DIVERGENCES
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SMALL = {"states": 4, "repetitions": 3}
+
+
+def gap(run, setting):
+    """Largest difference between a student's and the teacher's probability, per setting."""
+    student = (run["student"][setting] @ run["heads"][setting].mT).softmax(-1)
+    return float((student - (run["teacher"] @ run["heads"][1].mT).softmax(-1)).abs().max())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The simulation
+
+
+@pytest.mark.parametrize("divergence", ["fkl", "rkl", "js"])
+def test_a_shared_head_brings_the_states_to_the_teachers(divergence):
+    run = analyse.simulate(divergence, vocabulary=16, steps=3000, **SMALL)
+    assert gap(run, 1) < 0.01
+    # a confident teacher leaves the KL divergences flat around its state: close, from 4 away on average, but slowly
+    assert (run["student"][1] - run["teacher"]).abs().max() < 0.2
+    assert analyse.structure_distance(run["teacher"], run["student"][1]).max() < 0.02
+    # a head of rank 2 of its own cannot produce the teacher's distribution over 16 tokens, so neither converges
+    assert gap(run, 0) > 0.1 and run["losses"][-1, 0].min() > 100 * run["losses"][-1, 1].max()
+
+
+def test_with_three_tokens_different_heads_agree_on_the_distribution_but_not_on_the_states():
+    run = analyse.simulate("fkl", vocabulary=3, steps=4000, **SMALL)
+    assert run["losses"][-1].max() < 1e-3 and gap(run, 0) < 0.02
+    assert (run["student"][0] - run["teacher"]).abs().mean() > 0.5
+    assert (analyse.structure_distance(run["teacher"], run["student"][0]).mean(0) > 0.05).all()
+    # the states are the teacher's under the linear map from one head to the other, logits up to a constant
+    centred = run["heads"] - run["heads"].mean(-2, keepdim=True)  # (2, R, 3, 2)
+    expected = run["teacher"] @ (torch.linalg.pinv(centred[0]) @ centred[1]).mT
+    started = (run["start"] - expected).norm(dim=-1)
+    assert ((run["student"][0] - expected).norm(dim=-1) < 0.5 * started).all()
+
+
+def test_the_simulation_is_seeded_and_only_the_divergence_differs():
+    runs = [analyse.simulate(name, steps=2, seed=seed, **SMALL) for name, seed in [("fkl", 0), ("fkl", 0), ("rkl", 0)]]
+    assert torch.equal(runs[0]["losses"], runs[1]["losses"])
+    assert all(torch.equal(runs[0][name], runs[2][name]) for name in ("teacher", "start", "heads"))
+    assert not torch.equal(runs[0]["losses"], runs[2]["losses"])
+    assert not torch.equal(runs[0]["teacher"], analyse.simulate("fkl", steps=2, seed=1, **SMALL)["teacher"])
+
+
+def test_the_first_and_last_losses_are_the_divergence_at_the_first_and_last_states():
+    run = analyse.simulate("js", steps=5, **SMALL)
+    teacher = run["teacher"] @ run["heads"][1].mT
+    for losses, states in ((run["losses"][0], run["start"].expand(2, -1, -1, -1)), (run["losses"][-1], run["student"])):
+        for setting in (0, 1):
+            expected = DIVERGENCES["js"](states[setting] @ run["heads"][setting].mT, teacher, 1.0).mean(-1)
+            torch.testing.assert_close(losses[setting], expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The structure distance
+
+
+def test_structure_by_hand():
+    cosine, product = analyse.structure(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]))
+    half = 0.5**0.5
+    torch.testing.assert_close(cosine, torch.tensor([[1, 0, half], [0, 1, half], [half, half, 1]]))
+    expected = torch.tensor([[1, 0, 3.0], [0, 4, 6], [3, 6, 18]])
+    torch.testing.assert_close(product, 3 * expected / expected.sum(1, keepdim=True))
+
+
+def test_structure_distance_ignores_rotation_scale_and_width_and_nothing_else():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5)
+    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
+    wider = torch.cat([hidden @ rotation * 3, torch.zeros(7, 4)], 1) @ torch.linalg.qr(torch.randn(9, 9))[0]
+    for copy in (hidden, hidden @ rotation, 3 * hidden, wider):
+        assert analyse.structure_distance(hidden, copy).max() < 1e-5
+    for other in (hidden + 1, hidden.flip(0), hidden * torch.tensor([9.0, 1, 1, 1, 1])):
+        assert analyse.structure_distance(hidden, other).min() > 0.05
+    longer = hidden * torch.arange(1.0, 8)[:, None]  # lengths alone: the cosines do not see them
+    assert analyse.structure_distance(hidden, longer)[0] < 1e-5 < 0.05 < analyse.structure_distance(hidden, longer)[1]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_task):
+    """Teacher, student, their tokenizers, and the tokenised test examples, aligned."""
+    models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
+    tokenizers = [TextTokenizer(tiny_task / name) for name in ("teacher", "student")]
+    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), tokenizers[1], tokenizers[0], align="eta")
+    return *models, *tokenizers, rows
+
+
+def test_example_distances_are_those_of_each_example_alone(pair):
+    teacher, student, *tokenizers, rows = pair
+    pads = tokenizers[1].eos_id, tokenizers[0].eos_id
+    together = analyse.example_distances(teacher, student, rows, pads, size=4)
+    for row, found in zip(rows, together, strict=True):
+        hidden = []
+        for m, side, index in ((teacher, row.teacher, row.pairs[0]), (student, row.student, row.pairs[1])):
+            with torch.no_grad():
+                states = m(torch.tensor([side.prompt + side.response[:-1]]))[0, len(side.prompt) - 1 :]
+            hidden.append(states[index])
+        torch.testing.assert_close(found, analyse.structure_distance(*hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_has_no_distance_from_itself(pair):
+    teacher, _, tokenizer, _, rows = pair
+    alone = [np.arange(len(row.teacher.response)) for row in rows]
+    same = [Row(row.teacher, row.teacher, (index, index)) for row, index in zip(rows, alone, strict=True)]
+    assert analyse.example_distances(teacher, teacher, same, (tokenizer.eos_id,) * 2).max() < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and pictures
+
+
+def test_attention_is_what_training_computes(pair, monkeypatch):
+    teacher, student, teacher_tokenizer, tokenizer, rows = pair
+    given = (student, tokenizer, teacher, teacher_tokenizer)
+    distiller = distill.Distiller(*given, recipe="v1", align="cma")
+    projectors = {f"query.{name}": tensor.detach() for name, tensor in distiller.projectors.query.named_parameters()}
+    batch = collate(rows[:1], tokenizer.eos_id, teacher_tokenizer.eos_id)
+    states, seen = distiller.teacher_states(batch), []
+    original = distill.cross_model_attention
+    monkeypatch.setattr(distill, "cross_model_attention", lambda *a: seen.append(original(*a)) or seen[-1])
+    distiller.loss(student, batch, states, distiller.totals(student, [batch], [states]))
+    found = analyse.attention(teacher, student, batch, projectors)
+    torch.testing.assert_close(found, seen[0][0].detach())
+    torch.testing.assert_close(found.sum(1), torch.ones(len(rows[0].student.response)))
+    with pytest.raises(ValueError, match="no query.weight.*cma"):
+        analyse.attention(teacher, student, batch, {})
+    with pytest.raises(ValueError, match=r"query.weight \[2, 2\]"):
+        analyse.attention(teacher, student, batch, {"query.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("line", [8, 72])
+def test_the_alignment_has_a_line_for_each_pair_and_a_box_for_each_token(line):
+    pytest.importorskip("matplotlib")
+    teacher = [b" Caf", b"\xc3", b"\xa9", b" noir", b" $5", b" and", b" $6", None]
+    student = [b"C", b"af", b"\xc3\xa9", b" noir", b" $5", b" a", b"nd", b" $6", None]
+    pairs = exact_token_alignment(teacher, student)
+    figure = analyse.draw_alignment(teacher, student, pairs, line=line)
+    assert len(figure.axes) == (3 if line == 8 else 1)
+    lines = [line for axis in figure.axes for line in axis.lines]
+    assert len(lines) == len(pairs[0]) == 4
+    assert all(np.ptp(line.get_xdata()) == 0 for line in lines)  # the same text: aligned tokens stand over each other
+    boxes = [box for axis in figure.axes for box in axis.patches]
+    assert len(boxes) == len(teacher) + len(student)
+    assert sum(box.get_edgecolor()[0] == 0 for box in boxes) == 2 * 4  # blue has no red
+    assert {"␣$5", "C3", "é", "end"} <= {text.get_text() for axis in figure.axes for text in axis.texts}
+    figure.canvas.draw()  # dollars are no mathematics
+
+
+def test_tokens_are_shown_as_text_where_they_are_text():
+    labels = {b" a\n": "␣a↵", b"\xc3\xa9": "é", b"\xc3": "C3", b"\x00": "U+0", "北".encode(): "U+5317", None: "end"}
+    assert {token: analyse.shown(token) for token in labels} == labels
+
+
+def test_the_heat_map_frames_the_aligned_pairs():
+    pytest.importorskip("matplotlib")
+    weights, pairs = torch.eye(3)[:2], (np.array([0, 2]), np.array([0, 1]))
+    figure = analyse.draw_attention(weights, [b"a", b"$x$", None], [b"ab", None], pairs)
+    assert [box.get_xy() for box in figure.axes[0].patches] == [(-0.5, -0.5), (1.5, 0.5)]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "$x$", "end"]
+    figure.canvas.draw()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_simulate_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    analyse.main(["simulate", "--repetitions", "3", "--steps", "4", "--out", str(tmp_path / "new" / "folder")])
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in printed.splitlines()[2 : 2 + len(DIVERGENCES)]]
+    assert rows == list(DIVERGENCES) and printed.count("±") == 6 * len(DIVERGENCES)
+    assert is_png(tmp_path / "new" / "folder" / "simulation.png")
+
+
+def test_structure_command(tiny_task, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    where = {name: str(tiny_task / name) for name in ("teacher", "student", "twin")}
+    data = ["--data", str(tiny_task / "test.jsonl"), "--limit", "4", "--out", str(tmp_path)]
+    analyse.main(["structure", "--teacher", where["teacher"], "--student", where["student"], where["teacher"], *data])
+    student, teacher = capsys.readouterr().out.splitlines()[2:4]
+    assert "4 of 4" in student and "0.0000" not in student
+    assert [cell.strip() for cell in teacher.split("|")[2:5]] == ["4 of 4", "0.0000", "0.0000"]
+    assert is_png(tmp_path / "structure.png")
+
+
+def test_alignment_command(tiny_task, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    teacher, student = (model.load_model(tiny_task / name) for name in ("teacher", "student"))
+    rows, columns = 2 * teacher.head_weight.shape[1], 2 * student.head_weight.shape[1]
+    save_file({"query.weight": torch.zeros(rows, columns)}, tmp_path / "projectors.safetensors")
+    common = ["alignment", "--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
+    common += ["--data", str(tiny_task / "test.jsonl"), "--out", str(tmp_path)]
+    analyse.main([*common, "--line", "2"])
+    assert is_png(tmp_path / "alignment.png") and not (tmp_path / "attention.png").exists()
+    capsys.readouterr()
+    analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
+    assert cells[3] == cells[4] == f"{1 / int(cells[0]):.3f}"  # a query of zeros attends to everything alike
+    assert is_png(tmp_path / "attention.png")
+    with pytest.raises(SystemExit, match="--line 99"):
+        analyse.main([*common, "--line", "99"])
+    with pytest.raises(SystemExit, match="not a readable safetensors file"):
+        analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "alignment.png")])
+
+
+def test_a_missing_matplotlib_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="requirements-dev.txt"):
+        analyse.main(["simulate", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("bad", [["--vocabulary", "1"], ["--repetitions", "1"], ["--steps", "0"]])
+def test_bad_sizes_are_named(bad, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match=f"{bad[0]} {bad[1]}"):
+        analyse.main(["simulate", *bad, "--out", str(tmp_path)])
+
+
+def test_the_readme_shows_commands_that_parse_and_pictures_that_exist():
+    commands = re.findall(r"^python (analyse\.py [^\\\n]*(?:\\\n[^\\\n]*)*)", README, re.M)
+    assert len(commands) >= 3
+    for command in commands:
+        analyse.make_parser().parse_args(shlex.split(command.replace("\\\n", " "))[1:])
+    pictures = re.findall(r"!\[[^]]+\]\((docs/[^)]+)\)", README)
+    assert pictures and all(is_png(Path(__file__).parent.parent / picture) for picture in pictures)
+
+
+def test_one_example_per_line_is_found_by_its_number(tiny_task, tmp_path):
+    pytest.importorskip("matplotlib")
+    example = (tiny_task / "test.jsonl").read_text().splitlines()[0]
+    (tmp_path / "gaps.jsonl").write_text("\n\n" + example + "\n" + json.dumps({"prompt": "a", "output": "b"}))
+    common = ["alignment", "--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
+    common += ["--data", str(tmp_path / "gaps.jsonl"), "--out", str(tmp_path)]
+    analyse.main([*common, "--line", "3"])
+    with pytest.raises(SystemExit, match="--line 1"):
+        analyse.main([*common, "--line", "1"])
