@@ -374,7 +374,8 @@ def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndar
             print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
         except (OSError, ValueError, EOFError) as error:
             print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
-    progress = functools.partial(tqdm, desc="MinED vocabulary map", unit="part", leave=False, delay=2)
+    options = {"unit": "part", "leave": False, "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+    progress = functools.partial(tqdm, desc="MinED vocabulary map", **options)
     mapped = edit_distance_map(teacher.tokenizer, student.tokenizer, progress)
     new = file.with_suffix(f".{os.getpid()}.new")
     try:

@@ -66,7 +66,8 @@ def teacher_answers(
     ids = [teacher.encode(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
     lines: list[dict | None] = [None] * len(ids)
-    for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=1):
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+    for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
         chosen = order[start : start + batch_size]
         room = max_len - len(ids[chosen[0]])  # of the longest prompt
         options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start
