@@ -325,7 +325,7 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable
     """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
     distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use.
 
-    A minute or two for a hundred thousand tokens without an equal: each is compared with the student's whole vocabulary.
+    A minute or two for a hundred thousand tokens without an equal, for each is compared with the whole vocabulary.
     `progress` is put around the parts of that search (tqdm, for instance).
     """
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
