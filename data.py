@@ -7,7 +7,11 @@ Both models see the same text. What is too long is cut once, on the text, until 
 (`input`) before a long instruction, never the template's answer marker. A response that was cut has no end-of-text.
 """
 
+import functools
+import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from align import exact_token_alignment, token_bytes
+from align import edit_distance_alignment, edit_distance_map, exact_token_alignment, token_bytes, token_spellings
 
 # The Alpaca template, in the form that the Dolly-based KD papers use (MiniLLM, arXiv 2306.08543)
 PREAMBLE = "Below is an instruction that describes a task"
@@ -41,6 +46,7 @@ class Example:
     prompt: str | None = None
     instruction: str = ""
     input: str = ""
+    ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
 
     def prompt_text(self) -> str:
         if self.prompt is not None:
@@ -54,7 +60,8 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
     """The examples on lines [first, last) of a UTF-8 JSONL file; blank lines are skipped.
 
     A line is {"prompt", "output"} or {"instruction", "input" (optional), "output"}; `output` is a string or a list of
-    reference strings; other keys are left alone. Raises ValueError naming file, line and key of what is wrong.
+    reference strings; "end_of_text": false says that it is cut off; other keys are left alone.
+    Raises ValueError naming file, line and key of what is wrong.
     """
     examples = []
     try:
@@ -103,14 +110,17 @@ def _example(record: dict, where: str) -> Example:
         found = "is missing" if "output" not in record else "must be a string or a list of strings"
         raise ValueError(f"{where}: 'output' {found}")
     outputs = [_encodable(output, "output", where) for output in outputs]
+    ends = record.get("end_of_text", True)
+    if not isinstance(ends, bool):
+        raise ValueError(f"{where}: 'end_of_text' must be true or false, found {type(ends).__name__}")
     if "prompt" in record:
-        example = Example(where, outputs, prompt=text("prompt"))
+        example = Example(where, outputs, prompt=text("prompt"), ends=ends)
         if not example.prompt:
             raise ValueError(f"{where}: 'prompt' is empty, so that nothing could predict the first response token")
         return example
     if "instruction" not in record:
         raise ValueError(f"{where}: neither 'prompt' nor 'instruction'")
-    return Example(where, outputs, instruction=text("instruction"), input=text("input", required=False))
+    return Example(where, outputs, instruction=text("instruction"), input=text("input", required=False), ends=ends)
 
 
 def _encodable(text: str, key: str, where: str) -> str:
@@ -187,6 +197,11 @@ class TextTokenizer:
         tokens spell nothing."""
         return [None if i == self.eos_id else self.bytes[i] or b"" for i in ids]
 
+    @functools.cached_property
+    def spellings(self) -> list[bytes | None]:
+        """As `bytes`, with special tokens spelt by their names."""
+        return token_spellings(self.tokenizer)
+
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
@@ -218,7 +233,7 @@ class Row:
 
     student: Side
     teacher: Side | None = None
-    pairs: tuple[np.ndarray, np.ndarray] | None = None  # (teacher, student) indices into the two responses, eq. 14
+    pairs: tuple[np.ndarray, np.ndarray] | None = None  # aligned (teacher, student) indices into the two responses
 
 
 @dataclass
@@ -293,8 +308,8 @@ def tokenise(
 ) -> tuple[list[Row], CutReport]:
     """Rows of at most `max_len` tokens (prompt, response and end-of-text together) for each model.
 
-    align: "eta" also aligns the tokens of each response; "none" demands that both models have the same. Raises
-    ValueError naming an example that cannot fit, or that differs.
+    align: "eta", "mined" and "uld" also align the tokens of each response; "none" demands that both models have the
+    same. Raises ValueError naming an example that cannot fit, or that differs.
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report = [], CutReport(examples=len(examples))
@@ -312,7 +327,7 @@ def tokenise(
             sides = zip(tokenizers, prompts, strict=True)
             return all(len(ids) + len(tokenizer.encode(text)) + end_of_text <= max_len for tokenizer, ids in sides)
 
-        whole = fits(text, end_of_text=1)
+        whole = fits(text, end_of_text=example.ends)
         if not whole:
             length = longest_prefix(len(text), lambda n, text=text, fits=fits: fits(text[:n], end_of_text=0))
             if length < 1:
@@ -321,7 +336,7 @@ def tokenise(
             report.response_characters += len(text) - length
             text = text[:length]
         sides = [
-            Side(ids, tokenizer.encode(text) + [tokenizer.eos_id] * whole)
+            Side(ids, tokenizer.encode(text) + [tokenizer.eos_id] * (whole and example.ends))
             for tokenizer, ids in zip(tokenizers, prompts, strict=True)
         ]
         if not all(side.response for side in sides):
@@ -334,6 +349,10 @@ def tokenise(
             )
         if align == "eta":
             row.pairs = exact_token_alignment(teacher.spelt(row.teacher.response), student.spelt(row.student.response))
+        elif align == "mined":
+            row.pairs = mined_pairs(row, student, teacher)
+        elif align == "uld":  # position by position, as far as the shorter response goes
+            row.pairs = (np.arange(min(len(row.teacher.response), len(row.student.response))),) * 2
         rows.append(row)
     return rows, report
 
@@ -372,6 +391,46 @@ def sampled_row(
             teacher.spelt(sampled.teacher.response), student.spelt(sampled.student.response)
         )
     return sampled
+
+
+def mined_pairs(row: Row, student: TextTokenizer, teacher: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
+    inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
+    spelt = [[tokenizer.spellings[i] for i in ids] for tokenizer, ids in zip((teacher, student), inputs, strict=True)]
+    teacher_index, student_index = edit_distance_alignment(*spelt)
+    equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
+    return teacher_index[equal], student_index[equal]
+
+
+@functools.lru_cache(maxsize=4)
+def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndarray:
+    """`edit_distance_map` of two tokenizers, kept in the user's cache ($XDG_CACHE_HOME or ~/.cache) under a name made
+    of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
+    """
+    names = json.dumps([sorted(tokenizer.vocabulary().items()) for tokenizer in (teacher, student)])
+    spelt = repr([tokenizer.spellings for tokenizer in (teacher, student)])
+    key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
+    if file.is_file():
+        try:
+            mapped = np.load(file, allow_pickle=False)
+            if mapped.shape == (teacher.size,) and mapped.dtype == np.int64 and mapped.max() < student.size:
+                return mapped
+            print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
+    options = {"unit": "part", "leave": False, "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+    progress = functools.partial(tqdm, desc="MinED vocabulary map", **options)
+    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer, progress)
+    new = file.with_suffix(f".{os.getpid()}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as stream:
+            np.save(stream, mapped)
+        os.replace(new, file)
+    except OSError as error:
+        print(f"{file}: cannot be written, the map will be made again next time ({error})", file=sys.stderr)
+    return mapped
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from align import cross_model_attention, prediction_map, vocabulary_overlap
-from data import Batch, ModelBatch, TextTokenizer
+from align import cross_model_attention, mapped_columns, prediction_map, vocabulary_overlap
+from data import Batch, ModelBatch, TextTokenizer, edit_distance_ids
 from fused import fused_terms
-from losses import DIVERGENCES, PLAIN, count_agreeing, dskd_loss, kd_loss, logits_under, sft_loss
+from losses import (
+    DIVERGENCES,
+    PLAIN,
+    count_agreeing,
+    dskd_loss,
+    kd_loss,
+    logits_under,
+    mined_loss,
+    sft_loss,
+    uld_loss,
+)
 from projector import Projectors
 
 
@@ -29,7 +39,7 @@ class TeacherStates:
     """What the frozen teacher says about one batch; nothing else of it is needed."""
 
     hidden: Tensor  # (M, D) at its response positions
-    teacher_index: Tensor | None = None  # (K,) ETA pairs whose prediction the student's vocabulary has
+    teacher_index: Tensor | None = None  # (K,) the pairs of the batch; ETA's whose prediction the student can say
     student_index: Tensor | None = None  # (K,)
     label: Tensor | None = None  # (K,) that prediction as a student token; without ETA (N,), all tokens
 
@@ -58,7 +68,15 @@ def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
-    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be."""
+    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be.
+
+    Methods uld and mined pair tokens in their own way, which has the method's name.
+    """
+    if method in ("uld", "mined"):
+        if align != "auto":
+            how = {"uld": "position by position", "mined": "by edit distance"}[method]
+            raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
+        return method
     equal = teacher.vocabulary() == student.vocabulary() and teacher.eos_id == student.eos_id
     if align == "auto":
         align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
@@ -100,7 +118,7 @@ class Distiller(nn.Module):
         chunk: int = 512,
     ):
         super().__init__()
-        assert divergence in DIVERGENCES and method in {"sft", "kd", "dskd"}
+        assert divergence in DIVERGENCES and method in {"sft", "kd", "dskd", "uld", "mined"}
         self.method, self.recipe, self.divergence = method, recipe, divergence
         self.temperature, self.terms = temperature, fused_terms(chunk) if chunk else PLAIN
         self.kd_rate = 0.0 if method == "sft" else kd_rate
@@ -117,7 +135,11 @@ class Distiller(nn.Module):
             self.shared_teacher_ids, self.shared_student_ids = (torch.from_numpy(ids).to(device) for ids in shared)
             mapped = prediction_map(*tokenizers, *ends, size=teacher.head_weight.shape[0])
             self.register_buffer("student_token", torch.from_numpy(mapped).to(device), persistent=False)
-        else:  # equal vocabularies, perhaps padded to different numbers of rows
+        elif self.align == "mined":
+            mapped = edit_distance_ids(teacher_tokenizer, student_tokenizer)
+            columns = mapped_columns(mapped, teacher_tokenizer.tokenizer)
+            self.columns = [torch.from_numpy(ids).to(device) for ids in columns]  # (teacher ids, student ids)
+        elif self.align != "uld":  # equal vocabularies, perhaps padded to different numbers of rows
             self.rows = min(student.head_weight.shape[0], teacher.head_weight.shape[0])
             self.shared_teacher_ids = self.shared_student_ids = slice(self.rows)
         if method == "dskd":
@@ -169,7 +191,7 @@ class Distiller(nn.Module):
         """The teacher's forward pass; None for sft."""
         if self.method == "sft":
             return None
-        states = TeacherStates(hidden_at(self.teacher, batch.teacher))
+        states = TeacherStates(hidden_at(self.teacher, batch.teacher), batch.teacher_index, batch.student_index)
         if self.method == "dskd" and self.recipe == "v2":
             head = self.teacher.head_weight
             if self.align == "none":
@@ -183,11 +205,15 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def totals(
-        self, student: nn.Module, batches: list[Batch], states: list[TeacherStates | None], gold: list[Batch]
+        self,
+        student: nn.Module,
+        batches: list[Batch],
+        states: list[TeacherStates | None],
+        gold: list[Batch] | None = None,
     ) -> Totals:
         """The normalisers of one update, from all the batches that L_kd is on, the teacher's states of each, and all
-        gold batches (the same ones, unless the student sampled)."""
-        totals = Totals(*(sum(len(batch.student.labels) for batch in part) for part in (batches, gold)))
+        gold batches (None: the same ones; the student did not sample)."""
+        totals = Totals(*(sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches)))
         if self.align == "eta":
             totals.pairs = sum(len(state.label) for state in states)
         if self.align == "cma":
@@ -204,7 +230,7 @@ class Distiller(nn.Module):
         return totals
 
     def _paired(self, states: TeacherStates) -> Tensor:
-        """The teacher states that have a student position of their own: (K, D) with ETA, else all (N, D)."""
+        """The teacher states that are paired with a student position: (K, D) with ETA, ULD and MinED, else all."""
         return states.hidden if states.teacher_index is None else states.hidden[states.teacher_index]
 
     def loss(
@@ -218,13 +244,19 @@ class Distiller(nn.Module):
         model; its head is read from it.
         """
         student_hidden, labels, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
-        gold = labels if is_gold else None
+        gold, teacher_head = labels if is_gold else None, None if states is None else self.teacher.head_weight
         options = {"divergence": self.divergence, "temperature": self.temperature, "terms": self.terms}
         if states is None:
             terms = sft_loss(student_hidden, labels, head, totals.gold_tokens, self.terms)
         elif self.method == "kd":
-            teacher_head = self.teacher.head_weight
             terms = kd_loss(student_hidden, gold, states.hidden, head, teacher_head, totals.tokens, **options)
+        elif self.method == "uld":
+            paired = self._paired(states), states.student_index
+            terms = uld_loss(student_hidden, gold, *paired, head, teacher_head, totals.tokens, self.terms)
+        elif self.method == "mined":
+            paired, (teacher_ids, student_ids) = (self._paired(states), states.student_index), self.columns
+            columns, options = (student_ids, teacher_ids), {"temperature": self.temperature, "terms": self.terms}
+            terms = mined_loss(student_hidden, gold, *paired, head, teacher_head, *columns, totals.tokens, **options)
         else:
             t2s, s2t, paired = self.projectors.t2s, self.projectors.s2t, self._paired(states)
             t2s_label = labels if states.label is None else states.label
@@ -242,7 +274,7 @@ class Distiller(nn.Module):
                 s2t_hidden,
                 paired,
                 head,
-                self.teacher.head_weight,
+                teacher_head,
                 tokens=totals.tokens,
                 student_rows=states.student_index,
                 recipe=self.recipe,

@@ -13,6 +13,7 @@ pass; passing over them can cost several times more than the matrix products tha
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from torch.utils.checkpoint import checkpoint
 
 import losses
 from losses import adaptive_weight, log_mixture
@@ -197,4 +198,24 @@ def fused_terms(chunk: int) -> losses.Terms:
             s2t_hidden, teacher_head, teacher_hidden, None, None, None, divergence, temperature, chunk
         )[-1]
 
-    return losses.Terms(gold, kd, student_space, teacher_space)
+    return losses.Terms(
+        gold, kd, student_space, teacher_space,
+        uld=in_chunks(losses.uld_terms, chunk),
+        mined=in_chunks(losses.mined_terms, chunk),
+        one_hot=in_chunks(losses.one_hot_terms, chunk, inputs=2),
+    )  # fmt: skip
+
+
+def in_chunks(terms, chunk: int, inputs: int = 3):
+    """The function `terms`, whose first `inputs` arguments have a row per token, `chunk` tokens at a time.
+
+    What it makes is made again for the backward pass, which is autograd's: the memory of one chunk at a time.
+    """
+
+    def chunked(*arguments):
+        parts = zip(*(argument.split(chunk) for argument in arguments[:inputs]), strict=True)
+        rest, options = arguments[inputs:], {"use_reentrant": False, "preserve_rng_state": False}
+        columns = zip(*(checkpoint(terms, *part, *rest, **options) for part in parts), strict=True)
+        return tuple(torch.cat(column) for column in columns)
+
+    return chunked

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax, pad
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Divergences. log_p, log_q (N, V): log-probabilities of the student and of the teacher; each returns (N,)
@@ -173,13 +173,54 @@ def teacher_space_terms(s2t_hidden, teacher_hidden, teacher_head, divergence: st
     return DIVERGENCES[divergence](s2t_logits, teacher_logits, temperature)
 
 
+def uld_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head):
+    """Universal logit distillation (arXiv 2402.12030), per token: (ce, gold is arg-max, Σ_k |p_k − q_k|), each (n,).
+
+    p_k, q_k: the k-th largest probability of the student and of the teacher, without temperature, 0 beyond the end of
+    a vocabulary. (n, d), (n,), (n, D), (V_s, d), (V_t, D).
+    """
+    student_logits = logits_under(student_hidden, student_head)
+    teacher_logits = logits_under(teacher_hidden, teacher_head).detach()
+    p, q = (z.softmax(-1).sort(-1, descending=True).values for z in (student_logits, teacher_logits))
+    larger = max(p.shape[-1], q.shape[-1])
+    p, q = (pad(x, (0, larger - x.shape[-1])) for x in (p, q))
+    ce = cross_entropy(student_logits, gold, reduction="none")
+    return ce, student_logits.argmax(-1) == gold, (p - q).abs().sum(-1)
+
+
+def mined_terms(
+    student_hidden, gold, teacher_hidden, student_head, teacher_head, student_ids, teacher_ids, temperature: float
+):
+    """MinED (arXiv 2401.10491), per aligned token: (ce, gold is arg-max, Σ q (log q − log p)), each (n,).
+
+    q is the teacher's distribution in the student's vocabulary: student token student_ids[k] has the logit of the
+    teacher token teacher_ids[k], and a token that is not among them no probability. (S,) both, no student id twice.
+    """
+    student_logits = logits_under(student_hidden, student_head)
+    teacher_logits = logits_under(teacher_hidden, teacher_head).detach()
+    log_p = log_softmax(student_logits / temperature, -1)[:, student_ids]
+    log_q = log_softmax(teacher_logits[:, teacher_ids] / temperature, -1)
+    ce = cross_entropy(student_logits, gold, reduction="none")
+    return ce, student_logits.argmax(-1) == gold, forward_kl(log_p, log_q)
+
+
+def one_hot_terms(student_hidden, gold, student_head, temperature: float):
+    """MinED, per token that is not aligned: the same with q = 1 at the gold token, so that the last is −log p(gold)."""
+    student_logits = logits_under(student_hidden, student_head)
+    ce, kd = (cross_entropy(z, gold, reduction="none") for z in (student_logits, student_logits / temperature))
+    return ce, student_logits.argmax(-1) == gold, kd
+
+
 class Terms(NamedTuple):
-    """The four functions above, or others that equal them: what the objectives below are made of."""
+    """The functions above, or others that equal them: what the objectives below are made of."""
 
     gold: Callable = gold_terms
     kd: Callable = kd_terms
     student_space: Callable = student_space_terms
     teacher_space: Callable = teacher_space_terms
+    uld: Callable = uld_terms
+    mined: Callable = mined_terms
+    one_hot: Callable = one_hot_terms
 
 
 PLAIN = Terms()
@@ -214,6 +255,62 @@ def kd_loss(
     )
     terms = {} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}
     return {**terms, "kd": kd.sum() / tokens}
+
+
+def all_but(rows: Tensor, gold: Tensor) -> Tensor:
+    """Mask (N,) of the tokens that are not among `rows`."""
+    alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
+    alone[rows] = False
+    return alone
+
+
+def uld_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    teacher_hidden: Tensor,  # (K, D)
+    student_rows: Tensor,  # (K,) the student token each of them is compared with
+    student_head: Tensor,  # (V_s, d)
+    teacher_head: Tensor,  # (V_t, D)
+    tokens: float,
+    terms: Terms = PLAIN,
+) -> dict[str, Tensor]:
+    """ULD: the sorted probabilities of both, position by position until the shorter response ends. {ce, kd, correct}
+
+    Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0.
+    """
+    heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
+    ce, correct, kd = terms.uld(student_hidden[student_rows], gold[student_rows], teacher_hidden, *heads)
+    ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
+    correct = correct.sum() + correct_alone.sum()
+    return {"ce": (ce.sum() + ce_alone.sum()) / tokens, "kd": kd.sum() / tokens, "correct": correct}
+
+
+def mined_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    teacher_hidden: Tensor,  # (K, D)
+    student_rows: Tensor,  # (K,) the student token each of them is aligned with
+    student_head: Tensor,  # (V_s, d)
+    teacher_head: Tensor,  # (V_t, D)
+    student_ids: Tensor,  # (S,) student tokens that a teacher token maps to
+    teacher_ids: Tensor,  # (S,) that teacher token
+    tokens: float,
+    temperature: float = 2.0,
+    terms: Terms = PLAIN,
+) -> dict[str, Tensor]:
+    """MinED: forward KL from the teacher where a token is aligned, from the gold token elsewhere. {ce, kd, correct}
+
+    The student's logits are only read (in float32 the official code overwrites them with the target: no gradient).
+    """
+    heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
+    aligned = student_hidden[student_rows], gold[student_rows], teacher_hidden
+    columns = zip(
+        terms.mined(*aligned, *heads, student_ids, teacher_ids, temperature),
+        terms.one_hot(student_hidden[alone], gold[alone], student_head, temperature),
+        strict=True,
+    )
+    ce, correct, kd = (part.sum() + rest.sum() for part, rest in columns)
+    return {"ce": ce / tokens, "kd": kd / tokens, "correct": correct}
 
 
 def dskd_loss(
@@ -260,8 +357,7 @@ def dskd_loss(
         temperature,
     )
     if gold is not None and student_rows is not None:  # tokens without a counterpart have only their cross-entropy
-        alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
-        alone[student_rows] = False
+        alone = all_but(student_rows, gold)
         ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
         ce, correct = torch.cat([ce, ce_alone]), torch.cat([correct, correct_alone])
     s2t_divergence = "fkl" if recipe == "v1" else divergence

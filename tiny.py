@@ -396,7 +396,9 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "lr": 3e-3, "projector_lr": 1e-2, "max_len": 96, "max_prompt_len": 48, "weight_decay": 0.1, "warmup": 20,
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
-DISTILLATION = "teacher recipe align divergence kd_rate temperature on_policy projectors projector_lr".split()
+DISTILLATION = (  # options that say nothing about supervised fine-tuning
+    "teacher recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors projector_lr"
+).split()
 TEACHER_STEPS, TEACHER_BATCH = 800, 64
 STUDENT_STEPS, STUDENT_BATCH = 600, 32
 
@@ -421,7 +423,7 @@ def run(given: dict, options_class, train) -> None:
     o = options_class(**{**DEFAULTS, **given, "out": given.get("out", ROOT)})
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
-    if o.method != "sft":  # a combination that cannot be is told before the teacher is trained
+    if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
         tokenizers = TextTokenizer(start / "teacher"), TextTokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
@@ -434,7 +436,8 @@ def run(given: dict, options_class, train) -> None:
 
     data = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), "max_steps": STUDENT_STEPS,
             "batch_size": STUDENT_BATCH}  # fmt: skip
-    distilled = "-".join([o.method, o.recipe, *(given[key] for key in ("align", "divergence") if key in given)])
+    recipe = [o.recipe] if o.method == "dskd" else []
+    distilled = "-".join([o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)])
     distilled += "-on-policy" * (o.on_policy > 0)
     seconds = {
         "teacher": stage("teacher", method="sft", student=str(start / "teacher"), max_steps=TEACHER_STEPS,

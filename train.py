@@ -36,6 +36,7 @@ from eval import held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, generate, load_model, read_json, save_model
+from seqkd import teacher_answers
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -57,13 +58,14 @@ class Options:
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or JSONL file to train on")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
-    method: str = option("dskd", "what to train with", ["sft", "kd", "dskd"])
+    method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option("auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", *ALIGNMENTS])
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
     temperature: float = option(2.0, "divides all logits inside the divergence")
     on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
+    seqkd_temperature: float = option(0.0, "of the teacher's answers with --method seqkd; 0 is greedy")
     projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     lora: int = option(0, "rank of the student's LoRA adapters, which alone are trained (0: train all of it)")
@@ -112,7 +114,7 @@ def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
-                "projector_lr": 0, "seed": 0, "lora": 0}  # fmt: skip
+                "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0}  # fmt: skip
     for name, least in at_least.items():
         if not least <= getattr(o, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
@@ -125,8 +127,10 @@ def check(o: Options) -> Options:
         raise ValueError(f"--kd-rate {o.kd_rate}: must be between 0 (only gold labels) and 1 (only the teacher)")
     if not 0 <= o.on_policy <= 1:
         raise ValueError(f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)")
-    if o.on_policy and o.method == "sft":
-        raise ValueError("--on-policy belongs to distillation; --method sft has no teacher to judge sampled responses")
+    if o.on_policy and o.method not in ("kd", "dskd"):
+        why = {"sft": "has no teacher to judge sampled responses", "seqkd": "learns the teacher's responses"}
+        why = why.get(o.method, "is defined on the gold responses")
+        raise ValueError(f"--on-policy belongs to --method kd and dskd; --method {o.method} {why}")
     if o.on_policy and o.dry_run:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
     o = check_lora(o)
@@ -142,6 +146,12 @@ def check(o: Options) -> Options:
         raise ValueError(f"--device {device}: there is no CUDA device here; use --device cpu")
     if torch.device(device).type not in ("cuda", "cpu"):
         raise ValueError(f"--device {device}: only cuda and cpu are supported (the projectors are solved in float64)")
+    if o.method in ("uld", "mined") and o.divergence != "fkl":
+        why = {"uld": "compares sorted probabilities by their absolute difference",
+               "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
+        raise ValueError(f"--divergence {o.divergence}: --method {o.method} {why[o.method]}; leave --divergence out")
+    if o.seqkd_temperature and o.method != "seqkd":
+        raise ValueError(f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing")
     if o.projectors is not None and o.method != "dskd":
         raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
     if o.projectors is not None:
@@ -203,6 +213,13 @@ class Pieces:
         return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
 
 
+def check_model(o: Options, name: str, model, tokenizer: TextTokenizer) -> None:
+    """Raises ValueError unless the model fits its tokenizer and has room for --max-len tokens."""
+    tokenizer.check_model(model.embed.weight.shape[0])
+    if o.max_len > model.limit:
+        raise ValueError(f"--max-len {o.max_len}: the {name} has only {model.limit} positions")
+
+
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
@@ -210,9 +227,10 @@ def load(o: Options) -> Pieces:
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         teacher_tokenizer = TextTokenizer(teacher_directory)
-        choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)  # before models are loaded
+        if o.method != "seqkd":  # before models are loaded
+            choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     first_lines = o.batch_size if o.dry_run else None
-    examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))[:first_lines]
+    examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
     valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
 
     torch.manual_seed(o.seed)
@@ -220,21 +238,26 @@ def load(o: Options) -> Pieces:
         student = build_model(read_json(student_directory / "config.json")).to(o.device)
     else:
         student = load_model(student_directory, torch.float32, o.device)
-    student_tokenizer.check_model(student.embed.weight.shape[0])
+    check_model(o, "student", student, student_tokenizer)
     if o.lora:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         print(f"LoRA: {trained:,} of the student's parameters are trained", file=sys.stderr)
-    if o.method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        teacher = load_model(teacher_directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
-        teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
+    method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    if o.method == "seqkd":  # from here on it is supervised fine-tuning
+        examples = teacher_answers(
+            Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, student_tokenizer, o.max_len,
+            o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
+        )  # fmt: skip
+        method, teacher_tokenizer = "sft", None
+    examples = examples[:first_lines]
+    if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
+        teacher = load_model(teacher_directory, dtype, o.device)
+        check_model(o, "teacher", teacher, teacher_tokenizer)
         teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is not None and o.max_len > model.limit:
-            raise ValueError(f"--max-len {o.max_len}: the {name} has only {model.limit} positions")
 
     distiller = Distiller(
-        student, student_tokenizer, teacher, teacher_tokenizer, o.method, o.recipe, o.align, o.divergence,
+        student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
         o.temperature, o.kd_rate, o.projectors, o.chunk,
     )  # fmt: skip
     lengths = o.max_len, o.max_prompt_len
@@ -312,7 +335,7 @@ def summarise(sums: dict[str, float], batches: list, totals: Totals, align: str)
     agreeing, pairs = sums.pop("agreeing", None), sums.pop("pairs", None)
     if agreeing is not None:
         sums["t2s_agreement"] = agreeing / max(pairs, 1)
-    if align == "eta":
+    if align in ("eta", "mined"):
         ratios = [ratio for batch in batches for ratio in batch.align_ratios]
         sums["align_ratio"] = sum(ratios) / len(ratios)
     sums["student_tokens"] = totals.tokens

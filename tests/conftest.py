@@ -10,6 +10,14 @@ import model
 import tiny
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Vocabulary maps are kept in the user's cache: not in that of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory):
     """A directory with train.jsonl (40 examples), valid.jsonl (10), test.jsonl (10), teacher/ and student/ of different

@@ -1,5 +1,6 @@
 """align.py: what tokens spell, which of them align, how vocabularies correspond, and cross-model attention."""
 
+import collections
 import doctest
 import itertools
 import math
@@ -18,9 +19,14 @@ from align import (
     align_by_programme,
     align_by_sweep,
     cross_model_attention,
+    edit_distance_alignment,
+    edit_distance_map,
+    edit_distances,
     exact_token_alignment,
+    mapped_columns,
     prediction_map,
     token_bytes,
+    token_spellings,
     vocabulary_overlap,
 )
 
@@ -561,3 +567,125 @@ def test_cross_model_attention_of_one_example_does_not_depend_on_the_others():
     alone = cross_model_attention(query[:3], key[:3], example[:3], example[:3])
     torch.testing.assert_close(t2s[:3, :3], alone[0])
     torch.testing.assert_close(s2t[:3, :3], alone[1])
+
+
+# -- minimum edit distance ---------------------------------------------------------------------------------------------
+
+
+def levenshtein(a, b):
+    """The definition, row by row."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def random_words(generator, count, longest, letters=b"ab "):
+    return [bytes(generator.choices(letters, k=generator.randrange(longest + 1))) for _ in range(count)]
+
+
+def test_edit_distances_by_hand():
+    found = edit_distances([b"kitten", b"", b"\xff"], [b"sitting", b"kitten", b"", b"\xff\xff"])
+    assert found.tolist() == [[3, 0, 6, 6], [7, 6, 0, 2], [7, 6, 1, 1]]
+
+
+@pytest.mark.parametrize("longest", [3, 8, 9, 16, 17, 33, 64, 65, 100])
+def test_edit_distances_against_the_definition(longest):
+    """With patterns in words of each width, and beyond; one of the longest is always there."""
+    generator = random.Random(longest)
+    for letters in (b"ab", bytes(range(256))):
+        patterns = [bytes(generator.choices(letters, k=longest)), *random_words(generator, 3, longest, letters)]
+        texts = [*random_words(generator, 6, 12, letters), bytes(generator.choices(letters, k=longest + 3))]
+        expected = [[levenshtein(a, b) for b in texts] for a in patterns]
+        assert edit_distances(patterns, texts).tolist() == expected
+
+
+def warp(cost):
+    """Dynamic time warping, plainly: all cells, then the way back, of equal steps both, the first, the second."""
+    total = {}
+    for i, row in enumerate(cost):
+        for j, here in enumerate(row):
+            before = [total[step] for step in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if step in total]
+            total[i, j] = here + min(before, default=0)
+    i, j = len(cost) - 1, len(cost[0]) - 1
+    way = [(i, j)]
+    while (i, j) != (0, 0):
+        steps = [step for step in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if step in total]
+        i, j = min(steps, key=total.get)  # the first of the smallest
+        way.append((i, j))
+    return way[::-1]
+
+
+def test_warping_against_a_plain_programme():
+    generator, lonely = random.Random(0), 0
+    for _ in range(200):
+        teacher, student = (random_words(generator, generator.randrange(1, 9), 3) for _ in range(2))
+        way = warp([[levenshtein(t.replace(b" ", b""), s.replace(b" ", b"")) for s in student] for t in teacher])
+        met = collections.Counter(j for _, j in way)
+        expected = [(i, j) for i, j in way if met[j] == 1]
+        teacher_index, student_index = edit_distance_alignment(teacher, student)
+        assert list(zip(teacher_index.tolist(), student_index.tolist(), strict=True)) == expected
+        lonely += len(expected) < len(student)
+    assert 20 < lonely < 180
+
+
+def test_warping_by_hand():
+    def pairs(teacher, student):
+        return list(zip(*(index.tolist() for index in edit_distance_alignment(teacher, student)), strict=True))
+
+    assert pairs([b"a", b" cat"], [b" a", b"cat"]) == [(0, 0), (1, 1)]  # spaces cost nothing
+    assert pairs([b"sun", b"flow", b"er"], [b"sun", b"flower"]) == [(0, 0)]  # two teacher tokens meet " flower"
+    assert pairs([b"sun", b"flower"], [b"sun", b"flow", b"er"]) == [(0, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("byte-level", "nfc"), ("nfc", "sentencepiece")])
+def test_edit_distance_map_against_the_definition(trained, teacher, student):
+    spelt, texts = (token_spellings(trained[name]) for name in (teacher, student))
+    mapped = edit_distance_map(trained[teacher], trained[student])
+    assert len(mapped) == len(spelt)
+    new = 0
+    for index in random.Random(0).sample(range(len(spelt)), 120):
+        distance, nearest = min((levenshtein(spelt[index], text), j) for j, text in enumerate(texts))
+        assert mapped[index] == nearest if distance else texts[mapped[index]] == spelt[index]
+        new += distance > 0
+    assert 20 < new < 100
+
+
+def special(tokenizer, *names):
+    tokenizer.add_special_tokens(list(names))
+    return tokenizer
+
+
+def test_edit_distance_map_by_hand():
+    teacher = ["</s>", "<0x41>", "A", "▁he", "hens", "q" * 70, "he"]
+    student = ["<eos>", "A", "<0x41>", "▁he", "hen", "q" * 66, "pens", "he", "</s>"]
+    teacher, student = ({piece: index for index, piece in enumerate(side)} for side in (teacher, student))
+    teacher, student = special(sp(teacher), "</s>"), special(sp(student), "<eos>")
+    mapped = edit_distance_map(teacher, student)
+    # special tokens by their names, each A to its own kind, of two ids one edit away the smaller one
+    assert mapped.tolist() == [8, 2, 1, 3, 4, 5, 7]
+    teacher_ids, student_ids = mapped_columns(mapped, teacher)
+    assert (teacher_ids.tolist(), student_ids.tolist()) == ([2, 1, 3, 4, 5, 6, 0], [1, 2, 3, 4, 5, 7, 8])
+
+    mapped = edit_distance_map(teacher, bl({"he": 0, "A": 1, "Ġhe": 2}))  # there is no byte-fallback token here
+    assert mapped.tolist() == [0, 1, 1, 2, 0, 0, 0]
+    teacher_ids, student_ids = mapped_columns(mapped, teacher)
+    assert (teacher_ids.tolist(), student_ids.tolist()) == ([0, 2, 3], [0, 1, 2])  # A's logit is A's, not <0x41>'s
+
+
+def test_unused_ids_map_to_nothing_and_nothing_maps_to_them():
+    mapped = edit_distance_map(bl({"a": 0, "b": 2, "ac": 5}), bl({"b": 1, "a": 4}))
+    assert mapped.tolist() == [4, -1, 1, -1, -1, 4]
+
+
+def test_mapped_columns_take_the_first_teacher_token(trained):
+    teacher = trained["byte-level"]
+    mapped = np.array([3, -1, 5, 3, 5, 0])
+    teacher_ids, student_ids = mapped_columns(mapped, teacher)
+    assert (teacher_ids.tolist(), student_ids.tolist()) == ([5, 0, 2], [0, 3, 5])
+    own = edit_distance_map(teacher, teacher)
+    assert own.tolist() == list(range(len(own)))
+    teacher_ids, student_ids = mapped_columns(own, teacher)
+    assert teacher_ids.tolist() == student_ids.tolist() == list(range(len(own)))

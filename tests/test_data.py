@@ -8,8 +8,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import data
 import tiny
-from align import exact_token_alignment
+from align import edit_distance_alignment, edit_distance_map, exact_token_alignment
 from data import (
     CutReport,
     Example,
@@ -712,3 +713,72 @@ def test_update_order(examples, per_update):
     if examples > 4:
         assert len({tuple(epoch) for epoch in epochs}) == 4
         assert take(seed=1) != order and sum(take(seed=1)[:updates], []) not in epochs
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):
+    lines = [{"prompt": "p", "output": "abc"}, {"prompt": "p", "output": "abc", "end_of_text": False}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student)
+    whole, cut = (row.student.response for row in rows)
+    assert whole == [*cut, student.eos_id] and report.responses_cut == 0
+    length = len(rows[1].student.prompt) + len(cut)
+    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
+    assert rows[1].student.response == cut and len(rows[0].student.response) <= len(cut)
+    assert report.responses_cut == 1
+    (tmp_path / "d.jsonl").write_text(json.dumps({**lines[1], "end_of_text": "no"}))
+    with pytest.raises(ValueError, match="line 1: 'end_of_text' must be true or false, found str"):
+        read_jsonl(tmp_path / "d.jsonl")
+
+
+def test_uld_pairs_end_with_the_shorter_response(student, teacher):
+    rows, _ = tokenise([raw("p", "a fox and a dog")], student, teacher, align="uld")
+    shorter = min(len(rows[0].student.response), len(rows[0].teacher.response))
+    assert all(index.tolist() == list(range(shorter)) for index in rows[0].pairs)
+
+
+def test_mined_pairs_are_of_the_tokens_that_are_read(student, teacher):
+    rows, _ = tokenise([raw("the p", "a fox and a dog, café")], student, teacher, align="mined")
+    row = rows[0]
+    ours, theirs = ((side.prompt + side.response)[len(side.prompt) - 1 : -1] for side in (row.student, row.teacher))
+    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer)
+    warped = edit_distance_alignment([teacher.spellings[i] for i in theirs], [student.spellings[i] for i in ours])
+    expected = [(m, n) for m, n in zip(*warped, strict=True) if mapped[theirs[m]] == ours[n]]
+    assert list(zip(*row.pairs, strict=True)) == expected and 0 < len(expected) < len(ours)
+
+
+def test_the_vocabulary_map_is_cached(student, teacher, tmp_path, monkeypatch, capsys):
+    """Made once; a spoilt file is made again; a directory that cannot be written is no error."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return edit_distance_map(*arguments)
+
+    def ids(first, second):
+        data.edit_distance_ids.cache_clear()  # as in another process
+        return data.edit_distance_ids(first, second)
+
+    monkeypatch.setattr(data, "edit_distance_map", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected = edit_distance_map(teacher.tokenizer, student.tokenizer)
+    for _ in range(2):
+        assert np.array_equal(ids(teacher, student), expected)
+    assert len(calls) == 1
+    (file,) = (tmp_path / "cache" / "dskd").iterdir()  # nothing else is left
+    assert len(ids(student, teacher)) == student.size and len(calls) == 2  # the other way round is another map
+    for spoilt in (b"", file.read_bytes()[:200], b"not an array"):
+        file.write_bytes(spoilt)
+        assert np.array_equal(ids(teacher, student), expected)
+        assert f"{file}: cannot be read, made again" in capsys.readouterr().err
+    np.save(file, expected[:-1])
+    assert np.array_equal(ids(teacher, student), expected)
+    assert f"{file}: not a vocabulary map" in capsys.readouterr().err
+    assert np.array_equal(np.load(file), expected) and len(calls) == 6
+
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    assert np.array_equal(ids(teacher, student), expected)
+    assert "cannot be written" in capsys.readouterr().err

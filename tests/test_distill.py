@@ -1,6 +1,7 @@
 """distill.py on tiny random models: what must be 0, what must not matter (padding, order, parts), what must move."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy, pad
 
 import tiny
 import train
-from align import exact_token_alignment
+from align import edit_distance_alignment, edit_distance_map, exact_token_alignment
 from data import Example, TextTokenizer, collate, tokenise
 from distill import Distiller, argmax_tokens, choose_alignment
 from losses import DIVERGENCES, PLAIN
@@ -32,6 +33,8 @@ LLAMA = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 32, "num
 METHODS = {
     "sft": ("sft", "v2", "none"),
     "kd": ("kd", "v2", "none"),
+    "uld": ("uld", "v2", "auto"),
+    "mined": ("mined", "v2", "auto"),
     "dskd v1": ("dskd", "v1", "none"),
     "dskd v1 cma": ("dskd", "v1", "cma"),
     "dskd v2": ("dskd", "v2", "none"),
@@ -89,7 +92,8 @@ class Setting:
             self.student, self.tokenizer, self.teacher, self.teacher_tokenizer, self.method, self.recipe, self.align,
             divergence, projectors_file=projectors, **options,
         )  # fmt: skip
-        examples = [Example("here", [output], prompt=prompt) for prompt, output in TEXTS]
+        texts = TEXTS if name != "uld" else [*TEXTS[:-1], ("Who?", "The elephants danced, then the zebras danced.")]
+        examples = [Example("here", [output], prompt=prompt) for prompt, output in texts]  # ULD: also a longer student
         self.rows, report = tokenise(
             examples, self.tokenizer, self.teacher_tokenizer, 128, 64, align=self.distiller.align
         )
@@ -133,12 +137,17 @@ class Setting:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tokenizers, divergence):
     student = random_model(GPT2, tokenizers[1].size, seed=0)
-    for name in ("kd", "dskd v2"):
-        setting = Setting(tokenizers, name, student, copy.deepcopy(student), divergence=divergence)
+    for name in ("kd", "dskd v2", *(["uld", "mined"] if divergence == "fkl" else [])):
+        teacher_tokenizer = {"teacher_tokenizer": tokenizers[1]}
+        setting = Setting(
+            tokenizers, name, student, copy.deepcopy(student), divergence=divergence, **teacher_tokenizer
+        )
         terms, gradients = setting.update()
         assert terms["ce"] > 1
-        if name == "kd":
-            assert abs(terms["kd"]) < 1e-6
+        if name in ("kd", "uld", "mined"):
+            assert abs(terms["kd"]) < 1e-6 + 1e-5 * (name == "uld")  # a sum of roundings that have no sign
+            if name == "uld":  # the slope of |p − q| at 0 is whatever rounding says
+                continue
         else:  # equal heads: both projections are the identity
             assert abs(terms["t2s_kd"]) < 1e-6 and abs(terms["s2t_kd"]) < 1e-6
             assert terms["t2s_agreement"] == 1
@@ -191,6 +200,16 @@ def test_eta_with_one_tokenizer_is_dskd_without_alignment(tokenizers, divergence
     torch.testing.assert_close(aligned_gradients, gradients, **EXACT)
 
 
+def test_mined_with_one_tokenizer_is_kd(tokenizers):
+    kd = Setting(tokenizers, "kd")
+    terms, gradients = kd.update()
+    mined = Setting(tokenizers, "mined", kd.student, kd.teacher, teacher_tokenizer=tokenizers[1])
+    found, found_gradients = mined.update()
+    assert found.pop("align_ratio") == 1
+    assert found == pytest.approx(terms, rel=1e-5)
+    torch.testing.assert_close(found_gradients, gradients, **EXACT)
+
+
 # -- what must not matter ----------------------------------------------------------------------------------------------
 
 
@@ -212,6 +231,8 @@ def test_padding_order_and_splitting_do_not_matter(tokenizers, name):
     rows = setting.rows
     assert any(key.startswith("student.") for key in gradients)
     assert any(key.startswith("projectors.t2s") for key in gradients) == name.startswith("dskd")
+    if name in ("uld", "mined"):  # some tokens have a partner and some have none
+        assert 0 < len(setting.batch().student_index) < len(setting.batch().student.labels)
     if name == "dskd v2 eta":  # pairs are dropped for both reasons
         batch = setting.batch()
         assert len(batch.student_index) < len(batch.student.labels)
@@ -340,6 +361,53 @@ def test_eta_by_its_definition(tokenizers):
     assert terms["t2s_agreement"] == pytest.approx(len(t2s_kd) / len(t2s_ce))
 
 
+def test_uld_by_its_definition(tokenizers):
+    setting = Setting(tokenizers, "uld")
+    terms, _ = setting.update()
+    total = tokens = 0
+    longer = set()
+    for row in setting.rows:
+        (h, _, y), (g, _, y_t) = states_of(setting.student, row.student), states_of(setting.teacher, row.teacher)
+        tokens += len(y)
+        longer.add(len(y) > len(y_t))
+        for state, teacher_state in zip(h, g, strict=False):  # until the shorter ends
+            p = sorted((state @ setting.student.head_weight.T).softmax(-1).tolist(), reverse=True)
+            q = sorted((teacher_state @ setting.teacher.head_weight.T).softmax(-1).tolist(), reverse=True)
+            total += sum(abs(a - b) for a, b in itertools.zip_longest(p, q, fillvalue=0.0))
+    assert longer == {True, False}
+    assert terms["kd"] == pytest.approx(total / tokens, rel=1e-5)
+    assert terms["loss"] == pytest.approx((terms["ce"] + terms["kd"]) / 2, rel=1e-6)
+
+
+def test_mined_by_its_definition(tokenizers):
+    """Dense targets with the official code's sentinels: −1e5 for no probability, 100 for the gold token."""
+    teacher_tokenizer, tokenizer = tokenizers
+    setting = Setting(tokenizers, "mined")
+    terms, _ = setting.update()
+    mapped = edit_distance_map(teacher_tokenizer.tokenizer, tokenizer.tokenizer).tolist()
+    names = [teacher_tokenizer.tokenizer.id_to_token(i) for i in range(len(mapped))]
+    first = {}
+    for plain in (True, False):
+        for index, student_id in enumerate(mapped):
+            if names[index].startswith("<0x") != plain:
+                first.setdefault(student_id, index)
+    total, ratios = 0, []
+    for row in setting.rows:
+        (h, x, y), (g, x_t, _) = states_of(setting.student, row.student), states_of(setting.teacher, row.teacher)
+        spelt = [teacher_tokenizer.spellings[i] for i in x_t.tolist()], [tokenizer.spellings[i] for i in x.tolist()]
+        pairs = [(m, n) for m, n in zip(*edit_distance_alignment(*spelt), strict=True) if mapped[x_t[m]] == x[n]]
+        ratios.append(len(pairs) / len(y))
+        target = torch.full((len(y), len(setting.student.head_weight)), -1e5)
+        target[torch.arange(len(y)), y] = 100
+        for m, n in pairs:
+            logits = g[m] @ setting.teacher.head_weight.T
+            target[n] = -1e5
+            target[n, list(first)] = logits[list(first.values())]
+        total += DIVERGENCES["fkl"](h @ setting.student.head_weight.T, target, 2.0).sum().item()
+    assert terms["kd"] == pytest.approx(total / terms["student_tokens"], rel=1e-5)
+    assert terms["align_ratio"] == pytest.approx(sum(ratios) / len(ratios)) and 0.1 < terms["align_ratio"] < 0.9
+
+
 def test_v2_labels_are_the_teachers_and_v1s_the_gold_tokens(tokenizers):
     setting = Setting(tokenizers, "dskd v2")
     batch = setting.batch()
@@ -363,7 +431,8 @@ def test_predictions_by_parts():
 
 # -- on-policy ---------------------------------------------------------------------------------------------------------
 
-every_distillation = pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
+SAMPLED = [name for name in METHODS if name.split()[0] in ("kd", "dskd")]  # what --on-policy goes with
+every_distillation = pytest.mark.parametrize("name", SAMPLED)
 
 
 def splits(setting, rows):
@@ -566,6 +635,9 @@ def test_auto_alignment(tokenizers):
     assert choose_alignment("auto", "dskd", "v2", other, own) == "eta"
     assert choose_alignment("auto", "dskd", "v1", other, own) == "cma"
     assert choose_alignment("auto", "kd", "v2", own, own) == "none"
+    for method in ("uld", "mined"):
+        assert choose_alignment("auto", method, "v2", other, own) == method
+        assert choose_alignment("auto", method, "v2", own, own) == method
     assert choose_alignment("eta", "dskd", "v2", own, own) == "eta"
 
 
@@ -574,6 +646,8 @@ def test_auto_alignment(tokenizers):
     [
         (("none", "dskd", "v2"), False, ["--align none", "equal vocabularies", "--align eta", "teacher", "student"]),
         (("auto", "kd", "v2"), False, ["--method kd", "equal vocabularies", "--method dskd"]),
+        (("none", "uld", "v2"), True, ["--method uld", "position by position", "--align none"]),
+        (("eta", "mined", "v2"), False, ["--method mined", "by edit distance", "--align eta"]),
         (("eta", "kd", "v2"), True, ["--method kd", "--align eta", "position by position"]),
         (("cma", "dskd", "v2"), False, ["--align cma", "--recipe v1"]),
         (("eta", "dskd", "v1"), False, ["--align eta", "--recipe v2"]),
@@ -633,6 +707,8 @@ def test_projectors_from_a_file_take_the_place_of_the_recipes(tokenizers, tmp_pa
     [
         ("sft", "student", "ce"),
         ("kd", "teacher", "kd"),
+        ("uld", "teacher", "kd"),
+        ("mined", "teacher", "kd"),
         ("dskd v2", "t2s", "t2s_ce"),
         ("dskd v1", "s2t", "s2t_kd"),
         ("dskd v1 cma", "query", "t2s_ce"),

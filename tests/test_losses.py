@@ -17,10 +17,14 @@ from losses import (
     dskd_loss,
     jensen_shannon,
     kd_loss,
+    mined_loss,
+    one_hot_terms,
     sft_loss,
     skewed_forward_kl,
     skewed_reverse_kl,
     student_space_terms,
+    uld_loss,
+    uld_terms,
 )
 
 NAMES = ["fkl", "rkl", "js", "skl", "srkl", "akl"]
@@ -404,18 +408,120 @@ def test_gradients_of_forward_kl_by_hand():
     torch.testing.assert_close(torch.autograd.grad(terms["s2t_kd"], i.student_hidden)[0], expected)
 
 
+# -- ULD and MinED -----------------------------------------------------------------------------------------------------
+
+STUDENT_IDS, TEACHER_IDS = torch.tensor([0, 2, 3, 7]), torch.tensor([10, 1, 1, 4])  # 4 of 8 student tokens are meant
+
+
+def baseline_loss(name, i: Inputs, terms=PLAIN):
+    """ULD or MinED on the pairs of ETA's inputs; their vocabularies are of different size."""
+    arguments = i.student_hidden, i.gold, i.paired(), i.student_rows, i.student_head, i.teacher_head
+    if name == "uld":
+        return uld_loss(*arguments, TOKENS, terms)
+    return mined_loss(*arguments, STUDENT_IDS, TEACHER_IDS, TOKENS, TEMPERATURE, terms)
+
+
+def test_uld_by_hand():
+    """Student 5/8, 2/8, 1/8; teacher 3/8, 3/8, 1/8, 1/8: 2/8 + 1/8 + 0 + 1/8. Which token has which does not matter."""
+    p, q = torch.tensor([[1, 5, 2]]) / 8, torch.tensor([[3, 1, 1, 3]]) / 8
+    hidden, gold = torch.ones(1, 1), torch.tensor([1])
+    for student, teacher in ((p, q), (q, p)):
+        ce, correct, kd = uld_terms(hidden, gold, hidden, student.log().T, teacher.log().T)
+        assert kd.item() == pytest.approx(1 / 2)
+        assert ce.item() == pytest.approx(-math.log(student[0, 1])) and correct.item() == (student is p)
+
+
+def test_mined_by_hand():
+    """Teacher 1/8, 4/8, 3/8; student token 0 takes the 4/8, token 2 the 3/8, renormalised to 4/7 and 3/7."""
+    p, q = torch.tensor([[1, 5, 2]]) / 8, torch.tensor([[1, 4, 3]]) / 8
+    hidden, heads = torch.ones(2, 1), (p.log().T, q.log().T)
+    ids = torch.tensor([0, 2]), torch.tensor([1, 2])
+    found = mined_loss(hidden, torch.tensor([1, 2]), hidden[:1], torch.tensor([1]), *heads, *ids, 2, temperature=1.0)
+    aligned = 4 / 7 * math.log(4 / 7 / (1 / 8)) + 3 / 7 * math.log(3 / 7 / (2 / 8))
+    assert found["kd"].item() == pytest.approx((aligned - math.log(5 / 8)) / 2)
+    assert found["ce"].item() == pytest.approx(-(math.log(5 / 8) + math.log(2 / 8)) / 2)
+    assert found["correct"] == 1
+    # at temperature 2 the token without a partner is still compared with a one-hot distribution
+    roots = [math.sqrt(x) for x in (1, 5, 2)]
+    kd = one_hot_terms(hidden[:1], torch.tensor([1]), heads[0], 2.0)[2]
+    assert kd.item() == pytest.approx(-math.log(roots[1] / sum(roots)))
+
+
+@pytest.mark.parametrize("terms", [PLAIN, fused.fused_terms(2)], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", ["uld", "mined"])
+def test_baselines_by_loops(name, terms):
+    i = Inputs("v2", "eta")
+    f = {key: leaf.detach().double().numpy() for key, leaf in i.leaves().items()}
+    student = [f["student_head"] @ state for state in f["student_hidden"]]
+    teacher = [f["teacher_head"] @ state for state in f["teacher_hidden"]]
+    partner = dict(zip(i.student_rows.tolist(), i.teacher_rows.tolist(), strict=True))
+    assert 0 < len(partner) < N
+
+    def softmax(logits, temperature):
+        powers = [math.exp(z / temperature) for z in logits]
+        return [power / sum(powers) for power in powers]
+
+    kd = 0
+    for n in range(N):
+        if name == "uld" and n in partner:
+            p, q = (sorted(softmax(z, 1), reverse=True) for z in (student[n], teacher[partner[n]]))
+            p += [0] * (V_T - V)
+            kd += sum(abs(x - y) for x, y in zip(p, q, strict=True))
+        elif name == "mined":
+            target = {int(i.gold[n]): 1.0}
+            if n in partner:
+                logits = [teacher[partner[n]][t] for t in TEACHER_IDS.tolist()]
+                target = dict(zip(STUDENT_IDS.tolist(), softmax(logits, TEMPERATURE), strict=True))
+            p = softmax(student[n], TEMPERATURE)
+            kd += sum(x * (math.log(x) - math.log(p[token])) for token, x in target.items())
+    ce = sum(loop_cross_entropy(student[n], int(i.gold[n])) for n in range(N))
+    correct = sum(int(np.argmax(student[n])) == int(i.gold[n]) for n in range(N))
+    found = baseline_loss(name, i, terms)
+    expected = {"ce": ce / TOKENS, "kd": kd / TOKENS, "correct": correct}
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    assert 0 < correct < N and kd > 0
+
+
+def test_gradients_of_the_baselines():
+    """Finite differences, in float64; the teacher has none."""
+    for name in ("uld", "mined"):
+        i = Inputs("v2", "eta", dtype=torch.float64)
+
+        def kd(student_hidden, student_head, i=i, name=name):
+            i.student_hidden, i.student_head = student_hidden, student_head
+            return baseline_loss(name, i)["kd"]
+
+        assert gradcheck(kd, (i.student_hidden, i.student_head))
+        baseline_loss(name, i)["kd"].backward()
+        assert i.teacher_hidden.grad is None and i.teacher_head.grad is None
+
+
+@pytest.mark.parametrize("terms", [PLAIN, fused.fused_terms(2)], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", ["uld", "mined"])
+def test_baselines_without_any_pair(name, terms):
+    i = Inputs("v2", "eta")
+    i.student_rows, i.teacher_rows = (torch.tensor([], dtype=torch.long) for _ in range(2))
+    found = baseline_loss(name, i, terms)
+    logits = (i.student_hidden @ i.student_head.T).detach()
+    kd = 0 if name == "uld" else cross_entropy(logits / TEMPERATURE, i.gold, reduction="sum") / TOKENS
+    torch.testing.assert_close(found["kd"].detach(), torch.as_tensor(kd, dtype=torch.float32))
+    torch.testing.assert_close(found["ce"].detach(), cross_entropy(logits, i.gold, reduction="sum") / TOKENS)
+    (found["ce"] + found["kd"]).backward()
+    assert i.student_hidden.grad.abs().min() > 0
+
+
 # -- chunks and parts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cached", [10**6, 24])  # logits: all of a chunk, or only 3 rows (2 of the teacher's) at once
 @pytest.mark.parametrize("chunk", [1, 3, 4, N, 100])
-@pytest.mark.parametrize("case", ["sft", "kd", *COMBINATIONS])
+@pytest.mark.parametrize("case", ["sft", "kd", "uld", "mined", *COMBINATIONS])
 def test_chunks_change_neither_value_nor_gradient(case, chunk, cached, monkeypatch):
     """The terms that training uses, a few tokens at a time, against the plain ones."""
     monkeypatch.setattr(fused, "CACHED_LOGITS", cached)
 
     def run(terms):
-        i = Inputs(*(case if isinstance(case, tuple) else ("v2", "none")))
+        i = Inputs(*(case if isinstance(case, tuple) else ("v2", "eta" if case in ("uld", "mined") else "none")))
         i.teacher_hidden.requires_grad_(False)
         i.teacher_head.requires_grad_(False)
         if case == "sft":
@@ -423,6 +529,8 @@ def test_chunks_change_neither_value_nor_gradient(case, chunk, cached, monkeypat
         elif case == "kd":
             heads = i.student_head, i.teacher_head
             found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "js", TEMPERATURE, terms)
+        elif case in ("uld", "mined"):
+            found = baseline_loss(case, i, terms)
         else:
             found = i.loss("js", terms)
         (found["ce"] + 0.7 * found.get("kd", 0)).backward()

@@ -42,7 +42,14 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-COMBINATIONS = [("sft", "v2", "none", "fkl", "student", 0)] + [
+COMBINATIONS = [
+    ("sft", "v2", "none", "fkl", "student", 0),
+    ("seqkd", "v2", "auto", "fkl", "teacher", 0),
+    ("uld", "v2", "auto", "fkl", "teacher", 0),
+    ("uld", "v2", "auto", "fkl", "twin", 0),
+    ("mined", "v2", "auto", "fkl", "teacher", 0),
+    ("mined", "v2", "auto", "fkl", "twin", 0),
+] + [
     (method, recipe, align, divergence, teacher, on_policy)
     for method, recipe, align, teacher in [
         ("kd", "v2", "none", "twin"),
@@ -65,8 +72,8 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe,
     first, last = log_of(tmp_path / "run")
     assert (first["step"], last["step"]) == (1, 2)
     assert all(torch.tensor(value).isfinite() for value in last.values())
-    assert ("kd" in last) == (method != "sft") and ("t2s_kd" in last) == (method == "dskd")
-    assert ("align_ratio" in last) == (align == "eta")
+    assert ("kd" in last) == (method not in ("sft", "seqkd")) and ("t2s_kd" in last) == (method == "dskd")
+    assert ("align_ratio" in last) == (align == "eta" or method == "mined")
     assert ("on_policy" in last) == bool(on_policy)
     if on_policy:
         assert last["on_policy"] == 1 and last["sampled_length"] >= last["student_tokens"] / 4  # cut for the teacher
@@ -82,9 +89,17 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe,
         ({"method": "kd"}, "equal vocabularies"),
         ({"method": "kd", "align": "eta"}, "belongs to --method dskd"),
         ({"align": "none"}, "equal vocabularies"),
+        ({"method": "uld", "align": "eta"}, "--align eta belongs to --method dskd"),
+        ({"method": "mined", "align": "none"}, "pairs tokens itself"),
+        *[({"method": "uld", "divergence": name}, "--method uld compares sorted") for name in list(DIVERGENCES)[1:]],
+        *[({"method": "mined", "divergence": name}, "only the forward KL") for name in list(DIVERGENCES)[1:]],
+        ({"method": "seqkd", "teacher": None}, "--teacher is missing"),
+        ({"seqkd_temperature": 1.0}, "--seqkd-temperature belongs to --method seqkd"),
+        ({"method": "seqkd", "projectors": "p.safetensors"}, "--projectors belongs to --method dskd"),
         ({"recipe": "v1", "align": "eta"}, "belongs to --recipe v2"),
         ({"recipe": "v2", "align": "cma"}, "belongs to --recipe v1"),
-        ({"method": "sft", "on_policy": 0.5}, "--on-policy belongs to distillation; --method sft has no teacher"),
+        ({"method": "sft", "on_policy": 0.5}, "--on-policy belongs to --method kd and dskd; --method sft has"),
+        *[({"method": name, "on_policy": 0.5}, "--on-policy belongs") for name in ("uld", "mined", "seqkd")],
         ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
     ],
 )
@@ -226,10 +241,17 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "recipe, align, teacher", [("v2", "eta", "teacher"), ("v1", "cma", "teacher"), ("v2", "none", "twin")]
+    "method, recipe, align, teacher",
+    [
+        ("dskd", "v2", "eta", "teacher"),
+        ("dskd", "v1", "cma", "teacher"),
+        ("dskd", "v2", "none", "twin"),
+        ("uld", "v2", "auto", "teacher"),
+        ("mined", "v2", "auto", "teacher"),
+    ],
 )
-def test_gradient_accumulation_is_one_large_batch(tiny_task, tmp_path, recipe, align, teacher):
-    options = {"recipe": recipe, "align": align, "teacher": tiny_task / teacher, "max_steps": 1}
+def test_gradient_accumulation_is_one_large_batch(tiny_task, tmp_path, method, recipe, align, teacher):
+    options = {"method": method, "recipe": recipe, "align": align, "teacher": tiny_task / teacher, "max_steps": 1}
     train.main(arguments(tiny_task, tmp_path / "one", batch_size=8, **options))
     train.main(arguments(tiny_task, tmp_path / "many", batch_size=2, grad_accum=4, **options))
     one, many = log_of(tmp_path / "one")[0], log_of(tmp_path / "many")[0]
@@ -333,6 +355,11 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     assert "dskd-v1" in capsys.readouterr().out
     train.main(["--max-steps", "2", "--out", str(out), "--on-policy", "1", "--device", "cpu"])
     assert "dskd-v2-on-policy" in capsys.readouterr().out
+    assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
+    for method in ("seqkd", "uld", "mined"):
+        train.main(["--max-steps", "2", "--out", str(out), "--method", method, "--device", "cpu"])
+        rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert rows[2:] == ["teacher", "sft", method]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

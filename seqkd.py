@@ -1,0 +1,107 @@
+"""Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher answers the training prompts, once, and the
+student is fine-tuned on these answers as if they were gold.
+
+Answers are greedy by default, the cheapest way near the mode of the teacher's distribution (the paper uses a beam).
+They are a data set as any other, {"prompt", "output"} per line; an answer that stopped at the length limit has
+"end_of_text": false, so that the student does not learn to stop there.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Example, TextTokenizer, cut_prompt, read_jsonl
+from model import generate, load_model
+
+
+def teacher_answers(
+    file: Path,
+    examples: list[Example],
+    teacher_directory: Path,
+    teacher: TextTokenizer,
+    student: TextTokenizer,
+    max_len: int,
+    max_prompt_len: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    first: int | None = None,
+) -> list[Example]:
+    """The examples with the teacher's responses: read from `file` if it is there, otherwise generated and written.
+
+    The file appears when it is complete. `first`: only that many examples, and nothing is written. Prompts are cut so
+    that they fit both models; empty responses are dropped and counted. Raises ValueError if the file there was made in
+    another way, or if the examples are such answers already.
+    """
+    if _recipe(Path(examples[0].where.rpartition(", line ")[0])) is not None:
+        raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
+    limit = min(max_prompt_len, max_len - 1)
+    prompts = [cut_prompt(example, [student, teacher], limit) for example in examples]
+    recipe = {
+        "teacher": str(teacher_directory.resolve()), "max_len": max_len, "temperature": temperature,
+        "seed": seed if temperature else None, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }  # fmt: skip
+    if file.is_file():
+        before = _recipe(file) or {}
+        changed = [name for name in recipe if before.get(name) != recipe[name]]
+        if changed:
+            raise ValueError(
+                f"{file} was made with other {' and '.join(changed)}: give another --out, or remove the file"
+            )
+        print(f"seqkd: the teacher's answers are those in {file}", file=sys.stderr)
+        return read_jsonl(file)[:first]
+
+    prompts = prompts[:first]
+    model = load_model(teacher_directory, dtype, device)
+    teacher.check_model(model.embed.weight.shape[0])
+    if max_len > model.limit:
+        raise ValueError(f"--max-len {max_len}: the teacher has only {model.limit} positions")
+    ids = [teacher.encode(prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
+    lines: list[dict | None] = [None] * len(ids)
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+    for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
+        chosen = order[start : start + batch_size]
+        room = max_len - len(ids[chosen[0]])  # of the longest prompt
+        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start
+        for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
+            ended = new[-1] == teacher.eos_id
+            text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
+            if text.strip():
+                lines[i] = {"prompt": prompts[i], "output": text} | ({} if ended else {"end_of_text": False})
+    written = [line for line in lines if line is not None]
+    unended = sum("end_of_text" in line for line in written)
+    print(
+        f"seqkd: {len(lines)} answers by the teacher, of which {unended} stopped at --max-len {max_len}, and "
+        f"{len(lines) - len(written)} empty ones were dropped",
+        file=sys.stderr,
+    )
+    if not written:
+        raise ValueError(f"{teacher_directory}: all of the teacher's answers are empty")
+    if first is not None:
+        where = f"{teacher_directory}'s answer"
+        return [Example(where, [x["output"]], x["prompt"], ends="end_of_text" not in x) for x in written]
+    written[0] = {**written[0], "seqkd": recipe}
+    new_file = file.with_name(f"{file.name}.new")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
+    os.replace(new_file, file)
+    return read_jsonl(file)
+
+
+def _recipe(file: Path) -> dict | None:
+    """How a file of answers was made, from its first line; None if it is no such file."""
+    if not file.is_file():
+        return None
+    with open(file, encoding="utf-8-sig") as stream:
+        try:
+            return json.loads(stream.readline()).get("seqkd")
+        except ValueError:  # a blank first line, for instance
+            return None

@@ -1,0 +1,179 @@
+"""seqkd.py and `--method seqkd`: the teacher's answers are generated once, written whole, reused, and trained on."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import arguments, log_of, same, weights_of
+
+import model
+import seqkd
+import train
+from data import TextTokenizer, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_task, tmp_path_factory):
+    """A run of two updates."""
+    out = tmp_path_factory.mktemp("seqkd") / "run"
+    train.main(arguments(tiny_task, out, method="seqkd"))
+    return out
+
+
+def test_the_file_holds_the_teachers_greedy_answers(tiny_task, finished):
+    teacher, tokenizer = model.load_model(tiny_task / "teacher"), TextTokenizer(tiny_task / "teacher")
+    gold, answers = read_jsonl(tiny_task / "train.jsonl"), read_jsonl(finished / "seqkd.jsonl")
+    assert [example.prompt for example in answers] == [example.prompt for example in gold]
+    assert not (finished / "seqkd.jsonl.new").exists()
+    for answer in answers[:5]:
+        ids = tokenizer.encode(answer.prompt)
+        new = model.generate(teacher, [ids], 96 - len(ids), tokenizer.eos_id, temperature=0)[0]
+        assert tokenizer.decode(new).startswith(answer.outputs[0])  # a batch stops with its longest prompt
+        assert len(answer.outputs[0]) > 10
+        assert answer.ends == (new[-1] == tokenizer.eos_id)
+
+
+def test_training_is_supervised_fine_tuning_on_the_answers(tiny_task, finished, tmp_path):
+    assert log_of(finished)[-1].keys() & {"kd", "teacher_tokens"} == set()
+    train.main(arguments(tiny_task, tmp_path / "sft", method="sft", data=finished / "seqkd.jsonl"))
+    assert same(weights_of(finished), weights_of(tmp_path / "sft"))
+    train.main(arguments(tiny_task, tmp_path / "gold", method="sft"))
+    assert not same(weights_of(finished), weights_of(tmp_path / "gold"))
+
+
+def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
+    monkeypatch.setattr(seqkd, "generate", lambda *options: pytest.fail("generated again"))
+    train.main(arguments(tiny_task, tmp_path / "run", method="seqkd"))
+    assert "the teacher's answers are those in" in capsys.readouterr().err
+    assert same(weights_of(tmp_path / "run"), weights_of(finished))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
+    for options, changed in [
+        ({"teacher": tiny_task / "twin"}, "teacher"),
+        ({"max_len": 95}, "max_len"),
+        ({"seqkd_temperature": 0.5}, "temperature and seed"),
+        ({"data": tiny_task / "test.jsonl"}, "prompts"),
+    ]:
+        with pytest.raises(SystemExit, match=f"was made with other {changed}: give another --out"):
+            train.main(arguments(tiny_task, tmp_path / "other", **{"method": "seqkd", **options}))
+    assert list((tmp_path / "other").iterdir()) == [tmp_path / "other" / "seqkd.jsonl"]
+
+
+def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, monkeypatch):
+    options = {"method": "seqkd", "max_steps": 4, "checkpoint_every": 2, "seqkd_temperature": 1.0}
+    train.main(arguments(tiny_task, tmp_path / "whole", **options))
+    save = train.save_checkpoint
+
+    def save_and_stop(*things):
+        save(*things)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tiny_task, tmp_path / "parts", **options))
+    monkeypatch.undo()
+    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
+    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
+    assert same(*states)
+    files = [(tmp_path / name / "seqkd.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finished, tmp_path, capsys):
+    train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", dry_run=True))
+    fresh = json.loads(capsys.readouterr().out)
+    assert list(fresh) == ["loss", "ce", "student_tokens", "grad_norm"] and not (tmp_path / "run").exists()
+    train.main(arguments(tiny_task, finished, method="seqkd", dry_run=True))
+    stored = json.loads(capsys.readouterr().out)
+    train.main(arguments(tiny_task, None, method="sft", data=finished / "seqkd.jsonl", dry_run=True))
+    assert stored == json.loads(capsys.readouterr().out)
+    # answers of four prompts and of forty: some stop a little earlier in the larger batches
+    assert fresh["ce"] == pytest.approx(stored["ce"], rel=0.1)
+
+
+def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
+    """`teacher_answers` with this teacher's words; None is an answer that does not end."""
+    student, teacher = (TextTokenizer(tiny_task / name) for name in ("student", "teacher"))
+    examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
+    words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
+
+    def generate(model, prompts, room, eos_id, *rest):
+        ids = [teacher.encode(words[tuple(prompt)]) for prompt in prompts]
+        return [new[:room] if len(new) >= room else [*new, eos_id] for new in ids]
+
+    monkeypatch.setattr(seqkd, "generate", generate)
+    return seqkd.teacher_answers(
+        tmp_path / "run" / "seqkd.jsonl", examples, tiny_task / "teacher", teacher, student, 96, 48, **options
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path, monkeypatch, capsys, batch_size):
+    texts = ["a fox", "", "the owl " * 100, " \n", "naïve \u2028 line"]
+    found = answers(tiny_task, tmp_path, monkeypatch, texts, batch_size=batch_size)
+    assert [example.outputs[0] for example in found][::2] == ["a fox", "naïve \u2028 line"]
+    assert found[1].outputs[0].startswith("the owl the owl") and len(found[1].outputs[0]) < 800
+    assert [example.ends for example in found] == [True, False, True]
+    message = "5 answers by the teacher, of which 1 stopped at --max-len 96, and 2 empty ones were dropped"
+    assert message in capsys.readouterr().err
+    again = answers(tiny_task, tmp_path, monkeypatch, texts)
+    assert [(e.prompt, e.outputs, e.ends) for e in again] == [(e.prompt, e.outputs, e.ends) for e in found]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "seqkd.jsonl").read_text().split("\n") if line]
+    assert [line.get("end_of_text", True) for line in lines] == [True, False, True]
+    assert [line.keys() - {"prompt", "output", "end_of_text"} for line in lines] == [{"seqkd"}, set(), set()]
+    with pytest.raises(ValueError, match="all of the teacher's answers are empty"):
+        answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
+
+
+def test_a_first_part_is_not_written(tiny_task, tmp_path, monkeypatch):
+    found = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], first=2)
+    assert [example.outputs for example in found] == [["a"], ["b"]] and not list(tmp_path.iterdir())
+    answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"])
+    again = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], first=2)
+    assert [example.outputs for example in again] == [["a"], ["b"]]
+
+
+def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypatch):
+    calls = []
+
+    def generate(*options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return model.generate(*options)
+
+    monkeypatch.setattr(seqkd, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tiny_task, tmp_path / "run", method="seqkd"))
+    assert len(calls) == 2 and not (tmp_path / "run").exists()
+
+
+def test_sampled_answers_depend_on_the_seed(tiny_task, tmp_path):
+    texts = {}
+    for name, options in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
+        options = {"method": "seqkd", "seqkd_temperature": 1.0, "max_steps": 1, **options}
+        train.main(arguments(tiny_task, tmp_path / name, **options))
+        texts[name] = [example.outputs[0] for example in read_jsonl(tmp_path / name / "seqkd.jsonl")]
+    assert texts["a"] == texts["b"] != texts["c"]
+
+
+def test_answers_are_no_prompts_for_more_answers(tiny_task, finished, tmp_path):
+    with pytest.raises(SystemExit, match="line 1: these are a teacher's answers; train on them with --method sft"):
+        train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", data=finished / "seqkd.jsonl"))
+
+
+def test_room_in_the_teacher_is_checked_before_it_answers(tiny_task, tmp_path):
+    with pytest.raises(SystemExit, match="--max-len 129: the student has only 128 positions"):
+        train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", max_len=129))
+    roomy = tmp_path / "student"
+    torch.manual_seed(0)
+    config = json.loads((tiny_task / "student" / "config.json").read_text())
+    model.save_model(model.build_model({**config, "n_positions": 200}), roomy)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (roomy / file).write_bytes((tiny_task / "student" / file).read_bytes())
+    with pytest.raises(SystemExit, match="--max-len 129: the teacher has only 128 positions"):
+        train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", max_len=129, student=roomy))
+    assert not (tmp_path / "run").exists()
