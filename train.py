@@ -35,7 +35,7 @@ from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
-from model import build_model, generate, load_model, read_json, save_model
+from model import build_model, generate, load_model, read_config, read_json, save_model
 from seqkd import teacher_answers
 
 TOKENIZER_FILES = (
@@ -80,8 +80,8 @@ class Options:
     weight_decay: float = option(1e-2, "AdamW's, on matrices only")
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
     clip: float = option(1.0, "largest norm of the whole gradient")
-    max_len: int = option(512, "tokens of prompt, response and end-of-text together, per model")
-    max_prompt_len: int = option(256, "tokens of the prompt, per model")
+    max_len: int | None = option(None, "tokens of a whole example, per model (default: 512, or all a model has)")
+    max_prompt_len: int | None = option(None, "tokens of the prompt, per model (default: half of --max-len, 256)")
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     seed: int = option(42, "of initialisation, data order and dropout")
     dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
@@ -116,7 +116,7 @@ def check(o: Options) -> Options:
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
                 "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0}  # fmt: skip
     for name, least in at_least.items():
-        if not least <= getattr(o, name) < math.inf:
+        if getattr(o, name) is not None and not least <= getattr(o, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
     if o.seed >= 2**32:
         raise ValueError(f"--seed {o.seed}: must be below 2**32, since it is multiplied into the seeds of epochs")
@@ -213,11 +213,16 @@ class Pieces:
         return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
 
 
-def check_model(o: Options, name: str, model, tokenizer: TextTokenizer) -> None:
-    """Raises ValueError unless the model fits its tokenizer and has room for --max-len tokens."""
-    tokenizer.check_model(model.embed.weight.shape[0])
-    if o.max_len > model.limit:
-        raise ValueError(f"--max-len {o.max_len}: the {name} has only {model.limit} positions")
+def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
+    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
+    limits = {name: read_config(read_json(path / "config.json")).limit for name, path in directories.items()}
+    if o.max_len is None:
+        o.max_len = min(512, *limits.values())
+    if o.max_prompt_len is None:
+        o.max_prompt_len = max(1, o.max_len // 2)
+    for name, limit in limits.items():
+        if o.max_len > limit:
+            raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
 
 
 def load(o: Options) -> Pieces:
@@ -229,6 +234,7 @@ def load(o: Options) -> Pieces:
         teacher_tokenizer = TextTokenizer(teacher_directory)
         if o.method != "seqkd":  # before models are loaded
             choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
+    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
     first_lines = o.batch_size if o.dry_run else None
     examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
     valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
@@ -238,7 +244,7 @@ def load(o: Options) -> Pieces:
         student = build_model(read_json(student_directory / "config.json")).to(o.device)
     else:
         student = load_model(student_directory, torch.float32, o.device)
-    check_model(o, "student", student, student_tokenizer)
+    student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -253,7 +259,7 @@ def load(o: Options) -> Pieces:
     examples = examples[:first_lines]
     if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
         teacher = load_model(teacher_directory, dtype, o.device)
-        check_model(o, "teacher", teacher, teacher_tokenizer)
+        teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
         teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
 
     distiller = Distiller(
@@ -442,7 +448,7 @@ def check_directory(o: Options) -> None:
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before = json.loads((out / "args.json").read_text())
-        changed = {name for name in record if record[name] != before.get(name)}
+        changed = {name for name in record if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
             flag = f"--{name.replace('_', '-')}"
