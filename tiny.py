@@ -481,7 +481,7 @@ def run_stage(o, train, name: str) -> float:
     if (directory / "finished.json").is_file():
         finished = json.loads((directory / "finished.json").read_text())
         before = finished["options"]
-        changed = [key for key in asked if asked[key] != before[key]]
+        changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
         if changed:
             raise ValueError(
                 f"{directory} was trained with --{changed[0].replace('_', '-')} {before[changed[0]]!r}; "
