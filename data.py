@@ -32,9 +32,22 @@ PROMPT_WITH_INPUT = PREAMBLE + (
     ", paired with an input that provides further context. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+# The prompt of MBPP's paper, without its three worked examples (Austin et al., arXiv 2108.07732)
+MBPP_PROMPT = (
+    "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
+    "{tests}\n[BEGIN]\n"
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
+
+
+@dataclass
+class CodeTask:
+    """What a programming exercise is checked with."""
+
+    tests: str  # Python, to be run after the program
+    entry_point: str = ""  # HumanEval: the function that the prompt begins and the response ends; MBPP: ""
 
 
 @dataclass
@@ -47,6 +60,7 @@ class Example:
     instruction: str = ""
     input: str = ""
     ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
+    code: CodeTask | None = None  # the outputs are programs
 
     def prompt_text(self) -> str:
         if self.prompt is not None:
@@ -60,8 +74,10 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
     """The examples on lines [first, last) of a UTF-8 JSONL file; blank lines are skipped.
 
     A line is {"prompt", "output"} or {"instruction", "input" (optional), "output"}; `output` is a string or a list of
-    reference strings; "end_of_text": false says that it is cut off; other keys are left alone.
-    Raises ValueError naming file, line and key of what is wrong.
+    reference strings; "end_of_text": false says that it is cut off. Without an `output` it may be a line as these sets
+    publish it: GSM8K {"question", "answer"}, HumanEval {"task_id", "prompt", "entry_point", "canonical_solution",
+    "test"}, or MBPP {"text", "code", "test_list", "test_setup_code" (optional)}. Other keys are left alone. Raises
+    ValueError naming file, line and key of what is wrong.
     """
     examples = []
     try:
@@ -96,6 +112,8 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
 
 
 def _example(record: dict, where: str) -> Example:
+    """A line's example; the keys that only one of the formats has tell which it is."""
+
     def text(key: str, required: bool = True) -> str:
         value = record.get(key, None if required else "")
         if not isinstance(value, str):
@@ -103,6 +121,17 @@ def _example(record: dict, where: str) -> Example:
             raise ValueError(f"{where}: {key!r} {found}")
         return _encodable(value, key, where)
 
+    if "output" not in record:
+        if "question" in record:
+            return Example(where, [text("answer")], instruction=text("question"))
+        if "entry_point" in record or "canonical_solution" in record:
+            name = text("entry_point")
+            if not name.isidentifier() or f"def {name}(" not in text("prompt"):
+                raise ValueError(f"{where}: 'prompt' does not define the 'entry_point' {name!r}")
+            code = CodeTask(f"{text('test')}\ncheck({name})\n", name)
+            return Example(where, [text("canonical_solution")], prompt=text("prompt"), code=code)
+        if "test_list" in record:
+            return _mbpp_example(record, where, text)
     outputs = record.get("output")
     if isinstance(outputs, str):
         outputs = [outputs]
@@ -121,6 +150,16 @@ def _example(record: dict, where: str) -> Example:
     if "instruction" not in record:
         raise ValueError(f"{where}: neither 'prompt' nor 'instruction'")
     return Example(where, outputs, instruction=text("instruction"), input=text("input", required=False), ends=ends)
+
+
+def _mbpp_example(record: dict, where: str, text: Callable) -> Example:
+    tests = record["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"{where}: 'test_list' must be a list of strings, with at least one")
+    tests = "\n".join(_encodable(test, "test_list", where) for test in tests)
+    prompt = MBPP_PROMPT.format(text=text("text"), tests=tests)
+    setup = text("test_setup_code", required=False)  # it uses the program's classes, so it follows the program
+    return Example(where, [text("code")], prompt=prompt, code=CodeTask(f"{setup}\n{tests}\n"))
 
 
 def _encodable(text: str, key: str, where: str) -> str:

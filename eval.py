@@ -1,27 +1,43 @@
-"""Scores of a trained student: generated responses against references, and held-out cross-entropy.
+"""Scores of trained students: generated responses against references, answers or tests, and held-out cross-entropy.
 
-    python eval.py runs/a runs/b --data dolly                     the papers' protocol: 5 sampling seeds, T = 1
+    python eval.py runs/a runs/b --data dolly self-inst vicuna    the papers' protocol: 5 sampling seeds, T = 1
     python eval.py runs/a --data my_test.jsonl --greedy           one greedy response per prompt
+    python eval.py runs/a --data gsm8k_test.jsonl                 accuracy of the final answers
+    python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs what the model wrote, see sandbox.py
 
-Each directory is a run (its student/ is scored) or a model. Prints one table and writes eval-<data>.json beside each
-scored model's directory. Rouge-L is the F-measure with Porter stemming, the maximum over an example's references, in
-per cent; mean ± standard deviation over the seeds.
+Each directory is a run (its student/ is scored) or a model. What is scored follows from the data: tests make it `code`,
+references that end in `#### x` or hold \\boxed{x} make it `math`, all else is `rouge`. Prints one table, and writes
+eval-<data>.json beside each scored model's directory, with all responses, as soon as that set is done.
+
+rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
+math    accuracy: final answers equal to the reference's
+code    pass@1: programs that pass all tests of their task; with several seeds, the mean over one sample each
+All in per cent; mean ± standard deviation over the seeds. The average over sets is taken for each seed first.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
+from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
 from losses import gold_terms
 from model import generate, load_model
 from rouge import exact_match, rouge_l
+
+MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
+TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "exact_match": "exact match"}
+MAX_LEN = {"rouge": 512, "math": 1024, "code": 1024}  # tokens of prompt and response together; half for the prompt
 
 
 def respond(
@@ -76,8 +92,72 @@ def score(responses: list[str], examples: list[Example]) -> dict[str, float]:
     }
 
 
+def score_math(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
+    """{accuracy} in per cent, and for each response what was taken as its answer and whether it is right."""
+    details = []
+    for response, example in zip(responses, examples, strict=True):
+        details.append({"answer": final_answer(response), "passed": is_correct(response, example.outputs)})
+    return {"accuracy": 100 * statistics.fmean(detail["passed"] for detail in details)}, details
+
+
+def score_code(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
+    """{pass_at_1} in per cent, and for each response the program made of it and what became of that. Runs them all."""
+    from sandbox import run_python  # here, for it needs a Unix
+
+    def run_one(response: str, example: Example) -> dict:
+        program = program_of(response, example)
+        outcome = run_python(program, example.code.tests)
+        return {"passed": outcome.passed, "status": outcome.status, "reason": outcome.reason, "program": program}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(run_one, responses, examples)
+        details = list(tqdm(done, desc="run tests", total=len(examples), disable=len(examples) < 20, leave=False))
+    return {"pass_at_1": 100 * statistics.fmean(detail["passed"] for detail in details)}, details
+
+
+def program_of(response: str, example: Example) -> str:
+    """The program to be tested: HumanEval's continues the prompt, MBPP's stands alone."""
+    if example.code.entry_point:
+        return humaneval_program(example.prompt, example.code.entry_point, response)
+    return mbpp_program(response)
+
+
+def task_of(examples: list[Example], name: str, asked: str | None = None) -> str:
+    """rouge, math or code: what is asked for, or what all the examples are. Raises ValueError where that cannot be."""
+    with_tests = sum(example.code is not None for example in examples)
+    if 0 < with_tests < len(examples) and asked != "rouge":
+        raise ValueError(f"{name}: {with_tests} of {len(examples)} examples have tests; evaluate them as two files")
+    if asked == "code" and not with_tests:
+        raise ValueError(f"{name}: --task code needs tests (the fields of HumanEval or MBPP), these examples have none")
+    if asked == "math":
+        for example in examples:
+            if example.code is not None:
+                raise ValueError(f"{example.where}: --task math needs an answer, this example has tests")
+            if not all(final_answer(output) or output.strip() for output in example.outputs):
+                raise ValueError(f"{example.where}: the output has no final answer, which --task math needs")
+    if asked:
+        return asked
+    if with_tests:
+        return "code"
+    marked = (output for example in examples for output in example.outputs)
+    return "math" if all(is_marked(output) for output in marked) else "rouge"
+
+
+def is_marked(output: str) -> bool:
+    """Whether a reference says where its final answer is: a last line `#### x`, or \\boxed{x}."""
+    return output.rstrip().rpartition("\n")[2].lstrip().startswith("#### ") or "\\boxed{" in output
+
+
+@dataclass
+class DataSet:
+    name: str
+    task: str
+    examples: list[Example]
+
+
 def evaluate(
-    directory: Path,
+    model,
+    tokenizer: TextTokenizer,
     examples: list[Example],
     seeds: list[int],
     greedy: bool = False,
@@ -85,24 +165,53 @@ def evaluate(
     max_prompt_len: int = 256,
     batch_size: int = 32,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    task: str = "rouge",
 ) -> dict:
-    """Scores of the model in `directory`: {rouge_l: [per seed], exact_match: [...], cross_entropy, responses}."""
-    tokenizer, model = TextTokenizer(directory), load_model(directory, dtype, device)
-    tokenizer.check_model(model.embed.weight.shape[0])
+    """The model's scores, each a list with a value per seed, its `responses` and their `details`, lists per seed of a
+    list per example, and its `cross_entropy` on the first references."""
     max_len = min(max_len, model.limit)
-    prompts = [cut_prompt(example, [tokenizer], min(max_prompt_len, max_len - 1)) for example in examples]
-    rows, _ = tokenise(examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
+    max_prompt_len = min(max_prompt_len, max_len - 1)
+    prompts = [cut_prompt(example, [tokenizer], max_prompt_len) for example in examples]
+    rows, cut = tokenise(examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
     new_tokens = max_len - max(len(row.student.prompt) for row in rows)
-    scores: dict = {"rouge_l": [], "exact_match": [], "responses": []}
+    scores: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
     for seed in [None] if greedy else seeds:
         temperature = 0.0 if greedy else 1.0
         responses = respond(model, tokenizer, prompts, new_tokens, temperature, 1.0, seed, batch_size, progress=True)
-        for name, value in score(responses, examples).items():
-            scores[name].append(value)
+        if task == "rouge":
+            values, details = score(responses, examples), []
+        else:
+            values, details = (score_math if task == "math" else score_code)(responses, examples)
+        for name, value in values.items():
+            scores.setdefault(name, []).append(value)
         scores["responses"].append(responses)
+        scores["details"].append(details)
     scores["cross_entropy"] = held_out_cross_entropy(model, rows, tokenizer.eos_id, device)
     return scores
+
+
+def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
+    """The table of all (model, set) scored so far; a column per set, or for a single set all that was measured."""
+    models = list(dict.fromkeys(model for model, _ in results))
+    measures = [MEASURES[data.task] for data in sets]
+    if len(sets) == 1:
+        shown = [name for name in TITLES if all(name in scores for scores in results.values())]
+        rows = [["model", *(TITLES[name] for name in shown), "cross-entropy"]]
+        for model in models:
+            scores = results[model, sets[0].name]
+            rows.append([model, *(spread(scores[name]) for name in shown), f"{scores['cross_entropy']:.4f}"])
+        return table(rows)
+    averaged = len(set(measures)) == 1  # Rouge-L and pass@1 have no common mean
+    titles = [f"{data.name} {TITLES[name]}" for data, name in zip(sets, measures, strict=True)]
+    rows = [["model", *titles, *(["average"] if averaged else [])]]
+    for model in models:
+        found = [results.get((model, data.name)) for data in sets]
+        values = [scores and scores[name] for scores, name in zip(found, measures, strict=True)]
+        row = [model, *(spread(value) if value else "-" for value in values)]
+        if averaged:
+            row.append(spread([statistics.fmean(seed) for seed in zip(*values, strict=True)]) if all(values) else "-")
+        rows.append(row)
+    return table(rows)
 
 
 def spread(values: list[float]) -> str:
@@ -122,41 +231,85 @@ def table(rows: list[list[str]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="runs or model directories")
-    parser.add_argument("--data", required=True, help="named set or JSONL file; the valid split of a named set")
+    parser.add_argument("--data", required=True, nargs="+", help="named sets (their valid split) or JSONL files")
+    parser.add_argument("--task", choices=list(MEASURES), help="what to score, where it shall not follow from the data")
+    parser.add_argument("--run-code", action="store_true", help="run generated programs (pass@1), in a sandbox")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="sampling seeds")
     parser.add_argument("--greedy", action="store_true", help="one greedy response instead of sampling")
     parser.add_argument("--limit", type=int, help="only the first LIMIT examples")
-    parser.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response together")
-    parser.add_argument("--max-prompt-len", type=int, default=256, help="tokens of the prompt")
+    parser.add_argument("--max-len", type=int, help="tokens of prompt and response; default 512, math and code 1024")
+    parser.add_argument("--max-prompt-len", type=int, help="tokens of the prompt; default half of --max-len")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights while generating")
     options = parser.parse_args(arguments)
     try:
         run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
 def run(options: argparse.Namespace) -> None:
-    models = []
+    models = {}
     for name in options.directories:  # before anything is loaded: all of them must be there
         student = Path(name) / "student"
-        models.append(model_directory(str(student if student.is_dir() else name)))
-    examples = read_jsonl(*data_file(options.data, "valid"))[: options.limit]
+        models[name] = model_directory(str(student if student.is_dir() else name))
+    sets = read_sets(options)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    rows = [["model", "Rouge-L", "exact match", "cross-entropy"]]
-    for name, directory in zip(options.directories, models, strict=True):
-        scores = evaluate(
-            directory, examples, options.seeds, options.greedy, options.max_len, options.max_prompt_len,
-            options.batch_size, options.device, dtype,
-        )  # fmt: skip
-        rows.append([name, spread(scores["rouge_l"]), spread(scores["exact_match"]), f"{scores['cross_entropy']:.4f}"])
-        report = {"model": str(directory), "data": options.data, "examples": len(examples), "greedy": options.greedy}
-        report |= {"seeds": None if options.greedy else options.seeds, **scores}
-        where = Path(name) if Path(name).is_dir() else Path(".")
-        (where / f"eval-{Path(options.data).stem}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
-    print(table(rows))
+    results: dict[tuple[str, str], dict] = {}
+    try:
+        for name, directory in models.items():
+            tokenizer = TextTokenizer(directory)
+            model = load_model(directory, dtype, options.device)
+            tokenizer.check_model(model.embed.weight.shape[0])
+            for data in sets:
+                max_len = options.max_len or MAX_LEN[data.task]
+                scores = evaluate(
+                    model, tokenizer, data.examples, options.seeds, options.greedy, max_len,
+                    options.max_prompt_len or max_len // 2, options.batch_size, options.device, data.task,
+                )  # fmt: skip
+                results[name, data.name] = scores
+                where = write_report(name, directory, data, options, scores)
+                cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""
+                print(f"{name}, {data.name}: {len(data.examples)} examples{cut}; {where}", file=sys.stderr)
+                if data.task == "code":
+                    ends = Counter(detail["status"] for details in scores["details"] for detail in details)
+                    print(", ".join(f"{count} {end}" for end, count in sorted(ends.items())), file=sys.stderr)
+    finally:  # also of what an error or Ctrl-C left undone
+        if results:
+            print(compare(sets, results))
+
+
+def read_sets(options: argparse.Namespace) -> list[DataSet]:
+    """All sets, before any is evaluated, so that what is wrong with one shows at once."""
+    sets = []
+    for name in options.data:
+        examples = read_jsonl(*data_file(name, "valid"))[: options.limit]
+        sets.append(DataSet(Path(name).stem, task_of(examples, name, options.task), examples))
+    repeated = [name for name, count in Counter(data.name for data in sets).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two sets are named {repeated[0]!r}, and would write the same file; rename one of them")
+    programs = [data.name for data in sets if data.task == "code"]
+    if programs and not options.run_code:
+        raise ValueError(
+            f"{programs[0]}: scoring code means running what a model wrote on this machine, in a process with limits "
+            "that is no perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
+        )
+    if programs:
+        from sandbox import check, describe_guards
+
+        print(describe_guards(check()), file=sys.stderr)
+    return sets
+
+
+def write_report(name: str, directory: Path, data: DataSet, options: argparse.Namespace, scores: dict) -> Path:
+    """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
+    report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
+    report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
+    file = f"eval-{data.name}.json" if Path(name).is_dir() else f"eval-{name.replace('/', '-')}-{data.name}.json"
+    path = Path(name) / file if Path(name).is_dir() else Path(file)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

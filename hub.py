@@ -31,6 +31,13 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"valid": ("11_/valid.jsonl", 0, None)}),
 }
 
+# The hub has these as parquet only, which would take another package to read
+BY_HAND = {  # name: (repository with the JSONL original, file in it)
+    "gsm8k": ("https://github.com/openai/grade-school-math", "grade_school_math/data/test.jsonl"),
+    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz, decompressed"),
+    "mbpp": ("https://github.com/google-research/google-research", "mbpp/mbpp.jsonl"),
+}
+
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
                "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
@@ -79,8 +86,15 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     """
     if os.path.isfile(name):
         return Path(name), 0, None
+    if name in BY_HAND:
+        repository, file = BY_HAND[name]
+        raise FileNotFoundError(
+            f"{name!r}: the hub has this set as parquet only, which this project does not read; fetch the original, "
+            f"{file} of {repository}, and give its path instead of the name: --data FILE.jsonl"
+        )
     if name not in DATASETS:
-        raise FileNotFoundError(f"data {name!r} is neither a file nor a named set; named sets: {', '.join(DATASETS)}")
+        names = ", ".join([*DATASETS, *BY_HAND])
+        raise FileNotFoundError(f"data {name!r} is neither a file nor a named set; named sets: {names}")
     repository, splits = DATASETS[name]
     if split not in splits:
         raise ValueError(f"data set {name!r} has no {split} split, only {', '.join(splits)}")

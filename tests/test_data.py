@@ -119,6 +119,68 @@ def test_read_jsonl_part(tmp_path):
     assert len(read_jsonl(path)) == 6
 
 
+GSM8K = {"question": "How many?", "answer": "2 + 1 = <<2+1=3>>3\n#### 3"}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def one():\n    """1"""\n',
+    "entry_point": "one",
+    "canonical_solution": "    return 1\n",
+    "test": "\n\ndef check(candidate):\n    assert candidate() == 1\n",
+}
+MBPP = {
+    "text": "Write a function to give {one}.",
+    "code": "def one():\r\n  return 1",
+    "task_id": 1,
+    "test_setup_code": "",
+    "test_list": ["assert one() == 1", "assert one() != 2"],
+    "challenge_test_list": [],
+}
+
+
+def test_read_jsonl_takes_the_published_forms(tmp_path):
+    lines = [GSM8K, HUMANEVAL, MBPP, {**MBPP, "test_setup_code": "x = one()"}]
+    mathematics, completion, program, setup = read_jsonl(write(tmp_path, "\n".join(map(json.dumps, lines))))
+    assert (mathematics.instruction, mathematics.outputs) == (GSM8K["question"], [GSM8K["answer"]])
+    assert mathematics.code is None and "### Instruction:\nHow many?" in mathematics.prompt_text()
+    assert (completion.prompt, completion.outputs) == (HUMANEVAL["prompt"], [HUMANEVAL["canonical_solution"]])
+    assert completion.code.entry_point == "one" and completion.code.tests == HUMANEVAL["test"] + "\ncheck(one)\n"
+    assert program.prompt == (
+        "You are an expert Python programmer, and here is your task: Write a function to give {one}. Your code should "
+        "pass these tests:\n\nassert one() == 1\nassert one() != 2\n[BEGIN]\n"
+    )
+    assert program.outputs == [MBPP["code"]] and program.code.entry_point == ""
+    assert program.code.tests == "\nassert one() == 1\nassert one() != 2\n"
+    assert setup.code.tests == "x = one()" + program.code.tests and "x = one()" not in setup.prompt
+
+
+@pytest.mark.parametrize(
+    "record, key, value, message",
+    [
+        (GSM8K, "answer", None, "'answer' is missing"), (GSM8K, "answer", 3, "'answer' must be a string, found int"),
+        (GSM8K, "question", [], "'question' must be a string"), (HUMANEVAL, "test", None, "'test' is missing"),
+        (HUMANEVAL, "canonical_solution", None, "'canonical_solution' is missing"),
+        (HUMANEVAL, "prompt", None, "'prompt' is missing"),
+        (HUMANEVAL, "entry_point", None, "'entry_point' is missing"),
+        (HUMANEVAL, "entry_point", "two", "'prompt' does not define the 'entry_point' 'two'"),
+        (HUMANEVAL, "entry_point", "one(); two", "'prompt' does not define the 'entry_point'"),
+        (MBPP, "text", None, "'text' is missing"), (MBPP, "code", None, "'code' is missing"),
+        (MBPP, "test_list", [], "'test_list' must be a list of strings"),
+        (MBPP, "test_list", [3], "'test_list' must be a list of strings"),
+        (MBPP, "test_list", "assert", "'test_list' must be a list of strings"),
+        (MBPP, "test_setup_code", None, None), (MBPP, "test_setup_code", 3, "'test_setup_code' must be a string"),
+    ],
+)  # fmt: skip
+def test_published_forms_name_the_key_that_is_wrong(tmp_path, record, key, value, message):
+    record = {**record, key: value} if value is not None else {k: v for k, v in record.items() if k != key}
+    path = write(tmp_path, json.dumps(record))
+    if message is None:
+        assert read_jsonl(path)[0].code.tests.startswith("\nassert")
+        return
+    with pytest.raises(ValueError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}, line 1: {message}")
+
+
 GOOD = b'{"prompt": "p", "output": "o"}\n'
 MALFORMED = {
     "not JSON": (GOOD + b"{'prompt': 1}\n", ["line 2", "not JSON"]),

@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 import model
-from data import Example, TextTokenizer, read_jsonl, tokenise
+from data import CodeTask, Example, TextTokenizer, read_jsonl, tokenise
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,73 @@ def test_spread_and_table():
     assert evaluation.table([["a", "long"], ["bcd", "e"]]).splitlines()[1:] == ["|-----|------|", "| bcd | e    |"]
 
 
+REFERENCES = ["2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200"]
+CODE = [
+    Example("h", ["    return 1\n"], prompt="def one():\n    'one'\n", code=CodeTask("assert one() == 1", "one")),
+    Example("m", ["def two():\r\n  return 2"], prompt="Write two.\n", code=CodeTask("assert two() == 2")),
+]
+
+
+def test_score_math_on_references_and_corrupted_ones():
+    examples = [Example("", [reference], instruction="?") for reference in REFERENCES]
+    scores, details = evaluation.score_math(REFERENCES, examples)
+    assert scores == {"accuracy": 100.0} and [detail["answer"] for detail in details] == ["3", "1,200"]
+    assert evaluation.score_math(["#### 4", "#### 1,201"], examples)[0] == {"accuracy": 0.0}
+    assert evaluation.score_math(["It is $3.00.", ""], examples)[0] == {"accuracy": 50.0}
+
+
+@pytest.fixture
+def working_sandbox():
+    sandbox = pytest.importorskip("sandbox")
+    try:
+        sandbox.check()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def test_score_code_on_references_and_corrupted_ones(working_sandbox):
+    scores, details = evaluation.score_code([example.outputs[0] for example in CODE], CODE)
+    assert scores == {"pass_at_1": 100.0} and [detail["status"] for detail in details] == ["passed", "passed"]
+    scores, details = evaluation.score_code(["    return None\n", "def two(): return 3"], CODE)
+    assert scores == {"pass_at_1": 0.0} and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
+    scores, details = evaluation.score_code(["    exit()", "```python\ndef two(): return 2\n```"], CODE)
+    assert scores == {"pass_at_1": 50.0} and details[1]["program"] == "def two(): return 2\n"
+
+
+def test_the_task_follows_from_the_data():
+    text, sums = [Example("t", ["a"], prompt="p")], [Example("s", [r], prompt="p") for r in REFERENCES]
+    assert [evaluation.task_of(e, "x") for e in (text, sums, CODE)] == ["rouge", "math", "code"]
+    assert evaluation.task_of([Example("s", ["it is \\boxed{3}"], prompt="p")], "x") == "math"
+    assert evaluation.task_of(text + sums, "x") == "rouge"  # not all are marked
+    assert evaluation.task_of([Example("s", ["#### Title\ntext"], prompt="p")], "x") == "rouge"
+    assert [evaluation.task_of(e, "x", "rouge") for e in (text, sums, CODE, CODE + text)] == ["rouge"] * 4
+    assert evaluation.task_of(text, "x", "math") == "math"
+    for examples, asked, message in [
+        (text, "code", "--task code needs tests"), (CODE, "math", "h: --task math needs an answer"),
+        (CODE + text, None, "x: 2 of 3 examples have tests"),
+        ([Example("e", [" "], prompt="p")], "math", "^e: the output"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            evaluation.task_of(examples, "x", asked)
+
+
+def test_compare_averages_over_sets_for_each_seed():
+    sets = [evaluation.DataSet(name, "rouge", []) for name in ("a", "b")]
+    results = {
+        ("m", "a"): {"rouge_l": [10.0, 20.0]},
+        ("m", "b"): {"rouge_l": [40.0, 30.0]},
+        ("n", "a"): {"rouge_l": [5.0]},
+    }
+    head, _, whole, part = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in evaluation.compare(sets, results).splitlines()
+    ]
+    assert head == ["model", "a Rouge-L", "b Rouge-L", "average"]
+    assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00"]  # 25 with either seed
+    assert part == ["n", "5.00", "-", "-"]  # the run ended before b
+    sets[1].task, results["m", "b"] = "code", {"pass_at_1": [1.0, 2.0]}
+    assert "average" not in evaluation.compare(sets, results) and "b pass@1" in evaluation.compare(sets, results)
+
+
 def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
@@ -80,3 +147,76 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
 def test_a_missing_directory_is_named_before_anything_is_loaded(tiny_task, tmp_path):
     with pytest.raises(SystemExit, match="nowhere"):
         evaluation.main([str(tiny_task / "student"), str(tmp_path / "nowhere"), "--data", "any"])
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+SHORT = ["--device", "cpu", "--max-len", "60", "--max-prompt-len", "50"]
+SUMS = {"prompt": "What is 1 + 2?", "output": "#### 3"}
+EXERCISE = {"task_id": "0", "prompt": "def one():\n    'one'\n", "entry_point": "one",
+            "canonical_solution": "    return 1", "test": "def check(f):\n    assert f() == 1"}  # fmt: skip
+
+
+def run_directory(tiny_task, path):
+    (path / "run").mkdir()
+    (path / "run" / "student").symlink_to(tiny_task / "student")
+    return str(path / "run")
+
+
+def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, monkeypatch, working_sandbox):
+    run = run_directory(tiny_task, tmp_path)
+    text, sums = str(tiny_task / "test.jsonl"), write_lines(tmp_path / "sums.jsonl", SUMS, SUMS)
+    exercises = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
+    # what the untrained student would write is of no use: answers in its place
+    replies = {"What": "It is 3.", "def ": "    return 1\n"}
+
+    def respond(model, tokenizer, prompts, *arguments, **options):
+        return [next((reply for start, reply in replies.items() if p.startswith(start)), "") for p in prompts]
+
+    monkeypatch.setattr(evaluation, "respond", respond)
+    options = ["--limit", "2", "--seeds", "1", "2", "--run-code", *SHORT]
+    evaluation.main([run, "--data", text, sums, exercises, *options])
+    out, err = capsys.readouterr()
+    head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1"]
+    assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00"] and "sandbox: " in err and "2 passed" in err
+    report = json.loads((tmp_path / "run" / "eval-exercises.json").read_text())
+    assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
+    assert report["responses"] == [["    return 1\n"]] * 2 and report["details"][0][0]["status"] == "passed"
+    assert json.loads((tmp_path / "run" / "eval-sums.json").read_text())["details"][1][0]["answer"] == "3"
+
+
+def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch):
+    run = run_directory(tiny_task, tmp_path)
+    sets = [write_lines(tmp_path / f"{name}.jsonl", {"prompt": "Hello", "output": "you"}) for name in ("one", "two")]
+    evaluate, calls = evaluation.evaluate, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate", failing)
+    with pytest.raises(SystemExit, match="out of memory"):
+        evaluation.main([run, "--data", *sets, "--seeds", "1", *SHORT])
+    assert json.loads((tmp_path / "run" / "eval-one.json").read_text())["responses"]
+    assert not (tmp_path / "run" / "eval-two.json").exists()
+    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[3:5]] == ["-", "-"]
+
+
+def test_code_is_not_run_unasked(tiny_task, tmp_path, monkeypatch):
+    exercises = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
+    monkeypatch.setattr(evaluation, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match="exercises: scoring code means running what a model wrote.*add --run-code"):
+        evaluation.main([run_directory(tiny_task, tmp_path), "--data", exercises, *SHORT])
+
+
+def test_sets_that_would_write_the_same_file_are_refused(tiny_task, tmp_path):
+    (tmp_path / "other").mkdir()
+    sets = [write_lines(path / "same.jsonl", SUMS) for path in (tmp_path, tmp_path / "other")]
+    with pytest.raises(SystemExit, match="two sets are named 'same'"):
+        evaluation.main([run_directory(tiny_task, tmp_path), "--data", *sets, *SHORT])

@@ -104,6 +104,15 @@ def test_unknown_data_lists_the_sets(name):
     assert repr(name) in str(caught.value) and all(known in str(caught.value) for known in DATASETS)
 
 
+@pytest.mark.parametrize("name", hub.BY_HAND)
+def test_sets_that_the_hub_has_as_parquet_only(name, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.*fetch the original.*--data FILE.jsonl"):
+        data_file(name, "valid")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert data_file(name, "valid") == (Path(name), 0, None)
+
+
 def test_split_that_a_set_does_not_have():
     with pytest.raises(ValueError, match="'vicuna' has no train split, only valid"):
         data_file("vicuna", "train")

@@ -1,0 +1,392 @@
+"""Run generated Python against its tests, in a process that can do little else.
+
+    run_python("def double(x): return 2 * x", "assert double(2) == 4").status     "passed"
+    python sandbox.py                                                             which guards hold on this machine
+
+    run_python -> launcher (namespaces) -> supervisor (clock) -> worker (limits, no privileges): the program
+
+What holds everywhere: a time limit on the wall clock; per process, limits on the address space, CPU time, the size of a
+file and the number of open files; an empty environment, an empty working directory that is removed afterwards, no
+descriptor but /dev/null and an output of which only the beginning is kept; the standard library alone. A program has
+passed only if the code after its last test was reached in the first process: leaving early, however politely, has not.
+
+What holds where Linux lets this process make namespaces (as root, or as a user where user namespaces are allowed), each
+named in `Outcome.guards`:
+    network     no interface at all, not even loopback
+    processes   a process namespace of its own: it sees no other process, and all of it dies with the run
+    files       the file system is read-only but for a working directory of limited bytes and files; home directories,
+                /tmp, /run, /proc and /sys are empty
+
+As root the program runs as the user 65534 (nobody), for root is above the limit on the number of processes, and may
+write anywhere. As another user, without a user namespace, that limit counts all the processes that this user has.
+
+What it does NOT cover:
+    - an exploit of the kernel or of the interpreter: for code from somebody who wants in, use a virtual machine;
+    - reading: all files outside the hidden directories that everybody (without root: this user) may read;
+    - memory in total: the limit is for each process, so `processes` times as much; and CPU time, while the clock runs;
+    - cheating: the tests run in the process that they test. An object that equals everything passes them, and code that
+      searches the interpreter's frames for the secret of the verdict can forge it;
+    - without `processes`: killing other processes of this user, this one included (as root: those of nobody), and
+      descendants that outlive the run where there is no /proc to find them in;
+    - without `files`: writing wherever this user (as root: nobody) may write, any number of files;
+    - without `network`: all of it. On macOS none of the three holds, nor does the limit on memory. Not for Windows.
+"""
+
+import ctypes
+import json
+import os
+import pwd
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from dataclasses import asdict, dataclass
+
+NOBODY = 65534
+GUARDS = {"network": "no network", "processes": "processes of its own", "files": "read-only files"}
+HIDDEN = ("/home", "/root", "/tmp", "/var/tmp", "/dev/shm", "/run", "/sys", "/proc")  # /proc last: mounting needs it
+
+
+@dataclass(frozen=True)
+class Limits:
+    seconds: float = 10.0  # wall clock, from the first line of the program
+    memory: int = 512 << 20  # bytes of address space, per process
+    processes: int = 32  # threads count too
+    file_bytes: int = 16 << 20  # of one file
+    disk_bytes: int = 64 << 20  # of all files together (guard `files`)
+    files: int = 256  # files and directories (guard `files`)
+    open_files: int = 64  # per process
+    output: int = 4096  # bytes kept of what is printed; the rest is read and dropped
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: str  # "passed", "failed" or "timed out"
+    reason: str  # why not passed, in one line
+    output: str  # the beginning of what was printed
+    guards: dict[str, bool]  # which of GUARDS held
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+
+def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outcome:
+    """Run `code`, then `tests` in the same namespace; it has passed if neither raises and the end is reached.
+
+    Raises RuntimeError if the sandbox itself does not work here; whatever the program does is an Outcome.
+    """
+    limits = limits or Limits()
+    job = json.dumps({"code": code, "tests": tests, "limits": asdict(limits)}).encode()
+    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
+        status_end, status_fd = os.pipe()
+        # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, so the score, would change
+        process = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-B", "-X", "utf8", os.path.abspath(__file__), str(status_fd)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd=folder,
+            env={"PYTHONHASHSEED": "0"}, pass_fds=[status_fd], start_new_session=True,
+        )  # fmt: skip
+        os.close(status_fd)
+        try:
+            status, output = _collect(process, status_end, job, limits)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher is a zombie at least: its id is still its own
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                stream.close()
+            os.close(status_end)
+    text = output.decode("utf-8", "replace")
+    if status.get("status") not in ("passed", "failed", "timed out"):
+        raise RuntimeError(f"the sandbox does not work here: {status.get('reason') or text.strip() or 'no answer'}")
+    return Outcome(status["status"], status["reason"], text, status["guards"])
+
+
+def _collect(process: subprocess.Popen, status_end: int, job: bytes, limits: Limits) -> tuple[dict, bytes]:
+    """The supervisor's answer and the first bytes of the output, once the supervisor has gone.
+
+    Not once the output has ended: a grandchild may hold that open.
+    """
+    try:
+        process.stdin.write(job)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # the launcher did not start; its output says why
+    status = output = b""
+    output_end = process.stdout.fileno()
+    os.set_blocking(output_end, False)
+    deadline = time.monotonic() + limits.seconds + 60  # the supervisor keeps the time; this is for its own failure
+    with selectors.DefaultSelector() as selector:
+        selector.register(status_end, selectors.EVENT_READ)
+        selector.register(output_end, selectors.EVENT_READ)
+        while status_end in selector.get_map():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return {"reason": "the supervisor did not answer in time"}, output
+            for key, _ in ready:
+                piece = os.read(key.fd, 65536)
+                if not piece:
+                    selector.unregister(key.fd)
+                elif key.fd == status_end:
+                    status += piece
+                else:
+                    output = (output + piece)[: limits.output]
+    try:
+        while len(output) < limits.output and (piece := os.read(output_end, 65536)):
+            output = (output + piece)[: limits.output]
+    except BlockingIOError:
+        pass  # nothing more for now, and nobody left who matters
+    return (json.loads(status) if status else {}), output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launcher: everything from here on runs in the new process
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18
+SYS_MOUNT_SETATTR = 442  # the same on every architecture but Alpha
+
+
+def _launch(status_fd: int) -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != here]
+    job = json.load(sys.stdin)
+    libc = ctypes.CDLL(None, use_errno=True)
+    linux = sys.platform.startswith("linux")
+    guards = _isolate(libc, Limits(**job["limits"])) if linux else dict.fromkeys(GUARDS, False)
+    if linux:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if guards["processes"]:
+        child = os.fork()  # the first process of the namespace; with it all others die
+        if child:
+            os.waitpid(child, 0)
+            os._exit(0)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    elif linux:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become the supervisor's children
+    answer = _supervise(job, libc, status_fd)
+    if not guards["processes"]:
+        _kill_descendants()
+    os.write(status_fd, json.dumps({**answer, "guards": guards}).encode())
+    os._exit(0)
+
+
+def _isolate(libc, limits: Limits) -> dict[str, bool]:
+    """Enter as many new namespaces as are allowed; which of GUARDS hold."""
+    user, group = os.getuid(), os.getgid()
+    if user != 0 and libc.unshare(CLONE_NEWUSER) == 0:
+        for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{file}", "w") as stream:
+                stream.write(text)
+    libc.unshare(CLONE_NEWIPC)
+    return {
+        "network": libc.unshare(CLONE_NEWNET) == 0,
+        "processes": libc.unshare(CLONE_NEWPID) == 0,
+        "files": libc.unshare(CLONE_NEWNS) == 0 and _restrict_files(libc, limits),
+    }
+
+
+def _restrict_files(libc, limits: Limits) -> bool:
+    """Hide HIDDEN and the home directory, make all the rest read-only, and mount the working directory anew."""
+    folder, python = os.getcwd(), os.open(sys.base_prefix, os.O_RDONLY | os.O_DIRECTORY)
+
+    def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> bool:
+        texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+        return libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
+
+    def expose_python(hidden: str) -> bool:
+        """The interpreter may live in a directory that was just hidden; its path may also lead there by a link."""
+        for place in {sys.base_prefix, os.path.realpath(sys.base_prefix)}:
+            if os.path.commonpath([place, hidden]) == hidden:
+                os.makedirs(place, exist_ok=True)
+                if not mount(f"/proc/self/fd/{python}", place, None, MS_BIND | MS_REC):
+                    return False
+        return True
+
+    if not mount("none", "/", None, MS_REC | MS_PRIVATE):
+        return False
+    try:
+        home = os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # a user without an entry has no home
+        home = "/"
+    for place in ([home] if home != "/" else []) + list(HIDDEN):
+        if os.path.isdir(place) and not os.path.islink(place):
+            if not mount("none", place, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m") or not expose_python(place):
+                return False
+    os.close(python)
+    os.makedirs(folder, exist_ok=True)
+    read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: MOUNT_ATTR_RDONLY is set, nothing is cleared
+    at_cwd, recursive = -100, 0x8000
+    if libc.syscall(SYS_MOUNT_SETATTR, at_cwd, b"/", recursive, ctypes.byref(read_only), ctypes.c_size_t(32)) != 0:
+        return False
+    size = f"mode=777,size={limits.disk_bytes},nr_inodes={limits.files}"
+    mounted = mount("none", folder, "tmpfs", MS_NOSUID | MS_NODEV, size)
+    os.chdir(folder)
+    return mounted
+
+
+def _supervise(job: dict, libc, status_fd: int) -> dict:
+    """Start the worker and wait for it, at most the allowed time: {"status", "reason"}."""
+    secret = os.urandom(16).hex()
+    verdict_end, verdict_fd = os.pipe()
+    if os.getuid() == 0:
+        os.chown(".", NOBODY, NOBODY)
+    worker = os.fork()
+    if worker == 0:
+        os.close(status_fd)
+        _work(job, libc, secret, verdict_fd)
+    os.close(verdict_fd)
+    seconds = job["limits"]["seconds"]
+    deadline = time.monotonic() + seconds
+    ended = None
+    while ended is None and time.monotonic() < deadline:
+        child, code = os.waitpid(-1, os.WNOHANG)  # any child: orphans end up here
+        if child == worker:
+            ended = code
+        elif child == 0:
+            time.sleep(0.002)
+    if ended is None:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+    try:
+        os.killpg(worker, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # it left nobody in its group
+    if ended is None:
+        return {"status": "timed out", "reason": f"no end after {seconds:g} seconds"}
+    os.set_blocking(verdict_end, False)  # a descendant may hold the other end
+    try:
+        message = os.read(verdict_end, 65536).decode("utf-8", "replace")
+    except BlockingIOError:
+        message = ""
+    if message.startswith(secret):
+        return json.loads(message[len(secret) :].split("\n")[0])
+    if os.WIFSIGNALED(ended):
+        return {"status": "failed", "reason": f"killed by {signal.Signals(os.WTERMSIG(ended)).name}"}
+    return {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
+
+
+def _kill_descendants() -> None:
+    """What the worker left behind, where there is no namespace that ends with it."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and os.path.isdir(f"/proc/{os.getpid()}"):
+        children = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as stream:
+                    parent = stream.read().rsplit(")", 1)[1].split()[1]
+            except OSError:
+                continue  # it has just gone
+            if parent == str(os.getpid()):
+                children.append(int(name))
+        if not children:
+            return
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The worker
+
+
+def _work(job: dict, libc, secret: str, verdict_fd: int) -> None:
+    """Give up everything, run the program, write the verdict; does not return."""
+    write, leave, process_id, this = os.write, os._exit, os.getpid, os.getpid()  # the program may replace os.write
+    dumps = json.dumps
+    try:
+        if this != 1 and hasattr(os, "setsid"):
+            os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(verdict_fd, 3)
+        os.closerange(4, 256)
+        _limit(Limits(**job["limits"]))
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        if sys.platform.startswith("linux"):
+            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            if libc.capset(header, none) != 0:  # those that a user namespace brings
+                raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if not os.access(os.__file__, os.R_OK):
+            raise OSError(
+                f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; "
+                "do not evaluate as root, or use a Python that everybody can read"
+            )
+        os.environ.clear()
+    except Exception as error:  # the program has not run yet: this is about the sandbox
+        write(3, (secret + dumps({"status": "broken", "reason": str(error)})).encode())
+        leave(1)
+
+    try:
+        try:
+            module = types.ModuleType("solution")  # registered, since dataclasses look their module up
+            sys.modules["solution"] = module
+            exec(compile(job["code"], "<solution>", "exec", dont_inherit=True), module.__dict__)
+            exec(compile(job["tests"], "<tests>", "exec", dont_inherit=True), module.__dict__)
+            verdict = {"status": "passed", "reason": ""}
+        except BaseException as error:  # SystemExit too: the end of the tests was not reached
+            verdict = {"status": "failed", "reason": _describe(error, job["tests"])}
+        if process_id() == this:  # else a forked copy of the program came this far; it has no say
+            write(3, (secret + dumps(verdict) + "\n").encode())
+            sys.stdout.flush()
+            leave(0)
+    finally:  # whatever the program made of the exception's text or of sys.stdout, it does not get out of here
+        leave(1)
+
+
+def _limit(limits: Limits) -> None:
+    cpu = int(limits.seconds) + 2
+    for name, value in {
+        "AS": limits.memory, "CPU": cpu, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
+        "NPROC": limits.processes, "CORE": 0,
+    }.items():  # fmt: skip
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        try:
+            resource.setrlimit(kind, (value, value))
+        except ValueError:
+            if name != "AS" or sys.platform != "darwin":  # macOS knows the limit's name only
+                raise
+
+
+def _describe(error: BaseException, tests: str) -> str:
+    """One line: the exception, and the line of the tests that it passed through."""
+    where, frame = "", error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "<tests>":
+            lines = tests.split("\n")
+            line = lines[frame.tb_lineno - 1].strip() if frame.tb_lineno <= len(lines) else ""
+            where = f" in tests, line {frame.tb_lineno}: {line}"
+        frame = frame.tb_next
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return " ".join((text[:300] + where)[:500].split())
+
+
+def check() -> dict[str, bool]:
+    """Which of GUARDS hold here. Raises RuntimeError unless a right program passes and a wrong one does not."""
+    good, bad = run_python("x = 1", "assert x == 1"), run_python("x = 1", "assert x == 2")
+    if not good.passed or bad.passed:
+        raise RuntimeError(f"the sandbox does not work here: {good.reason or 'a failing test has passed'}")
+    return good.guards
+
+
+def describe_guards(guards: dict[str, bool]) -> str:
+    held = ", ".join(GUARDS[name] for name in GUARDS if guards[name]) or "none of the kernel's guards"
+    lacking = ", ".join(GUARDS[name] for name in GUARDS if not guards[name])
+    return f"sandbox: {held}" + (f"; NOT: {lacking} (sandbox.py says what that means)" if lacking else "")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        _launch(int(sys.argv[1]))
+    print(describe_guards(check()))
