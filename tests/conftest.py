@@ -1,4 +1,4 @@
-"""A prepared tiny task, shared by the tests that run whole commands: data, both tokenizers, and untrained models."""
+"""What tests share: one thread, a cache of their own, and a prepared tiny task: data, tokenizers, untrained models."""
 
 import json
 import shutil
@@ -8,6 +8,12 @@ import torch
 
 import model
 import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models of a few thousand parameters lose more by waiting for a second thread than they gain."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,14 +44,6 @@ every_method = pytest.mark.parametrize("name", METHODS)
 EXACT = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """(SentencePiece-style teacher's, byte-level student's), of different texts, so that they cut words differently."""

@@ -49,14 +49,6 @@ MAX_LEN, MAX_PROMPT_LEN = 96, 48
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def golden_model(name):
     return load_model(GOLDEN / name), TextTokenizer(GOLDEN / name)

@@ -20,14 +20,6 @@ LLAMA_LAYERS = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for 
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def peft():
     library = pytest.importorskip("peft")

@@ -33,14 +33,6 @@ every_divergence = pytest.mark.parametrize("name", NAMES)
 every_combination = pytest.mark.parametrize(("recipe", "align"), COMBINATIONS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_logits(rows=40, vocabulary=13, seed=0, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, vocabulary)

@@ -46,14 +46,6 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [44, 2, 60], [7, 7, 7, 7, 7, 7, 7, 7, 7
 every_family = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def perturb(m, seed=0):
     """Random values everywhere, so that no bias is 0 and no norm 1, and logits are far apart."""
     generator = torch.Generator().manual_seed(seed)

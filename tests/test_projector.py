@@ -8,14 +8,6 @@ from projector import Projectors, logit_preserving_weight, pseudo_inverse
 EPSILON = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_head(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

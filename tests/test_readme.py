@@ -50,3 +50,25 @@ def test_concept_files_work_alone(tmp_path, name):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_snippet_about_losses_runs(tmp_path):
+    """The README's lines to copy, on random tensors, in a folder that has nothing of the repository but losses.py."""
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "dskd_loss" in code]
+    setting = """
+import torch
+N, d, D, V = 6, 4, 5, 11
+student_hidden, teacher_hidden = torch.randn(N, d, requires_grad=True), torch.randn(N, D)
+student_head, teacher_head = torch.randn(V, d, requires_grad=True), torch.randn(V, D)
+student_logits, teacher_logits = student_hidden @ student_head.T, teacher_hidden @ teacher_head.T
+gold, teacher_argmax = torch.randint(V, (N,)), teacher_logits.argmax(-1)
+t2s, s2t = torch.nn.Linear(D, d), torch.nn.Linear(d, D)
+"""
+    check = """
+loss.backward()
+assert per_token.shape == (N,) and all(x.grad.isfinite().all() for x in (student_hidden, student_head, t2s.weight))
+"""
+    (tmp_path / "losses.py").write_bytes((ROOT / "losses.py").read_bytes())
+    (tmp_path / "snippet.py").write_text(setting + snippet + check)
+    done = subprocess.run([sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
