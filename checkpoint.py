@@ -5,17 +5,18 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 
 import copy
 import json
+import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
 from hub import MODELS
-from model import save_model
+from model import read_json, save_model
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -67,6 +68,13 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> int:
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0
+    try:
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged, the run cannot go on ({error!r:.200}); give another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> int:
     with safe_open(path, "pt") as file:
         tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
     state: dict[int, dict] = {}
@@ -80,6 +88,8 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> int:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
+    if any(set(moments) != {"step", "exp_avg", "exp_avg_sq"} for moments in state.values()):
+        raise ValueError("the optimiser's state is incomplete")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random.cpu"])
     if torch.device(o.device).type == "cuda":
@@ -93,7 +103,7 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before = json.loads((out / "args.json").read_text())
+        before = read_json(out / "args.json")
         changed = {name for name in record if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
@@ -118,8 +128,17 @@ class Log:
         self.path = path
         kept = []
         if start and path.is_file():
-            kept = [line for line in path.read_text().split("\n") if line and json.loads(line)["step"] <= start]
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            kept = [line for line in lines if self.step_of(line) <= start]
         path.write_text("".join(line + "\n" for line in kept))
+
+    @staticmethod
+    def step_of(line: str) -> float:
+        """The update that a line is about; infinity for half a line, where writing was cut off, and an empty one."""
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, TypeError, LookupError):
+            return math.inf
 
     def write(self, line: dict) -> None:
         with open(self.path, "a") as file:
