@@ -39,6 +39,8 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int) -> None:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
+    if pieces.student_tokenizer.chat != "none":
+        pieces.student_tokenizer.write_end(out / "student")
     tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters() if value.requires_grad}
     tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
     for index, state in optimizer.state_dict()["state"].items():
@@ -88,12 +90,16 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> int:
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run, or --resume is given and it holds this very run."""
+    """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
+    then take the value of that run."""
     out, record = Path(o.out), asdict(replace(o, resume=False))
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before = json.loads((out / "args.json").read_text())
+        for name in record:  # what is open in the options is as it was, also where it followed from the models
+            if record[name] is None:
+                setattr(o, name, before.get(name))
         changed = {name for name in record if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
@@ -103,6 +109,23 @@ def check_directory(o) -> None:
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+
+
+def run_of(directory: str | Path) -> dict | None:
+    """The options of the run whose student/ this model directory is; None for any other model."""
+    directory = Path(os.path.abspath(directory))
+    record = directory.parent / "args.json"
+    if directory.name != "student" or not record.is_file():
+        return None
+    options = json.loads(record.read_text(encoding="utf-8"))
+    if not isinstance(options, dict):
+        raise ValueError(f"{record}: expected a JSON object with the options of a run")
+    return options
+
+
+def chat_of(directory: str | Path) -> str:
+    """The chat format that a model directory was trained with here, "none" if it was not."""
+    return (run_of(directory) or {}).get("student_chat") or "none"
 
 
 def start_directory(o) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +28,11 @@ from tqdm import tqdm
 
 import lora
 import tiny
-from checkpoint import Log, check_directory, restore_checkpoint, save_checkpoint, start_directory
-from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
+from checkpoint import Log, chat_of, check_directory, restore_checkpoint, run_of, save_checkpoint, start_directory
+from data import CHATS, Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
-from hub import data_file, model_directory
+from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, generate, load_model, read_config, read_json
 from seqkd import teacher_answers
@@ -52,6 +53,11 @@ class Options:
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or JSONL file to train on")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
+    student_chat: str | None = option(
+        None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
+        ["none", *CHATS],
+    )  # fmt: skip
+    teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one", ["none", *CHATS])
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option("auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", *ALIGNMENTS])
@@ -101,7 +107,114 @@ def parse(arguments: list[str] | None = None) -> dict:
             parser.add_argument(flag, action=action, **common)
         else:
             parser.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)
+    about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
+    parser.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
+    about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
+    parser.add_argument("--teacher-sft", action="store_true", default=argparse.SUPPRESS, help=about)
     return vars(parser.parse_args(arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The papers' settings, and the stage before distillation
+
+_LORA = {"epochs": 10, "batch_size": 32, "lr": 1e-3, "lora": 256, "lora_alpha": 8.0, "lora_dropout": 0.1}
+_TEACHER = {"epochs": 10, "batch_size": 32, "lr": 2e-5}  # fine-tuned as a whole
+RECIPES = {  # the model that is trained, by whatever method, or a task: its settings; the rest are the defaults
+    "gpt2": {"epochs": 20, "batch_size": 32, "lr": 5e-4},
+    "tinyllama": _LORA,
+    "qwen": _TEACHER,
+    "llama2": _LORA,
+    "mistral": _LORA,
+    "math": {"epochs": 3, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
+    "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
+}
+TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
+    "data valid max_steps batch_size grad_accum max_len max_prompt_len chunk seed dtype device compile "
+    "checkpoint_every log_every"
+).split()
+
+
+def recipe_name(given: dict) -> str:
+    """Which of RECIPES holds for the given options: --task, else the student's preset; "" if none does."""
+    student = given.get("student", "")
+    preset = next((name for name in MODELS if student in (name, MODELS[name])), "")
+    name = given.get("task", "" if Path(student).is_dir() or given.get("from_scratch") else preset)
+    without_lora = given.get("lora") == 0 and "lora" in RECIPES.get(name, {})  # nothing else of it holds then
+    return name if name in RECIPES and not without_lora else ""
+
+
+def settings(given: dict) -> dict:
+    """The given options, completed with the recipe that holds for them; without --task and --teacher-sft."""
+    options = {name: value for name, value in given.items() if name not in ("task", "teacher_sft")}
+    return {**RECIPES.get(recipe_name(given), {}), **options}
+
+
+def flags(options: dict) -> str:
+    """The options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def say_settings(given: dict) -> None:
+    """One line on standard error: what comes from the papers' recipe, and what was given instead of it."""
+    name = recipe_name(given)
+    recipe = RECIPES.get(name, {})
+    taken = flags({option: value for option, value in recipe.items() if option not in given})
+    instead = flags({option: given[option] for option in recipe if option in given})
+    line = f"{taken or 'none'} from the papers' for {name}" if name else f"none are published for {given['student']}"
+    line += f", given instead: {instead}" if instead else ""
+    print(f"settings: {line}; the rest as given, else the defaults", file=sys.stderr)
+
+
+def teacher_stage(given: dict, out: str) -> dict:
+    """The options of the stage that fine-tunes the teacher, as the papers do before they distil it."""
+    stage = {"method": "sft", "student": given["teacher"]}
+    if given.get("teacher_chat"):
+        stage["student_chat"] = given["teacher_chat"]
+    stage |= {name: given[name] for name in TEACHER_STAGE if name in given}
+    return {**RECIPES.get(recipe_name(stage), _TEACHER), **stage, "out": f"{out}/teacher"}
+
+
+def run_teacher_stage(given: dict, o: Options) -> Options:
+    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
+    begins where the run after it could not."""
+    if o.method == "sft" or o.dry_run:
+        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
+    stage = teacher_stage(given, o.out)
+    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
+    check_directory(after)
+    base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
+    tokenizers = [TextTokenizer(base, o.teacher_chat or chat_of(base)),
+                  TextTokenizer(student, o.student_chat or chat_of(student))]  # fmt: skip
+    if o.method != "seqkd":
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
+    tiny.run_stage(Options(**stage), train, "teacher")
+    return after
+
+
+def say_teacher(given: dict, o: Options) -> None:
+    """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
+    data, the command for it."""
+    directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+    run = run_of(directory)
+    if run:
+        line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
+        same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
+        print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
+        return
+    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
+    known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
+    which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
+    print(
+        f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
+        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
+        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
+        file=sys.stderr,
+    )
 
 
 def check(o: Options) -> Options:
@@ -127,6 +240,8 @@ def check(o: Options) -> Options:
         raise ValueError(f"--on-policy belongs to --method kd and dskd; --method {o.method} {why}")
     if o.on_policy and o.dry_run:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
+    if o.teacher_chat not in (None, "none") and o.method == "sft":
+        raise ValueError("--teacher-chat belongs to a teacher; --method sft has none, its model is the --student")
     o = check_lora(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
@@ -222,10 +337,12 @@ def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
-    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory), None, None
+    o.student_chat = o.student_chat or chat_of(student_directory)
+    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
-        teacher_tokenizer = TextTokenizer(teacher_directory)
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
         if o.method != "seqkd":  # before models are loaded
             choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
@@ -493,8 +610,9 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
 
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses to a few held-out (else training) prompts."""
-    room = pieces.student.limit - max(len(pieces.student_tokenizer.encode(prompt)) for prompt in pieces.sample_prompts)
-    responses = respond(pieces.student, pieces.student_tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
+    tokenizer = pieces.student_tokenizer
+    room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
+    responses = respond(pieces.student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     (Path(o.out) / "samples.txt").write_text(text + "\n", encoding="utf-8")
@@ -506,16 +624,23 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.keys() & {"student", "teacher", "data"}:
             if given.get("dry_run"):
                 raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
+            if given.keys() & {"task", "teacher_sft"}:
+                raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
             names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
             check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
             tiny.run(given, Options, train)
             return
-        o = Options(**given)
+        o = check(Options(**settings(given)))
+        say_settings(given)
+        if given.get("teacher_sft"):
+            o = run_teacher_stage(given, o)
+        elif o.method != "sft":
+            say_teacher(given, o)
         if o.dry_run:
             print(json.dumps(train(o)))
         else:
             train(o)
-            print(f"student: {Path(check(o).out) / 'student'}")
+            print(f"student: {Path(o.out) / 'student'}")
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
