@@ -291,6 +291,12 @@ class TextTokenizer:
             if end not in (named if isinstance(named, list) else [named]):
                 path.write_text(json.dumps({**config, key: end}, indent=2) + "\n", encoding="utf-8")
 
+    def say_if_forgotten(self, option: str) -> None:
+        """A note on standard error where a tokenizer that ends turns is used without the chat format that has them."""
+        end = self.tokenizer.id_to_token(self.eos_id)
+        if self.chat == "none" and end in {end for _, end in CHATS.values()}:
+            print(f"note: {self.directory} ends turns ({end}), but no {option} is given", file=sys.stderr)
+
     def prompt_text(self, example: Example) -> str:
         """The example's prompt as this tokenizer's model reads it."""
         return example.prompt_text(self.chat)

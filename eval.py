@@ -263,6 +263,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         for name, directory in models.items():
             tokenizer = TextTokenizer(directory, options.chat or chat_of(directory))
+            tokenizer.say_if_forgotten("--chat")
             model = load_model(directory, dtype, options.device)
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:

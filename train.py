@@ -339,10 +339,12 @@ def load(o: Options) -> Pieces:
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
     student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
+    student_tokenizer.say_if_forgotten("--student-chat")
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
+        teacher_tokenizer.say_if_forgotten("--teacher-chat")
         if o.method != "seqkd":  # before models are loaded
             choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))

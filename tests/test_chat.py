@@ -46,7 +46,7 @@ TEMPLATES = {
 NAMES = sorted(set(re.findall(r"<\|\w+\|>", "".join(text for text, _ in CHATS.values()))))
 MESSAGES = [
     "What is the capital of France?",
-    " two lines,\n\nand {braces} % '\"\\n\" {{ message }} \n",
+    ' two lines,\n\nand {braces} % \'"\\n" {{ message }} \n',
     "naïve café 🍕 北京\u2028",
     "\n\t x",
 ]
@@ -200,6 +200,7 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
     options = {"method": "sft", "teacher": None, "student_chat": "qwen2.5", "max_steps": 40, "lr": 1e-2, **LONG}
     train.main(arguments(chatting, out, **options))
     assert chat_of(out / "student") == "qwen2.5" and chat_of(chatting / "student") == "none" == chat_of("gpt2")
+    assert chat_of(out / "resume") == "none"
     tokenizer, ours = TextTokenizer(out / "student", "qwen2.5"), model.load_model(out / "student")
     assert TextTokenizer(out / "student").eos_id == tokenizer.eos_id != TextTokenizer(chatting / "student").eos_id
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student")
@@ -218,7 +219,9 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
     plain = (out, ["--chat", "none"], "none")
     for directory, more, chat in [(out, [], "qwen2.5"), (out / "student", [], "qwen2.5"), plain]:
         evaluation.main([str(directory), *short, *more])
-        assert ("in the chat format qwen2.5" in capsys.readouterr().err) == (chat == "qwen2.5")
+        err = capsys.readouterr().err
+        assert ("in the chat format qwen2.5" in err) == (chat == "qwen2.5")
+        assert ("ends turns (<|im_end|>), but no --chat is given" in err) == (chat == "none")
         assert json.loads((directory / "eval-test.json").read_text())["chat"] == chat
 
     train.main(arguments(chatting, tmp_path / "next", teacher=out / "student", **LONG))
