@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -311,6 +312,11 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = False
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: list[str], prompts: bool) -> list[list[int]]:
+        """`encode_prompt` or `encode` of each text, on all cores."""
+        self.tokenizer.encode_special_tokens = not prompts
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -357,6 +363,8 @@ class Row:
     student: Side
     teacher: Side | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None  # aligned (teacher, student) indices into the two responses
+    states: np.ndarray | None = None  # (M, D) int16, the bits of bfloat16: the teacher's hidden states, from cache.py
+    predictions: np.ndarray | None = None  # (M,) the teacher's arg-max tokens, from there too
 
 
 @dataclass
@@ -439,12 +447,14 @@ def tokenise(
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report = [], CutReport(examples=len(examples))
-    for example in examples:
-        shorter = cut_example(example, tokenizers, min(max_prompt_len, max_len - 1))
-        lengths = [len(student.prompt_text(either)) for either in (example, shorter)]
-        report.prompts_cut += shorter is not example
-        report.prompt_characters += max(0, lengths[0] - lengths[1])
-        prompts = [tokenizer.encode_prompt(tokenizer.prompt_text(shorter)) for tokenizer in tokenizers]
+    limit = min(max_prompt_len, max_len - 1)
+    for example, (prompts, responses) in zip(examples, whole_texts(examples, tokenizers), strict=True):
+        if any(len(ids) > limit for ids in prompts):
+            shorter = cut_example(example, tokenizers, limit)
+            lengths = [len(student.prompt_text(either)) for either in (example, shorter)]
+            report.prompts_cut += 1
+            report.prompt_characters += max(0, lengths[0] - lengths[1])
+            prompts = [tokenizer.encode_prompt(tokenizer.prompt_text(shorter)) for tokenizer in tokenizers]
         if not all(prompts):
             raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
 
@@ -454,17 +464,17 @@ def tokenise(
             sides = zip(tokenizers, prompts, strict=True)
             return all(len(ids) + len(tokenizer.encode(text)) + end_of_text <= max_len for tokenizer, ids in sides)
 
-        whole = fits(text, end_of_text=example.ends)
+        whole = all(len(p) + len(r) + example.ends <= max_len for p, r in zip(prompts, responses, strict=True))
         if not whole:
             length = longest_prefix(len(text), lambda n, text=text, fits=fits: fits(text[:n], end_of_text=0))
             if length < 1:
                 raise ValueError(f"{example.where}: no room for a response within --max-len {max_len}")
             report.responses_cut += 1
             report.response_characters += len(text) - length
-            text = text[:length]
+            responses = [tokenizer.encode(text[:length]) for tokenizer in tokenizers]
         sides = [
-            Side(ids, tokenizer.encode(text) + [tokenizer.eos_id] * (whole and example.ends))
-            for tokenizer, ids in zip(tokenizers, prompts, strict=True)
+            Side(ids, response + [tokenizer.eos_id] * (whole and example.ends))
+            for tokenizer, ids, response in zip(tokenizers, prompts, responses, strict=True)
         ]
         if not all(side.response for side in sides):
             raise ValueError(f"{example.where}: the response has no tokens")
@@ -482,6 +492,16 @@ def tokenise(
             row.pairs = (np.arange(min(len(row.teacher.response), len(row.student.response))),) * 2
         rows.append(row)
     return rows, report
+
+
+def whole_texts(examples: list[Example], tokenizers: list[TextTokenizer]) -> Iterator[tuple[tuple, tuple]]:
+    """The ids of each example's prompt and response, one of each per tokenizer, before anything is cut."""
+    for first in range(0, len(examples), 1000):
+        part = examples[first : first + 1000]
+        texts = [example.outputs[0] for example in part]
+        prompts = [t.encode_all([t.prompt_text(example) for example in part], prompts=True) for t in tokenizers]
+        responses = [tokenizer.encode_all(texts, prompts=False) for tokenizer in tokenizers]
+        yield from zip(zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
 
 
 def sampled_row(
@@ -565,11 +585,15 @@ def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndar
 
 
 def _to(instance, device):
-    """A copy of a dataclass with its tensors, and its dataclasses' tensors, on `device`."""
+    """A copy of a dataclass with its tensors, and its dataclasses' tensors, on `device`; CUDA copies them while the
+    processor goes on, which takes pinned memory."""
+    pin = torch.device(device).type == "cuda"
     moved = {}
     for entry in fields(instance):
         value = getattr(instance, entry.name)
-        moved[entry.name] = value.to(device) if hasattr(value, "to") else value
+        if isinstance(value, torch.Tensor):
+            value = value.pin_memory().to(device, non_blocking=True) if pin else value.to(device)
+        moved[entry.name] = value.to(device) if isinstance(value, ModelBatch) else value
     return replace(instance, **moved)
 
 
@@ -600,6 +624,8 @@ class Batch:
     teacher_index: torch.Tensor | None = None  # (A,) into the M teacher positions
     student_index: torch.Tensor | None = None  # (A,) into the N student positions
     align_ratios: list[float] = field(default_factory=list)  # aligned pairs over student tokens, per example
+    teacher_hidden: torch.Tensor | None = None  # (M, D) bfloat16, where the rows have states
+    teacher_predictions: torch.Tensor | None = None  # (M,)
 
     to = _to
 
@@ -635,19 +661,74 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
             batch.align_ratios.append(len(row.pairs[1]) / len(row.student.response))
         batch.teacher_index = torch.from_numpy(np.concatenate(teacher_index))
         batch.student_index = torch.from_numpy(np.concatenate(student_index))
+    if rows[0].states is not None:
+        batch.teacher_hidden = torch.from_numpy(np.concatenate([row.states for row in rows])).view(torch.bfloat16)
+    if rows[0].predictions is not None:
+        batch.teacher_predictions = torch.from_numpy(np.concatenate([row.predictions for row in rows])).long()
     return batch
 
 
-def update_order(examples: int, per_update: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+def update_order(
+    examples: int, per_update: int, seed: int, start: int = 0, lengths: list[int] | None = None
+) -> Iterator[list[int]]:
     """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew.
 
-    A function of (seed, epoch) alone, so that a run can be taken up at any update. The last update of an epoch is
-    smaller where the examples do not divide evenly.
+    A function of (seed, epoch) alone, so that a run can be taken up at any update. One update of an epoch, the last, is
+    smaller where the examples do not divide evenly. With `lengths` the examples of an update are of similar length:
+    windows of 50 shuffled updates are sorted and cut anew, and the updates of the epoch shuffled.
     """
     updates = -(-examples // per_update)
     while True:
         epoch, first = divmod(start, updates)
-        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        for update in range(first, updates):
-            yield order[update * per_update : (update + 1) * per_update]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(examples, generator=generator).tolist()
+        places = range(updates)
+        if lengths is not None:
+            windows = [order[i : i + 50 * per_update] for i in range(0, examples, 50 * per_update)]
+            order = [index for window in windows for index in sorted(window, key=lengths.__getitem__)]
+            places = torch.randperm(updates, generator=generator).tolist()
+        for place in places[first:]:
+            yield order[place * per_update : (place + 1) * per_update]
         start = (epoch + 1) * updates
+
+
+def total_length(row: Row) -> int:
+    """Tokens that both models read of it."""
+    return sum(len(side.prompt) + len(side.response) - 1 for side in (row.student, row.teacher) if side)
+
+
+def split_update(rows: list[Row], batch_size: int, tokens: int = 0) -> list[list[Row]]:
+    """The rows of one update as forward passes: `batch_size` at a time as they come or, with a budget of `tokens`, the
+    longest first and as many as fit: rows × longest ≤ tokens for each model, padding counted. A row always fits."""
+    if not tokens:
+        return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    parts: list[list[Row]] = []
+    longest = 0
+    for row in sorted(rows, key=total_length, reverse=True):
+        width = max(len(side.prompt) + len(side.response) - 1 for side in (row.student, row.teacher) if side)
+        longest = max(longest, width)
+        if not parts or longest * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+            longest = width
+        parts[-1].append(row)
+    return parts
+
+
+def padding_share(batches: list[list[Row]]) -> float:
+    """Share of padding among all positions of the batches, of both models."""
+    real = padded = 0
+    for rows in batches:
+        for sides in ([row.student for row in rows], [row.teacher for row in rows if row.teacher]):
+            lengths = [len(side.prompt) + len(side.response) - 1 for side in sides]
+            real += sum(lengths)
+            padded += len(lengths) * max(lengths, default=0)
+    return 1 - real / padded
+
+
+def ahead(items: Iterator) -> Iterator:
+    """The same items, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item

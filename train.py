@@ -15,7 +15,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -28,8 +28,23 @@ from tqdm import tqdm
 
 import lora
 import tiny
+from cache import TeacherCache
 from checkpoint import Log, chat_of, check_directory, restore_checkpoint, run_of, save_checkpoint, start_directory
-from data import CHATS, Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
+from data import (
+    CHATS,
+    Row,
+    TextTokenizer,
+    ahead,
+    collate,
+    cut_prompt,
+    padding_share,
+    read_jsonl,
+    sampled_row,
+    split_update,
+    tokenise,
+    total_length,
+    update_order,
+)
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
@@ -52,6 +67,7 @@ class Options:
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or JSONL file to train on")
+    cache_teacher: str | None = option(None, "directory for the teacher's hidden states, which are then computed once")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
     student_chat: str | None = option(
         None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
@@ -75,6 +91,8 @@ class Options:
     max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
     batch_size: int = option(32, "examples per forward pass")
     grad_accum: int = option(1, "forward passes per update")
+    bucket: bool = option(False, "make updates of examples of similar length, for less padding")
+    tokens_per_batch: int = option(0, "split updates by length into passes of at most so many tokens (0: --batch-size)")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
     weight_decay: float = option(1e-2, "AdamW's, on matrices only")
@@ -221,7 +239,8 @@ def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
-                "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0}  # fmt: skip
+                "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0,
+                "tokens_per_batch": 0}  # fmt: skip
     for name, least in at_least.items():
         if getattr(o, name) is not None and not least <= getattr(o, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
@@ -242,6 +261,8 @@ def check(o: Options) -> Options:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
     if o.teacher_chat not in (None, "none") and o.method == "sft":
         raise ValueError("--teacher-chat belongs to a teacher; --method sft has none, its model is the --student")
+    if o.cache_teacher is not None:
+        check_cache(o)
     o = check_lora(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
@@ -277,6 +298,21 @@ def check(o: Options) -> Options:
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
         out=o.out or f"runs/{o.method}",
     )
+
+
+def check_cache(o: Options) -> None:
+    why = ""
+    if o.method in ("sft", "seqkd"):
+        why = {"sft": "--method sft has no teacher", "seqkd": "--method seqkd keeps the teacher's text, in seqkd.jsonl"}
+        why = why[o.method]
+    elif o.on_policy:
+        why = "with --on-policy the teacher reads responses that are new in every update"
+    elif o.dry_run:
+        why = "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16"
+    if why:
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: {why}; leave it out")
+    if Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir():
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: not a directory")
 
 
 def check_lora(o: Options) -> Options:
@@ -318,8 +354,8 @@ class Pieces:
         return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
 
     def batches(self, rows: list[Row], o: Options) -> list:
-        """The rows of one update as batches of --batch-size."""
-        return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
+        """The rows of one update as batches of --batch-size, or of --tokens-per-batch."""
+        return [self.collate(part, o.device) for part in split_update(rows, o.batch_size, o.tokens_per_batch)]
 
 
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
@@ -332,6 +368,8 @@ def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     for name, limit in limits.items():
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
+    if 0 < o.tokens_per_batch < o.max_len:
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
 
 
 def load(o: Options) -> Pieces:
@@ -340,13 +378,14 @@ def load(o: Options) -> Pieces:
     o.student_chat = o.student_chat or chat_of(student_directory)
     student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
     student_tokenizer.say_if_forgotten("--student-chat")
+    align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
         teacher_tokenizer.say_if_forgotten("--teacher-chat")
         if o.method != "seqkd":  # before models are loaded
-            choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
+            align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
     first_lines = o.batch_size if o.dry_run else None
     examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
@@ -354,9 +393,9 @@ def load(o: Options) -> Pieces:
 
     torch.manual_seed(o.seed)
     if o.from_scratch:
-        student = build_model(read_json(student_directory / "config.json")).to(o.device)
+        student = build_model(read_json(student_directory / "config.json"))
     else:
-        student = load_model(student_directory, torch.float32, o.device)
+        student = load_model(student_directory, torch.float32)
     student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
@@ -370,18 +409,24 @@ def load(o: Options) -> Pieces:
         )  # fmt: skip
         method, teacher_tokenizer = "sft", None
     examples = examples[:first_lines]
+    lengths = o.max_len, o.max_prompt_len
+    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, align)
+    print(f"train: {report}", file=sys.stderr)
     if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        teacher = load_model(teacher_directory, dtype, o.device)
+        teacher = load_model(teacher_directory, dtype, o.device, body=o.cache_teacher is None)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
         teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
+    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
+        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
+        cache.attach_states(o.compile)
+    student.to(o.device)
 
     distiller = Distiller(
         student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
         o.temperature, o.kd_rate, o.projectors, o.chunk,
     )  # fmt: skip
-    lengths = o.max_len, o.max_prompt_len
-    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, distiller.align)
-    print(f"train: {report}", file=sys.stderr)
+    if o.cache_teacher is not None and distiller.predicting_head is not None:
+        cache.attach_predictions(distiller.predicting_head)
     valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
     if valid:
         print(f"valid: {report}", file=sys.stderr)
@@ -517,6 +562,9 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     optimizer = make_optimizer(o, pieces)
     per_update = o.batch_size * o.grad_accum
     updates_per_epoch = -(-len(pieces.rows) // per_update)
+    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), updates_per_epoch))
+    parts = [part for rows in first_epoch for part in split_update(rows, o.batch_size, o.tokens_per_batch)]
+    print(f"{len(parts)} batches per epoch, {padding_share(parts):.1%} of their positions are padding", file=sys.stderr)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
     start = restore_checkpoint(o, pieces, optimizer) if o.resume else 0
@@ -526,17 +574,16 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     line: dict[str, float] = {}
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
-    order = update_order(len(pieces.rows), per_update, o.seed, start)
-    meter = Meter()
-    for step, indices in enumerate(islice(order, total - start), start):
-        rows = [pieces.rows[i] for i in indices]
+    order = make_order(o, pieces, start)
+    meter, compiled = Meter(), compilations()
+    for step, (indices, rows, batches) in enumerate(ahead(prepared(o, pieces, islice(order, total - start))), start):
         sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
-            terms = accumulate(o, pieces, student, pieces.batches(rows, o), pieces.batches(sampled, o))
+            terms = accumulate(o, pieces, student, batches, pieces.batches(sampled, o))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
@@ -555,6 +602,8 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         if done % o.log_every == 0 or done == total or step == start:
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
+            if o.compile:
+                line["compilations"] = compilations() - compiled
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
@@ -570,6 +619,25 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     progress.close()
     write_samples(o, pieces)
     return line
+
+
+def make_order(o: Options, pieces: Pieces, start: int = 0) -> Iterator[list[int]]:
+    """The examples of each update from the `start`-th on, as indices."""
+    lengths = [total_length(row) for row in pieces.rows] if o.bucket else None
+    return update_order(len(pieces.rows), o.batch_size * o.grad_accum, o.seed, start, lengths)
+
+
+def prepared(o: Options, pieces: Pieces, order: Iterator[list[int]]) -> Iterator[tuple]:
+    """Each update's indices, rows and batches; all that an update waits for from data that is known beforehand."""
+    for indices in order:
+        rows = [pieces.rows[i] for i in indices]
+        yield indices, rows, pieces.batches(rows, o)
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Meter:
