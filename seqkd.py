@@ -8,13 +8,13 @@ They are a data set as any other, {"prompt", "output"} per line; an answer that 
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoint import write_text
 from data import Example, TextTokenizer, cut_prompt, read_jsonl
 from model import generate, load_model
 
@@ -89,10 +89,8 @@ def teacher_answers(
         where = f"{teacher_directory}'s answer"
         return [Example(where, [x["output"]], x["prompt"], ends="end_of_text" not in x) for x in written]
     written[0] = {**written[0], "seqkd": recipe}
-    new_file = file.with_name(f"{file.name}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
-    new_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-    os.replace(new_file, file)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
     return read_jsonl(file)
 
 

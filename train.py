@@ -12,6 +12,8 @@ import ctypes
 import json
 import math
 import random
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +29,18 @@ from tqdm import tqdm
 
 import lora
 import tiny
-from checkpoint import Log, check_directory, restore_checkpoint, save_checkpoint, start_directory
+from checkpoint import (
+    Log,
+    Stopped,
+    StopSignals,
+    check_directory,
+    hold_directory,
+    random_state,
+    restore_checkpoint,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
 from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
@@ -197,6 +210,7 @@ class Pieces:
     rows: list[Row]
     valid_rows: list[Row]
     sample_prompts: list[str]
+    where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
 
     def collate(self, rows: list[Row], device):
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
@@ -268,7 +282,8 @@ def load(o: Options) -> Pieces:
         print(f"valid: {report}", file=sys.stderr)
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
-    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts)
+    where = [example.where for example in examples]
+    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +396,10 @@ def keep_freed_memory() -> None:
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
-    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged."""
+    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged.
+
+    Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
+    """
     o = check(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -394,13 +412,18 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     if o.dry_run:
         return dry_run(o, pieces, student)
 
-    start_directory(o)  # only now, when nothing is wrong with the input
+    with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
+        return run_updates(o, pieces, student, stop, description)
+
+
+def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, description: str) -> dict[str, float]:
+    """The updates of `train` that are still to be done, and the samples at their end."""
     optimizer = make_optimizer(o, pieces)
     per_update = o.batch_size * o.grad_accum
     updates_per_epoch = -(-len(pieces.rows) // per_update)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
-    start = restore_checkpoint(o, pieces, optimizer) if o.resume else 0
+    start, counts = restore_checkpoint(o, pieces, optimizer) if o.resume else (0, {})
     log = Log(Path(o.out) / "log.jsonl", start)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pieces.student.train()
@@ -408,12 +431,13 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
     order = update_order(len(pieces.rows), per_update, o.seed, start)
-    meter = Meter()
+    meter = Meter(**counts)
     for step, indices in enumerate(islice(order, total - start), start):
         rows = [pieces.rows[i] for i in indices]
         sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
+        before = random_state(o.device)
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
@@ -422,10 +446,12 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"update {step + 1}: {error} (examples {indices[:8]}{'...' * (len(indices) > 8)}); the weights of the "
-                f"last checkpoint are in {o.out}; a lower --lr or --dtype fp32 may help"
-            ) from None
+            progress.close()
+            set_random_state(o.device, before)
+            about = save_if_finite(o, pieces, optimizer, step, meter)
+            file, lines = pieces.where[0].rpartition(", line ")[0], [pieces.where[i].split()[-1] for i in indices[:8]]
+            examples = f"{file}, lines {', '.join(lines)}{', ...' * (len(indices) > 8)}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -433,32 +459,55 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         if o.on_policy:  # a response that could not be used left the gold one in its place
             terms["on_policy"] = sum(new is not row for new, row in zip(sampled, rows, strict=False)) / len(rows)
         done = step + 1
-        if done % o.log_every == 0 or done == total or step == start:
+        if done % o.log_every == 0 or done == total or step == 0:
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
         progress.update()
-        if done % checkpoint_every == 0 or done == total:
-            paused = time.perf_counter()
-            if pieces.valid_rows:
+        due, stopping = done % checkpoint_every == 0 or done == total, stop.number
+        if due or stopping:
+            paused, counts = time.perf_counter(), meter.counts()
+            if due and pieces.valid_rows:
                 eos_id = pieces.student_tokenizer.eos_id
                 line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
                 log.write({"step": done, "valid_ce": line["valid_ce"]})
-            save_checkpoint(o, pieces, optimizer, done)
+            save_checkpoint(o, pieces, optimizer, done, counts)
             meter.since += time.perf_counter() - paused  # not training
+        if stopping:
+            progress.close()
+            raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
     progress.close()
     write_samples(o, pieces)
+    if stop.number:  # while it wrote them
+        raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
     return line
+
+
+def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, meter) -> str:
+    """The state before an update that failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.distiller
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if spoilt:
+        return f"{spoilt[0]} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    save_checkpoint(o, pieces, optimizer, step, meter.counts())
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
 class Meter:
     """What the time since the last logged line brought."""
 
-    def __init__(self):
-        self.since, self.tokens = time.perf_counter(), 0
-        self.generating, self.generated, self.responses = 0.0, 0, 0
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
 
     def time_generation(self, sample: Callable, *arguments) -> list[Row]:
         began = time.perf_counter()
@@ -497,7 +546,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
     responses = respond(pieces.student, pieces.student_tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
-    (Path(o.out) / "samples.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(o.out) / "samples.txt", text + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -516,8 +565,21 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             train(o)
             print(f"student: {Path(check(o).out) / 'student'}")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
+        print(f"{stopped or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+
+
+def way_on(given: dict, arguments: list[str] | None) -> str:
+    """How to continue the command that was given."""
+    words = ["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    embedded = not given.keys() & {"student", "teacher", "data"}
+    out = Path(given.get("out", f"runs/{given.get('method', Options.method)}"))
+    if embedded or (out / "args.json").is_file():
+        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
 
 
 if __name__ == "__main__":
