@@ -437,7 +437,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
         sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
-        before = random_state(o.device)
+        before = random_state(o.device), meter.counts()
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
@@ -447,8 +447,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
         except FloatingPointError as error:
             progress.close()
-            set_random_state(o.device, before)
-            about = save_if_finite(o, pieces, optimizer, step, meter)
+            about = save_if_finite(o, pieces, optimizer, step, *before)
             file, lines = pieces.where[0].rpartition(", line ")[0], [pieces.where[i].split()[-1] for i in indices[:8]]
             examples = f"{file}, lines {', '.join(lines)}{', ...' * (len(indices) > 8)}"
             raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
@@ -466,15 +465,16 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
         progress.update()
-        due, stopping = done % checkpoint_every == 0 or done == total, stop.number
+        paused, counts = time.perf_counter(), meter.counts()
+        due = done % checkpoint_every == 0 or done == total
+        if due and pieces.valid_rows:
+            eos_id = pieces.student_tokenizer.eos_id
+            line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
+            log.write({"step": done, "valid_ce": line["valid_ce"]})
+        stopping = stop.number
         if due or stopping:
-            paused, counts = time.perf_counter(), meter.counts()
-            if due and pieces.valid_rows:
-                eos_id = pieces.student_tokenizer.eos_id
-                line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
-                log.write({"step": done, "valid_ce": line["valid_ce"]})
             save_checkpoint(o, pieces, optimizer, done, counts)
-            meter.since += time.perf_counter() - paused  # not training
+        meter.since += time.perf_counter() - paused  # not training
         if stopping:
             progress.close()
             raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
@@ -485,14 +485,15 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
     return line
 
 
-def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, meter) -> str:
-    """The state before an update that failed, for whoever looks into it; says where it is."""
+def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
     modules = pieces.student, pieces.distiller
     trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
     spoilt = [name for name, parameter in trained if not parameter.isfinite().all()]
     if spoilt:
         return f"{spoilt[0]} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
-    save_checkpoint(o, pieces, optimizer, step, meter.counts())
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
     return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
@@ -568,7 +569,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
-        print(f"{stopped or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
 
 

@@ -1,10 +1,10 @@
 """Run a training command to its end, killed (SIGKILL) again and again on the way: a process of its own for tests.
 
-    python run_and_kill.py '{"arguments": [...], "out": DIR, "kills": 20, "seed": 0, "seconds": 1.0}'
+    python run_and_kill.py '{"arguments": [...], "out": DIR, "kills": 20, "seed": 0, "events": 36, "seconds": 1.0}'
 
-Every attempt is a fork of this process, so that Python and torch start once. Odd ones are killed at a random moment, even
-ones just before or in the middle of a random one of the things that leave something on disk. After each kill student/, if
-it is there, must load. Prints a JSON object per attempt: where it was killed.
+Every attempt is a fork of this process, so that Python and torch start once. Odd ones are killed at a random moment,
+even ones just before or in the middle of a random one of the things that leave something on disk. After each kill
+student/, if it is there, must load. Prints a JSON object per attempt: where it was killed.
 """
 
 import json
@@ -29,7 +29,7 @@ WRITES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtr
 
 
 def die_at(count: int, out: str, report: Path) -> None:
-    """Arrange for this process to kill itself at the count-th thing it does in the run directory, or update it makes."""
+    """Arrange for this process to kill itself at the count-th thing it does in the run directory, or update."""
     left = [count]
 
     def passed(what: str) -> None:
