@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import chat_of
+from checkpoint import chat_of, write_text
 from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
 from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
@@ -248,8 +248,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         run(options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # the table of what is done was printed
+        sys.exit(130)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -314,7 +316,7 @@ def write_report(name: str, directory: Path, data: DataSet, options: argparse.Na
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
     file = f"eval-{data.name}.json" if Path(name).is_dir() else f"eval-{name.replace('/', '-')}-{data.name}.json"
     path = Path(name) / file if Path(name).is_dir() else Path(file)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     return path
 
 

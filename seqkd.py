@@ -9,13 +9,13 @@ format of its own; an answer that stopped at the length limit has
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoint import write_text
 from data import Example, TextTokenizer, cut_example, read_jsonl
 from model import generate, load_model
 
@@ -96,10 +96,8 @@ def teacher_answers(
         ends = ("end_of_text" not in x for x in written)
         return [Example(where, [x["output"]], **f, ends=e) for x, f, e in zip(written, fields, ends, strict=True)]
     written[0] = {**written[0], "seqkd": recipe}
-    new_file = file.with_name(f"{file.name}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
-    new_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-    os.replace(new_file, file)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
     return read_jsonl(file)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,20 @@ from tqdm import tqdm
 import lora
 import tiny
 from cache import TeacherCache
-from checkpoint import Log, chat_of, check_directory, restore_checkpoint, run_of, save_checkpoint, start_directory
+from checkpoint import (
+    Log,
+    Stopped,
+    StopSignals,
+    chat_of,
+    check_directory,
+    hold_directory,
+    random_state,
+    restore_checkpoint,
+    run_of,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
 from data import (
     CHATS,
     Row,
@@ -147,8 +161,8 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
     "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
-    "data valid max_steps batch_size grad_accum max_len max_prompt_len chunk seed dtype device compile "
-    "checkpoint_every log_every"
+    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk seed dtype "
+    "device compile checkpoint_every log_every"
 ).split()
 
 
@@ -348,6 +362,7 @@ class Pieces:
     rows: list[Row]
     valid_rows: list[Row]
     sample_prompts: list[str]
+    where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
 
     def collate(self, rows: list[Row], device):
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
@@ -432,7 +447,8 @@ def load(o: Options) -> Pieces:
         print(f"valid: {report}", file=sys.stderr)
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
-    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts)
+    where = [example.where for example in examples]
+    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +561,10 @@ def keep_freed_memory() -> None:
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
-    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged."""
+    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged.
+
+    Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
+    """
     o = check(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -558,7 +577,12 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     if o.dry_run:
         return dry_run(o, pieces, student)
 
-    start_directory(o)  # only now, when nothing is wrong with the input
+    with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
+        return run_updates(o, pieces, student, stop, description)
+
+
+def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, description: str) -> dict[str, float]:
+    """The updates of `train` that are still to be done, and the samples at their end."""
     optimizer = make_optimizer(o, pieces)
     per_update = o.batch_size * o.grad_accum
     updates_per_epoch = -(-len(pieces.rows) // per_update)
@@ -567,7 +591,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     print(f"{len(parts)} batches per epoch, {padding_share(parts):.1%} of their positions are padding", file=sys.stderr)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
-    start = restore_checkpoint(o, pieces, optimizer) if o.resume else 0
+    start, counts = restore_checkpoint(o, pieces, optimizer) if o.resume else (0, {})
     log = Log(Path(o.out) / "log.jsonl", start)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pieces.student.train()
@@ -575,11 +599,12 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
     order = make_order(o, pieces, start)
-    meter, compiled = Meter(), compilations()
+    meter, compiled = Meter(**counts), compilations()
     for step, (indices, rows, batches) in enumerate(ahead(prepared(o, pieces, islice(order, total - start))), start):
         sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
+        before = random_state(o.device), meter.counts()
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
@@ -588,10 +613,11 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"update {step + 1}: {error} (examples {indices[:8]}{'...' * (len(indices) > 8)}); the weights of the "
-                f"last checkpoint are in {o.out}; a lower --lr or --dtype fp32 may help"
-            ) from None
+            progress.close()
+            about = save_if_finite(o, pieces, optimizer, step, *before)
+            file, lines = pieces.where[0].rpartition(", line ")[0], [pieces.where[i].split()[-1] for i in indices[:8]]
+            examples = f"{file}, lines {', '.join(lines)}{', ...' * (len(indices) > 8)}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -599,7 +625,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         if o.on_policy:  # a response that could not be used left the gold one in its place
             terms["on_policy"] = sum(new is not row for new, row in zip(sampled, rows, strict=False)) / len(rows)
         done = step + 1
-        if done % o.log_every == 0 or done == total or step == start:
+        if done % o.log_every == 0 or done == total or step == 0:
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
             if o.compile:
@@ -608,16 +634,23 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
         progress.update()
-        if done % checkpoint_every == 0 or done == total:
-            paused = time.perf_counter()
-            if pieces.valid_rows:
-                eos_id = pieces.student_tokenizer.eos_id
-                line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
-                log.write({"step": done, "valid_ce": line["valid_ce"]})
-            save_checkpoint(o, pieces, optimizer, done)
-            meter.since += time.perf_counter() - paused  # not training
+        paused, counts = time.perf_counter(), meter.counts()
+        due = done % checkpoint_every == 0 or done == total
+        if due and pieces.valid_rows:
+            eos_id = pieces.student_tokenizer.eos_id
+            line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
+            log.write({"step": done, "valid_ce": line["valid_ce"]})
+        stopping = stop.number
+        if due or stopping:
+            save_checkpoint(o, pieces, optimizer, done, counts)
+        meter.since += time.perf_counter() - paused  # not training
+        if stopping:
+            progress.close()
+            raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
     progress.close()
     write_samples(o, pieces)
+    if stop.number:  # while it wrote them
+        raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
     return line
 
 
@@ -638,14 +671,30 @@ def compilations() -> int:
     """How many graphs torch.compile has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.distiller
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if spoilt:
+        return f"{spoilt[0]} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
 class Meter:
     """What the time since the last logged line brought."""
 
-    def __init__(self):
-        self.since, self.tokens = time.perf_counter(), 0
-        self.generating, self.generated, self.responses = 0.0, 0, 0
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
 
     def time_generation(self, sample: Callable, *arguments) -> list[Row]:
         began = time.perf_counter()
@@ -685,7 +734,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
     responses = respond(pieces.student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
-    (Path(o.out) / "samples.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(o.out) / "samples.txt", text + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -711,8 +760,21 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             train(o)
             print(f"student: {Path(o.out) / 'student'}")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
+        print(f"\n{str(stopped) or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+
+
+def way_on(given: dict, arguments: list[str] | None) -> str:
+    """How to continue the command that was given."""
+    words = ["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    embedded = not given.keys() & {"student", "teacher", "data"}
+    out = Path(given.get("out", f"runs/{given.get('method', Options.method)}"))
+    if embedded or (out / "args.json").is_file():
+        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
 
 
 if __name__ == "__main__":
