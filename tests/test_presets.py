@@ -207,10 +207,11 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
     log = (out / "teacher" / "log.jsonl").read_bytes()
     train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True))  # all is done
     assert (out / "teacher" / "log.jsonl").read_bytes() == log
+    again = tmp_path / "again"
+    shutil.move(out / "teacher", again / "teacher")
     with pytest.raises(SystemExit, match="already holds a run"):
         train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True))
-    again = tmp_path / "again"
-    shutil.copytree(out / "teacher", again / "teacher")
+    assert not (out / "teacher").exists()  # told before the stage
     with pytest.raises(SystemExit, match="teacher was trained with --seed 42"):
         train.main(arguments(tiny_task, again, **options, seed=1, teacher_sft=True))
 
