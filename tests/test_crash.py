@@ -80,7 +80,7 @@ def kill_again_and_again(task, tmp_path, kills: int, seed: int, **options) -> No
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(task, tmp_path):
-    kill_again_and_again(task, tmp_path, 6, seed=1, max_steps=9, **METHODS["eta"])
+    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["eta"])
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def stopping_at(monkeypatch):
 def test_asked_to_stop_a_run_saves_first(
     task, tmp_path, stopping_at, monkeypatch, capsys, name, call, step, number, code
 ):
-    options = {"max_steps": 5, "on_policy": 0.5, "max_len": 60}
+    options = {"max_steps": 5, "on_policy": 1, "max_len": 60}
     train.main(command(task, tmp_path / "whole", **options))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     stopping_at(name, call, number)
@@ -401,18 +401,18 @@ def live_tensors() -> int:
 
 @pytest.mark.parametrize("method", ["eta", "cma"])
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
-    """As many tensors are alive before update 60 as before update 20, checkpoints and sampled responses included."""
+    """As many tensors are alive before update 45 as before update 20, checkpoints and sampled responses included."""
     accumulate, counts = train.accumulate, []
 
     def counting(*things):
-        counts.append(live_tensors() if len(counts) in (20, 59) else None)
+        counts.append(live_tensors() if len(counts) in (20, 44) else None)
         return accumulate(*things)
 
     monkeypatch.setattr(train, "accumulate", counting)
     monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
-    train.main(command(tiny_task, tmp_path / "run", max_steps=60, checkpoint_every=15, **options))
-    assert counts[20] == counts[59]
+    train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
+    assert counts[20] == counts[44]
 
 
 @pytest.mark.slow
