@@ -299,7 +299,7 @@ def check(o: Options) -> Options:
         raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
     if o.projectors is not None:
         if not Path(o.projectors).is_file():
-            raise FileNotFoundError(f"--projectors {o.projectors}: no such file")
+            raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
         try:  # only that it can be read; whether it fits is known once the models are there
             with safe_open(o.projectors, "pt"):
                 pass
@@ -638,9 +638,8 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
         progress.update()
         paused, counts = time.perf_counter(), meter.counts()
         due = done % checkpoint_every == 0 or done == total
-        stopping = stop.number
-        finite = not (due or stopping) or all(torch.stack(p.detach().aminmax()).isfinite().all() for p in parameters)
-        if not finite:
+        extremes = [torch.stack(p.detach().aminmax()) for p in parameters if due or stop.number]
+        if not all(pair.isfinite().all() for pair in extremes):
             raise FloatingPointError(
                 f"update {done}: it left weights that are not finite; those in {o.out} are from before; a lower --lr "
                 "or --weight-decay may help"
@@ -649,6 +648,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             eos_id = pieces.student_tokenizer.eos_id
             line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
             log.write({"step": done, "valid_ce": line["valid_ce"]})
+        stopping = stop.number
         if due or stopping:
             save_checkpoint(o, pieces, optimizer, done, counts)
         meter.since += time.perf_counter() - paused  # not training

@@ -468,6 +468,14 @@ def test_options_of_training(count, tiny_task, tmp_path, capsys, monkeypatch):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+def test_weights_that_an_update_spoils_are_not_saved(tiny_task, tmp_path, capsys):
+    arguments = [f"--student={tiny_task / 'student'}", f"--data={tiny_task / 'valid.jsonl'}", "--method=sft",
+                 f"--out={tmp_path / 'run'}", "--max-len=96", "--device=cpu", "--max-steps=1",
+                 "--lr=1e300"]  # fmt: skip
+    assert "update 1: it left weights that are not finite" in refusal(train.main, arguments, capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @mutants(25, 600)
 def test_options_of_evaluation(count, tiny_task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -544,6 +552,14 @@ def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
                  "--max-len=96", "--device=cpu", "--epochs=2", "--batch-size=8", "--seed=1"]  # fmt: skip
     train.main([*arguments, f"--out={tmp_path / 'good'}"])
     expected = load_file(tmp_path / "good" / "student" / "model.safetensors")
+    state = tmp_path / "good" / "resume" / "state.safetensors"
+    content, tensors, metadata = state.read_bytes(), load_file(state), read_header(state)[0]["__metadata__"]
+    for odd, about in [({"student.norm.bias": torch.ones(3)}, metadata), ({"optimizer.0.exp": torch.ones(1)}, metadata),
+                       ({"random.cpu": torch.ones(1)}, metadata), ({}, {**metadata, "step": "x"}), ({}, None)]:  # fmt: skip
+        save_file({**tensors, **odd}, state, metadata=about)
+        message = refusal(train.main, [*arguments, f"--out={tmp_path / 'good'}", "--resume"], capsys)
+        assert f"{state}: not readable" in message, message
+    state.write_bytes(content)
     for rng in generators(count, "resume"):
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
