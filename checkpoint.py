@@ -68,6 +68,8 @@ def write_checkpoint(o, pieces, optimizer: torch.optim.AdamW, out: Path, metadat
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
+    if pieces.student_tokenizer.chat != "none":
+        pieces.student_tokenizer.write_end(out / "student")
     tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters() if value.requires_grad}
     tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
     for index, state in optimizer.state_dict()["state"].items():
@@ -105,10 +107,14 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not readable ({error}); start again with another --out") from error
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     state: dict[int, dict] = {}
     with torch.no_grad():
         for name, parameter in pieces.student.named_parameters():
@@ -120,18 +126,24 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value.clone()  # not a view of the file, which is soon replaced
+    if any(set(moments) != {"step", "exp_avg", "exp_avg_sq"} for moments in state.values()):
+        raise ValueError("the optimiser's state is incomplete")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     set_random_state(o.device, {name: tensors[f"random.{name}"] for name in random_state(o.device)})
-    return int(metadata["step"]), json.loads(metadata["meter"])
+    return int(metadata["step"]), dict(json.loads(metadata["meter"]))
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run, or --resume is given and it holds this very run."""
+    """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
+    then take the value of that run."""
     out, record = Path(o.out), asdict(replace(o, resume=False))
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before = read_json(out / "args.json")
+        for name in record:  # what is open in the options is as it was, also where it followed from the models
+            if record[name] is None:
+                setattr(o, name, before.get(name))
         changed = {name for name in record if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
@@ -144,6 +156,20 @@ def check_directory(o) -> None:
     if (out / "resume" / "lock").is_file():  # before the models are loaded
         with locked(out):
             pass
+
+
+def run_of(directory: str | Path) -> dict | None:
+    """The options of the run whose student/ this model directory is; None for any other model."""
+    directory = Path(os.path.abspath(directory))
+    record = directory.parent / "args.json"
+    if directory.name != "student" or not record.is_file():
+        return None
+    return read_json(record)
+
+
+def chat_of(directory: str | Path) -> str:
+    """The chat format that a model directory was trained with here, "none" if it was not."""
+    return (run_of(directory) or {}).get("student_chat") or "none"
 
 
 @contextmanager
