@@ -550,6 +550,17 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
     return batch
 
 
+def without_responses(batch: Batch) -> Batch:
+    """A batch of one padding token per model and no response position, for a process that has no example left."""
+
+    def empty(side: ModelBatch | None) -> ModelBatch | None:
+        none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
+        return side and replace(side, input_ids=side.input_ids[:1, :1], **none)
+
+    pairs = [None if index is None else index[:0] for index in (batch.teacher_index, batch.student_index)]
+    return Batch(empty(batch.student), empty(batch.teacher), *pairs)
+
+
 def update_order(examples: int, per_update: int, seed: int, start: int = 0) -> Iterator[list[int]]:
     """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew.
 

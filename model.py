@@ -486,13 +486,23 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decode
     Weights are converted to dtype one tensor at a time, so the peak is the model itself. Raises FileNotFoundError for
     missing files; ValueError for configs, tensors or files that are not understood, incomplete or damaged.
     """
-    path = Path(path)
-    config = read_json(path / "config.json")
     with torch.device("meta"):
-        m = Decoder(config)
-    prefix = (GPT2_NAMES if config["model_type"] == "gpt2" else LLAMA_NAMES)[0]
+        m = Decoder(read_json(Path(path) / "config.json"))
+    for name, tensor in read_tensors(m, path):
+        owner, leaf = name.rsplit(".", 1)
+        # a copy on purpose: what safetensors returns is mapped from the file and would change with it
+        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        setattr(m.get_submodule(owner), leaf, nn.Parameter(copy))
+    return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def read_tensors(m: Decoder, path):
+    """Yield (our parameter name, tensor in our layout, mapped from the file) for each parameter of m, once, as the
+    files have them. Raises as `load_model` does, and for whatever is missing after the last."""
+    path, family = Path(path), m.config["model_type"]
+    prefix = (GPT2_NAMES if family == "gpt2" else LLAMA_NAMES)[0]
     ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
-    missing, tied_head = set(ours), None
+    missing, tied_head, embedding = set(ours), None, None
     for file in checkpoint_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -503,35 +513,33 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decode
                     theirs = name if name in ours or name == "lm_head.weight" else prefix + name
                     if theirs == "lm_head.weight" and m.lm_head is None:
                         tied_head = tensors.get_tensor(name)  # compared below: the embedding may come later
-                    elif theirs not in missing:
-                        why = "came twice" if theirs in ours else f"is not known for model_type {config['model_type']}"
+                        continue
+                    if theirs not in missing:
+                        why = "came twice" if theirs in ours else f"is not known for model_type {family}"
                         raise ValueError(f"{file}: tensor {name!r} {why}")
-                    else:
-                        set_parameter(m, ours[theirs], tensors.get_tensor(name), dtype, device, f"{file}: {name}")
-                        missing.discard(theirs)
+                    missing.discard(theirs)
+                    tensor = in_our_layout(m, ours[theirs], tensors.get_tensor(name), f"{file}: {name}")
+                    embedding = tensor if ours[theirs] == "embed.weight" else embedding
+                    yield ours[theirs], tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
-    if tied_head is not None and not torch.equal(tied_head.to(device, dtype), m.embed.weight):
+    if tied_head is not None and not torch.equal(tied_head.to(embedding.dtype), embedding):
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
                          "tie_word_embeddings to false")  # fmt: skip
-    return m.to(device).eval()  # all that is left to move is the rotary table
 
 
-def set_parameter(m: Decoder, name: str, tensor: torch.Tensor, dtype, device, where: str) -> None:
-    owner, leaf = name.rsplit(".", 1)
-    owner = m.get_submodule(owner)
-    expected = getattr(owner, leaf).shape
+def in_our_layout(m: Decoder, name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """A tensor of a checkpoint as the parameter `name` has it. Raises ValueError if it cannot be that."""
+    expected = list(m.get_parameter(name).shape)
     in_out = m.config["model_type"] == "gpt2" and TRANSPOSED.search(name)
-    if tensor.shape != (expected[::-1] if in_out else expected):
-        expected = list(expected[::-1] if in_out else expected)
+    if list(tensor.shape) != (expected[::-1] if in_out else expected):
+        expected = expected[::-1] if in_out else expected
         raise ValueError(f"{where}: shape {list(tensor.shape)} in the file, {expected} by config.json")
     if not tensor.is_floating_point():
         raise ValueError(f"{where}: {tensor.dtype} weights (a quantised checkpoint?) are not supported")
-    tensor = tensor.mT if in_out else tensor
-    # a copy on purpose: what safetensors returns is mapped from the file and would change with it
-    setattr(owner, leaf, nn.Parameter(torch.empty(expected, dtype=dtype, device=device).copy_(tensor)))
+    return tensor.mT if in_out else tensor
 
 
 def read_json(file: Path) -> dict:

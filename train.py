@@ -3,6 +3,7 @@
     python train.py                                                the embedded tiny task, to the end
     python train.py --teacher qwen --student gpt2 --data dolly     the papers' pair
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
+    torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see parallel.py
 
 The loop is `train`; what one update does is in distill.py; what the terms mean is in losses.py.
 """
@@ -11,10 +12,12 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -26,9 +29,20 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import lora
+import parallel
 import tiny
 from checkpoint import Log, check_directory, restore_checkpoint, save_checkpoint, start_directory
-from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
+from data import (
+    Row,
+    TextTokenizer,
+    collate,
+    cut_prompt,
+    read_jsonl,
+    sampled_row,
+    tokenise,
+    update_order,
+    without_responses,
+)
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import data_file, model_directory
@@ -67,8 +81,8 @@ class Options:
     lora_dropout: float | None = option(None, "dropout on the adapters' input (default: the papers' 0.1)")
     epochs: int = option(20, "passes over the data")
     max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
-    batch_size: int = option(32, "examples per forward pass")
-    grad_accum: int = option(1, "forward passes per update")
+    batch_size: int = option(32, "examples per forward pass, of each process")
+    grad_accum: int = option(1, "forward passes per update; it is over batch size x this x processes examples")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
     weight_decay: float = option(1e-2, "AdamW's, on matrices only")
@@ -80,6 +94,9 @@ class Options:
     seed: int = option(42, "of initialisation, data order and dropout")
     dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    shard: str | None = option(
+        None, "with torchrun: split a model's weights over all processes (FSDP2)", ["teacher", "student", "both"]
+    )
     compile: bool | None = option(None, "torch.compile both models (default: on CUDA)")
     out: str | None = option(None, "run directory (default: runs/METHOD or, without arguments, runs/tiny)")
     resume: bool = option(False, "go on with the run in --out")
@@ -131,6 +148,7 @@ def check(o: Options) -> Options:
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
+    check_processes(o)
     device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         on_cuda = torch.device(device).type == "cuda"
@@ -162,6 +180,20 @@ def check(o: Options) -> Options:
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
         out=o.out or f"runs/{o.method}",
     )
+
+
+def check_processes(o: Options) -> None:
+    by_torchrun = parallel.by_torchrun()
+    if o.shard and not by_torchrun:
+        raise ValueError(f"--shard {o.shard} splits weights over processes: start with torchrun --nproc_per_node=N")
+    if o.shard in ("teacher", "both") and o.method in ("sft", "seqkd"):
+        raise ValueError(f"--shard {o.shard}: --method {o.method} trains without a teacher; use --shard student")
+    if by_torchrun and o.dry_run:
+        raise ValueError("--dry-run is for one process: start without torchrun")
+    if by_torchrun and o.device not in (None, "cuda", "cpu"):
+        raise ValueError(f"--device {o.device}: torchrun gives each process its own; use cuda, cpu or leave it out")
+    if by_torchrun and o.device != "cpu" and 0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+        raise ValueError(f"torchrun started more processes than there are CUDA devices ({torch.cuda.device_count()})")
 
 
 def check_lora(o: Options) -> Options:
@@ -202,9 +234,12 @@ class Pieces:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
         return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
 
-    def batches(self, rows: list[Row], o: Options) -> list:
-        """The rows of one update as batches of --batch-size."""
-        return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
+    def batches(self, rows: list[Row], o: Options, count: int) -> list:
+        """This process's rows of one update as batches of --batch-size: `count` of them, which is the same in all
+        processes, since those that share a model's weights must run it equally often; the last may have no row."""
+        parts = [rows[i * o.batch_size : (i + 1) * o.batch_size] for i in range(count)]
+        batches = [self.collate(part or self.rows[:1], o.device) for part in parts]
+        return [batch if part else without_responses(batch) for part, batch in zip(parts, batches, strict=True)]
 
 
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
@@ -217,6 +252,15 @@ def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     for name, limit in limits.items():
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
+
+
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model compiled; a sharded one block by block, as its weights come and go between them."""
+    if not parallel.is_sharded(model):
+        return torch.compile(model, dynamic=True)
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    return model
 
 
 def load(o: Options) -> Pieces:
@@ -234,32 +278,38 @@ def load(o: Options) -> Pieces:
     valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
 
     torch.manual_seed(o.seed)
+    home = "cpu" if o.shard in ("student", "both") else o.device
     if o.from_scratch:
-        student = build_model(read_json(student_directory / "config.json")).to(o.device)
+        student = build_model(read_json(student_directory / "config.json")).to(home)
     else:
-        student = load_model(student_directory, torch.float32, o.device)
+        student = load_model(student_directory, torch.float32, home)
     student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         print(f"LoRA: {trained:,} of the student's parameters are trained", file=sys.stderr)
+    if o.shard in ("student", "both"):
+        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
     method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
     if o.method == "seqkd":  # from here on it is supervised fine-tuning
-        examples = teacher_answers(
-            Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, student_tokenizer, o.max_len,
-            o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
-        )  # fmt: skip
+        with parallel.main_first():
+            examples = teacher_answers(
+                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, student_tokenizer,
+                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
+            )  # fmt: skip
         method, teacher_tokenizer = "sft", None
     examples = examples[:first_lines]
     if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        teacher = load_model(teacher_directory, dtype, o.device)
+        load_teacher = parallel.load_sharded if o.shard in ("teacher", "both") else load_model
+        teacher = load_teacher(teacher_directory, dtype, o.device)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-        teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
+        teacher = compiled(teacher.requires_grad_(False)) if o.compile else teacher
 
-    distiller = Distiller(
-        student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
-        o.temperature, o.kd_rate, o.projectors, o.chunk,
-    )  # fmt: skip
+    with parallel.main_first():  # MinED's map goes into a cache
+        distiller = Distiller(
+            student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
+            o.temperature, o.kd_rate, o.projectors, o.chunk,
+        )  # fmt: skip
     lengths = o.max_len, o.max_prompt_len
     rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, distiller.align)
     print(f"train: {report}", file=sys.stderr)
@@ -279,6 +329,13 @@ def autocast(o: Options) -> torch.autocast:
     return torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=o.dtype == "bf16")
 
 
+@contextmanager
+def gathered(o: Options, pieces: Pieces) -> Iterator[None]:
+    """For scores and samples: the student as it is, in float32; a sharded one in the dtype it is trained in."""
+    with parallel.gathered(pieces.student), autocast(o) if parallel.is_sharded(pieces.student) else nullcontext():
+        yield
+
+
 def is_on_policy(o: Options, step: int) -> bool:
     """Whether update `step` distils on sampled responses: with probability --on-policy, and a function of (seed, step)
     alone, so that a resumed run, and every process of one run, decides alike."""
@@ -287,14 +344,15 @@ def is_on_policy(o: Options, step: int) -> bool:
 
 def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple[list[Row], int]:
     """The rows with responses sampled from the student as it is now (v2, eq. 18; T = 1, the whole distribution, no
-    dropout, no gradient), and how many tokens were sampled. Seeded by (seed, step), like `is_on_policy`.
+    dropout, no gradient), and how many tokens were sampled. Seeded by (seed, step), like `is_on_policy`,
+    and the process, each of which samples for its own share of the update.
 
-    All responses of an update are sampled together: so they do not depend on how it is split, and it is faster.
+    All these responses are sampled together: so they do not depend on how the share is split, and it is faster.
     """
-    seed = random.Random(f"{o.seed} sample {step}").getrandbits(63)
+    seed = random.Random(f"{o.seed} sample {step}" + f" {parallel.rank()}" * (parallel.rank() > 0)).getrandbits(63)
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
     room = [o.max_len - len(prompt) for prompt in prompts]
-    with autocast(o):
+    with autocast(o), parallel.gathered(pieces.student):
         responses = generate(pieces.student, prompts, room, tokenizer.eos_id, seed=seed, vocabulary=tokenizer.size)
     both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.distiller.align
     sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
@@ -302,14 +360,16 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
 
 
 def accumulate(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
-    """Loss terms of one update over its batches, with their gradient added up. `sampled`: batches of sampled responses,
-    which L_kd is on instead of the gold ones. Raises FloatingPointError for a term that is not finite, naming it."""
+    """Loss terms of one update over its batches, with their gradient added up, also over all processes. `sampled`:
+    batches of sampled responses, which L_kd is on instead of the gold ones. Raises FloatingPointError for a term that
+    is not finite, naming it."""
     distiller = pieces.distiller
     distilled = sampled or batches
     distiller.refresh(pieces.student)
     with autocast(o):
         states = [distiller.teacher_states(batch) for batch in distilled]
-        totals = distiller.totals(pieces.student, distilled, states, batches)
+        add_up = parallel.add_up if parallel.world() > 1 else None
+        totals = distiller.totals(pieces.student, distilled, states, batches, add_up)
     parts = [(batch, state, not sampled) for batch, state in zip(distilled, states, strict=True)]
     if sampled:
         parts = [(batch, None, True) for batch in batches] + parts
@@ -323,24 +383,30 @@ def accumulate(o: Options, pieces: Pieces, student, batches: list, sampled: list
         values += [value.detach().float() for value in terms.values()]
     sums: dict[str, float] = {}
     for name, value in zip(names, torch.stack(values).tolist(), strict=True):  # the one wait for the device
+        sums[name] = sums.get(name, 0.0) + value
+    ratios = [ratio for batch in distilled for ratio in batch.align_ratios]
+    teacher_tokens = sum(len(batch.teacher.labels) for batch in distilled if batch.teacher is not None)
+    sums |= {"teacher_tokens": teacher_tokens, "ratios": sum(ratios), "examples": len(ratios)}
+    sums = dict(zip(sums, parallel.add_up(list(sums.values())), strict=True))
+    for name, value in sums.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
-        sums[name] = sums.get(name, 0.0) + value
-    return summarise(sums, distilled, totals, distiller.align)
+    parallel.add_gradients([*pieces.student.parameters(), *distiller.parameters()])
+    return summarise(sums, totals, distiller)
 
 
-def summarise(sums: dict[str, float], batches: list, totals: Totals, align: str) -> dict[str, float]:
-    """Counts turned into the ratios that are logged; `batches` are those that L_kd is on."""
+def summarise(sums: dict[str, float], totals: Totals, distiller: Distiller) -> dict[str, float]:
+    """Counts turned into the ratios that are logged."""
     sums["accuracy"] = sums.pop("correct") / totals.gold_tokens
     agreeing, pairs = sums.pop("agreeing", None), sums.pop("pairs", None)
     if agreeing is not None:
         sums["t2s_agreement"] = agreeing / max(pairs, 1)
-    if align in ("eta", "mined"):
-        ratios = [ratio for batch in batches for ratio in batch.align_ratios]
-        sums["align_ratio"] = sum(ratios) / len(ratios)
+    ratios, examples, teacher_tokens = (sums.pop(name) for name in ("ratios", "examples", "teacher_tokens"))
+    if distiller.align in ("eta", "mined"):
+        sums["align_ratio"] = ratios / examples
     sums["student_tokens"] = totals.tokens
-    if batches[0].teacher is not None:
-        sums["teacher_tokens"] = sum(len(batch.teacher.labels) for batch in batches)
+    if distiller.method != "sft":
+        sums["teacher_tokens"] = teacher_tokens
     return sums
 
 
@@ -355,6 +421,7 @@ def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
     projectors = [p for p in pieces.distiller.parameters() if p.requires_grad]
     if projectors:
         groups.append({"params": projectors, "lr": o.projector_lr, "weight_decay": o.weight_decay})
+    groups = [{**group, "params": part} for group in groups for part in parallel.alike(group["params"])]
     for group in groups:
         group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.device(o.device).type in ("cuda", "cpu"))
@@ -387,22 +454,29 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     else:
         keep_freed_memory()
-    if not o.dry_run:
+    writes = parallel.rank() == 0
+    if not o.dry_run and writes:
         check_directory(o)
     pieces = load(o)
-    student = torch.compile(pieces.student, dynamic=True) if o.compile else pieces.student
+    student = compiled(pieces.student) if o.compile else pieces.student
     if o.dry_run:
         return dry_run(o, pieces, student)
 
-    start_directory(o)  # only now, when nothing is wrong with the input
+    if writes:
+        start_directory(o)  # only now, when nothing is wrong with the input
     optimizer = make_optimizer(o, pieces)
-    per_update = o.batch_size * o.grad_accum
+    per_update = o.batch_size * o.grad_accum * parallel.world()
     updates_per_epoch = -(-len(pieces.rows) // per_update)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
     start = restore_checkpoint(o, pieces, optimizer) if o.resume else 0
-    log = Log(Path(o.out) / "log.jsonl", start)
+    log = Log(Path(o.out) / "log.jsonl", start) if writes else None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel.start_alike(parameters)
+    if not start and not writes:  # dropout of its own
+        parallel.seed_process(o.seed, start)
+    if parallel.add_up([start])[0] != start * parallel.world():
+        raise ValueError(f"--resume: {o.out} is not the same directory for all processes; they need a shared one")
     pieces.student.train()
     line: dict[str, float] = {}
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
@@ -410,15 +484,16 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     order = update_order(len(pieces.rows), per_update, o.seed, start)
     meter = Meter()
     for step, indices in enumerate(islice(order, total - start), start):
-        rows = [pieces.rows[i] for i in indices]
-        sampled: list[Row] = []
+        rows, sampled = [pieces.rows[i] for i in parallel.share(indices)], None
+        count = math.ceil(len(indices) / (o.batch_size * parallel.world()))  # of forward passes
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
-            terms = accumulate(o, pieces, student, pieces.batches(rows, o), pieces.batches(sampled, o))
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip))
+            batches = [None if part is None else pieces.batches(part, o, count) for part in (rows, sampled)]
+            terms = accumulate(o, pieces, student, *batches)
+            grad_norm = parallel.clip_gradients(parameters, o.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
         except FloatingPointError as error:
@@ -429,23 +504,26 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        sampled = sampled or []
         meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
         if o.on_policy:  # a response that could not be used left the gold one in its place
-            terms["on_policy"] = sum(new is not row for new, row in zip(sampled, rows, strict=False)) / len(rows)
+            used = parallel.add_up([sum(new is not row for new, row in zip(sampled, rows, strict=False))])[0]
+            terms["on_policy"] = used / len(indices)
         done = step + 1
         if done % o.log_every == 0 or done == total or step == start:
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
-            log.write(line)
+            if writes:
+                log.write(line)
         progress.update()
         if done % checkpoint_every == 0 or done == total:
             paused = time.perf_counter()
             if pieces.valid_rows:
-                eos_id = pieces.student_tokenizer.eos_id
-                line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
-                log.write({"step": done, "valid_ce": line["valid_ce"]})
+                line["valid_ce"] = valid_cross_entropy(o, pieces)
+                if writes:
+                    log.write({"step": done, "valid_ce": line["valid_ce"]})
             save_checkpoint(o, pieces, optimizer, done)
             meter.since += time.perf_counter() - paused  # not training
     progress.close()
@@ -454,7 +532,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
 
 
 class Meter:
-    """What the time since the last logged line brought."""
+    """What the time since the last logged line brought; all processes read it together."""
 
     def __init__(self):
         self.since, self.tokens = time.perf_counter(), 0
@@ -471,6 +549,7 @@ class Meter:
     def read(self, on_policy: bool) -> dict[str, float]:
         """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
         seconds = time.perf_counter() - self.since
+        self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
         line = {"tokens_per_second": round(self.tokens / seconds, 1)}
         if on_policy:
             line["generation_share"] = round(self.generating / seconds, 4)
@@ -491,33 +570,56 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
     return {name: terms[name] for name in names if name in terms}
 
 
+def valid_cross_entropy(o: Options, pieces: Pieces) -> float:
+    """Of all held-out rows, of which each process scores its share."""
+    rows, total = parallel.share(pieces.valid_rows), 0.0
+    tokens = sum(len(row.student.response) for row in rows)
+    with gathered(o, pieces):
+        if rows:
+            eos_id = pieces.student_tokenizer.eos_id
+            total = tokens * held_out_cross_entropy(pieces.student, rows, eos_id, o.device)
+    total, tokens = parallel.add_up([total, tokens])
+    return total / tokens
+
+
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses to a few held-out (else training) prompts."""
     room = pieces.student.limit - max(len(pieces.student_tokenizer.encode(prompt)) for prompt in pieces.sample_prompts)
-    responses = respond(pieces.student, pieces.student_tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
+    with gathered(o, pieces):
+        if parallel.rank() > 0:
+            return
+        responses = respond(pieces.student, pieces.student_tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     (Path(o.out) / "samples.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    try:
-        if not given.keys() & {"student", "teacher", "data"}:
-            if given.get("dry_run"):
-                raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
-            names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
-            check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
-            tiny.run(given, Options, train)
-            return
+    with parallel.session():
+        given = parse(arguments)
+        try:
+            run(given)
+        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+            sys.exit(f"error: {error}")
+
+
+def run(given: dict) -> None:
+    """What a command line asks for."""
+    if given.keys() & {"student", "teacher", "data"}:
         o = Options(**given)
         if o.dry_run:
             print(json.dumps(train(o)))
         else:
             train(o)
             print(f"student: {Path(check(o).out) / 'student'}")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        return
+    if given.get("dry_run"):
+        raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
+    if parallel.by_torchrun():
+        raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
+    names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
+    check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
+    tiny.run(given, Options, train)
 
 
 if __name__ == "__main__":
