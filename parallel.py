@@ -247,7 +247,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for block in model.blocks:
         block.unshard()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # as one process does: lengths and caches of every size
+            yield
     finally:
         model.set_reshard_after_forward(True)
         for block in model.blocks:
