@@ -480,25 +480,28 @@ def build_model(config: dict) -> Decoder:
     return m
 
 
-def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: bool = True) -> Decoder:
     """Read a Hugging Face directory (config.json with model.safetensors, or its index and shards), in eval mode.
 
-    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Raises FileNotFoundError for
-    missing files; ValueError for configs, tensors or files that are not understood, incomplete or damaged.
+    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
+    and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files; ValueError
+    for configs, tensors or files that are not understood, incomplete or damaged.
     """
     with torch.device("meta"):
         m = Decoder(read_json(Path(path) / "config.json"))
-    for name, tensor in read_tensors(m, path):
+    if not body:
+        m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
+    for name, tensor in read_tensors(m, path, body):
         owner, leaf = name.rsplit(".", 1)
         # a copy on purpose: what safetensors returns is mapped from the file and would change with it
-        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        setattr(m.get_submodule(owner), leaf, nn.Parameter(copy))
+        copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        setattr(m.get_submodule(owner), leaf, nn.Parameter(copied))
     return m.to(device).eval()  # all that is left to move is the rotary table
 
 
-def read_tensors(m: Decoder, path):
-    """Yield (our parameter name, tensor in our layout, mapped from the file) for each parameter of m, once, as the
-    files have them. Raises as `load_model` does, and for whatever is missing after the last."""
+def read_tensors(m: Decoder, path, body: bool = True):
+    """Yield (our parameter name, tensor in our layout, mapped from the file) once for each parameter of m, in the order
+    of the files. Raises as `load_model` does; for what is missing, after the last."""
     path, family = Path(path), m.config["model_type"]
     prefix = (GPT2_NAMES if family == "gpt2" else LLAMA_NAMES)[0]
     ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
@@ -513,14 +516,16 @@ def read_tensors(m: Decoder, path):
                     theirs = name if name in ours or name == "lm_head.weight" else prefix + name
                     if theirs == "lm_head.weight" and m.lm_head is None:
                         tied_head = tensors.get_tensor(name)  # compared below: the embedding may come later
+                    elif theirs not in ours and not body:
                         continue
-                    if theirs not in missing:
+                    elif theirs not in missing:
                         why = "came twice" if theirs in ours else f"is not known for model_type {family}"
                         raise ValueError(f"{file}: tensor {name!r} {why}")
-                    missing.discard(theirs)
-                    tensor = in_our_layout(m, ours[theirs], tensors.get_tensor(name), f"{file}: {name}")
-                    embedding = tensor if ours[theirs] == "embed.weight" else embedding
-                    yield ours[theirs], tensor
+                    else:
+                        missing.discard(theirs)
+                        tensor = in_our_layout(m, ours[theirs], tensors.get_tensor(name), f"{file}: {name}")
+                        embedding = tensor if ours[theirs] == "embed.weight" else embedding
+                        yield ours[theirs], tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
     if missing:

@@ -92,6 +92,11 @@ def add_up(numbers: list) -> list:
     return [type(number)(value) for number, value in zip(numbers, sums.tolist(), strict=True)]
 
 
+def highest(number: int) -> int:
+    """The highest of the numbers that the processes have."""
+    return int(gather(torch.tensor(number)).max())
+
+
 def wait_for_all() -> None:
     add_up([0])
 
@@ -124,9 +129,9 @@ def gather(tensor: Tensor) -> Tensor:
 # Data parallel: the share of the examples, and what is made of the gradients
 
 
-def share(items: list) -> list:
-    """This process's part of a list that all of them have; the sizes differ by one at most."""
-    return items[rank() :: world()]
+def share(items: list, process: int) -> list:
+    """A process's part of a list that all of them have; the sizes differ by one at most."""
+    return items[process :: world()]
 
 
 def start_alike(parameters: list[nn.Parameter]) -> None:

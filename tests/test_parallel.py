@@ -5,13 +5,16 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same
 
@@ -38,6 +41,7 @@ CASES = {
     "sft, sharded": {"method": "sft", "shard": "student", "batch_size": 1},
     "eta, both sharded": {"align": "eta", "shard": "both", "batch_size": 1},
     "v2, both sharded, sampled": {"teacher": "twin", "on_policy": 1.0, "shard": "both", "batch_size": 1},
+    "eta, by tokens": {"align": "eta", "tokens_per_batch": 100, "shard": "teacher"},
     "eta, both sharded, bf16": {"align": "eta", "shard": "both", "dtype": "bf16"},
     "eta, adapters sharded": {"align": "eta", "shard": "both", "lora": 4, "lora_dropout": 0.0},
 }
@@ -52,9 +56,9 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
     o = train.check(train.Options(**options if sharded else options | {"shard": None}))
     pieces = train.load(o)
     indices = list(range(7))
-    count = -(-len(indices) // (o.batch_size * parallel.world()))
-    rows = [pieces.rows[i] for i in parallel.share(indices)]
-    sampled = [pieces.rows[i + 7] for i in parallel.share(indices)]  # in the place of what would be sampled
+    count = max(map(len, train.split_of_all(o, pieces.rows[:7])))
+    own = parallel.share(indices, parallel.rank())
+    rows, sampled = [pieces.rows[i] for i in own], [pieces.rows[i + 7] for i in own]  # the latter as if sampled
     if o.lora:  # the second matrix of an adapter starts at 0, and the first then has no gradient
         generator = torch.Generator().manual_seed(0)
         for name, p in pieces.student.named_parameters():
@@ -110,6 +114,8 @@ def runs_of_two(task: Path, out: Path) -> None:
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
+    cached = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 2}
+    train.train(options_of(task, out / "cached", **cached, shard="student"))
 
 
 def process(number: int, task: Path, port: int, out: Path) -> None:
@@ -145,6 +151,12 @@ def out(task, tmp_path_factory):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(process, (task, port, out), nprocs=2)
     return out
+
+
+def one_process(task: Path, out: Path, **changed) -> list[dict]:
+    """The log of a run by one process."""
+    train.train(options_of(task, out, **changed))
+    return log_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +252,11 @@ def test_seqkd_waits_for_the_answers_of_the_first_process(out):
     assert len((out / "seqkd" / "seqkd.jsonl").read_text().splitlines()) > 30 and len(log_of(out / "seqkd")) == 4
 
 
+def test_cached_states_and_batches_by_length(task, out, tmp_path):
+    options = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 4}
+    assert same_log(log_of(out / "cached"), one_process(task, tmp_path / "one", **options))
+
+
 def torchrun(*words, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
@@ -282,6 +299,22 @@ def test_the_command_line_speaks_with_one_voice(task, tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_saves_before_it_ends(task, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    words = arguments(task, tmp_path / "run", max_steps=100_000, shard="both")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen([*map(str, command), *words], stderr=subprocess.PIPE, text=True, env=environment)
+    while not (tmp_path / "run" / "log.jsonl").is_file() or len(log_of(tmp_path / "run")) < 3:
+        time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    error = started.communicate(timeout=200)[1]
+    assert "stopped after update" in error and "go on with: torchrun --nproc_per_node=2" in error
+    done = log_of(tmp_path / "run")[-1]["step"]
+    with safe_open(tmp_path / "run" / "resume" / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == done
+
+
+@pytest.mark.slow
 def test_compiled_blocks(task, tmp_path):
     for name, options in {"eager": {}, "compiled": {"compile": True}}.items():
         result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / name, shard="both", **options))
@@ -295,7 +328,8 @@ def test_compiled_blocks(task, tmp_path):
         ({"shard": "both"}, "--shard both splits weights over processes: start with torchrun"),
         ({"shard": "teacher", "by_torchrun": True, "method": "sft"}, "--shard teacher: --method sft trains without"),
         ({"by_torchrun": True, "dry_run": True}, "--dry-run is for one process"),
-        ({"by_torchrun": True, "device": "cuda:1"}, "--device cuda:1: torchrun gives each process its own"),
+        ({"by_torchrun": True, "device": "cuda:0"}, "--device cuda:0: torchrun gives each process its own"),
+        ({"by_torchrun": True, "shard": "teacher", "cache_teacher": "c"}, "the cache is filled by whole ones"),
         ({"by_torchrun": True, "device": None, "cards": 1}, "more processes than there are CUDA devices .1."),
     ],
 )
