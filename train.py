@@ -731,6 +731,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
         if due and pieces.valid_rows:
             line["valid_ce"] = valid_cross_entropy(o, pieces)
             log.write({"step": done, "valid_ce": line["valid_ce"]})
+            stopping = parallel.highest(stop.number)  # asked meanwhile
         if due or stopping:
             save_checkpoint(o, pieces, optimizer, done, counts)
         meter.since += time.perf_counter() - paused  # not training
