@@ -97,15 +97,16 @@ FULL = {
 }  # fmt: skip
 QUICK = {
     **FULL,
-    "student": gpt2(256, 4, 4, 16384), "teacher": llama(512, 1376, 2, 8, 8, 40960, "qwen2"),
-    "same_teacher": gpt2(384, 2, 6, 16384), "overlap": 12000, "rounds": 2, "enough": 0.5, "dtypes": ["fp32"],
+    "student": gpt2(256, 2, 4, 8192), "teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
+    "same_teacher": gpt2(384, 2, 6, 8192), "overlap": 6000, "max_len": 256, "rounds": 1, "enough": 1.0,
+    "dtypes": ["fp32"],
     "bodies": {"GPT-2 small, 4 layers": gpt2(768, 4, 12, 50257),
                "SmolLM2-135M, 6 layers": llama(576, 1536, 6, 9, 3, 49152)},
-    "square": 2048, "generator": gpt2(768, 4, 12, 50257), "new_tokens": 48,
-    "aligned_lengths": [256, 4096, 16384], "align_repeats": 5, "heads": [[12000, 512, 256], [12000, 256, 512]],
-    "growth": {"batch": [2, 4], "max_len": [128, 512], "vocabulary": [20480, 40960]},
-    "growth_teacher": llama(512, 1376, 2, 8, 8, 40960, "qwen2"),
-    "epoch": {"student": gpt2(192, 3, 3, 4096), "teacher": gpt2(400, 12, 5, 4096), "batch": 8, "updates": 5,
+    "body_repeats": 3, "square": 2048, "generator": gpt2(768, 4, 12, 50257), "new_tokens": 48,
+    "aligned_lengths": [256, 4096, 16384], "heads": [[12000, 512, 256], [12000, 256, 512]],
+    "growth": {"batch": [2, 4], "max_len": [128], "vocabulary": [10240]},
+    "growth_teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
+    "epoch": {"student": gpt2(192, 3, 3, 4096), "teacher": gpt2(400, 12, 5, 4096), "batch": 8, "updates": 4,
               "rounds": 2},
 }  # fmt: skip
 
@@ -413,7 +414,7 @@ class Bench:
 
     def add(self, what: str, against: str, dtype: str, *values) -> None:
         """A `Result`, with its target if this is the full setting."""
-        targets = TARGETS if self.size is FULL else {}
+        targets = TARGETS if self.size["student"] == FULL["student"] else {}
         target = targets.get((what, against, dtype), targets.get((what, against, "")))
         self.results.append(Result(what, against, dtype, *values, target=target))
         print("  " + " | ".join(cell for cell in self.results[-1].cells() if cell), file=sys.stderr)
@@ -680,7 +681,7 @@ def projectors(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """DSKD v2 + ETA with examples that fill --max-len: one of batch, length and vocabulary at a time, in float32."""
+    """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32."""
     base = {"batch": bench.size["batch"], "max_len": bench.size["max_len"]}
     base["vocabulary"] = bench.size["growth_teacher"]["vocab_size"]
     settings = [base | {name: value} for name, values in bench.size["growth"].items() for value in values]
@@ -769,12 +770,25 @@ def main(arguments: list[str] | None = None) -> None:
     size = QUICK if o.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         text = dict(zip(("data", "student", "teacher"), given, strict=True))
-        text = text if o.data else stand_in(size, 200, Path(folder))
+        if o.data:
+            size = size | fitting_vocabularies(size, text)
+        else:
+            text = stand_in(size, 200, Path(folder))
         results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES))
     print(f"{machine(o.device)}\n\n{table(results)}")
     if o.json:
         record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}
         Path(o.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
+    """The models of the steps with as many embeddings as the given tokenizers have, where that is another number."""
+    rows = {side: TextTokenizer(text[side]).size for side in ("student", "teacher")}
+    changed = {}
+    for name, needed in {**rows, "same_teacher": rows["student"]}.items():
+        if not needed <= size[name]["vocab_size"] <= 1.1 * needed:  # what is there may be padded a little
+            changed[name] = {**size[name], "vocab_size": needed}
+    return changed
 
 
 def run(size: dict, text: dict[str, str], device: str, dtypes: list[str], cases: list[str], **options) -> list[Result]:

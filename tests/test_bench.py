@@ -148,6 +148,15 @@ def test_what_does_not_fit_is_said(text, monkeypatch):
         assert "does not fit: about 2.0 GiB needed, 1.0 GiB free" in bench.table([result])
 
 
+def test_models_grow_to_the_given_tokenizers(text):
+    """The quick models with the tokenizers of real text, for instance."""
+    small = {**MINIATURE, "student": bench.gpt2(32, 2, 2, 300, 128)}
+    changed = bench.fitting_vocabularies(small, text)
+    assert {name: config["vocab_size"] for name, config in changed.items()} == {"student": 600}
+    large = {**MINIATURE, "teacher": {**MINIATURE["teacher"], "vocab_size": 2000}}
+    assert bench.fitting_vocabularies(large, text)["teacher"]["vocab_size"] == 900
+
+
 def test_ratios_targets_and_units():
     faster = bench.Result("KD, time", "plain", "fp32", [2.0, 1.0, 3.0], [10.0, 12.0, 14.0], "s", target=5)
     assert faster.ratio == 6 and faster.cells()[:2] == ["6", "5 met"]
