@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,28 @@ MBPP_PROMPT = (
     "{tests}\n[BEGIN]\n"
 )
 
+# Chat formats: what a family's own template makes of one message of a user, with its default system message, and the
+# token that ends the answer. Llama's has a date: always the one that its template falls back on, never today's.
+_CHATML = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+CHATS = {
+    "qwen2.5": (
+        _CHATML.replace("{system}", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        "<|im_end|>",
+    ),
+    "llama3.2": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{message}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "smollm2": (
+        _CHATML.replace("{system}", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        "<|im_end|>",
+    ),
+}
+# HumanEval's prompt as a message: a model that was taught to chat does not go on with a text by itself
+COMPLETE = "Complete this Python function:\n\n```python\n{prompt}\n```"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
 
@@ -63,12 +86,32 @@ class Example:
     ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
     code: CodeTask | None = None  # the outputs are programs
 
-    def prompt_text(self) -> str:
+    def prompt_text(self, chat: str = "none") -> str:
+        """What a model reads before the response: the plain template, or the chat format of that name."""
+        if chat != "none":
+            return self._chat_text(chat)
         if self.prompt is not None:
             return self.prompt
         if self.input:
             return PROMPT_WITH_INPUT.format(instruction=self.instruction, input=self.input)
         return PROMPT.format(instruction=self.instruction)
+
+    def _chat_text(self, chat: str) -> str:
+        message = self.message()
+        if re.match(r"\s*<\|(im_start|begin_of_text|start_header_id)\|>", message):
+            raise ValueError(
+                f"{self.where}: the prompt is in a chat format already, and would be put into another ({chat}); leave "
+                "out the option, or give the message alone"
+            )
+        return CHATS[chat][0].format(message=message.strip() if chat == "llama3.2" else message)  # as its template does
+
+    def message(self) -> str:
+        """What the user says in a chat format: without the words and marks by which a base model knows its turn."""
+        if self.code is not None and self.code.entry_point:
+            return COMPLETE.format(prompt=self.prompt.rstrip())
+        if self.prompt is not None:
+            return self.prompt.removesuffix("\n[BEGIN]\n")  # MBPP's
+        return "\n\n".join(part for part in (self.instruction, self.input) if part)
 
 
 def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
@@ -177,10 +220,13 @@ def _encodable(text: str, key: str, where: str) -> str:
 
 
 class TextTokenizer:
-    """A tokenizer as training needs it: plain text in, ids out, and one end-of-text id."""
+    """A tokenizer as training needs it: plain text in, ids out, one end-of-text id, and the format of its prompts."""
 
-    def __init__(self, directory: str | Path):
-        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json."""
+    def __init__(self, directory: str | Path, chat: str = "none"):
+        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json.
+
+        chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+        """
         directory = Path(directory)
         try:
             self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -188,9 +234,9 @@ class TextTokenizer:
             raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.directory = directory
+        self.directory, self.chat = directory, chat
         self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = self._end_of_text()
+        self.eos_id = self._end_of_text() if chat == "none" else self._end_of_turn()
         try:
             self.bytes = token_bytes(self.tokenizer)
         except ValueError as error:
@@ -217,6 +263,44 @@ class TextTokenizer:
                 raise ValueError(f"{path}: {key} {value!r} is not in tokenizer.json")
             return index
         raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+
+    def _end_of_turn(self) -> int:
+        text, end = CHATS[self.chat]
+        for token in dict.fromkeys(re.findall(r"<\|\w+\|>", text)):
+            if len(self.encode_prompt(token)) != 1:
+                raise ValueError(
+                    f"{self.directory}: the chat format {self.chat} needs the special token {token}, which this "
+                    "tokenizer does not have; choose another format, or none"
+                )
+        return self.tokenizer.token_to_id(end)
+
+    def write_end(self, directory: Path) -> None:
+        """Make end-of-text what the files of a copy in `directory` call so: a base model's name another token than the
+        one that ends a turn."""
+        token = self.tokenizer.id_to_token(self.eos_id)
+        for file, key, end in [
+            ("tokenizer_config.json", "eos_token", token),
+            ("special_tokens_map.json", "eos_token", token),
+            ("generation_config.json", "eos_token_id", self.eos_id),
+        ]:
+            path = directory / file
+            if not path.is_file() and end is token:
+                continue
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            named = config.get(key)
+            named = named.get("content") if isinstance(named, dict) else named
+            if end not in (named if isinstance(named, list) else [named]):
+                path.write_text(json.dumps({**config, key: end}, indent=2) + "\n", encoding="utf-8")
+
+    def say_if_forgotten(self, option: str) -> None:
+        """A note on standard error where a tokenizer that ends turns is used without the chat format that has them."""
+        end = self.tokenizer.id_to_token(self.eos_id)
+        if self.chat == "none" and end in {end for _, end in CHATS.values()}:
+            print(f"note: {self.directory} ends turns ({end}), but no {option} is given", file=sys.stderr)
+
+    def prompt_text(self, example: Example) -> str:
+        """The example's prompt as this tokenizer's model reads it."""
+        return example.prompt_text(self.chat)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a response, where "</s>" is text, not an end."""
@@ -317,30 +401,33 @@ def longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
 
 
 def cut_prompt(example: Example, tokenizers: list[TextTokenizer], limit: int) -> str:
-    """The prompt, cut so that it has at most `limit` tokens in each tokenizer. Raises ValueError if it cannot be."""
+    """The prompt as the first tokenizer's model reads it, cut so that it has at most `limit` tokens in each."""
+    return tokenizers[0].prompt_text(cut_example(example, tokenizers, limit))
 
-    def fits(text: str) -> bool:
-        return all(len(tokenizer.encode_prompt(text)) <= limit for tokenizer in tokenizers)
 
-    text = example.prompt_text()
-    if fits(text):
-        return text
+def cut_example(example: Example, tokenizers: list[TextTokenizer], limit: int) -> Example:
+    """The example, cut so that its prompt has at most `limit` tokens for each tokenizer, in the format of each: what is
+    left is the same text for all. Raises ValueError if it cannot be."""
+
+    def fits(example: Example) -> bool:
+        return all(len(tokenizer.encode_prompt(tokenizer.prompt_text(example))) <= limit for tokenizer in tokenizers)
+
+    if fits(example):
+        return example
     if example.prompt is not None:  # taken as is: the answer marker stands at the end, so the beginning goes
-        length = longest_prefix(len(text), lambda n: fits(text[len(text) - n :]))
-        shorter = text[len(text) - length :] if length > 0 else ""
+        text = example.prompt
+        length = longest_prefix(len(text), lambda n: fits(replace(example, prompt=text[len(text) - n :])))
+        found, shorter = length > 0, replace(example, prompt=text[len(text) - max(length, 0) :])
     else:
-        length = longest_prefix(
-            len(example.input), lambda n: fits(replace(example, input=example.input[:n]).prompt_text())
-        )
+        length = longest_prefix(len(example.input), lambda n: fits(replace(example, input=example.input[:n])))
         shorter = replace(example, input=example.input[: max(length, 0)])
         if length < 0:  # no room for a context: the instruction alone, as much of it as fits
             length = longest_prefix(
-                len(example.instruction),
-                lambda n: fits(replace(shorter, instruction=example.instruction[:n]).prompt_text()),
+                len(example.instruction), lambda n: fits(replace(shorter, instruction=example.instruction[:n]))
             )
             shorter = replace(shorter, instruction=example.instruction[: max(length, 0)])
-        shorter = shorter.prompt_text() if length >= 0 else ""
-    if not shorter:
+        found = length >= 0
+    if not found:
         raise ValueError(f"{example.where}: the prompt does not fit into --max-prompt-len {limit}")
     return shorter
 
@@ -363,10 +450,11 @@ def tokenise(
     limit = min(max_prompt_len, max_len - 1)
     for example, (prompts, responses) in zip(examples, whole_texts(examples, tokenizers), strict=True):
         if any(len(ids) > limit for ids in prompts):
-            prompt = cut_prompt(example, tokenizers, limit)
+            shorter = cut_example(example, tokenizers, limit)
+            lengths = [len(student.prompt_text(either)) for either in (example, shorter)]
             report.prompts_cut += 1
-            report.prompt_characters += max(0, len(example.prompt_text()) - len(prompt))
-            prompts = [tokenizer.encode_prompt(prompt) for tokenizer in tokenizers]
+            report.prompt_characters += max(0, lengths[0] - lengths[1])
+            prompts = [tokenizer.encode_prompt(tokenizer.prompt_text(shorter)) for tokenizer in tokenizers]
         if not all(prompts):
             raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
 
@@ -410,12 +498,10 @@ def whole_texts(examples: list[Example], tokenizers: list[TextTokenizer]) -> Ite
     """The ids of each example's prompt and response, one of each per tokenizer, before anything is cut."""
     for first in range(0, len(examples), 1000):
         part = examples[first : first + 1000]
-        texts = [example.prompt_text() for example in part], [example.outputs[0] for example in part]
-        prompts, responses = (
-            zip(*(tokenizer.encode_all(side, prompts=side is texts[0]) for tokenizer in tokenizers), strict=True)
-            for side in texts
-        )
-        yield from zip(prompts, responses, strict=True)
+        texts = [example.outputs[0] for example in part]
+        prompts = [t.encode_all([t.prompt_text(example) for example in part], prompts=True) for t in tokenizers]
+        responses = [tokenizer.encode_all(texts, prompts=False) for tokenizer in tokenizers]
+        yield from zip(zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
 
 
 def sampled_row(

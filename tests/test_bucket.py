@@ -124,7 +124,7 @@ def test_a_resumed_run_with_batches_by_length_equals_an_uninterrupted_one(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     monkeypatch.undo()
     train.main(arguments(tiny_task, tmp_path / "parts", resume=True, **options))

@@ -21,7 +21,7 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("train.py") and "..." not in c])
 def test_train_commands_parse(command):
-    train.Options(**train.parse(shlex.split(command)[1:]))
+    train.Options(**train.settings(train.parse(shlex.split(command)[1:])))
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\|.*`\w+\.py`: .*\|$", README, re.M))
