@@ -107,10 +107,14 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not readable ({error}); start again with another --out") from error
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     state: dict[int, dict] = {}
     with torch.no_grad():
         for name, parameter in pieces.student.named_parameters():
@@ -122,9 +126,11 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value.clone()  # not a view of the file, which is soon replaced
+    if any(set(moments) != {"step", "exp_avg", "exp_avg_sq"} for moments in state.values()):
+        raise ValueError("the optimiser's state is incomplete")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     set_random_state(o.device, {name: tensors[f"random.{name}"] for name in random_state(o.device)})
-    return int(metadata["step"]), json.loads(metadata["meter"])
+    return int(metadata["step"]), dict(json.loads(metadata["meter"]))
 
 
 def check_directory(o) -> None:
@@ -158,10 +164,7 @@ def run_of(directory: str | Path) -> dict | None:
     record = directory.parent / "args.json"
     if directory.name != "student" or not record.is_file():
         return None
-    options = json.loads(record.read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise ValueError(f"{record}: expected a JSON object with the options of a run")
-    return options
+    return read_json(record)
 
 
 def chat_of(directory: str | Path) -> str:
