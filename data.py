@@ -682,6 +682,17 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
     return batch
 
 
+def without_responses(batch: Batch) -> Batch:
+    """A batch of one padding token per model and no response position, for a process that has no example left."""
+
+    def empty(side: ModelBatch | None) -> ModelBatch | None:
+        none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
+        return side and replace(side, input_ids=side.input_ids[:1, :1], **none)
+
+    rest = batch.teacher_index, batch.student_index, [], batch.teacher_hidden, batch.teacher_predictions
+    return Batch(empty(batch.student), empty(batch.teacher), *[None if x is None else x[:0] for x in rest])
+
+
 def update_order(
     examples: int, per_update: int, seed: int, start: int = 0, lengths: list[int] | None = None
 ) -> Iterator[list[int]]:

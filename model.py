@@ -527,16 +527,28 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
     for configs, tensors or files that are not understood, incomplete or damaged, and for weights that are NaN or
     infinite.
     """
-    path = Path(path)
-    config = read_json(path / "config.json")
-    read_config(config, path / "config.json")
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    read_config(config, file)
     with torch.device("meta"):
         m = Decoder(config)
     if not body:
         m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
-    prefix = (GPT2_NAMES if config["model_type"] == "gpt2" else LLAMA_NAMES)[0]
+    for name, tensor in read_tensors(m, path, body):
+        owner, leaf = name.rsplit(".", 1)
+        # a copy on purpose: what safetensors returns is mapped from the file and would change with it
+        copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        setattr(m.get_submodule(owner), leaf, nn.Parameter(copied))
+    return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def read_tensors(m: Decoder, path, body: bool = True):
+    """Yield (our parameter name, tensor in our layout, mapped from the file) once for each parameter of m, in the order
+    of the files. Raises as `load_model` does; for what is missing, after the last."""
+    path, family = Path(path), m.config["model_type"]
+    prefix = (GPT2_NAMES if family == "gpt2" else LLAMA_NAMES)[0]
     ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
-    missing, tied_head = set(ours), None
+    missing, tied_head, embedding = set(ours), None, None
     for file in checkpoint_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -550,37 +562,34 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
                     elif theirs not in ours and not body:
                         continue
                     elif theirs not in missing:
-                        why = "came twice" if theirs in ours else f"is not known for model_type {config['model_type']}"
+                        why = "came twice" if theirs in ours else f"is not known for model_type {family}"
                         raise ValueError(f"{file}: tensor {name!r} {why}")
                     else:
-                        set_parameter(m, ours[theirs], tensors.get_tensor(name), dtype, device, f"{file}: {name}")
                         missing.discard(theirs)
+                        tensor = in_our_layout(m, ours[theirs], tensors.get_tensor(name), f"{file}: {name}")
+                        embedding = tensor if ours[theirs] == "embed.weight" else embedding
+                        yield ours[theirs], tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
-    if tied_head is not None and not torch.equal(tied_head.to(device, dtype), m.embed.weight):
+    if tied_head is not None and not torch.equal(tied_head.to(embedding.dtype), embedding):
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
                          "tie_word_embeddings to false")  # fmt: skip
-    return m.to(device).eval()  # all that is left to move is the rotary table
 
 
-def set_parameter(m: Decoder, name: str, tensor: torch.Tensor, dtype, device, where: str) -> None:
-    owner, leaf = name.rsplit(".", 1)
-    owner = m.get_submodule(owner)
-    expected = getattr(owner, leaf).shape
+def in_our_layout(m: Decoder, name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """A tensor of a checkpoint as the parameter `name` has it. Raises ValueError if it cannot be that."""
+    expected = list(m.get_parameter(name).shape)
     in_out = m.config["model_type"] == "gpt2" and TRANSPOSED.search(name)
-    if tensor.shape != (expected[::-1] if in_out else expected):
-        expected = list(expected[::-1] if in_out else expected)
+    if list(tensor.shape) != (expected[::-1] if in_out else expected):
+        expected = expected[::-1] if in_out else expected
         raise ValueError(f"{where}: shape {list(tensor.shape)} in the file, {expected} by config.json")
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{where}: {tensor.dtype} weights (a quantised checkpoint?) are not supported")
-    tensor = tensor.mT if in_out else tensor
-    # a copy on purpose: what safetensors returns is mapped from the file and would change with it
-    parameter = nn.Parameter(torch.empty(expected, dtype=dtype, device=device).copy_(tensor))
-    if not torch.stack(parameter.detach().aminmax()).isfinite().all():  # a tenth of the copy's time, no memory
-        raise ValueError(f"{where}: has weights that are NaN or infinite in {dtype}; the checkpoint is damaged")
-    setattr(owner, leaf, parameter)
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
+        raise ValueError(f"{where}: has weights that are NaN or infinite; the checkpoint is damaged")
+    return tensor.mT if in_out else tensor
 
 
 def read_json(file: Path) -> dict:

@@ -554,8 +554,9 @@ def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
     expected = load_file(tmp_path / "good" / "student" / "model.safetensors")
     state = tmp_path / "good" / "resume" / "state.safetensors"
     content, tensors, metadata = state.read_bytes(), load_file(state), read_header(state)[0]["__metadata__"]
-    for odd, about in [({"student.norm.bias": torch.ones(3)}, metadata), ({"optimizer.0.exp": torch.ones(1)}, metadata),
-                       ({"random.cpu": torch.ones(1)}, metadata), ({}, {**metadata, "step": "x"}), ({}, None)]:  # fmt: skip
+    one = torch.ones(1)
+    for odd, about in [({"student.norm.bias": one}, metadata), ({"optimizer.0.exp": one}, metadata),
+                       ({"random.cpu": one}, metadata), ({}, {**metadata, "step": "x"}), ({}, None)]:  # fmt: skip
         save_file({**tensors, **odd}, state, metadata=about)
         message = refusal(train.main, [*arguments, f"--out={tmp_path / 'good'}", "--resume"], capsys)
         assert f"{state}: not readable" in message, message
