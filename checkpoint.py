@@ -149,25 +149,32 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not readable ({error}); start again with another --out") from error
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    moments = ("step", "exp_avg", "exp_avg_sq")
     with torch.no_grad():
         for name, parameter in trained_parameters(pieces).items():
             parallel.copy_into(parameter, tensors[name])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := tensors.get(f"optimizer.{name}.{key}")) is not None:
-                    # copied: not a view of the file, which is soon replaced
-                    placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
-                    optimizer.state[parameter][key] = placed
+            if not any(f"optimizer.{name}.{key}" in tensors for key in moments):
+                continue  # a projector that is solved, or before the first update
+            for key in moments:
+                value = tensors[f"optimizer.{name}.{key}"]  # copied: not a view of the file, which is soon replaced
+                placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
+                optimizer.state[parameter][key] = placed
     step, processes = int(metadata["step"]), len(tensors["random.cpu"])
     if processes == parallel.world():
         own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
         set_random_state(o.device, own)
     else:  # no state for each process: draws that were not made before
         parallel.seed_process(o.seed, step)
-    return step, json.loads(metadata["meter"]) if parallel.rank() == 0 else {}
+    meter = dict(json.loads(metadata["meter"]))
+    return step, meter if parallel.rank() == 0 else {}
 
 
 def check_directory(o) -> None:
@@ -224,10 +231,7 @@ def run_of(directory: str | Path) -> dict | None:
     record = directory.parent / "args.json"
     if directory.name != "student" or not record.is_file():
         return None
-    options = json.loads(record.read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise ValueError(f"{record}: expected a JSON object with the options of a run")
-    return options
+    return read_json(record)
 
 
 def chat_of(directory: str | Path) -> str:

@@ -177,6 +177,13 @@ def gradient_norm(parameters: list[nn.Parameter]) -> float:
     return (whole + add_up([sharded])[0]) ** 0.5
 
 
+def all_finite(parameters: list[nn.Parameter]) -> bool:
+    """Whether no parameter has a NaN or an infinity on any process."""
+    parts = [local(p.detach()) for p in parameters]
+    spoilt = any(not torch.stack(part.aminmax()).isfinite().all() for part in parts if part.numel())
+    return not highest(spoilt)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharded models (FSDP2)
 

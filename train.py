@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import NoneType
@@ -65,7 +65,7 @@ from data import (
     without_responses,
 )
 from distill import Distiller, Totals, choose_alignment
-from eval import held_out_cross_entropy, respond
+from eval import check_device, held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, generate, load_model, read_config, read_json
@@ -266,15 +266,19 @@ def say_teacher(given: dict, o: Options) -> None:
 
 def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
+    empty = [name for name, value in asdict(o).items() if value in ("", [])]  # argparse makes [] of "--lr=--"
+    if empty:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty; leave it out for the default")
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
                 "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0,
                 "tokens_per_batch": 0}  # fmt: skip
+    below = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
+             "seed": 2**32}  # it is multiplied into the seeds of epochs # fmt: skip
     for name, least in at_least.items():
-        if getattr(o, name) is not None and not least <= getattr(o, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
-    if o.seed >= 2**32:
-        raise ValueError(f"--seed {o.seed}: must be below 2**32, since it is multiplied into the seeds of epochs")
+        value, most = getattr(o, name), below.get(name, 2**31)
+        if value is not None and not least <= value < most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
     for name in ("lr", "temperature", "clip"):
         if not 0 < getattr(o, name) < math.inf:
             raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
@@ -298,25 +302,22 @@ def check(o: Options) -> Options:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
     check_processes(o)
     device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        on_cuda = torch.device(device).type == "cuda"
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: not a device; use cuda, cuda:1, cpu, ...") from error
-    if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    on_cuda = check_device(device).type == "cuda"
     if on_cuda and parallel.by_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if torch.device(device).type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {device}: only cuda and cpu are supported (the projectors are solved in float64)")
     if o.method in ("uld", "mined") and o.divergence != "fkl":
         why = {"uld": "compares sorted probabilities by their absolute difference",
                "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
         raise ValueError(f"--divergence {o.divergence}: --method {o.method} {why[o.method]}; leave --divergence out")
+    if 0 < o.seqkd_temperature < 1e-3:
+        raise ValueError(f"--seqkd-temperature {o.seqkd_temperature}: must be 0 (greedy) or at least 0.001")
     if o.seqkd_temperature and o.method != "seqkd":
         raise ValueError(f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing")
     if o.projectors is not None and o.method != "dskd":
         raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
     if o.projectors is not None:
+        if not Path(o.projectors).is_file():
+            raise FileNotFoundError(f"--projectors {o.projectors}: no such file")
         try:  # only that it can be read; whether it fits is known once the models are there
             with safe_open(o.projectors, "pt"):
                 pass
@@ -412,7 +413,8 @@ class Pieces:
 
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
-    limits = {name: read_config(read_json(path / "config.json")).limit for name, path in directories.items()}
+    files = {name: path / "config.json" for name, path in directories.items()}
+    limits = {name: read_config(read_json(file), file).limit for name, file in files.items()}
     if o.max_len is None:
         o.max_len = min(512, *limits.values())
     if o.max_prompt_len is None:
@@ -720,10 +722,16 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
         progress.update()
         paused, counts = time.perf_counter(), meter.counts()
         due = done % checkpoint_every == 0 or done == total
+        stopping = parallel.highest(stop.number)
+        if (due or stopping) and not parallel.all_finite(parameters):
+            raise FloatingPointError(
+                f"update {done}: it left weights that are not finite; those in {o.out} are from before; a lower --lr "
+                "or --weight-decay may help"
+            )
         if due and pieces.valid_rows:
             line["valid_ce"] = valid_cross_entropy(o, pieces)
             log.write({"step": done, "valid_ce": line["valid_ce"]})
-        stopping = parallel.highest(stop.number)
+            stopping = parallel.highest(stop.number)  # asked meanwhile
         if due or stopping:
             save_checkpoint(o, pieces, optimizer, done, counts)
         meter.since += time.perf_counter() - paused  # not training

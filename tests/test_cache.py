@@ -196,6 +196,12 @@ def test_what_the_states_depend_on_is_in_the_key(setting, tiny_task, tmp_path):
     ]  # fmt: skip
     assert len({entry.folder for entry in made}) == len(made)
     assert setting.make(batch_size=7).folder == made[0].folder
+    rows = made[0].rows
+    keys = [cache.cache_key(setting.teacher, rows, torch.float32)]
+    for ids in (rows[0].teacher.prompt, rows[0].teacher.response):
+        ids[-1] ^= 1  # another token, and nothing else
+        keys.append(cache.cache_key(setting.teacher, rows, torch.float32))
+    assert len(set(keys)) == 3
     shutil.copytree(setting.teacher, tmp_path / "moved")
     assert setting.make(tmp_path / "moved").folder == made[0].folder
 
