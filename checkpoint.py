@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
+import parallel
 from hub import MODELS
-from model import read_json, save_model
+from model import Decoder, read_json, save_model
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -40,13 +41,26 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
     the log. With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
 
     All of it is written to checkpoint.new/ first. Raises OSError if that fails; the last checkpoint is then untouched.
+
+    Process 0 writes, but all processes call this, and go on when it is written. Nothing in the files depends on how the
+    student was sharded, or on the number of processes; but random.*, which has a row for each.
     """
+    student = whole_copy(o, pieces.student) if parallel.is_sharded(pieces.student) else pieces.student
+    tensors = state_tensors(o, pieces, optimizer)
+    counted = [name for name, count in meter.items() if isinstance(count, int)]
+    meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
+    if parallel.rank() == 0:
+        replace_checkpoint(o, pieces, student, tensors, {"step": str(step), "meter": json.dumps(meter)})
+    parallel.wait_for_all()
+
+
+def replace_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str]) -> None:
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
     if new.exists():  # of a run that was killed
         shutil.rmtree(new)
     try:
         with explained(new):
-            write_checkpoint(o, pieces, optimizer, new, {"step": str(step), "meter": json.dumps(meter)})
+            write_checkpoint(o, pieces, student, tensors, new, metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 sync(path)
             for path in sorted(new.iterdir(), key=lambda path: path.name == "resume"):
@@ -56,26 +70,20 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
             shutil.rmtree(new)
 
 
-def write_checkpoint(o, pieces, optimizer: torch.optim.AdamW, out: Path, metadata: dict[str, str]) -> None:
+def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Path, metadata: dict[str, str]) -> None:
     (out / "resume").mkdir(parents=True)
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
-        lora.save_adapter(pieces.student, out / "adapter", base)
-        save_model(merged_copy(pieces.student), out / "student")
+        lora.save_adapter(student, out / "adapter", base)
+        save_model(merged_copy(student), out / "student")
     else:
-        save_model(pieces.student, out / "student")
+        save_model(student, out / "student")
     for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
     if pieces.student_tokenizer.chat != "none":
         pieces.student_tokenizer.write_end(out / "student")
-    tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters() if value.requires_grad}
-    tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors |= {f"random.{name}": value for name, value in random_state(o.device).items()}
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     trained = [name for name, parameter in pieces.distiller.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
@@ -94,6 +102,40 @@ def set_random_state(device, state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def trained_parameters(pieces) -> dict[str, torch.nn.Parameter]:
+    """By their names in resume/: student.blocks.0..., projectors.t2s.weight, ...; of a LoRA student the adapters."""
+    student = {f"student.{name}": p for name, p in pieces.student.named_parameters() if p.requires_grad}
+    return student | dict(pieces.distiller.named_parameters())
+
+
+def state_tensors(o, pieces, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """What resume/ holds, whole and on the CPU of process 0: what is trained, the optimiser's state of it, and random
+    states."""
+    placed = trained_parameters(pieces)
+    for name, parameter in list(placed.items()):
+        state = optimizer.state.get(parameter, {})  # a projector that is solved has none
+        placed |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    tensors = {}
+    for name, value in placed.items():
+        value = parallel.whole(value.detach())
+        if parallel.rank() == 0:
+            tensors[name] = value.cpu().contiguous().clone()
+    return tensors | {f"random.{name}": parallel.gather(value) for name, value in random_state(o.device).items()}
+
+
+def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
+    """A sharded student put together on the CPU of process 0; other processes get a model without weights."""
+    with torch.device("meta"):
+        copied = Decoder(student.config)
+        if o.lora:
+            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout)
+    for name, parameter in student.named_parameters():
+        tensor = parallel.whole(parameter.detach())
+        if parallel.rank() == 0:
+            copied.load_state_dict({name: tensor.cpu()}, strict=False, assign=True)
+    return copied
+
+
 def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
     """The student with its adapters merged, on the CPU. In place would round the weights that training goes on from."""
     on_cpu = {id(p): torch.nn.Parameter(p.detach().cpu(), requires_grad=False) for p in student.parameters()}
@@ -107,38 +149,48 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not readable ({error}); start again with another --out") from error
-    state: dict[int, dict] = {}
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    moments = ("step", "exp_avg", "exp_avg_sq")
     with torch.no_grad():
-        for name, parameter in pieces.student.named_parameters():
-            if parameter.requires_grad:  # with LoRA the rest is as --student has it
-                parameter.copy_(tensors[f"student.{name}"])
-        for name, parameter in pieces.distiller.named_parameters():
-            parameter.copy_(tensors[name])
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value.clone()  # not a view of the file, which is soon replaced
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    set_random_state(o.device, {name: tensors[f"random.{name}"] for name in random_state(o.device)})
-    return int(metadata["step"]), json.loads(metadata["meter"])
+        for name, parameter in trained_parameters(pieces).items():
+            parallel.copy_into(parameter, tensors[name])
+            if not any(f"optimizer.{name}.{key}" in tensors for key in moments):
+                continue  # a projector that is solved, or before the first update
+            for key in moments:
+                value = tensors[f"optimizer.{name}.{key}"]  # copied: not a view of the file, which is soon replaced
+                placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
+                optimizer.state[parameter][key] = placed
+    step, processes = int(metadata["step"]), len(tensors["random.cpu"])
+    if processes == parallel.world():
+        own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
+        set_random_state(o.device, own)
+    else:  # no state for each process: draws that were not made before
+        parallel.seed_process(o.seed, step)
+    meter = dict(json.loads(metadata["meter"]))
+    return step, meter if parallel.rank() == 0 else {}
 
 
 def check_directory(o) -> None:
     """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
     then take the value of that run."""
-    out, record = Path(o.out), asdict(replace(o, resume=False))
+    out, record = Path(o.out), record_of(o)
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before = read_json(out / "args.json")
         for name in record:  # what is open in the options is as it was, also where it followed from the models
-            if record[name] is None:
+            if record[name] is None and name != "shard":
                 setattr(o, name, before.get(name))
-        changed = {name for name in record if record[name] not in (None, before.get(name))}
+        check_update_size(o, before)
+        free = {"batch_size", "grad_accum", "processes", "shard"}  # as long as an update is over as many examples
+        changed = {name for name in record.keys() - free if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
             flag = f"--{name.replace('_', '-')}"
@@ -147,9 +199,30 @@ def check_directory(o) -> None:
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
-    if (out / "resume" / "lock").is_file():  # before the models are loaded
+    if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
         with locked(out):
             pass
+
+
+def record_of(o) -> dict:
+    """What args.json says."""
+    device = o.device if not parallel.by_torchrun() else o.device and torch.device(o.device).type
+    return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
+
+
+def check_update_size(o, before: dict) -> None:
+    """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
+    over the same ones, however they are split over processes and forward passes."""
+    asked, size = (x["batch_size"] * x["grad_accum"] * x.get("processes", 1) for x in (record_of(o), before))
+    each, rest = divmod(size, parallel.world())
+    if asked == size:
+        return
+    was = f"--resume: an update of {o.out} is over {size} examples"
+    now = f"{o.batch_size} --grad-accum {o.grad_accum} with {parallel.world()} process(es) makes {asked}"
+    if rest:
+        raise ValueError(f"{was}, --batch-size {now}; that number of processes does not divide {size}")
+    fits = max(n for n in range(1, min(each, before["batch_size"]) + 1) if each % n == 0)
+    raise ValueError(f"{was}, --batch-size {now}: use --batch-size {fits} --grad-accum {each // fits}")
 
 
 def run_of(directory: str | Path) -> dict | None:
@@ -158,10 +231,7 @@ def run_of(directory: str | Path) -> dict | None:
     record = directory.parent / "args.json"
     if directory.name != "student" or not record.is_file():
         return None
-    options = json.loads(record.read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise ValueError(f"{record}: expected a JSON object with the options of a run")
-    return options
+    return read_json(record)
 
 
 def chat_of(directory: str | Path) -> str:
@@ -171,13 +241,17 @@ def chat_of(directory: str | Path) -> str:
 
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
-    """The run directory with args.json, made if need be, and for this process alone."""
+    """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
+    """
+    if parallel.rank() > 0:
+        yield
+        return
     out = Path(o.out)
     (out / "resume").mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
-        write_text(out / "args.json", json.dumps(asdict(replace(o, resume=False)), indent=1) + "\n")
+        write_text(out / "args.json", json.dumps(record_of(o), indent=1) + "\n")
         yield
 
 
@@ -211,7 +285,9 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file or, with an OSError, the one that was there before."""
+    """The whole file or, with an OSError, the one that was there before. Only process 0 writes."""
+    if parallel.rank() > 0:
+        return
     new = path.with_name(f"{path.name}.new")
     with explained(path):
         try:
@@ -279,6 +355,8 @@ class Log:
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
     def write(self, line: dict) -> None:
+        if parallel.rank() > 0:
+            return
         with explained(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 

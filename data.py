@@ -136,8 +136,8 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -153,6 +153,15 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
     if not examples:
         raise ValueError(f"{path}: no examples")
     return examples
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object's keys and values; of a key that comes twice json would take the last value without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} comes twice")
+    return record
 
 
 def _example(record: dict, where: str) -> Example:
@@ -227,20 +236,25 @@ class TextTokenizer:
 
         chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
         """
-        directory = Path(directory)
+        self.directory, self.chat = Path(directory), chat
+        file = self.directory / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.decode(self.encode("Größe\n\x00 東京 🦊"))  # some defects show only when it is used
         except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
-            raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.directory, self.chat = directory, chat
-        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+            raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
+        ids = self.vocabulary().values()
+        self.size = max(ids, default=-1) + 1
+        distinct = len(set(ids))
+        if not 0 < self.size <= 2**24 or distinct < len(ids):  # all ids are listed, up to the last
+            raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {self.size - 1}: not a vocabulary")
         self.eos_id = self._end_of_text() if chat == "none" else self._end_of_turn()
         try:
             self.bytes = token_bytes(self.tokenizer)
         except ValueError as error:
-            raise ValueError(f"{directory / 'tokenizer.json'}: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
         self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
 
     def _end_of_text(self) -> int:
@@ -252,7 +266,7 @@ class TextTokenizer:
             path = self.directory / file
             try:
                 value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
-            except (ValueError, AttributeError) as error:
+            except (ValueError, RecursionError, AttributeError) as error:
                 raise ValueError(f"{path}: not a JSON object: {error}") from error
             value = value.get("content") if isinstance(value, dict) else value
             value = value[0] if isinstance(value, list) and value else value
@@ -666,6 +680,17 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
     if rows[0].predictions is not None:
         batch.teacher_predictions = torch.from_numpy(np.concatenate([row.predictions for row in rows])).long()
     return batch
+
+
+def without_responses(batch: Batch) -> Batch:
+    """A batch of one padding token per model and no response position, for a process that has no example left."""
+
+    def empty(side: ModelBatch | None) -> ModelBatch | None:
+        none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
+        return side and replace(side, input_ids=side.input_ids[:1, :1], **none)
+
+    rest = batch.teacher_index, batch.student_index, [], batch.teacher_hidden, batch.teacher_predictions
+    return Batch(empty(batch.student), empty(batch.teacher), *[None if x is None else x[:0] for x in rest])
 
 
 def update_order(

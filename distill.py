@@ -10,7 +10,9 @@ On-policy (v2, eq. 18) the distillation term is taken on other batches, of respo
 gold batches have their cross-entropy alone; it is the same `loss`, called for both.
 """
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,17 @@ def hidden_at(model: nn.Module, side: ModelBatch) -> Tensor:
 def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
     """The predicted token of each state, (R, D) and (V, D) -> (R,)."""
     return torch.cat([logits_under(part, head).argmax(-1) for part in hidden.split(chunk)])
+
+
+def moments(x: Tensor) -> tuple[int, float, float]:
+    """(count, sum, sum of squares) of all elements, in float64: numbers that add up over processes."""
+    squares = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
+    return x.numel(), float(x.sum(dtype=torch.float64)), float(squares)
+
+
+def standard_deviation(count: int, total: float, squares: float) -> float:
+    """Of the elements that these moments are of; as torch's, divided by count - 1."""
+    return math.sqrt((squares - total**2 / count) / (count - 1))
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
@@ -223,24 +236,29 @@ class Distiller(nn.Module):
         batches: list[Batch],
         states: list[TeacherStates | None],
         gold: list[Batch] | None = None,
+        add_up: Callable[[list], list] | None = None,
     ) -> Totals:
         """The normalisers of one update, from all the batches that L_kd is on, the teacher's states of each, and all
-        gold batches (None: the same ones; the student did not sample)."""
-        totals = Totals(*(sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches)))
-        if self.align == "eta":
-            totals.pairs = sum(len(state.label) for state in states)
+        gold batches (None: the same ones; the student did not sample). Where several processes share the update,
+        `add_up` gives the sums of a list of numbers over all of them."""
+        tokens, gold_tokens = (sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches))
+        pairs = sum(len(state.label) for state in states) if self.align == "eta" else 0
+        agreeing, spread = None, []
         if self.align == "cma":
             embed = self.teacher.embed.weight
             inputs, labels = (torch.cat([getattr(b.teacher, name) for b in batches]) for name in ("inputs", "labels"))
-            totals.key_std = float(torch.cat([embed[inputs], embed[labels]], -1).float().std())
-            totals.label_std = float(embed[labels].float().std())
-            totals.hidden_std = float(torch.cat([state.hidden for state in states]).float().std())
-        if self.method == "dskd" and self.recipe == "v2" and len(batches) > 1:
-            totals.agreeing = sum(
+            key, hidden = torch.cat([embed[inputs], embed[labels]], -1), torch.cat([state.hidden for state in states])
+            spread = [*moments(key), *moments(embed[labels]), *moments(hidden)]
+        if self.method == "dskd" and self.recipe == "v2" and (len(batches) > 1 or add_up):
+            agreeing = sum(
                 count_agreeing(self.projectors.t2s(self._paired(state)), state.label, student.head_weight)
                 for state in states
             )
-        return totals
+        if add_up:
+            tokens, gold_tokens, pairs, total, *spread = add_up([tokens, gold_tokens, pairs, agreeing or 0, *spread])
+            agreeing = None if agreeing is None else total
+        stds = (standard_deviation(*spread[i : i + 3]) for i in range(0, len(spread), 3))
+        return Totals(tokens, gold_tokens, pairs, agreeing, *stds)
 
     def _paired(self, states: TeacherStates) -> Tensor:
         """The teacher states that are paired with a student position: (K, D) with ETA, ULD and MinED, else all."""

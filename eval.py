@@ -60,8 +60,9 @@ def respond(
         chosen = order[start : start + batch_size]
         batch_seed = None if seed is None else seed * 1_000_003 + start
         new = generate(
-            model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed
-        )
+            model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
+            tokenizer.size,  # not the rows that only pad the head
+        )  # fmt: skip
         for i, tokens in zip(chosen, new, strict=True):
             responses[i] = tokenizer.decode(tokens)
     return responses
@@ -247,11 +248,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights while generating")
     options = parser.parse_args(arguments)
     try:
+        check(options)
         run(options)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # the table of what is done was printed
         sys.exit(130)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError naming an option whose value makes no sense."""
+    for name, value in vars(options).items():
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
+    least_and_below = {"limit": (1, 2**31), "max_len": (2, 2**31), "max_prompt_len": (1, 2**31),
+                       "batch_size": (1, 2**31), "seeds": (0, 2**32)}  # fmt: skip
+    for name, (least, below) in least_and_below.items():
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not least <= value < below:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: must be at least {least} and below {below}")
+    check_device(options.device)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError unless it is one that can be used here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
+    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
+        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
+    return device
 
 
 def run(options: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def teacher_answers(
     for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
         chosen = order[start : start + batch_size]
         room = max_len - len(ids[chosen[0]])  # of the longest prompt
-        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start
+        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
         for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
             ended = new[-1] == teacher.eos_id
             text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
@@ -107,6 +107,7 @@ def _recipe(file: Path) -> dict | None:
         return None
     with open(file, encoding="utf-8-sig") as stream:
         try:
-            return json.loads(stream.readline()).get("seqkd")
-        except ValueError:  # a blank first line, for instance
+            recipe = json.loads(stream.readline())["seqkd"]
+        except (ValueError, RecursionError, TypeError, KeyError):  # a blank first line, for instance
             return None
+    return recipe if isinstance(recipe, dict) else None
