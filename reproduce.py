@@ -66,6 +66,7 @@ class Cell:
     pretrained: int = 1
     updates: int = 300
     on_policy: float = 0.0
+    temperature: float = 2.0
     lr: float | None = None
     rate: float | None = None  # --kd-rate; of seqkd --seqkd-temperature
 
@@ -364,7 +365,7 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     if family in ("v1", "v2"):
         options["recipe"] = family
     if divergence:
-        options |= {"divergence": divergence, "on_policy": cell.on_policy}
+        options |= {"divergence": divergence, "on_policy": cell.on_policy, "temperature": cell.temperature}
     if change.startswith("random"):
         file = scratch / "projectors.safetensors"
         random_projectors(file, change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
