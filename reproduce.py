@@ -597,7 +597,7 @@ PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
     "llama2-tinyllama": ("llama2", LORA, "tinyllama", LORA),
     "mistral-tinyllama": ("mistral", LORA, "tinyllama", LORA),
 }
-# Dolly: training examples; tokens of a response, of the longest of 32 examples (means over 2,996 lines, GPT-2 tokenizer)
+# Dolly: training examples; tokens of a response and of the longest of 32 examples (means over 2,996 lines, GPT-2)
 EXAMPLES, RESPONSE, LONGEST = 11000, 81, 480
 GPU_BYTES, PEAK, UTILISATION = 80e9, 312e12, 0.3  # of an A100; the share of its bf16 peak is an assumption
 

@@ -163,7 +163,8 @@ def test_a_table_by_hand():
     # seed by seed 9 − 6 and 2 − 1: 2 ± √2
     assert lines[3][1] == "5.5 ± 4.9" and lines[3][5:] == ["2.0 ± 1.4 (above in 2 of 2)", "10 ± 0", "2"]
     assert lines[4][1:] == ["-", "-", "-", "-", "-", "", "0"]
-    columns = reproduce.format_map({f"{name} labels=9": seeds for name, seeds in rows.items()}).split("\n")[2].split("|")
+    regime = {f"{name} labels=9": seeds for name, seeds in rows.items()}
+    columns = reproduce.format_map(regime).split("\n")[2].split("|")
     assert [cell.strip() for cell in columns[1:-1]] == ["`labels=9`", "3.0 ± 2.6", "+2.0 ± 1.4", "-"]
 
 
