@@ -63,12 +63,12 @@ class Cell:
     vocabulary: int = 900  # tokens of the student's; the teacher has tiny.TEACHER_VOCABULARY
     labels: int = 500
     width: int = 128
-    pretrained: int = 1
+    student: str = "noisy"  # what it has read before: "noisy", "untasted" (see `make_world`), or "nothing"
     updates: int = 300
     on_policy: float = 0.0
-    temperature: float = 2.0
     lr: float | None = None
-    rate: float | None = None  # --kd-rate; of seqkd --seqkd-temperature
+    temperature: float | None = None  # of the divergence; of seqkd the sampling's
+    rate: float | None = None  # --kd-rate
 
     def __str__(self) -> str:
         said = ((f.name, getattr(self, f.name)) for f in fields(self)[1:] if getattr(self, f.name) != f.default)
@@ -84,7 +84,7 @@ class Cell:
 def parse(text: str) -> Cell:
     """`v2-fkl seed=3` -> Cell. Raises ValueError naming the word that is wrong."""
     method, *words = text.split()
-    values, types = {}, {f.name: type(f.default) for f in fields(Cell)[1:]} | {"lr": float, "rate": float}
+    values, types = {}, {f.name: float if f.default is None else type(f.default) for f in fields(Cell)[1:]}
     for word in words:
         name, _, value = word.partition("=")
         try:
@@ -102,23 +102,29 @@ def parse(text: str) -> Cell:
     return cell
 
 
-# Learning rate, and kd_rate (seqkd: sampling temperature), by `--search`: the best mean Rouge-L on the validation split
-# over seeds 0 and 1 among LRS x RATES, with the forward KL; other divergences and all changes take them over.
-MODELS = ("teacher", "start")  # "methods" that score what the others begin with
-LRS, RATES = (5e-4, 1e-3, 2e-3), {"sft": (0.0,), "seqkd": (0.0, 1.0)}  # RATES of all others: 0.5 and 0.9
-SETTINGS = {
-    "sft": (1e-3, 0.0), "seqkd": (1e-3, 0.0), "uld": (1e-3, 0.5), "mined": (1e-3, 0.5), "v1": (1e-3, 0.5),
-    "v2": (1e-3, 0.5), "seqkd same": (1e-3, 0.0), "kd same": (1e-3, 0.5), "v1 same": (1e-3, 0.5),
-    "v2 same": (1e-3, 0.5),
+# What `--search` chose: the best mean Rouge-L on the validation split over SEARCH_SEEDS among LRS x SECOND, with the
+# forward KL and all else at its default; other divergences, changes and regimes take the settings over.
+LRS, SEARCH_SEEDS = (5e-4, 1e-3, 2e-3), (0, 1)
+SECOND = {  # the second thing that is searched, by method; of all others the temperature of the divergence
+    "sft": [{}], "seqkd": [{"temperature": 0.0}, {"temperature": 1.0}], "uld": [{"rate": 0.5}, {"rate": 0.9}],
 }  # fmt: skip
+SETTINGS = {
+    "sft": {"lr": 1e-3}, "seqkd": {"lr": 1e-3, "temperature": 0.0}, "uld": {"lr": 1e-3, "rate": 0.5},
+    "mined": {"lr": 1e-3, "temperature": 1.0}, "v1": {"lr": 1e-3, "temperature": 1.0},
+    "v2": {"lr": 1e-3, "temperature": 1.0}, "seqkd same": {"lr": 1e-3, "temperature": 0.0},
+    "kd same": {"lr": 1e-3, "temperature": 1.0}, "v1 same": {"lr": 1e-3, "temperature": 1.0},
+    "v2 same": {"lr": 1e-3, "temperature": 1.0},
+}  # fmt: skip
+MODELS = ("teacher", "start")  # "methods" that score what the others begin with
 
 
 def resolve(cell: Cell) -> Cell:
-    """With its learning rate and rate filled in, so that a result always says what it was made with."""
+    """With what it leaves open filled in, so that a result always says what it was made with."""
     if cell.family in MODELS:
         return cell
-    lr, rate = SETTINGS[f"{cell.family} same" if cell.teacher == "same" else cell.family]
-    return replace(cell, lr=lr if cell.lr is None else cell.lr, rate=rate if cell.rate is None else cell.rate)
+    settings = {"temperature": 2.0, "rate": 0.5} if cell.family != "sft" else {}
+    settings |= SETTINGS[f"{cell.family} same" if cell.teacher == "same" else cell.family]
+    return replace(cell, **{name: value for name, value in settings.items() if getattr(cell, name) is None})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +170,7 @@ def untasted(prompt: str, generator: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
+NOISE = 0.5  # share of the noisy texts that have no taste
 SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
 
 
@@ -172,7 +179,11 @@ def make_world(cell: Cell, directory: Path) -> None:
     parts = tiny.make_data(cell.seed, **SIZES)
     generator = random.Random(f"{cell.seed} pretrain")
     prompts = [example["prompt"] for example in parts["teacher_train"]]
-    parts["pretrain"] = [{"prompt": prompt, "output": untasted(prompt, generator)} for prompt in prompts]
+    parts["untasted"] = [{"prompt": prompt, "output": untasted(prompt, generator)} for prompt in prompts]
+    parts["noisy"] = [
+        {"prompt": prompt, "output": (untasted if generator.random() < NOISE else tiny.draw_answer)(prompt, generator)}
+        for prompt in prompts
+    ]
     if cell.text == "accents":
         for example in (example for part in parts.values() for example in part):
             outputs = example["output"]
@@ -232,11 +243,11 @@ def start(root: Path, cell: Cell) -> Path:
 
     def make(new: Path) -> None:
         model = untrained(new / "start", where / "student", tiny.STUDENT, n_embd=cell.width)
-        fit(new, model, where / "pretrain.jsonl", cell.seed, START_STEPS if cell.pretrained else 1)
+        if cell.student != "nothing":
+            fit(new, model, where / f"{cell.student}.jsonl", cell.seed, START_STEPS)
 
-    name = f"{cell.text}-{cell.vocabulary}-{cell.width}-{'pretrained' if cell.pretrained else 'random'}-{cell.seed}"
-    path = shared(root / "starts" / name, make)
-    return path / ("student" if cell.pretrained else "start")
+    path = shared(root / "starts" / f"{cell.text}-{cell.vocabulary}-{cell.width}-{cell.student}-{cell.seed}", make)
+    return path / ("start" if cell.student == "nothing" else "student")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,16 +367,18 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     lines = (where / "student_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: cell.labels]
     (scratch / "labels.jsonl").write_text("".join(lines), encoding="utf-8")
     options = {**tiny.DEFAULTS, "student": str(start(root, cell)), "data": str(scratch / "labels.jsonl")}
-    options |= {"from_scratch": not cell.pretrained, "seed": cell.seed, "lr": cell.lr, "out": str(scratch / "run")}
+    options |= {"from_scratch": cell.student == "nothing", "seed": cell.seed, "lr": cell.lr}
+    options["out"] = str(scratch / "run")
     options |= {"max_steps": cell.updates, "batch_size": 32, "checkpoint_every": 10**6}
     options["method"] = "dskd" if family in ("v1", "v2") else family
     if family != "sft":
         options["teacher"] = str(teacher(root, cell))
-        options["seqkd_temperature" if family == "seqkd" else "kd_rate"] = cell.rate
+        options["seqkd_temperature" if family == "seqkd" else "temperature"] = cell.temperature
+        options["kd_rate"] = cell.rate
     if family in ("v1", "v2"):
         options["recipe"] = family
     if divergence:
-        options |= {"divergence": divergence, "on_policy": cell.on_policy, "temperature": cell.temperature}
+        options |= {"divergence": divergence, "on_policy": cell.on_policy}
     if change.startswith("random"):
         file = scratch / "projectors.safetensors"
         random_projectors(file, change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
@@ -421,7 +434,8 @@ def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
 # Tables
 
 ALL = list(DIVERGENCES)
-REGIMES = ["pretrained=0 updates=600", "labels=250", "", "labels=1000", "labels=2000", "width=64", "vocabulary=450"]
+REGIMES = ["student=nothing updates=600 lr=3e-3", "student=untasted", "", "labels=125", "labels=250", "labels=1000",
+           "labels=2000", "width=64", "vocabulary=450"]  # fmt: skip
 TABLES = {  # name: (title, rows); a row is a cell without its seed, the first is what the others are compared with
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
@@ -550,22 +564,24 @@ def search_cells() -> dict[str, list[Cell]]:
         family, _, same = name.partition(" ")
         method = f"{family}-fkl" if family in ("kd", "v1", "v2") else family
         cell = Cell(method, split="valid", teacher=same or "different")
-        rates = RATES.get(family, (0.5, 0.9))
-        found[name] = [replace(cell, lr=lr, rate=rate, seed=seed) for lr in LRS for rate in rates for seed in (0, 1)]
+        second = SECOND.get(family, [{"temperature": 1.0}, {"temperature": 2.0}])
+        tried = [replace(cell, lr=lr, **more) for lr in LRS for more in second]
+        found[name] = [replace(cell, seed=seed) for cell in tried for seed in SEARCH_SEEDS]
     return found
 
 
-def best_settings(root: Path) -> dict[str, tuple[float, float]]:
-    """{entry of SETTINGS: (lr, rate)} with the best mean Rouge-L over the seeds."""
+def best_settings(root: Path) -> dict[str, dict[str, float]]:
+    """SETTINGS as the search finds them: the best mean Rouge-L over the seeds."""
     best = {}
     for name, cells in search_cells().items():
         scores: dict[tuple, list[float]] = {}
         for cell in cells:
-            result = json.loads(file_of(cell, root).read_text())
-            scores.setdefault((cell.lr, cell.rate), []).append(result["rouge_l"])
+            setting = {field: getattr(cell, field) for field in ("lr", "temperature", "rate")}
+            setting = tuple((field, value) for field, value in setting.items() if value is not None)
+            scores.setdefault(setting, []).append(json.loads(file_of(cell, root).read_text())["rouge_l"])
         means = {setting: statistics.fmean(values) for setting, values in scores.items()}
-        print(name, {setting: round(mean, 2) for setting, mean in means.items()}, file=sys.stderr)
-        best[name] = max(means, key=means.get)
+        print(name, {str(dict(setting)): round(mean, 2) for setting, mean in means.items()}, file=sys.stderr)
+        best[name] = dict(max(means, key=means.get))
     return best
 
 
