@@ -39,13 +39,13 @@ from safetensors.torch import save_file
 
 import data
 import distill
-import lora
+import paper
 import tiny
 import train
 from data import TextTokenizer, read_jsonl, tokenise
 from eval import held_out_cross_entropy, respond, score, table
 from losses import DIVERGENCES
-from model import Decoder, load_model, read_config
+from model import load_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -585,110 +585,6 @@ def best_settings(root: Path) -> dict[str, dict[str, float]]:
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The papers' own scale: commands, and what they need, from the models' configurations
-
-
-def _gpt2(width: int, layers: int, heads: int) -> dict:
-    return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers,
-            "n_head": heads}  # fmt: skip
-
-
-def _llama(kind: str, width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> dict:
-    return {"model_type": kind, "vocab_size": vocabulary, "max_position_embeddings": 2048, "hidden_size": width,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "intermediate_size": inner}  # fmt: skip
-
-
-CONFIGS = {  # hub.py's name: what decides about size in its config.json
-    "gpt2": _gpt2(768, 12, 12), "gpt2-xl": _gpt2(1600, 48, 25),
-    "qwen": _llama("qwen2", 2048, 24, 16, 16, 5504, 151936), "tinyllama": _llama("llama", 2048, 22, 32, 4, 5632, 32000),
-    "llama2": _llama("llama", 4096, 32, 32, 32, 11008, 32000),
-    "mistral": _llama("mistral", 4096, 32, 32, 8, 14336, 32000),
-}  # fmt: skip
-FULL, LORA = "--lr 5e-4 --epochs 20", "--lora 256 --lr 1e-3 --epochs 10"
-PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
-    "gpt2-xl-gpt2": ("gpt2-xl", "--lr 2e-5 --epochs 10", "gpt2", FULL),
-    "qwen-gpt2": ("qwen", "--lr 2e-5 --epochs 10", "gpt2", FULL),
-    "llama2-tinyllama": ("llama2", LORA, "tinyllama", LORA),
-    "mistral-tinyllama": ("mistral", LORA, "tinyllama", LORA),
-}
-# Dolly: training examples; tokens of a response and of the longest of 32 examples (means over 2,996 lines, GPT-2)
-EXAMPLES, RESPONSE, LONGEST = 11000, 81, 480
-GPU_BYTES, PEAK, UTILISATION = 80e9, 312e12, 0.3  # of an A100; the share of its bf16 peak is an assumption
-
-
-def size_of(name: str, rank: int = 0) -> dict[str, int]:
-    """Parameters of the decoder, of head and embeddings, trained ones; bytes that a position leaves for backward."""
-    config = CONFIGS[name]
-    with torch.device("meta"):
-        model = Decoder(config)
-        shape = read_config(config)
-        everything = sum(parameter.numel() for parameter in model.parameters())
-        if rank:
-            lora.attach(model, rank, 8.0)
-    head = shape.vocab_size * shape.width
-    body = everything - head * (1 if shape.tied else 2) - (shape.limit * shape.width if shape.family == "gpt2" else 0)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # per layer: two norms' inputs in float32 (8 w), their outputs, q, k, v, attention's output and its projection's
-    # input in bf16 (12 w), and the MLP: GELU's input and output, or gate, up, SiLU and product (bf16)
-    saved = shape.layers * (20 * shape.width + (4 if shape.family == "gpt2" else 8) * shape.inner)
-    return {"all": everything, "body": body, "head": head, "trained": trained, "saved": saved, "width": shape.width,
-            "vocabulary": shape.vocab_size}  # fmt: skip
-
-
-def needs(student: str, teacher: str | None, rank: int, epochs: int) -> tuple[int, float, float]:
-    """(examples at a time that fit, bytes of memory then, hours) on one GPU, --max-len 512, batch 32, --chunk 512.
-
-    Weights float32 and a bf16 copy under autocast; gradient and AdamW's two moments of what is trained, float32; the
-    teacher in bf16; activations of full-length examples; four float32 tensors of a chunk's logits. Operations: two per
-    weight and position forward, four backward (two where the weight is frozen); heads on response tokens only.
-    """
-    s = size_of(student, rank)
-    fixed = 6 * s["all"] + 12 * s["trained"] + 4 * 4 * 512 * s["vocabulary"]
-    positions, responses = EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * RESPONSE
-    work = positions * s["body"] * (4 if rank else 6) + (6 * positions * s["trained"] if rank else 0)
-    work += 8 * responses * s["head"]  # made again for the backward pass
-    if teacher:
-        t = size_of(teacher)
-        fixed += 2 * t["all"] + 4 * 4 * 512 * t["vocabulary"] + 16 * s["width"] * t["width"]
-        fixed += 12 * t["head"]  # the head's pseudo-inverse and a float32 copy
-        work += 2 * positions * t["body"] + responses * (6 * s["head"] + 12 * t["head"])
-    examples = 32
-    while examples > 1 and fixed + examples * 512 * s["saved"] > 0.9 * GPU_BYTES:
-        examples //= 2
-    return examples, fixed + examples * 512 * s["saved"], work / (PEAK * UTILISATION) / 3600
-
-
-def paper_commands(name: str) -> list[tuple[str, str]]:
-    """(command, what it needs) for the teacher, SFT, each recipe, and the evaluation of all."""
-    teacher, teacher_recipe, student, recipe = PAIRS[name]
-    home = f"runs/paper/{name}"
-    jobs = [("teacher", teacher, None, teacher_recipe, "--method sft"), ("sft", student, None, recipe, "--method sft")]
-    methods = {version: f"--method dskd --recipe {version}" for version in ("v1", "v2")}
-    if name == "gpt2-xl-gpt2":
-        methods = {"kd": "--method kd", **methods}
-    jobs += [(key, student, teacher, recipe, f"{how} --teacher {home}/teacher/student") for key, how in methods.items()]
-    commands = []
-    for key, model, taught_by, options, how in jobs:
-        rank, epochs = 256 if "--lora" in options else 0, int(options.split()[-1])
-        examples, memory, hours = needs(model, taught_by, rank, epochs)
-        batch = f"--batch-size {examples}" + (f" --grad-accum {32 // examples}" if examples < 32 else "")
-        about = f"{memory / 1e9:.0f} GB, {hours:.1f} h" + (" (does not fit)" if memory > GPU_BYTES else "")
-        commands.append((f"train.py {how} --student {model} --data dolly {options} {batch} --out {home}/{key}", about))
-    runs = " ".join(f"{home}/{key}" for key, *_ in jobs)
-    return [*commands, (f"eval.py {runs} --data dolly self-inst vicuna sinst uinst", "not estimated")]
-
-
-def paper(names: list[str], run: bool) -> None:
-    print(f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16")
-    for name in names:
-        for text, about in paper_commands(name):
-            print(f"python {text}    # {about}", flush=True)
-            if run:
-                subprocess.run([sys.executable, *shlex.split(text)], cwd=Path(__file__).parent, check=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"which tables (default: all): {', '.join(TABLES)}")
@@ -707,12 +603,12 @@ def main(arguments: list[str] | None = None) -> None:
         if o.cell:
             print(json.dumps(run_cell(parse(o.cell), o.out)))
             return
-        known = PAIRS if o.scale == "paper" else TABLES
+        known = paper.PAIRS if o.scale == "paper" else TABLES
         names = o.tables or list(known)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no {unknown[0]!r} in --scale {o.scale}; there are {', '.join(known)}")
         if o.scale == "paper":
-            paper(names, o.run)
+            paper.show(names, o.run)
             return
         if o.search:
             cells = [cell for group in search_cells().values() for cell in group]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import distill
+import paper
 import reproduce
 import tiny
 import train
@@ -260,9 +261,9 @@ def test_without_leak_the_gold_token_is_not_in_the_values(root):
 # -- the papers' scale -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", reproduce.PAIRS)
+@pytest.mark.parametrize("name", paper.PAIRS)
 def test_the_papers_commands_are_accepted(name):
-    commands = [shlex.split(command) for command, _ in reproduce.paper_commands(name)]
+    commands = [shlex.split(command) for command, _ in paper.commands_of(name)]
     made = []
     for file, *arguments in commands[:-1]:
         assert file == "train.py"
@@ -276,13 +277,13 @@ def test_the_papers_commands_are_accepted(name):
 def test_sizes_are_those_of_the_published_models():
     published = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "qwen": 1_836_828_672, "tinyllama": 1_100_048_384,
                  "llama2": 6_738_415_616, "mistral": 7_241_732_096}  # fmt: skip
-    assert {name: reproduce.size_of(name)["all"] for name in published} == published
+    assert {name: paper.size_of(name).all for name in published} == published
     # rank 1 adds in + out of every linear layer: attention's four of width 4096, the MLP's three
-    assert reproduce.size_of("llama2", 1)["trained"] == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert paper.size_of("llama2", 1).trained == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
 
 
 def test_needs_grow_with_what_is_asked():
-    alone, taught = reproduce.needs("gpt2", None, 0, 20), reproduce.needs("gpt2", "qwen", 0, 20)
-    assert alone[1] < taught[1] and alone[2] < taught[2] == pytest.approx(reproduce.needs("gpt2", "qwen", 0, 40)[2] / 2)
-    full, adapted = reproduce.needs("llama2", None, 0, 1), reproduce.needs("llama2", None, 256, 1)
-    assert full[1] > reproduce.GPU_BYTES > adapted[1]  # 7B parameters with AdamW do not fit
+    alone, taught = paper.needs("gpt2", None, 0, 20), paper.needs("gpt2", "qwen", 0, 20)
+    assert alone[1] < taught[1] and alone[2] < taught[2] == pytest.approx(paper.needs("gpt2", "qwen", 0, 40)[2] / 2)
+    full, adapted = paper.needs("llama2", None, 0, 1), paper.needs("llama2", None, 256, 1)
+    assert full[1] > paper.GPU_BYTES > adapted[1]  # 7B parameters with AdamW do not fit
