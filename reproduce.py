@@ -336,6 +336,19 @@ def by_strings_throughout():
     return [*by_strings(), patch.object(distill, "prediction_map", prediction_map)]
 
 
+def with_ends():
+    """MinED with the two end-of-text tokens mapped to each other, as they are where their names are equal (in all of the
+    papers' pairs). Ours are `</s>` and `<|endoftext|>`: by edit distance the teacher's end is the student's `/`."""
+    whole = data.edit_distance_ids
+
+    def edit_distance_ids(teacher, student):
+        mapped = whole(teacher, student).copy()
+        mapped[teacher.eos_id] = student.eos_id
+        return mapped
+
+    return [patch.object(module, "edit_distance_ids", edit_distance_ids) for module in (data, distill)]
+
+
 CHANGES = {
     "student-space": lambda: weighted({"t2s_ce": 1, "t2s_kd": 1}),
     "teacher-space": lambda: weighted({"s2t_kd": 1}),
@@ -343,6 +356,7 @@ CHANGES = {
     "no-leak": without_leak,
     "strings": by_strings,
     "strings-throughout": by_strings_throughout,
+    "ends": with_ends,
     "random": list,  # both projectors start at random and are trained (--projectors)
     "random-t2s": list,  # t2s does; s2t is solved
 }
@@ -439,7 +453,7 @@ REGIMES = ["student=nothing updates=600 lr=3e-3", "student=untasted", "", "label
 TABLES = {  # name: (title, rows); a row is a cell without its seed, the first is what the others are compared with
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
-        ["sft", "seqkd", "uld", "mined", *(f"v1-{d}" for d in ("fkl", "rkl", "akl")),
+        ["sft", "seqkd", "uld", "mined", "mined+ends", *(f"v1-{d}" for d in ("fkl", "rkl", "akl")),
          *(f"v2-{d}" for d in ("fkl", "rkl", "akl")), "teacher", "start"],
     ),
     "ablations": (
@@ -460,7 +474,7 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
     ),
     "map": (
         "Where does each method win? Valid answers",
-        [f"{method} {regime}".strip() for regime in REGIMES for method in ("sft", "uld", "mined", "v1-fkl", "v2-fkl")],
+        [f"{method} {regime}".strip() for regime in REGIMES for method in ("sft", "uld", "mined+ends", "v1-fkl", "v2-fkl")],
     ),
 }  # fmt: skip
 MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "exact match, %",
@@ -562,7 +576,7 @@ def search_cells() -> dict[str, list[Cell]]:
     found = {}
     for name in SETTINGS:
         family, _, same = name.partition(" ")
-        method = f"{family}-fkl" if family in ("kd", "v1", "v2") else family
+        method = {"kd": "kd-fkl", "v1": "v1-fkl", "v2": "v2-fkl", "mined": "mined+ends"}.get(family, family)
         cell = Cell(method, split="valid", teacher=same or "different")
         second = SECOND.get(family, [{"temperature": 1.0}, {"temperature": 2.0}])
         tried = [replace(cell, lr=lr, **more) for lr in LRS for more in second]
