@@ -337,7 +337,7 @@ def by_strings_throughout():
 
 
 def with_ends():
-    """MinED with the two end-of-text tokens mapped to each other, as they are where their names are equal (in all of the
+    """MinED with the two end-of-text tokens mapped to each other, as they are where their names are equal (as in the
     papers' pairs). Ours are `</s>` and `<|endoftext|>`: by edit distance the teacher's end is the student's `/`."""
     whole = data.edit_distance_ids
 
@@ -474,7 +474,8 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
     ),
     "map": (
         "Where does each method win? Valid answers",
-        [f"{method} {regime}".strip() for regime in REGIMES for method in ("sft", "uld", "mined+ends", "v1-fkl", "v2-fkl")],
+        [f"{method} {regime}".strip() for regime in REGIMES
+         for method in ("sft", "uld", "mined+ends", "v1-fkl", "v2-fkl")],
     ),
 }  # fmt: skip
 MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "exact match, %",

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import data
 import distill
 import paper
 import reproduce
@@ -79,8 +80,8 @@ def test_every_cell_has_options_that_train_accepts(root):
 
 @pytest.mark.parametrize(
     "spec",
-    ["teacher", "start", "sft", "seqkd", "uld", "mined", "mined+ends", "v1-fkl", "v2-akl on_policy=1.0", "v2-fkl+random",
-     "v2-fkl+random-t2s", "v2-fkl+student-space", "v2-fkl+teacher-space", "v2-fkl+no-mask", "v1-fkl+no-leak",
+    ["teacher", "start", "sft", "seqkd", "uld", "mined", "mined+ends", "v1-fkl", "v2-akl on_policy=1.0",
+     "v2-fkl+random", "v2-fkl+random-t2s", "v2-fkl+student-space", "v2-fkl+teacher-space", "v2-fkl+no-mask", "v1-fkl+no-leak",
      "kd-rkl teacher=same", "v1-js teacher=same", "v2-skl teacher=same", "sft student=nothing", "v2-fkl text=accents",
      "v2-fkl+strings text=accents", "v2-fkl+strings-throughout text=accents"],
 )  # fmt: skip
@@ -242,6 +243,17 @@ def test_terms_can_be_switched_off():
     without = loss_terms("no-mask")
     assert 0 < whole["agreeing"] < 40 == without["agreeing"]
     assert without["t2s_kd"] != pytest.approx(whole["t2s_kd"]) and without["t2s_ce"] == pytest.approx(whole["t2s_ce"])
+
+
+def test_mined_can_be_told_which_tokens_end(root):
+    path = root / "worlds" / "plain-900-0"
+    teacher, student = (data.TextTokenizer(path / name) for name in ("teacher", "student"))
+    assert student.tokenizer.id_to_token(int(data.edit_distance_ids(teacher, student)[teacher.eos_id])) == "/"
+    for one in reproduce.CHANGES["ends"]()[:1]:
+        with one:
+            mapped = data.edit_distance_ids(teacher, student)
+    assert mapped[teacher.eos_id] == student.eos_id
+    assert sum(mapped != data.edit_distance_ids(teacher, student)) == 1
 
 
 def test_without_leak_the_gold_token_is_not_in_the_values(root):
