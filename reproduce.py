@@ -298,14 +298,13 @@ def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarr
     histories, pairs = ["", ""], []
     while i < len(teacher) and j < len(student):
         teacher_token, student_token = teacher[i], student[j]
-        equal = histories[0] == histories[1] and teacher_token == student_token
-        if equal:
+        if histories[0] == histories[1] and teacher_token == student_token:
             pairs.append((i, j))
-        behind = len(histories[0]) - len(histories[1])  # < 0: the teacher's, which catches up
-        if equal or behind <= 0:
+        ahead = len(histories[0]) - len(histories[1])
+        if ahead <= 0:  # the shorter history catches up, equally long ones both go on
             histories[0] += teacher_token or ""
             i += 1
-        if equal or behind >= 0:
+        if ahead >= 0:
             histories[1] += student_token or ""
             j += 1
     teacher_index, student_index = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
