@@ -1,6 +1,7 @@
 import json
 import random
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -179,6 +180,32 @@ def test_a_report_of_unfinished_tables(tmp_path):
     reproduce.file_of(parse("sft seed=1"), tmp_path).write_text(json.dumps(result(30.0)))
     text = reproduce.report(list(reproduce.TABLES), 5, tmp_path)
     assert text.count("| 30.0") == 3 and text.count("### ") == 5  # in different, same and the map
+
+
+def test_what_is_left_is_listed_as_commands(tmp_path, capsys):
+    rows = reproduce.TABLES["different"][1]
+    (tmp_path / "cells").mkdir()
+    reproduce.file_of(parse(rows[0]), tmp_path).write_text(json.dumps(result(30.0)))
+    reproduce.main(["different", "--seeds", "2", "--out", str(tmp_path), "--list"])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == 2 * len(rows) - 1
+    assert [parse(words[-1]) for words in commands][0] == reproduce.resolve(replace(parse(rows[0]), seed=1))
+    assert all(words[1:] == ["--out", str(tmp_path), "--cell", words[-1]] for _, *words in commands)
+
+
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):
+    code = "import sys; sys.exit('no luck' if 'seed=1' in sys.argv[1] else open(sys.argv[2], 'w').close())"
+    monkeypatch.setattr(
+        reproduce,
+        "command",
+        lambda cell, root: [sys.executable, "-c", code, str(cell), str(reproduce.file_of(cell, root))],
+    )
+    (tmp_path / "cells").mkdir()
+    cells = [Cell("sft", seed=seed) for seed in range(3)]
+    with pytest.raises(RuntimeError, match="seed=1.*failed, see") as error:
+        reproduce.run_all(cells, tmp_path, workers=2)
+    assert Path(str(error.value).partition("see ")[2]).read_text().strip() == "no luck"
+    assert [cell.seed for cell in reproduce.pending(cells, tmp_path)] == [1]
 
 
 def test_unknown_tables_are_named():
