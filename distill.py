@@ -149,6 +149,13 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._teacher[0]
 
+    @property
+    def predicting_head(self) -> Tensor | None:
+        """(V, D) the teacher's head over what it may predict; None where the method does not ask for predictions."""
+        if self.method != "dskd" or self.recipe != "v2":
+            return None
+        return self.teacher.head_weight[: self.rows] if self.align == "none" else self.teacher.head_weight
+
     def _start_projectors(self, student: nn.Module, file: str | None) -> None:
         """v1: random, with biases. v2: where the logits are preserved. `file`: some or all of them from there."""
         student_head, teacher_head = student.head_weight, self.teacher.head_weight
@@ -188,16 +195,22 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teacher_states(self, batch: Batch) -> TeacherStates | None:
-        """The teacher's forward pass; None for sft."""
+        """The teacher's forward pass, or what the batch has of an earlier one (cache.py); None for sft."""
         if self.method == "sft":
             return None
-        states = TeacherStates(hidden_at(self.teacher, batch.teacher), batch.teacher_index, batch.student_index)
-        if self.method == "dskd" and self.recipe == "v2":
-            head = self.teacher.head_weight
+        if batch.teacher_hidden is None:
+            hidden = hidden_at(self.teacher, batch.teacher)
+        else:
+            hidden = batch.teacher_hidden.to(self.teacher.head_weight.dtype)
+        states = TeacherStates(hidden, batch.teacher_index, batch.student_index)
+        head, cached = self.predicting_head, batch.teacher_predictions
+        if head is not None:
             if self.align == "none":
-                states.label = argmax_tokens(states.hidden, head[: self.rows])
+                states.label = argmax_tokens(hidden, head) if cached is None else cached
             else:  # eq. 14: only pairs whose prediction exists in the student's vocabulary
-                label = self.student_token[argmax_tokens(states.hidden[batch.teacher_index], head)]
+                paired = batch.teacher_index
+                predicted = argmax_tokens(hidden[paired], head) if cached is None else cached[paired]
+                label = self.student_token[predicted]
                 known = label >= 0
                 states.label = label[known]
                 states.teacher_index, states.student_index = batch.teacher_index[known], batch.student_index[known]

@@ -480,16 +480,19 @@ def build_model(config: dict) -> Decoder:
     return m
 
 
-def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: bool = True) -> Decoder:
     """Read a Hugging Face directory (config.json with model.safetensors, or its index and shards), in eval mode.
 
-    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Raises FileNotFoundError for
-    missing files; ValueError for configs, tensors or files that are not understood, incomplete or damaged.
+    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
+    and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files; ValueError
+    for configs, tensors or files that are not understood, incomplete or damaged.
     """
     path = Path(path)
     config = read_json(path / "config.json")
     with torch.device("meta"):
         m = Decoder(config)
+    if not body:
+        m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
     prefix = (GPT2_NAMES if config["model_type"] == "gpt2" else LLAMA_NAMES)[0]
     ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
     missing, tied_head = set(ours), None
@@ -503,6 +506,8 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decode
                     theirs = name if name in ours or name == "lm_head.weight" else prefix + name
                     if theirs == "lm_head.weight" and m.lm_head is None:
                         tied_head = tensors.get_tensor(name)  # compared below: the embedding may come later
+                    elif theirs not in ours and not body:
+                        continue
                     elif theirs not in missing:
                         why = "came twice" if theirs in ours else f"is not known for model_type {config['model_type']}"
                         raise ValueError(f"{file}: tensor {name!r} {why}")

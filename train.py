@@ -12,9 +12,11 @@ import ctypes
 import json
 import math
 import random
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -27,11 +29,39 @@ from tqdm import tqdm
 
 import lora
 import tiny
-from checkpoint import Log, check_directory, restore_checkpoint, save_checkpoint, start_directory
-from data import Row, TextTokenizer, collate, cut_prompt, read_jsonl, sampled_row, tokenise, update_order
+from cache import TeacherCache
+from checkpoint import (
+    Log,
+    Stopped,
+    StopSignals,
+    chat_of,
+    check_directory,
+    hold_directory,
+    random_state,
+    restore_checkpoint,
+    run_of,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
+from data import (
+    CHATS,
+    Row,
+    TextTokenizer,
+    ahead,
+    collate,
+    cut_prompt,
+    padding_share,
+    read_jsonl,
+    sampled_row,
+    split_update,
+    tokenise,
+    total_length,
+    update_order,
+)
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
-from hub import data_file, model_directory
+from hub import MODELS, data_file, model_directory
 from losses import DIVERGENCES
 from model import build_model, generate, load_model, read_config, read_json
 from seqkd import teacher_answers
@@ -51,7 +81,13 @@ class Options:
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or JSONL file to train on")
+    cache_teacher: str | None = option(None, "directory for the teacher's hidden states, which are then computed once")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
+    student_chat: str | None = option(
+        None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
+        ["none", *CHATS],
+    )  # fmt: skip
+    teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one", ["none", *CHATS])
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option("auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", *ALIGNMENTS])
@@ -69,6 +105,8 @@ class Options:
     max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
     batch_size: int = option(32, "examples per forward pass")
     grad_accum: int = option(1, "forward passes per update")
+    bucket: bool = option(False, "make updates of examples of similar length, for less padding")
+    tokens_per_batch: int = option(0, "split updates by length into passes of at most so many tokens (0: --batch-size)")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
     weight_decay: float = option(1e-2, "AdamW's, on matrices only")
@@ -101,14 +139,122 @@ def parse(arguments: list[str] | None = None) -> dict:
             parser.add_argument(flag, action=action, **common)
         else:
             parser.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)
+    about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
+    parser.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
+    about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
+    parser.add_argument("--teacher-sft", action="store_true", default=argparse.SUPPRESS, help=about)
     return vars(parser.parse_args(arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The papers' settings, and the stage before distillation
+
+_LORA = {"epochs": 10, "batch_size": 32, "lr": 1e-3, "lora": 256, "lora_alpha": 8.0, "lora_dropout": 0.1}
+_TEACHER = {"epochs": 10, "batch_size": 32, "lr": 2e-5}  # fine-tuned as a whole
+RECIPES = {  # the model that is trained, by whatever method, or a task: its settings; the rest are the defaults
+    "gpt2": {"epochs": 20, "batch_size": 32, "lr": 5e-4},
+    "tinyllama": _LORA,
+    "qwen": _TEACHER,
+    "llama2": _LORA,
+    "mistral": _LORA,
+    "math": {"epochs": 3, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
+    "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
+}
+TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
+    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk seed dtype "
+    "device compile checkpoint_every log_every"
+).split()
+
+
+def recipe_name(given: dict) -> str:
+    """Which of RECIPES holds for the given options: --task, else the student's preset; "" if none does."""
+    student = given.get("student", "")
+    preset = next((name for name in MODELS if student in (name, MODELS[name])), "")
+    name = given.get("task", "" if Path(student).is_dir() or given.get("from_scratch") else preset)
+    without_lora = given.get("lora") == 0 and "lora" in RECIPES.get(name, {})  # nothing else of it holds then
+    return name if name in RECIPES and not without_lora else ""
+
+
+def settings(given: dict) -> dict:
+    """The given options, completed with the recipe that holds for them; without --task and --teacher-sft."""
+    options = {name: value for name, value in given.items() if name not in ("task", "teacher_sft")}
+    return {**RECIPES.get(recipe_name(given), {}), **options}
+
+
+def flags(options: dict) -> str:
+    """The options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def say_settings(given: dict) -> None:
+    """One line on standard error: what comes from the papers' recipe, and what was given instead of it."""
+    name = recipe_name(given)
+    recipe = RECIPES.get(name, {})
+    taken = flags({option: value for option, value in recipe.items() if option not in given})
+    instead = flags({option: given[option] for option in recipe if option in given})
+    line = f"{taken or 'none'} from the papers' for {name}" if name else f"none are published for {given['student']}"
+    line += f", given instead: {instead}" if instead else ""
+    print(f"settings: {line}; the rest as given, else the defaults", file=sys.stderr)
+
+
+def teacher_stage(given: dict, out: str) -> dict:
+    """The options of the stage that fine-tunes the teacher, as the papers do before they distil it."""
+    stage = {"method": "sft", "student": given["teacher"]}
+    if given.get("teacher_chat"):
+        stage["student_chat"] = given["teacher_chat"]
+    stage |= {name: given[name] for name in TEACHER_STAGE if name in given}
+    return {**RECIPES.get(recipe_name(stage), _TEACHER), **stage, "out": f"{out}/teacher"}
+
+
+def run_teacher_stage(given: dict, o: Options) -> Options:
+    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
+    begins where the run after it could not."""
+    if o.method == "sft" or o.dry_run:
+        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
+    stage = teacher_stage(given, o.out)
+    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
+    check_directory(after)
+    base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
+    tokenizers = [TextTokenizer(base, o.teacher_chat or chat_of(base)),
+                  TextTokenizer(student, o.student_chat or chat_of(student))]  # fmt: skip
+    if o.method != "seqkd":
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
+    tiny.run_stage(Options(**stage), train, "teacher")
+    return after
+
+
+def say_teacher(given: dict, o: Options) -> None:
+    """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
+    data, the command for it."""
+    directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+    run = run_of(directory)
+    if run:
+        line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
+        same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
+        print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
+        return
+    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
+    known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
+    which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
+    print(
+        f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
+        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
+        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
+        file=sys.stderr,
+    )
 
 
 def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
-                "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0}  # fmt: skip
+                "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0,
+                "tokens_per_batch": 0}  # fmt: skip
     for name, least in at_least.items():
         if getattr(o, name) is not None and not least <= getattr(o, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least {least} and finite")
@@ -127,6 +273,10 @@ def check(o: Options) -> Options:
         raise ValueError(f"--on-policy belongs to --method kd and dskd; --method {o.method} {why}")
     if o.on_policy and o.dry_run:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
+    if o.teacher_chat not in (None, "none") and o.method == "sft":
+        raise ValueError("--teacher-chat belongs to a teacher; --method sft has none, its model is the --student")
+    if o.cache_teacher is not None:
+        check_cache(o)
     o = check_lora(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
@@ -164,6 +314,21 @@ def check(o: Options) -> Options:
     )
 
 
+def check_cache(o: Options) -> None:
+    why = ""
+    if o.method in ("sft", "seqkd"):
+        why = {"sft": "--method sft has no teacher", "seqkd": "--method seqkd keeps the teacher's text, in seqkd.jsonl"}
+        why = why[o.method]
+    elif o.on_policy:
+        why = "with --on-policy the teacher reads responses that are new in every update"
+    elif o.dry_run:
+        why = "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16"
+    if why:
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: {why}; leave it out")
+    if Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir():
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: not a directory")
+
+
 def check_lora(o: Options) -> Options:
     alpha, dropout = o.lora_alpha, o.lora_dropout
     if not o.lora:
@@ -197,14 +362,15 @@ class Pieces:
     rows: list[Row]
     valid_rows: list[Row]
     sample_prompts: list[str]
+    where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
 
     def collate(self, rows: list[Row], device):
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
         return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
 
     def batches(self, rows: list[Row], o: Options) -> list:
-        """The rows of one update as batches of --batch-size."""
-        return [self.collate(rows[i : i + o.batch_size], o.device) for i in range(0, len(rows), o.batch_size)]
+        """The rows of one update as batches of --batch-size, or of --tokens-per-batch."""
+        return [self.collate(part, o.device) for part in split_update(rows, o.batch_size, o.tokens_per_batch)]
 
 
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
@@ -217,17 +383,24 @@ def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     for name, limit in limits.items():
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
+    if 0 < o.tokens_per_batch < o.max_len:
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
 
 
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
-    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory), None, None
+    o.student_chat = o.student_chat or chat_of(student_directory)
+    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
+    student_tokenizer.say_if_forgotten("--student-chat")
+    align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
-        teacher_tokenizer = TextTokenizer(teacher_directory)
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
+        teacher_tokenizer.say_if_forgotten("--teacher-chat")
         if o.method != "seqkd":  # before models are loaded
-            choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
+            align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
     first_lines = o.batch_size if o.dry_run else None
     examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
@@ -235,9 +408,9 @@ def load(o: Options) -> Pieces:
 
     torch.manual_seed(o.seed)
     if o.from_scratch:
-        student = build_model(read_json(student_directory / "config.json")).to(o.device)
+        student = build_model(read_json(student_directory / "config.json"))
     else:
-        student = load_model(student_directory, torch.float32, o.device)
+        student = load_model(student_directory, torch.float32)
     student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
@@ -251,24 +424,31 @@ def load(o: Options) -> Pieces:
         )  # fmt: skip
         method, teacher_tokenizer = "sft", None
     examples = examples[:first_lines]
+    lengths = o.max_len, o.max_prompt_len
+    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, align)
+    print(f"train: {report}", file=sys.stderr)
     if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        teacher = load_model(teacher_directory, dtype, o.device)
+        teacher = load_model(teacher_directory, dtype, o.device, body=o.cache_teacher is None)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
         teacher = torch.compile(teacher.requires_grad_(False), dynamic=True) if o.compile else teacher
+    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
+        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
+        cache.attach_states(o.compile)
+    student.to(o.device)
 
     distiller = Distiller(
         student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
         o.temperature, o.kd_rate, o.projectors, o.chunk,
     )  # fmt: skip
-    lengths = o.max_len, o.max_prompt_len
-    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, distiller.align)
-    print(f"train: {report}", file=sys.stderr)
+    if o.cache_teacher is not None and distiller.predicting_head is not None:
+        cache.attach_predictions(distiller.predicting_head)
     valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
     if valid:
         print(f"valid: {report}", file=sys.stderr)
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
-    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts)
+    where = [example.where for example in examples]
+    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +561,10 @@ def keep_freed_memory() -> None:
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
-    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged."""
+    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged.
+
+    Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
+    """
     o = check(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -394,38 +577,47 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     if o.dry_run:
         return dry_run(o, pieces, student)
 
-    start_directory(o)  # only now, when nothing is wrong with the input
+    with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
+        return run_updates(o, pieces, student, stop, description)
+
+
+def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, description: str) -> dict[str, float]:
+    """The updates of `train` that are still to be done, and the samples at their end."""
     optimizer = make_optimizer(o, pieces)
     per_update = o.batch_size * o.grad_accum
     updates_per_epoch = -(-len(pieces.rows) // per_update)
+    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), updates_per_epoch))
+    parts = [part for rows in first_epoch for part in split_update(rows, o.batch_size, o.tokens_per_batch)]
+    print(f"{len(parts)} batches per epoch, {padding_share(parts):.1%} of their positions are padding", file=sys.stderr)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
-    start = restore_checkpoint(o, pieces, optimizer) if o.resume else 0
+    start, counts = restore_checkpoint(o, pieces, optimizer) if o.resume else (0, {})
     log = Log(Path(o.out) / "log.jsonl", start)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pieces.student.train()
     line: dict[str, float] = {}
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
-    order = update_order(len(pieces.rows), per_update, o.seed, start)
-    meter = Meter()
-    for step, indices in enumerate(islice(order, total - start), start):
-        rows = [pieces.rows[i] for i in indices]
+    order = make_order(o, pieces, start)
+    meter, compiled = Meter(**counts), compilations()
+    for step, (indices, rows, batches) in enumerate(ahead(prepared(o, pieces, islice(order, total - start))), start):
         sampled: list[Row] = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
+        before = random_state(o.device), meter.counts()
         try:
             if is_on_policy(o, step):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
-            terms = accumulate(o, pieces, student, pieces.batches(rows, o), pieces.batches(sampled, o))
+            terms = accumulate(o, pieces, student, batches, pieces.batches(sampled, o))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"update {step + 1}: {error} (examples {indices[:8]}{'...' * (len(indices) > 8)}); the weights of the "
-                f"last checkpoint are in {o.out}; a lower --lr or --dtype fp32 may help"
-            ) from None
+            progress.close()
+            about = save_if_finite(o, pieces, optimizer, step, *before)
+            file, lines = pieces.where[0].rpartition(", line ")[0], [pieces.where[i].split()[-1] for i in indices[:8]]
+            examples = f"{file}, lines {', '.join(lines)}{', ...' * (len(indices) > 8)}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -433,32 +625,76 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         if o.on_policy:  # a response that could not be used left the gold one in its place
             terms["on_policy"] = sum(new is not row for new, row in zip(sampled, rows, strict=False)) / len(rows)
         done = step + 1
-        if done % o.log_every == 0 or done == total or step == start:
+        if done % o.log_every == 0 or done == total or step == 0:
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
+            if o.compile:
+                line["compilations"] = compilations() - compiled
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)
         progress.update()
-        if done % checkpoint_every == 0 or done == total:
-            paused = time.perf_counter()
-            if pieces.valid_rows:
-                eos_id = pieces.student_tokenizer.eos_id
-                line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
-                log.write({"step": done, "valid_ce": line["valid_ce"]})
-            save_checkpoint(o, pieces, optimizer, done)
-            meter.since += time.perf_counter() - paused  # not training
+        paused, counts = time.perf_counter(), meter.counts()
+        due = done % checkpoint_every == 0 or done == total
+        if due and pieces.valid_rows:
+            eos_id = pieces.student_tokenizer.eos_id
+            line["valid_ce"] = held_out_cross_entropy(pieces.student, pieces.valid_rows, eos_id, o.device)
+            log.write({"step": done, "valid_ce": line["valid_ce"]})
+        stopping = stop.number
+        if due or stopping:
+            save_checkpoint(o, pieces, optimizer, done, counts)
+        meter.since += time.perf_counter() - paused  # not training
+        if stopping:
+            progress.close()
+            raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
     progress.close()
     write_samples(o, pieces)
+    if stop.number:  # while it wrote them
+        raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
     return line
+
+
+def make_order(o: Options, pieces: Pieces, start: int = 0) -> Iterator[list[int]]:
+    """The examples of each update from the `start`-th on, as indices."""
+    lengths = [total_length(row) for row in pieces.rows] if o.bucket else None
+    return update_order(len(pieces.rows), o.batch_size * o.grad_accum, o.seed, start, lengths)
+
+
+def prepared(o: Options, pieces: Pieces, order: Iterator[list[int]]) -> Iterator[tuple]:
+    """Each update's indices, rows and batches; all that an update waits for from data that is known beforehand."""
+    for indices in order:
+        rows = [pieces.rows[i] for i in indices]
+        yield indices, rows, pieces.batches(rows, o)
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.distiller
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if spoilt:
+        return f"{spoilt[0]} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
 class Meter:
     """What the time since the last logged line brought."""
 
-    def __init__(self):
-        self.since, self.tokens = time.perf_counter(), 0
-        self.generating, self.generated, self.responses = 0.0, 0, 0
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
 
     def time_generation(self, sample: Callable, *arguments) -> list[Row]:
         began = time.perf_counter()
@@ -493,11 +729,12 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
 
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses to a few held-out (else training) prompts."""
-    room = pieces.student.limit - max(len(pieces.student_tokenizer.encode(prompt)) for prompt in pieces.sample_prompts)
-    responses = respond(pieces.student, pieces.student_tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
+    tokenizer = pieces.student_tokenizer
+    room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
+    responses = respond(pieces.student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
-    (Path(o.out) / "samples.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(o.out) / "samples.txt", text + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -506,18 +743,38 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.keys() & {"student", "teacher", "data"}:
             if given.get("dry_run"):
                 raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
+            if given.keys() & {"task", "teacher_sft"}:
+                raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
             names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
             check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
             tiny.run(given, Options, train)
             return
-        o = Options(**given)
+        o = check(Options(**settings(given)))
+        say_settings(given)
+        if given.get("teacher_sft"):
+            o = run_teacher_stage(given, o)
+        elif o.method != "sft":
+            say_teacher(given, o)
         if o.dry_run:
             print(json.dumps(train(o)))
         else:
             train(o)
-            print(f"student: {Path(check(o).out) / 'student'}")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+            print(f"student: {Path(o.out) / 'student'}")
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
+        print(f"\n{str(stopped) or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+
+
+def way_on(given: dict, arguments: list[str] | None) -> str:
+    """How to continue the command that was given."""
+    words = ["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    embedded = not given.keys() & {"student", "teacher", "data"}
+    out = Path(given.get("out", f"runs/{given.get('method', Options.method)}"))
+    if embedded or (out / "args.json").is_file():
+        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
 
 
 if __name__ == "__main__":
