@@ -278,8 +278,13 @@ def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> 
         k, v = cache.store(layer, k, v)  # (B, kv_heads, S, head_dim)
     B, heads, T, head_dim = q.shape
     groups = heads // k.size(1)  # query heads that share a key-value head
-    if groups > 1 and T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
-        y = F.scaled_dot_product_attention(q.view(B, -1, groups, head_dim), k, v, attn_mask=mask)
+    if T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
+        q = q.reshape(B, -1, groups, head_dim)
+        if q.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:  # the CPU's kernel is made for many queries; with one, and in bf16, it takes four times as long as this
+            scores = (q * head_dim**-0.5 @ k.mT).masked_fill(~mask, -torch.inf)
+            y = scores.softmax(-1).to(v.dtype) @ v
         return y.reshape(B, 1, heads * head_dim)
     if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # of CUDA's fast kernels only flash attention shares heads by itself; it takes no mask and no float32
@@ -666,9 +671,10 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
     Raises FloatingPointError for logits that are not finite.
     """
+    logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -680,7 +686,12 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
         likeliest = likeliest.masked_fill(before >= top_p, 0.0)  # the first has 0 before it: one is always kept
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, likeliest)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # normalises the rows itself
+    # the first token whose cumulative mass exceeds a uniform draw: a random number per row, where multinomial takes V
+    mass = probabilities.cumsum(-1)
+    whole = mass[:, -1:]
+    draw = torch.rand(len(mass), 1, generator=generator, device=mass.device) * whole
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # so that a draw that was rounded up finds a token too
+    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1)
 
 
 @torch.no_grad()

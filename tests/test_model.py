@@ -349,6 +349,15 @@ def test_sampling_distribution(options, expected):
     assert (frequencies[torch.tensor(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1.0])  # 1.0: not drawn, but a product may be rounded up to it
+def test_the_ends_of_the_uniform_draw_find_tokens_with_mass(uniform, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform))
+    logits = torch.tensor([[-5.0, 2.0, 1.0, -5.0], [3.0, -9.0, -9.0, 2.9], [-9.0, -9.0, 1.0, -9.0]])
+    expected = [1, 0, 2] if uniform == 0 else [2, 3, 2]
+    assert sample(logits, top_k=2)[:2].tolist() == expected[:2]
+    assert sample(logits, top_p=0.9).tolist() == expected
+
+
 def test_dropout_is_active_in_training_only():
     ids, _ = random_batch()
     for config, active in (
