@@ -3,10 +3,10 @@
 Written plainly, a divergence over a vocabulary of V makes a dozen (tokens, V) tensors and keeps them for the backward
 pass, where the matrix products that made the logits wait to be undone. Here
 
-- logits exist for `chunk` tokens at a time, and are gone after the forward pass: the gradient is formed beside the value,
-  by formulas worked out on paper (DIVERGENCES), and carried through the head at once. That takes the weights of the terms
-  beforehand, and so the loss, their weighted sum, is all that has a gradient (made in the backward pass, it would need
-  the logits of both states again: 5 products instead of 3 under the teacher's head, the largest there are);
+- logits exist for `chunk` tokens at a time, and are gone after the forward pass: the gradient is formed beside the
+  value, by formulas worked out on paper (DIVERGENCES), and carried through the head at once. That takes the weights of
+  the terms beforehand, and so the loss, their weighted sum, is all that has a gradient. (In the backward pass it would
+  take the logits again: 5 products instead of 3 under the teacher's head, the largest there are.)
 - each gradient is written over the logits it belongs to;
 - on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache.
 
@@ -111,16 +111,17 @@ class HeadTerms(torch.autograd.Function):
     kd        D(softmax(logits/T), softmax(target/T)), target detached
 
     hidden (n, d), head (V, d); target_hidden (k, D), for the first k ≤ n tokens, target_head (V', D). The divergence is
-    over the rows that both heads have and, if `only_agreeing`, 0 where target's arg-max is not its label. Returns (loss,
-    ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a gradient, for hidden, head and,
-    through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,), have none. Products are in
+    over the rows that both heads have and, if `only_agreeing`, 0 where target's arg-max is not its label. Returns
+    (loss, ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a gradient, for hidden, head
+    and, through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,), have none. Products are in
     autocast's dtype, everything else in float32.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, head, target_hidden, target_head, gold, label, weights, divergence, temperature, only_agreeing, chunk
-    ):
+        ctx, hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature,
+        chunk,
+    ):  # fmt: skip
         inputs, (wants_hidden, wants_head, wants_target) = (hidden, head, target_hidden), ctx.needs_input_grad[:3]
         device, shared = hidden.device.type, target_head is head
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -174,7 +175,7 @@ class HeadTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("HeadTerms: the gradient was made in the forward pass and is used up by one backward pass")
+            raise RuntimeError("HeadTerms: the gradient, made in the forward pass, is used up by one backward pass")
         gradients, ctx.gradients = ctx.gradients, None
         return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 8
 
@@ -185,27 +186,28 @@ def fused_terms(chunk: int) -> losses.Terms:
     def gold(student_hidden, gold, student_head, weights):
         (ce,), empty = weights, student_hidden[:0].detach()
         states = student_hidden, student_head, empty, student_head
-        return HeadTerms.apply(*states, gold, None, (ce, 0, 0), None, None, False, chunk)[:3]
+        return HeadTerms.apply(*states, gold, None, False, (ce, 0, 0), None, None, chunk)[:3]
 
     def kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature, weights):
         (ce, kd), states = weights, (student_hidden, student_head, teacher_hidden, teacher_head)
         loss, ce, correct, _, _, kd = HeadTerms.apply(
-            *states, gold, None, (ce, 0, kd), divergence, temperature, False, chunk
+            *states, gold, None, False, (ce, 0, kd), divergence, temperature, chunk
         )
         return loss, ce, correct, kd
 
     def student_space(
-        student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature, only_agreeing=False, *, weights
-    ):
+        student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature, only_agreeing=False,
+        *, weights,
+    ):  # fmt: skip
+        states = student_hidden, student_head, t2s_hidden, student_head
         loss, ce, correct, t2s_ce, agrees, t2s_kd = HeadTerms.apply(
-            student_hidden, student_head, t2s_hidden, student_head, gold, t2s_label, weights, divergence, temperature,
-            only_agreeing, chunk,
-        )  # fmt: skip
+            *states, gold, t2s_label, only_agreeing, weights, divergence, temperature, chunk
+        )
         return loss, ce, correct, t2s_ce, t2s_kd, agrees
 
     def teacher_space(s2t_hidden, teacher_hidden, teacher_head, divergence, temperature, weights):
         (kd,), states = weights, (s2t_hidden, teacher_head, teacher_hidden, teacher_head)
-        loss, *_, kd = HeadTerms.apply(*states, None, None, (0, 0, kd), divergence, temperature, False, chunk)
+        loss, *_, kd = HeadTerms.apply(*states, None, None, False, (0, 0, kd), divergence, temperature, chunk)
         return loss, kd
 
     return losses.Terms(

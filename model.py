@@ -230,11 +230,11 @@ class Dropout(nn.Dropout):
 
 
 class DropoutAttention(torch.autograd.Function):
-    """F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) for CPUs, which have no fused kernel with
-    dropout: several (T, T) matrices per head, kept for the backward pass, most of the memory and a quarter of the time
-    of a GPT-2. Here some `rows` queries at a time see the keys up to their own, and nothing is made above the diagonal.
+    """F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) for CPUs. Those have no fused kernel
+    with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half of the memory of
+    a training GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal.
 
-    q, k, v (B, heads, T, head_dim) -> the same. With P = softmax(q kᵀ/√head_dim) and K = keep/(1 − dropout), y = (P∘K) v.
+    q, k, v (B, heads, T, head_dim) -> the same: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
     """
 
     @staticmethod

@@ -350,7 +350,8 @@ def test_kd_and_sft_by_loops(name):
     expected = {"ce": ce, "kd": kd, "correct": correct, "loss": 0.5 * ce + 0.5 * kd}
     assert {key: value.item() for key, value in ours.items()} == pytest.approx(expected)
     sft = sft_loss(i.student_hidden, i.gold, i.student_head, TOKENS)
-    assert {key: value.item() for key, value in sft.items()} == pytest.approx({"ce": ce, "correct": correct, "loss": ce})
+    expected = {"ce": ce, "correct": correct, "loss": ce}
+    assert {key: value.item() for key, value in sft.items()} == pytest.approx(expected)
 
 
 @every_combination
@@ -521,8 +522,8 @@ def test_chunks_change_neither_value_nor_gradient(case, chunk, cached, monkeypat
         if case == "sft":
             found = sft_loss(i.student_hidden, i.gold, i.student_head, TOKENS, terms, kd_rate)
         elif case == "kd":
-            heads = i.student_head, i.teacher_head
-            found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "js", TEMPERATURE, terms, kd_rate)
+            states = i.student_hidden, i.gold, i.teacher_hidden, i.student_head, i.teacher_head
+            found = kd_loss(*states, TOKENS, "js", TEMPERATURE, terms, kd_rate)
         elif case in ("uld", "mined"):
             found = baseline_loss(case, i, terms, kd_rate)
         else:

@@ -411,7 +411,9 @@ def test_dropout_keeps_the_mean_and_scales_the_gradient():
     assert model.Dropout(0.0)(x) is x and not model.Dropout(1.0)(x).any()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize(("T", "rows"), [(7, 128), (8, 4), (11, 4), (1, 3)])
 def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(T, rows, dtype, tolerance, monkeypatch):
     torch.manual_seed(0)
