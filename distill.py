@@ -236,8 +236,8 @@ class Distiller(nn.Module):
     def loss(
         self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals, is_gold: bool = True
     ) -> dict[str, Tensor]:
-        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's terms, and of its loss, which has a gradient; sums
-        come after what they are made of, so that the first that is not finite is the one to look at.
+        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's terms and loss, the loss with gradient; sums come
+        after what they are made of, so that the first that is not finite is the one to look at.
 
         loss = (1 − kd_rate)·ce + kd_rate·kd. Without the teacher's `states`: the first part alone (sft, and the gold
         side of on-policy distillation); not `is_gold`: the second alone (its sampled side). `student` may be a compiled
