@@ -236,7 +236,7 @@ class Distiller(nn.Module):
     def loss(
         self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals, is_gold: bool = True
     ) -> dict[str, Tensor]:
-        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's terms and loss, the loss with gradient; sums come
+        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's terms and loss (this with gradient); sums come
         after what they are made of, so that the first that is not finite is the one to look at.
 
         loss = (1 − kd_rate)·ce + kd_rate·kd. Without the teacher's `states`: the first part alone (sft, and the gold
