@@ -1,21 +1,33 @@
 """What a run leaves on disk: `args.json`, `log.jsonl`, `student/` for the world, and `resume/` for going on exactly.
 
+A run may end at any moment, also while it writes. So whatever is read again is written beside its place, brought to the
+disk (fsync: a rename can outlive the contents when the power fails) and only then moved there; and of one checkpoint's
+files resume/state.safetensors is moved last, so that the others are never older than what a run goes on from.
+
 In all functions `o` holds the options of a run, `pieces` its models and data: `Options` and `Pieces` of train.py.
 """
 
 import copy
 import json
 import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
+import parallel
 from hub import MODELS
-from model import save_model
+from model import Decoder, read_json, save_model
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -23,37 +35,105 @@ TOKENIZER_FILES = (
 ).split()  # what a student's directory hands on to what was trained from it
 
 
-def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int) -> None:
+def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float]) -> None:
     """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
-    resume/state.safetensors with all that an exact continuation needs: one file, replaced at once, so of one update.
-    With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
+    resume/state.safetensors with all that an exact continuation needs, also `meter`, the counts for the next line of
+    the log. With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
+
+    All of it is written to checkpoint.new/ first. Raises OSError if that fails; the last checkpoint is then untouched.
+
+    Process 0 writes, but all processes call this, and go on when it is written. Nothing in the files depends on how the
+    student was sharded, or on the number of processes; but random.*, which has a row for each.
     """
-    out = Path(o.out)
+    student = whole_copy(o, pieces.student) if parallel.is_sharded(pieces.student) else pieces.student
+    tensors = state_tensors(o, pieces, optimizer)
+    counted = [name for name, count in meter.items() if isinstance(count, int)]
+    meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
+    if parallel.rank() == 0:
+        replace_checkpoint(o, pieces, student, tensors, {"step": str(step), "meter": json.dumps(meter)})
+    parallel.wait_for_all()
+
+
+def replace_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str]) -> None:
+    out, new = Path(o.out), Path(o.out) / "checkpoint.new"
+    if new.exists():  # of a run that was killed
+        shutil.rmtree(new)
+    try:
+        with explained(new):
+            write_checkpoint(o, pieces, student, tensors, new, metadata)
+            for path in (out / "log.jsonl", *new.rglob("*")):
+                sync(path)
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "resume"):
+                move(path, out / path.name)
+    finally:
+        if new.exists():
+            shutil.rmtree(new)
+
+
+def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Path, metadata: dict[str, str]) -> None:
+    (out / "resume").mkdir(parents=True)
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
-        lora.save_adapter(pieces.student, out / "adapter", base)
-        save_model(merged_copy(pieces.student), out / "student")
+        lora.save_adapter(student, out / "adapter", base)
+        save_model(merged_copy(student), out / "student")
     else:
-        save_model(pieces.student, out / "student")
+        save_model(student, out / "student")
     for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    tensors = {f"student.{name}": value for name, value in pieces.student.named_parameters() if value.requires_grad}
-    tensors |= dict(pieces.distiller.named_parameters())  # projectors.t2s.weight, ...
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.device(o.device).type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(o.device)
-    (out / "resume").mkdir(exist_ok=True)
-    new = out / "resume" / "state.safetensors.new"
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    if pieces.student_tokenizer.chat != "none":
+        pieces.student_tokenizer.write_end(out / "student")
     trained = [name for name, parameter in pieces.distiller.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
-    save_file(tensors, new, metadata={"step": str(step)})
-    os.replace(new, out / "resume" / "state.safetensors")
+    save_file(tensors, out / "resume" / "state.safetensors", metadata=metadata)
+
+
+def random_state(device) -> dict[str, torch.Tensor]:
+    """State of torch's random number generators: "cpu", and "cuda" if that is the device."""
+    on_cuda = {"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **on_cuda}
+
+
+def set_random_state(device, state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def trained_parameters(pieces) -> dict[str, torch.nn.Parameter]:
+    """By their names in resume/: student.blocks.0..., projectors.t2s.weight, ...; of a LoRA student the adapters."""
+    student = {f"student.{name}": p for name, p in pieces.student.named_parameters() if p.requires_grad}
+    return student | dict(pieces.distiller.named_parameters())
+
+
+def state_tensors(o, pieces, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """What resume/ holds, whole and on the CPU of process 0: what is trained, the optimiser's state of it, and random
+    states."""
+    placed = trained_parameters(pieces)
+    for name, parameter in list(placed.items()):
+        state = optimizer.state.get(parameter, {})  # a projector that is solved has none
+        placed |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    tensors = {}
+    for name, value in placed.items():
+        value = parallel.whole(value.detach())
+        if parallel.rank() == 0:
+            tensors[name] = value.cpu().contiguous().clone()
+    return tensors | {f"random.{name}": parallel.gather(value) for name, value in random_state(o.device).items()}
+
+
+def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
+    """A sharded student put together on the CPU of process 0; other processes get a model without weights."""
+    with torch.device("meta"):
+        copied = Decoder(student.config)
+        if o.lora:
+            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout)
+    for name, parameter in student.named_parameters():
+        tensor = parallel.whole(parameter.detach())
+        if parallel.rank() == 0:
+            copied.load_state_dict({name: tensor.cpu()}, strict=False, assign=True)
+    return copied
 
 
 def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
@@ -62,39 +142,55 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
     return lora.merge(copy.deepcopy(student, on_cpu))  # deepcopy takes its copies of the parameters from there
 
 
-def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> int:
-    """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done."""
+def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
+    meter's counts. Raises ValueError for a damaged file."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
-        return 0
+        return 0, {}
+    try:
+        return _restore(path, o, pieces, optimizer)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+
+
+def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     with safe_open(path, "pt") as file:
-        tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
-    state: dict[int, dict] = {}
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    moments = ("step", "exp_avg", "exp_avg_sq")
     with torch.no_grad():
-        for name, parameter in pieces.student.named_parameters():
-            if parameter.requires_grad:  # with LoRA the rest is as --student has it
-                parameter.copy_(tensors[f"student.{name}"])
-        for name, parameter in pieces.distiller.named_parameters():
-            parameter.copy_(tensors[name])
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.device(o.device).type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], o.device)
-    return step
+        for name, parameter in trained_parameters(pieces).items():
+            parallel.copy_into(parameter, tensors[name])
+            if not any(f"optimizer.{name}.{key}" in tensors for key in moments):
+                continue  # a projector that is solved, or before the first update
+            for key in moments:
+                value = tensors[f"optimizer.{name}.{key}"]  # copied: not a view of the file, which is soon replaced
+                placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
+                optimizer.state[parameter][key] = placed
+    step, processes = int(metadata["step"]), len(tensors["random.cpu"])
+    if processes == parallel.world():
+        own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
+        set_random_state(o.device, own)
+    else:  # no state for each process: draws that were not made before
+        parallel.seed_process(o.seed, step)
+    meter = dict(json.loads(metadata["meter"]))
+    return step, meter if parallel.rank() == 0 else {}
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run, or --resume is given and it holds this very run."""
-    out, record = Path(o.out), asdict(replace(o, resume=False))
+    """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
+    then take the value of that run."""
+    out, record = Path(o.out), record_of(o)
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before = json.loads((out / "args.json").read_text())
-        changed = {name for name in record if record[name] not in (None, before.get(name))}
+        before = read_json(out / "args.json")
+        for name in record:  # what is open in the options is as it was, also where it followed from the models
+            if record[name] is None and name != "shard":
+                setattr(o, name, before.get(name))
+        check_update_size(o, before)
+        free = {"batch_size", "grad_accum", "processes", "shard"}  # as long as an update is over as many examples
+        changed = {name for name in record.keys() - free if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]
             flag = f"--{name.replace('_', '-')}"
@@ -103,12 +199,151 @@ def check_directory(o) -> None:
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+    if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
+        with locked(out):
+            pass
 
 
-def start_directory(o) -> None:
-    """The run directory with args.json."""
-    Path(o.out).mkdir(parents=True, exist_ok=True)
-    (Path(o.out) / "args.json").write_text(json.dumps(asdict(replace(o, resume=False)), indent=1) + "\n")
+def record_of(o) -> dict:
+    """What args.json says."""
+    device = o.device if not parallel.by_torchrun() else o.device and torch.device(o.device).type
+    return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
+
+
+def check_update_size(o, before: dict) -> None:
+    """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
+    over the same ones, however they are split over processes and forward passes."""
+    asked, size = (x["batch_size"] * x["grad_accum"] * x.get("processes", 1) for x in (record_of(o), before))
+    each, rest = divmod(size, parallel.world())
+    if asked == size:
+        return
+    was = f"--resume: an update of {o.out} is over {size} examples"
+    now = f"{o.batch_size} --grad-accum {o.grad_accum} with {parallel.world()} process(es) makes {asked}"
+    if rest:
+        raise ValueError(f"{was}, --batch-size {now}; that number of processes does not divide {size}")
+    fits = max(n for n in range(1, min(each, before["batch_size"]) + 1) if each % n == 0)
+    raise ValueError(f"{was}, --batch-size {now}: use --batch-size {fits} --grad-accum {each // fits}")
+
+
+def run_of(directory: str | Path) -> dict | None:
+    """The options of the run whose student/ this model directory is; None for any other model."""
+    directory = Path(os.path.abspath(directory))
+    record = directory.parent / "args.json"
+    if directory.name != "student" or not record.is_file():
+        return None
+    return read_json(record)
+
+
+def chat_of(directory: str | Path) -> str:
+    """The chat format that a model directory was trained with here, "none" if it was not."""
+    return (run_of(directory) or {}).get("student_chat") or "none"
+
+
+@contextmanager
+def hold_directory(o) -> Iterator[None]:
+    """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
+    """
+    if parallel.rank() > 0:
+        yield
+        return
+    out = Path(o.out)
+    (out / "resume").mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        if not o.resume and (out / "args.json").exists():
+            raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
+        write_text(out / "args.json", json.dumps(record_of(o), indent=1) + "\n")
+        yield
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
+    does. Only on Unix; where a file system has no locks, a warning says so."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(out / "resume" / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FileExistsError(
+                f"{out} is in use by {file.read()}: wait for it or stop it, or give another --out"
+            ) from None
+        except OSError as error:
+            print(f"{out} cannot be locked ({error}): see that no other run writes there", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole or not there
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or, with an OSError, the one that was there before. Only process 0 writes."""
+    if parallel.rank() > 0:
+        return
+    new = path.with_name(f"{path.name}.new")
+    with explained(path):
+        try:
+            new.write_text(text, encoding="utf-8")
+            sync(new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Says of an error while writing which file it is about, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}); what was saved before is whole: make room there, then run this "
+            "again, a training run with --resume"
+        ) from error
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a file or directory in its place, file by file where there is one; a new directory appears full."""
+    if target.is_dir():
+        for path in source.iterdir():
+            move(path, target / path.name)
+    else:
+        os.replace(source, target)
+        sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    if os.name == "posix":  # elsewhere only an open file can be, not a directory
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl. The last one may have been cut off by the end of its process, or not be written to its
+    end yet: then it is left out. Raises ValueError for any other line that is damaged."""
+    texts, lines = path.read_bytes().split(b"\n"), []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+        elif number < len(texts):
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step; repair or remove that line")
+    return lines
 
 
 class Log:
@@ -116,11 +351,49 @@ class Log:
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        kept = []
-        if start and path.is_file():
-            kept = [line for line in path.read_text().split("\n") if line and json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = read_log(path) if start and path.is_file() else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
     def write(self, line: dict) -> None:
-        with open(self.path, "a") as file:
+        if parallel.rank() > 0:
+            return
+        with explained(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved its state; `number` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """Within it the first Ctrl-C or SIGTERM is only noted, in `number`: the loop finishes its update and saves. The
+    next one does what it always does."""
+
+    def __init__(self):
+        self.number, self.before = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other may change what signals do
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # started with nohup, for instance
+                    self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.__exit__()
+        self.number = number
+        text = "\nstopping: this update is finished and saved first (once more: stop at once)\n"
+        os.write(2, text.encode())  # print could fail here, in the middle of another one
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}

@@ -11,8 +11,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -38,6 +40,28 @@ MBPP_PROMPT = (
     "{tests}\n[BEGIN]\n"
 )
 
+# Chat formats: what a family's own template makes of one message of a user, with its default system message, and the
+# token that ends the answer. Llama's has a date: always the one that its template falls back on, never today's.
+_CHATML = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+CHATS = {
+    "qwen2.5": (
+        _CHATML.replace("{system}", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        "<|im_end|>",
+    ),
+    "llama3.2": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{message}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "smollm2": (
+        _CHATML.replace("{system}", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        "<|im_end|>",
+    ),
+}
+# HumanEval's prompt as a message: a model that was taught to chat does not go on with a text by itself
+COMPLETE = "Complete this Python function:\n\n```python\n{prompt}\n```"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
 
@@ -62,12 +86,32 @@ class Example:
     ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
     code: CodeTask | None = None  # the outputs are programs
 
-    def prompt_text(self) -> str:
+    def prompt_text(self, chat: str = "none") -> str:
+        """What a model reads before the response: the plain template, or the chat format of that name."""
+        if chat != "none":
+            return self._chat_text(chat)
         if self.prompt is not None:
             return self.prompt
         if self.input:
             return PROMPT_WITH_INPUT.format(instruction=self.instruction, input=self.input)
         return PROMPT.format(instruction=self.instruction)
+
+    def _chat_text(self, chat: str) -> str:
+        message = self.message()
+        if re.match(r"\s*<\|(im_start|begin_of_text|start_header_id)\|>", message):
+            raise ValueError(
+                f"{self.where}: the prompt is in a chat format already, and would be put into another ({chat}); leave "
+                "out the option, or give the message alone"
+            )
+        return CHATS[chat][0].format(message=message.strip() if chat == "llama3.2" else message)  # as its template does
+
+    def message(self) -> str:
+        """What the user says in a chat format: without the words and marks by which a base model knows its turn."""
+        if self.code is not None and self.code.entry_point:
+            return COMPLETE.format(prompt=self.prompt.rstrip())
+        if self.prompt is not None:
+            return self.prompt.removesuffix("\n[BEGIN]\n")  # MBPP's
+        return "\n\n".join(part for part in (self.instruction, self.input) if part)
 
 
 def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
@@ -92,8 +136,8 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -109,6 +153,15 @@ def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> lis
     if not examples:
         raise ValueError(f"{path}: no examples")
     return examples
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object's keys and values; of a key that comes twice json would take the last value without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} comes twice")
+    return record
 
 
 def _example(record: dict, where: str) -> Example:
@@ -176,24 +229,32 @@ def _encodable(text: str, key: str, where: str) -> str:
 
 
 class TextTokenizer:
-    """A tokenizer as training needs it: plain text in, ids out, and one end-of-text id."""
+    """A tokenizer as training needs it: plain text in, ids out, one end-of-text id, and the format of its prompts."""
 
-    def __init__(self, directory: str | Path):
-        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json."""
-        directory = Path(directory)
+    def __init__(self, directory: str | Path, chat: str = "none"):
+        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json.
+
+        chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+        """
+        self.directory, self.chat = Path(directory), chat
+        file = self.directory / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.decode(self.encode("Größe\n\x00 東京 🦊"))  # some defects show only when it is used
         except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
-            raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.directory = directory
-        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id = self._end_of_text()
+            raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
+        ids = self.vocabulary().values()
+        self.size = max(ids, default=-1) + 1
+        distinct = len(set(ids))
+        if not 0 < self.size <= 2**24 or distinct < len(ids):  # all ids are listed, up to the last
+            raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {self.size - 1}: not a vocabulary")
+        self.eos_id = self._end_of_text() if chat == "none" else self._end_of_turn()
         try:
             self.bytes = token_bytes(self.tokenizer)
         except ValueError as error:
-            raise ValueError(f"{directory / 'tokenizer.json'}: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
         self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
 
     def _end_of_text(self) -> int:
@@ -205,7 +266,7 @@ class TextTokenizer:
             path = self.directory / file
             try:
                 value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
-            except (ValueError, AttributeError) as error:
+            except (ValueError, RecursionError, AttributeError) as error:
                 raise ValueError(f"{path}: not a JSON object: {error}") from error
             value = value.get("content") if isinstance(value, dict) else value
             value = value[0] if isinstance(value, list) and value else value
@@ -217,6 +278,44 @@ class TextTokenizer:
             return index
         raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
 
+    def _end_of_turn(self) -> int:
+        text, end = CHATS[self.chat]
+        for token in dict.fromkeys(re.findall(r"<\|\w+\|>", text)):
+            if len(self.encode_prompt(token)) != 1:
+                raise ValueError(
+                    f"{self.directory}: the chat format {self.chat} needs the special token {token}, which this "
+                    "tokenizer does not have; choose another format, or none"
+                )
+        return self.tokenizer.token_to_id(end)
+
+    def write_end(self, directory: Path) -> None:
+        """Make end-of-text what the files of a copy in `directory` call so: a base model's name another token than the
+        one that ends a turn."""
+        token = self.tokenizer.id_to_token(self.eos_id)
+        for file, key, end in [
+            ("tokenizer_config.json", "eos_token", token),
+            ("special_tokens_map.json", "eos_token", token),
+            ("generation_config.json", "eos_token_id", self.eos_id),
+        ]:
+            path = directory / file
+            if not path.is_file() and end is token:
+                continue
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            named = config.get(key)
+            named = named.get("content") if isinstance(named, dict) else named
+            if end not in (named if isinstance(named, list) else [named]):
+                path.write_text(json.dumps({**config, key: end}, indent=2) + "\n", encoding="utf-8")
+
+    def say_if_forgotten(self, option: str) -> None:
+        """A note on standard error where a tokenizer that ends turns is used without the chat format that has them."""
+        end = self.tokenizer.id_to_token(self.eos_id)
+        if self.chat == "none" and end in {end for _, end in CHATS.values()}:
+            print(f"note: {self.directory} ends turns ({end}), but no {option} is given", file=sys.stderr)
+
+    def prompt_text(self, example: Example) -> str:
+        """The example's prompt as this tokenizer's model reads it."""
+        return example.prompt_text(self.chat)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a response, where "</s>" is text, not an end."""
         self.tokenizer.encode_special_tokens = True
@@ -226,6 +325,11 @@ class TextTokenizer:
         """Ids of a prompt, where the name of a special token is that token, as in chat formats; none is added."""
         self.tokenizer.encode_special_tokens = False
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: list[str], prompts: bool) -> list[list[int]]:
+        """`encode_prompt` or `encode` of each text, on all cores."""
+        self.tokenizer.encode_special_tokens = not prompts
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens."""
@@ -273,6 +377,8 @@ class Row:
     student: Side
     teacher: Side | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None  # aligned (teacher, student) indices into the two responses
+    states: np.ndarray | None = None  # (M, D) int16, the bits of bfloat16: the teacher's hidden states, from cache.py
+    predictions: np.ndarray | None = None  # (M,) the teacher's arg-max tokens, from there too
 
 
 @dataclass
@@ -309,30 +415,33 @@ def longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
 
 
 def cut_prompt(example: Example, tokenizers: list[TextTokenizer], limit: int) -> str:
-    """The prompt, cut so that it has at most `limit` tokens in each tokenizer. Raises ValueError if it cannot be."""
+    """The prompt as the first tokenizer's model reads it, cut so that it has at most `limit` tokens in each."""
+    return tokenizers[0].prompt_text(cut_example(example, tokenizers, limit))
 
-    def fits(text: str) -> bool:
-        return all(len(tokenizer.encode_prompt(text)) <= limit for tokenizer in tokenizers)
 
-    text = example.prompt_text()
-    if fits(text):
-        return text
+def cut_example(example: Example, tokenizers: list[TextTokenizer], limit: int) -> Example:
+    """The example, cut so that its prompt has at most `limit` tokens for each tokenizer, in the format of each: what is
+    left is the same text for all. Raises ValueError if it cannot be."""
+
+    def fits(example: Example) -> bool:
+        return all(len(tokenizer.encode_prompt(tokenizer.prompt_text(example))) <= limit for tokenizer in tokenizers)
+
+    if fits(example):
+        return example
     if example.prompt is not None:  # taken as is: the answer marker stands at the end, so the beginning goes
-        length = longest_prefix(len(text), lambda n: fits(text[len(text) - n :]))
-        shorter = text[len(text) - length :] if length > 0 else ""
+        text = example.prompt
+        length = longest_prefix(len(text), lambda n: fits(replace(example, prompt=text[len(text) - n :])))
+        found, shorter = length > 0, replace(example, prompt=text[len(text) - max(length, 0) :])
     else:
-        length = longest_prefix(
-            len(example.input), lambda n: fits(replace(example, input=example.input[:n]).prompt_text())
-        )
+        length = longest_prefix(len(example.input), lambda n: fits(replace(example, input=example.input[:n])))
         shorter = replace(example, input=example.input[: max(length, 0)])
         if length < 0:  # no room for a context: the instruction alone, as much of it as fits
             length = longest_prefix(
-                len(example.instruction),
-                lambda n: fits(replace(shorter, instruction=example.instruction[:n]).prompt_text()),
+                len(example.instruction), lambda n: fits(replace(shorter, instruction=example.instruction[:n]))
             )
             shorter = replace(shorter, instruction=example.instruction[: max(length, 0)])
-        shorter = shorter.prompt_text() if length >= 0 else ""
-    if not shorter:
+        found = length >= 0
+    if not found:
         raise ValueError(f"{example.where}: the prompt does not fit into --max-prompt-len {limit}")
     return shorter
 
@@ -352,11 +461,14 @@ def tokenise(
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report = [], CutReport(examples=len(examples))
-    for example in examples:
-        prompt = cut_prompt(example, tokenizers, min(max_prompt_len, max_len - 1))
-        report.prompts_cut += prompt != example.prompt_text()
-        report.prompt_characters += max(0, len(example.prompt_text()) - len(prompt))
-        prompts = [tokenizer.encode_prompt(prompt) for tokenizer in tokenizers]
+    limit = min(max_prompt_len, max_len - 1)
+    for example, (prompts, responses) in zip(examples, whole_texts(examples, tokenizers), strict=True):
+        if any(len(ids) > limit for ids in prompts):
+            shorter = cut_example(example, tokenizers, limit)
+            lengths = [len(student.prompt_text(either)) for either in (example, shorter)]
+            report.prompts_cut += 1
+            report.prompt_characters += max(0, lengths[0] - lengths[1])
+            prompts = [tokenizer.encode_prompt(tokenizer.prompt_text(shorter)) for tokenizer in tokenizers]
         if not all(prompts):
             raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
 
@@ -366,17 +478,17 @@ def tokenise(
             sides = zip(tokenizers, prompts, strict=True)
             return all(len(ids) + len(tokenizer.encode(text)) + end_of_text <= max_len for tokenizer, ids in sides)
 
-        whole = fits(text, end_of_text=example.ends)
+        whole = all(len(p) + len(r) + example.ends <= max_len for p, r in zip(prompts, responses, strict=True))
         if not whole:
             length = longest_prefix(len(text), lambda n, text=text, fits=fits: fits(text[:n], end_of_text=0))
             if length < 1:
                 raise ValueError(f"{example.where}: no room for a response within --max-len {max_len}")
             report.responses_cut += 1
             report.response_characters += len(text) - length
-            text = text[:length]
+            responses = [tokenizer.encode(text[:length]) for tokenizer in tokenizers]
         sides = [
-            Side(ids, tokenizer.encode(text) + [tokenizer.eos_id] * (whole and example.ends))
-            for tokenizer, ids in zip(tokenizers, prompts, strict=True)
+            Side(ids, response + [tokenizer.eos_id] * (whole and example.ends))
+            for tokenizer, ids, response in zip(tokenizers, prompts, responses, strict=True)
         ]
         if not all(side.response for side in sides):
             raise ValueError(f"{example.where}: the response has no tokens")
@@ -394,6 +506,16 @@ def tokenise(
             row.pairs = (np.arange(min(len(row.teacher.response), len(row.student.response))),) * 2
         rows.append(row)
     return rows, report
+
+
+def whole_texts(examples: list[Example], tokenizers: list[TextTokenizer]) -> Iterator[tuple[tuple, tuple]]:
+    """The ids of each example's prompt and response, one of each per tokenizer, before anything is cut."""
+    for first in range(0, len(examples), 1000):
+        part = examples[first : first + 1000]
+        texts = [example.outputs[0] for example in part]
+        prompts = [t.encode_all([t.prompt_text(example) for example in part], prompts=True) for t in tokenizers]
+        responses = [tokenizer.encode_all(texts, prompts=False) for tokenizer in tokenizers]
+        yield from zip(zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
 
 
 def sampled_row(
@@ -477,11 +599,15 @@ def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndar
 
 
 def _to(instance, device):
-    """A copy of a dataclass with its tensors, and its dataclasses' tensors, on `device`."""
+    """A copy of a dataclass with its tensors, and its dataclasses' tensors, on `device`; CUDA copies them while the
+    processor goes on, which takes pinned memory."""
+    pin = torch.device(device).type == "cuda"
     moved = {}
     for entry in fields(instance):
         value = getattr(instance, entry.name)
-        moved[entry.name] = value.to(device) if hasattr(value, "to") else value
+        if isinstance(value, torch.Tensor):
+            value = value.pin_memory().to(device, non_blocking=True) if pin else value.to(device)
+        moved[entry.name] = value.to(device) if isinstance(value, ModelBatch) else value
     return replace(instance, **moved)
 
 
@@ -512,6 +638,8 @@ class Batch:
     teacher_index: torch.Tensor | None = None  # (A,) into the M teacher positions
     student_index: torch.Tensor | None = None  # (A,) into the N student positions
     align_ratios: list[float] = field(default_factory=list)  # aligned pairs over student tokens, per example
+    teacher_hidden: torch.Tensor | None = None  # (M, D) bfloat16, where the rows have states
+    teacher_predictions: torch.Tensor | None = None  # (M,)
 
     to = _to
 
@@ -547,19 +675,85 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
             batch.align_ratios.append(len(row.pairs[1]) / len(row.student.response))
         batch.teacher_index = torch.from_numpy(np.concatenate(teacher_index))
         batch.student_index = torch.from_numpy(np.concatenate(student_index))
+    if rows[0].states is not None:
+        batch.teacher_hidden = torch.from_numpy(np.concatenate([row.states for row in rows])).view(torch.bfloat16)
+    if rows[0].predictions is not None:
+        batch.teacher_predictions = torch.from_numpy(np.concatenate([row.predictions for row in rows])).long()
     return batch
 
 
-def update_order(examples: int, per_update: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+def without_responses(batch: Batch) -> Batch:
+    """A batch of one padding token per model and no response position, for a process that has no example left."""
+
+    def empty(side: ModelBatch | None) -> ModelBatch | None:
+        none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
+        return side and replace(side, input_ids=side.input_ids[:1, :1], **none)
+
+    rest = batch.teacher_index, batch.student_index, [], batch.teacher_hidden, batch.teacher_predictions
+    return Batch(empty(batch.student), empty(batch.teacher), *[None if x is None else x[:0] for x in rest])
+
+
+def update_order(
+    examples: int, per_update: int, seed: int, start: int = 0, lengths: list[int] | None = None
+) -> Iterator[list[int]]:
     """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew.
 
-    A function of (seed, epoch) alone, so that a run can be taken up at any update. The last update of an epoch is
-    smaller where the examples do not divide evenly.
+    A function of (seed, epoch) alone, so that a run can be taken up at any update. One update of an epoch, the last, is
+    smaller where the examples do not divide evenly. With `lengths` the examples of an update are of similar length:
+    windows of 50 shuffled updates are sorted and cut anew, and the updates of the epoch shuffled.
     """
     updates = -(-examples // per_update)
     while True:
         epoch, first = divmod(start, updates)
-        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        for update in range(first, updates):
-            yield order[update * per_update : (update + 1) * per_update]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(examples, generator=generator).tolist()
+        places = range(updates)
+        if lengths is not None:
+            windows = [order[i : i + 50 * per_update] for i in range(0, examples, 50 * per_update)]
+            order = [index for window in windows for index in sorted(window, key=lengths.__getitem__)]
+            places = torch.randperm(updates, generator=generator).tolist()
+        for place in places[first:]:
+            yield order[place * per_update : (place + 1) * per_update]
         start = (epoch + 1) * updates
+
+
+def total_length(row: Row) -> int:
+    """Tokens that both models read of it."""
+    return sum(len(side.prompt) + len(side.response) - 1 for side in (row.student, row.teacher) if side)
+
+
+def split_update(rows: list[Row], batch_size: int, tokens: int = 0) -> list[list[Row]]:
+    """The rows of one update as forward passes: `batch_size` at a time as they come or, with a budget of `tokens`, the
+    longest first and as many as fit: rows × longest ≤ tokens for each model, padding counted. A row always fits."""
+    if not tokens:
+        return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    parts: list[list[Row]] = []
+    longest = 0
+    for row in sorted(rows, key=total_length, reverse=True):
+        width = max(len(side.prompt) + len(side.response) - 1 for side in (row.student, row.teacher) if side)
+        longest = max(longest, width)
+        if not parts or longest * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+            longest = width
+        parts[-1].append(row)
+    return parts
+
+
+def padding_share(batches: list[list[Row]]) -> float:
+    """Share of padding among all positions of the batches, of both models."""
+    real = padded = 0
+    for rows in batches:
+        for sides in ([row.student for row in rows], [row.teacher for row in rows if row.teacher]):
+            lengths = [len(side.prompt) + len(side.response) - 1 for side in sides]
+            real += sum(lengths)
+            padded += len(lengths) * max(lengths, default=0)
+    return 1 - real / padded
+
+
+def ahead(items: Iterator) -> Iterator:
+    """The same items, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item

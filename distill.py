@@ -10,7 +10,9 @@ On-policy (v2, eq. 18) the distillation term is taken on other batches, of respo
 gold batches have their cross-entropy alone; it is the same `loss`, called for both.
 """
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,17 @@ def hidden_at(model: nn.Module, side: ModelBatch) -> Tensor:
 def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
     """The predicted token of each state, (R, D) and (V, D) -> (R,)."""
     return torch.cat([logits_under(part, head).argmax(-1) for part in hidden.split(chunk)])
+
+
+def moments(x: Tensor) -> tuple[int, float, float]:
+    """(count, sum, sum of squares) of all elements, in float64: numbers that add up over processes."""
+    squares = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
+    return x.numel(), float(x.sum(dtype=torch.float64)), float(squares)
+
+
+def standard_deviation(count: int, total: float, squares: float) -> float:
+    """Of the elements that these moments are of; as torch's, divided by count - 1."""
+    return math.sqrt((squares - total**2 / count) / (count - 1))
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
@@ -149,6 +162,13 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._teacher[0]
 
+    @property
+    def predicting_head(self) -> Tensor | None:
+        """(V, D) the teacher's head over what it may predict; None where the method does not ask for predictions."""
+        if self.method != "dskd" or self.recipe != "v2":
+            return None
+        return self.teacher.head_weight[: self.rows] if self.align == "none" else self.teacher.head_weight
+
     def _start_projectors(self, student: nn.Module, file: str | None) -> None:
         """v1: random, with biases. v2: where the logits are preserved. `file`: some or all of them from there."""
         student_head, teacher_head = student.head_weight, self.teacher.head_weight
@@ -188,16 +208,22 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teacher_states(self, batch: Batch) -> TeacherStates | None:
-        """The teacher's forward pass; None for sft."""
+        """The teacher's forward pass, or what the batch has of an earlier one (cache.py); None for sft."""
         if self.method == "sft":
             return None
-        states = TeacherStates(hidden_at(self.teacher, batch.teacher), batch.teacher_index, batch.student_index)
-        if self.method == "dskd" and self.recipe == "v2":
-            head = self.teacher.head_weight
+        if batch.teacher_hidden is None:
+            hidden = hidden_at(self.teacher, batch.teacher)
+        else:
+            hidden = batch.teacher_hidden.to(self.teacher.head_weight.dtype)
+        states = TeacherStates(hidden, batch.teacher_index, batch.student_index)
+        head, cached = self.predicting_head, batch.teacher_predictions
+        if head is not None:
             if self.align == "none":
-                states.label = argmax_tokens(states.hidden, head[: self.rows])
+                states.label = argmax_tokens(hidden, head) if cached is None else cached
             else:  # eq. 14: only pairs whose prediction exists in the student's vocabulary
-                label = self.student_token[argmax_tokens(states.hidden[batch.teacher_index], head)]
+                paired = batch.teacher_index
+                predicted = argmax_tokens(hidden[paired], head) if cached is None else cached[paired]
+                label = self.student_token[predicted]
                 known = label >= 0
                 states.label = label[known]
                 states.teacher_index, states.student_index = batch.teacher_index[known], batch.student_index[known]
@@ -210,24 +236,28 @@ class Distiller(nn.Module):
         batches: list[Batch],
         states: list[TeacherStates | None],
         gold: list[Batch] | None = None,
+        add_up: Callable[[list], list] | None = None,
     ) -> Totals:
         """The normalisers of one update, from all the batches that L_kd is on, the teacher's states of each, and all
-        gold batches (None: the same ones; the student did not sample)."""
-        totals = Totals(*(sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches)))
-        if self.align == "eta":
-            totals.pairs = sum(len(state.label) for state in states)
+        gold batches (None: the same ones; the student did not sample). Where several processes share the update,
+        `add_up` gives the sums of a list of numbers over all of them."""
+        tokens, gold_tokens = (sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches))
+        pairs = sum(len(state.label) for state in states) if self.align == "eta" else 0
+        agreeing, spread = 0, []
         if self.align == "cma":
             embed = self.teacher.embed.weight
             inputs, labels = (torch.cat([getattr(b.teacher, name) for b in batches]) for name in ("inputs", "labels"))
-            totals.key_std = float(torch.cat([embed[inputs], embed[labels]], -1).float().std())
-            totals.label_std = float(embed[labels].float().std())
-            totals.hidden_std = float(torch.cat([state.hidden for state in states]).float().std())
+            key, hidden = torch.cat([embed[inputs], embed[labels]], -1), torch.cat([state.hidden for state in states])
+            spread = [*moments(key), *moments(embed[labels]), *moments(hidden)]
         if self.method == "dskd" and self.recipe == "v2":
-            totals.agreeing = sum(
+            agreeing = sum(
                 count_agreeing(self.projectors.t2s(self._paired(state)), state.label, student.head_weight)
                 for state in states
             )
-        return totals
+        if add_up:
+            tokens, gold_tokens, pairs, agreeing, *spread = add_up([tokens, gold_tokens, pairs, agreeing, *spread])
+        stds = (standard_deviation(*spread[i : i + 3]) for i in range(0, len(spread), 3))
+        return Totals(tokens, gold_tokens, pairs, agreeing, *stds)
 
     def _paired(self, states: TeacherStates) -> Tensor:
         """The teacher states that are paired with a student position: (K, D) with ETA, ULD and MinED, else all."""

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
+from checkpoint import chat_of, write_text
+from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
 from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
 from losses import gold_terms
@@ -59,8 +60,9 @@ def respond(
         chosen = order[start : start + batch_size]
         batch_seed = None if seed is None else seed * 1_000_003 + start
         new = generate(
-            model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed
-        )
+            model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
+            tokenizer.size,  # not the rows that only pad the head
+        )  # fmt: skip
         for i, tokens in zip(chosen, new, strict=True):
             responses[i] = tokenizer.decode(tokens)
     return responses
@@ -234,6 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, nargs="+", help="named sets (their valid split) or JSONL files")
     parser.add_argument("--task", choices=list(MEASURES), help="what to score, where it shall not follow from the data")
     parser.add_argument("--run-code", action="store_true", help="run generated programs (pass@1), in a sandbox")
+    help = "prompts in this chat format (default: the one that a run was trained with, else none)"
+    parser.add_argument("--chat", choices=["none", *CHATS], help=help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="sampling seeds")
     parser.add_argument("--greedy", action="store_true", help="one greedy response instead of sampling")
     parser.add_argument("--limit", type=int, help="only the first LIMIT examples")
@@ -244,9 +248,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights while generating")
     options = parser.parse_args(arguments)
     try:
+        check(options)
         run(options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # the table of what is done was printed
+        sys.exit(130)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError naming an option whose value makes no sense."""
+    for name, value in vars(options).items():
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
+    least_and_below = {"limit": (1, 2**31), "max_len": (2, 2**31), "max_prompt_len": (1, 2**31),
+                       "batch_size": (1, 2**31), "seeds": (0, 2**32)}  # fmt: skip
+    for name, (least, below) in least_and_below.items():
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not least <= value < below:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: must be at least {least} and below {below}")
+    check_device(options.device)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError unless it is one that can be used here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
+    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
+        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
+    return device
 
 
 def run(options: argparse.Namespace) -> None:
@@ -259,7 +296,8 @@ def run(options: argparse.Namespace) -> None:
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
-            tokenizer = TextTokenizer(directory)
+            tokenizer = TextTokenizer(directory, options.chat or chat_of(directory))
+            tokenizer.say_if_forgotten("--chat")
             model = load_model(directory, dtype, options.device)
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
@@ -271,7 +309,8 @@ def run(options: argparse.Namespace) -> None:
                 results[name, data.name] = scores
                 where = write_report(name, directory, data, options, scores)
                 cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""
-                print(f"{name}, {data.name}: {len(data.examples)} examples{cut}; {where}", file=sys.stderr)
+                chat = f" in the chat format {tokenizer.chat}" if tokenizer.chat != "none" else ""
+                print(f"{name}, {data.name}: {len(data.examples)} examples{chat}{cut}; {where}", file=sys.stderr)
                 if data.task == "code":
                     ends = Counter(detail["status"] for details in scores["details"] for detail in details)
                     print(", ".join(f"{count} {end}" for end, count in sorted(ends.items())), file=sys.stderr)
@@ -305,10 +344,11 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
 def write_report(name: str, directory: Path, data: DataSet, options: argparse.Namespace, scores: dict) -> Path:
     """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
+    report["chat"] = options.chat or chat_of(directory)
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
     file = f"eval-{data.name}.json" if Path(name).is_dir() else f"eval-{name.replace('/', '-')}-{data.name}.json"
     path = Path(name) / file if Path(name).is_dir() else Path(file)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     return path
 
 

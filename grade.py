@@ -47,14 +47,17 @@ def final_answer(text: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} with balanced braces, or in \fbox{...}; None without one."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            if text[position - 1] != "\\":  # \{ and \} are signs, not groups
-                depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[match.end() : position].strip()
-    return None
+    boxes = {match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)}
+    opened: list[int] = []  # one pass with a stack: a model that got stuck writes \boxed{\boxed{\boxed{...
+    last: tuple[int, int] | None = None
+    for brace in re.finditer(r"(?<!\\)[{}]", text):  # \{ and \} are signs, not groups
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened:
+            start = opened.pop()
+            if start in boxes and (last is None or start > last[0]):
+                last = start, brace.start()
+    return text[last[0] : last[1]].strip() if last else None
 
 
 def last_number(text: str) -> str | None:

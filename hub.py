@@ -1,5 +1,6 @@
 """From a name to files: presets of models and data sets, a local path first, then the local cache, then a download."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -46,8 +47,9 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 def model_directory(name: str, weights: bool = True) -> Path:
     """The local directory of a model: `name` is a directory, a preset, or a hub repository `owner/model`.
 
-    Only JSON and safetensors files are ever fetched. Raises FileNotFoundError saying which files are missing, and where
-    they could be put, if there is neither a directory, nor a cached copy, nor a network.
+    Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run. Raises
+    FileNotFoundError saying which files are missing, and where they could be put, if there is neither a directory, nor
+    a cached copy, nor a network; ValueError for a download that is damaged.
     """
     if os.path.isdir(name):
         directory = Path(name)
@@ -108,7 +110,10 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
 
 
 def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
-    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars."""
+    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars.
+
+    The hub's client compares the sizes of what it downloads; `_verify` the contents.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -130,7 +135,7 @@ def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
     option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
     by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
     try:
-        return Path(snapshot_download(**where))
+        downloaded = Path(snapshot_download(**where))
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"{name!r}: the repository {repository} is gated: accept its licence on the hub and run `hf auth login`, "
@@ -143,3 +148,20 @@ def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
         why = "the hub cannot be reached" if offline else f"fetching it failed ({type(error).__name__}: {error})"
         what = "file" if kind == "dataset" else "directory"
         raise FileNotFoundError(f"{name!r} is no {what}, it is not in the local cache, and {why}. {by_hand}") from error
+    _verify(downloaded)
+    return downloaded
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError for a file of a snapshot whose content is not what its name in the cache says: the SHA-256 of a
+    large file, the git hash of a small one (the client names it by what the hub has announced, not by what came)."""
+    for link in sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_file()):
+        blob = link.resolve()
+        if len(blob.name) not in (40, 64) or set(blob.name) - set("0123456789abcdef"):
+            continue  # another server's name
+        content = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+        with open(blob, "rb") as stream:
+            while piece := stream.read(1 << 20):
+                content.update(piece)
+        if content.hexdigest() != blob.name:
+            raise ValueError(f"{link}: damaged on its way, its checksum is another; remove {blob} and try again")

@@ -203,6 +203,9 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
         if list(tensor.shape) != expected:
             raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}, the model and rank {rank} of "
                              f"adapter_config.json need {expected}: is it an adapter of another model?")  # fmt: skip
+        whole = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if not whole or not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{file}: tensor {key!r} is quantised ({tensor.dtype}), or has values that are not finite")
         found.setdefault(name, {})[match[2]] = tensor
     for name, pair in found.items():
         if len(pair) < 2:
@@ -224,7 +227,7 @@ def read_adapter_config(file: Path) -> tuple[int, float, float]:
         raise FileNotFoundError(f"{file} not found; expected adapter_config.json and adapter_model.safetensors")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: not an adapter of peft_type LORA")

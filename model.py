@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json: every field is either used, known to be harmless, or required to have the one value that we implement
 
-# The fields used, with transformers' defaults; REQUIRED ones are positive integers.
+# The fields used, with transformers' defaults.
 REQUIRED = object()
 _ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
 _LLAMA = {"vocab_size": REQUIRED, "max_position_embeddings": REQUIRED, "hidden_size": REQUIRED,
@@ -56,6 +56,23 @@ FIELDS = {
     "qwen2": {**_LLAMA, "num_key_value_heads": 32, **_WINDOWS},
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
+
+# What the value of a field must be: a type, and the least and the most of a number. The most is far above any real
+# model's; it keeps a slip of the pen from asking for terabytes or hours.
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list",
+         dict: "an object"}  # fmt: skip
+VALUES = {field: rule for fields, *rule in [
+    ("n_layer num_hidden_layers", int, 1, 2**10),
+    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+     "max_window_layers", int, 1, 2**20),
+    ("vocab_size n_positions max_position_embeddings original_max_position_embeddings sliding_window", int, 1, 2**24),
+    ("embd_pdrop attn_pdrop resid_pdrop attention_dropout layer_norm_epsilon rms_norm_eps", float, 0, 1),
+    ("initializer_range", float, 0, 100),
+    ("rope_theta factor low_freq_factor high_freq_factor", float, 1e-3, 1e15),
+    ("tie_word_embeddings attention_bias mlp_bias use_sliding_window", bool, 0, 1),
+    ("activation_function hidden_act", str), ("layer_types", list), ("rope_scaling rope_parameters", dict),
+] for field in fields.split()}  # fmt: skip
+NULLABLE = {"attention_dropout", "num_key_value_heads", "head_dim", "sliding_window"}  # and those with the default None
 
 # Fields that would change the computation, with the only values implemented (unless the family's table has the field).
 ONLY = {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
@@ -84,16 +101,17 @@ ACTIVATIONS = {
 }
 
 
-def read_config(config: dict) -> SimpleNamespace:
-    """What the model needs of a Hugging Face config, GPT-2's names and LLaMA's brought together. Raises ValueError."""
+def read_config(config: dict, file="config.json") -> SimpleNamespace:
+    """What the model needs of a Hugging Face config, GPT-2's names and LLaMA's brought together. Raises ValueError,
+    naming `file`."""
     family = config.get("model_type")
-    if family not in FIELDS:
-        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
-    where = f"config.json (model_type {family})"
+    if family not in list(FIELDS):
+        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
+    where = f"{file} (model_type {family})"
     for field, default in FIELDS[family].items():
-        value = config.get(field, "missing")
-        if default is REQUIRED and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{where}: {field} must be a positive integer, it is {value!r}")
+        value = config.get(field, "missing" if default is REQUIRED else default)
+        if value is not None or not (default is None or field in NULLABLE):
+            check_value(field, value, where)
     for field in sorted(config.keys() - FIELDS[family].keys() - HARMLESS):
         if field not in ONLY:
             raise ValueError(f"{where}: field {field!r} (= {config[field]!r}) is not known; it may change the model")
@@ -128,14 +146,25 @@ def read_config(config: dict) -> SimpleNamespace:
     return c
 
 
+def check_value(field: str, value, where: str) -> None:
+    """Raises ValueError unless the value is what VALUES says of the field."""
+    kind, *bounds = VALUES[field]
+    right = type(value) in ((int, float) if kind is float else (kind,))
+    if not right or bounds and not bounds[0] <= value <= bounds[1]:
+        between = f" from {bounds[0]} to {bounds[1]}" if bounds and kind is not bool else ""
+        raise ValueError(f"{where}: {field} must be {NAMES[kind]}{between}, it is {value!r:.60}")
+
+
 def read_windows(family: str, f: SimpleNamespace, where: str) -> list[int | None]:
     """How many tokens, itself included, a query of each layer sees; None for all of them."""
     window = getattr(f, "sliding_window", None)
     if family in ("llama", "mistral"):
         return [window] * f.num_hidden_layers
     sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
-    types = f.layer_types or ["sliding_attention" if s else "full_attention" for s in sliding]
-    if len(types) != f.num_hidden_layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    types = f.layer_types
+    if types is None:
+        types = ["sliding_attention" if s else "full_attention" for s in sliding]
+    if len(types) != f.num_hidden_layers or any(t not in ("full_attention", "sliding_attention") for t in types):
         raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
     if "sliding_attention" in types and not (f.use_sliding_window and window):
         raise ValueError(f"{where}: layer_types has sliding_attention, but use_sliding_window or sliding_window is off")
@@ -150,18 +179,24 @@ def read_rope(f: SimpleNamespace, where: str) -> torch.Tensor:
     if f.rope_scaling and f.rope_parameters and f.rope_scaling != f.rope_parameters:
         raise ValueError(f"{where}: rope_scaling and rope_parameters contradict each other; keep one")
     rope = dict(f.rope_parameters or f.rope_scaling or {})
-    theta = rope.pop("rope_theta", None) or f.rope_theta or 10000.0
-    if f.rope_theta not in (None, theta):
+    thetas = [theta for theta in (rope.pop("rope_theta", None), f.rope_theta) if theta is not None] or [10000.0]
+    theta = thetas[0]
+    check_value("rope_theta", theta, where)
+    if thetas[-1] != theta:
         raise ValueError(f"{where}: rope_theta {f.rope_theta} and {theta} contradict each other; keep one")
-    kind = rope.pop("rope_type", None) or rope.get("type", "default")
+    kind = rope.pop("rope_type", rope.get("type", "default"))
     if rope.get("type") == kind:  # the older name of rope_type
         del rope["type"]
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    fields = {"default": (), "linear": ("factor",), "llama3": llama3}.get(kind)
+    fields = {"default": (), "linear": ("factor",), "llama3": llama3}.get(str(kind))
     if fields is None:
         raise ValueError(f"{where}: rotary scaling rope_type {kind!r} is not supported, only default, linear, llama3")
     if set(rope) != set(fields):
         raise ValueError(f"{where}: rotary scaling {kind!r} needs the fields {list(fields)}, got {sorted(rope)}")
+    for field in fields:
+        check_value(field, rope[field], where)
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ValueError(f"{where}: rotary scaling 'llama3' needs a low_freq_factor below its high_freq_factor")
 
     head_dim = f.head_dim or f.hidden_size // f.num_attention_heads
     # device="cpu": a model that is being built on the meta device still needs real numbers here
@@ -231,7 +266,7 @@ class Dropout(nn.Dropout):
 
 class DropoutAttention(torch.autograd.Function):
     """F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) for CPUs. Those have no fused kernel
-    with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half of the memory of
+    with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half the memory of
     a training GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal.
 
     q, k, v (B, heads, T, head_dim) -> the same: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
@@ -245,7 +280,7 @@ class DropoutAttention(torch.autograd.Function):
             at, seen = slice(start, start + rows), slice(0, min(start + rows, q.size(2)))
             scores = q[:, :, at] @ k[:, :, seen].mT  # (B, heads, rows, seen)
             later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + start)
-            p = scores.masked_fill_(later, -torch.inf).softmax(-1).to(v.dtype)  # autocast makes it float32
+            p = scores.masked_fill_(later, -torch.inf).softmax(-1)
             keep = keep_mask(p, dropout)
             y[:, :, at] = (p * keep) @ v[:, :, seen]
             blocks.append((at, seen))
@@ -533,7 +568,11 @@ def build_model(config: dict) -> Decoder:
     """
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
-    m.to_empty(device="cpu")
+    try:
+        m.to_empty(device="cpu")
+    except RuntimeError as error:
+        size = sum(parameter.numel() for parameter in m.parameters())
+        raise ValueError(f"build_model: a model of {size:,} parameters does not fit into the memory") from error
     c = read_config(config)
     for name, parameter in m.named_parameters():
         if parameter.dim() == 2:
@@ -544,19 +583,36 @@ def build_model(config: dict) -> Decoder:
     return m
 
 
-def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: bool = True) -> Decoder:
     """Read a Hugging Face directory (config.json with model.safetensors, or its index and shards), in eval mode.
 
-    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Raises FileNotFoundError for
-    missing files; ValueError for configs, tensors or files that are not understood, incomplete or damaged.
+    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
+    and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files; ValueError
+    for configs, tensors or files that are not understood, incomplete or damaged, and for weights that are NaN or
+    infinite.
     """
-    path = Path(path)
-    config = read_json(path / "config.json")
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    read_config(config, file)
     with torch.device("meta"):
         m = Decoder(config)
-    prefix = (GPT2_NAMES if config["model_type"] == "gpt2" else LLAMA_NAMES)[0]
+    if not body:
+        m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
+    for name, tensor in read_tensors(m, path, body):
+        owner, leaf = name.rsplit(".", 1)
+        # a copy on purpose: what safetensors returns is mapped from the file and would change with it
+        copied = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        setattr(m.get_submodule(owner), leaf, nn.Parameter(copied))
+    return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def read_tensors(m: Decoder, path, body: bool = True):
+    """Yield (our parameter name, tensor in our layout, mapped from the file) once for each parameter of m, in the order
+    of the files. Raises as `load_model` does; for what is missing, after the last."""
+    path, family = Path(path), m.config["model_type"]
+    prefix = (GPT2_NAMES if family == "gpt2" else LLAMA_NAMES)[0]
     ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
-    missing, tied_head = set(ours), None
+    missing, tied_head, embedding = set(ours), None, None
     for file in checkpoint_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -567,35 +623,37 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Decode
                     theirs = name if name in ours or name == "lm_head.weight" else prefix + name
                     if theirs == "lm_head.weight" and m.lm_head is None:
                         tied_head = tensors.get_tensor(name)  # compared below: the embedding may come later
+                    elif theirs not in ours and not body:
+                        continue
                     elif theirs not in missing:
-                        why = "came twice" if theirs in ours else f"is not known for model_type {config['model_type']}"
+                        why = "came twice" if theirs in ours else f"is not known for model_type {family}"
                         raise ValueError(f"{file}: tensor {name!r} {why}")
                     else:
-                        set_parameter(m, ours[theirs], tensors.get_tensor(name), dtype, device, f"{file}: {name}")
                         missing.discard(theirs)
+                        tensor = in_our_layout(m, ours[theirs], tensors.get_tensor(name), f"{file}: {name}")
+                        embedding = tensor if ours[theirs] == "embed.weight" else embedding
+                        yield ours[theirs], tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
-    if tied_head is not None and not torch.equal(tied_head.to(device, dtype), m.embed.weight):
+    if tied_head is not None and not torch.equal(tied_head.to(embedding.dtype), embedding):
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
                          "tie_word_embeddings to false")  # fmt: skip
-    return m.to(device).eval()  # all that is left to move is the rotary table
 
 
-def set_parameter(m: Decoder, name: str, tensor: torch.Tensor, dtype, device, where: str) -> None:
-    owner, leaf = name.rsplit(".", 1)
-    owner = m.get_submodule(owner)
-    expected = getattr(owner, leaf).shape
+def in_our_layout(m: Decoder, name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """A tensor of a checkpoint as the parameter `name` has it. Raises ValueError if it cannot be that."""
+    expected = list(m.get_parameter(name).shape)
     in_out = m.config["model_type"] == "gpt2" and TRANSPOSED.search(name)
-    if tensor.shape != (expected[::-1] if in_out else expected):
-        expected = list(expected[::-1] if in_out else expected)
+    if list(tensor.shape) != (expected[::-1] if in_out else expected):
+        expected = expected[::-1] if in_out else expected
         raise ValueError(f"{where}: shape {list(tensor.shape)} in the file, {expected} by config.json")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{where}: {tensor.dtype} weights (a quantised checkpoint?) are not supported")
-    tensor = tensor.mT if in_out else tensor
-    # a copy on purpose: what safetensors returns is mapped from the file and would change with it
-    setattr(owner, leaf, nn.Parameter(torch.empty(expected, dtype=dtype, device=device).copy_(tensor)))
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
+        raise ValueError(f"{where}: has weights that are NaN or infinite; the checkpoint is damaged")
+    return tensor.mT if in_out else tensor
 
 
 def read_json(file: Path) -> dict:
@@ -604,7 +662,7 @@ def read_json(file: Path) -> dict:
                                 "model.safetensors (or model.safetensors.index.json and its shards)")  # fmt: skip
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object")

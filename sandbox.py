@@ -23,11 +23,15 @@ write anywhere. As another user, without a user namespace, that limit counts all
 What it does NOT cover:
     - an exploit of the kernel or of the interpreter: for code from somebody who wants in, use a virtual machine;
     - reading: all files outside the hidden directories that everybody (without root: this user) may read;
-    - memory in total: the limit is for each process, so `processes` times as much; and CPU time, while the clock runs;
+    - memory in total: the limit is for each process, so `processes` times as much, and files in memory (memfd) are not
+      in it, only in `open_files` times `file_bytes`; CPU time, while the clock runs;
+    - sockets in the file system, outside the hidden directories, of servers that listen to everybody; devices in /dev
+      that everybody may open;
     - cheating: the tests run in the process that they test. An object that equals everything passes them, and code that
       searches the interpreter's frames for the secret of the verdict can forge it;
-    - without `processes`: killing other processes of this user, this one included (as root: those of nobody), and
-      descendants that outlive the run where there is no /proc to find them in;
+    - without `processes`: killing other processes of this user, this one included (as root: those of nobody), reading
+      their environment, descendants that outlive the run where there is no /proc to find them in, and System V shared
+      memory, which stays;
     - without `files`: writing wherever this user (as root: nobody) may write, any number of files;
     - without `network`: all of it. On macOS none of the three holds, nor does the limit on memory. Not for Windows.
 """

@@ -2,20 +2,21 @@
 student is fine-tuned on these answers as if they were gold.
 
 Answers are greedy by default, the cheapest way near the mode of the teacher's distribution (the paper uses a beam).
-They are a data set as any other, {"prompt", "output"} per line; an answer that stopped at the length limit has
+They are a data set as any other, with the prompts of the original but for what was cut, so that each model may have a
+format of its own; an answer that stopped at the length limit has
 "end_of_text": false, so that the student does not learn to stop there.
 """
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import Example, TextTokenizer, cut_prompt, read_jsonl
+from checkpoint import write_text
+from data import Example, TextTokenizer, cut_example, read_jsonl
 from model import generate, load_model
 
 
@@ -43,7 +44,8 @@ def teacher_answers(
     if _recipe(Path(examples[0].where.rpartition(", line ")[0])) is not None:
         raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
     limit = min(max_prompt_len, max_len - 1)
-    prompts = [cut_prompt(example, [student, teacher], limit) for example in examples]
+    asked = [cut_example(example, [student, teacher], limit) for example in examples]
+    prompts = [teacher.prompt_text(example) for example in asked]
     recipe = {
         "teacher": str(teacher_directory.resolve()), "max_len": max_len, "temperature": temperature,
         "seed": seed if temperature else None, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -63,19 +65,22 @@ def teacher_answers(
     teacher.check_model(model.embed.weight.shape[0])
     if max_len > model.limit:
         raise ValueError(f"--max-len {max_len}: the teacher has only {model.limit} positions")
-    ids = [teacher.encode(prompt) for prompt in prompts]
+    ids = [teacher.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
     lines: list[dict | None] = [None] * len(ids)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
         chosen = order[start : start + batch_size]
         room = max_len - len(ids[chosen[0]])  # of the longest prompt
-        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start
+        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
         for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
             ended = new[-1] == teacher.eos_id
             text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
             if text.strip():
-                lines[i] = {"prompt": prompts[i], "output": text} | ({} if ended else {"end_of_text": False})
+                x = asked[i]  # the prompt as the student's format takes it
+                prompt = {"prompt": x.prompt if student.chat == "none" else x.message()}
+                prompt = {"instruction": x.instruction, "input": x.input} if x.prompt is None else prompt
+                lines[i] = prompt | {"output": text} | ({} if ended else {"end_of_text": False})
     written = [line for line in lines if line is not None]
     unended = sum("end_of_text" in line for line in written)
     print(
@@ -87,12 +92,12 @@ def teacher_answers(
         raise ValueError(f"{teacher_directory}: all of the teacher's answers are empty")
     if first is not None:
         where = f"{teacher_directory}'s answer"
-        return [Example(where, [x["output"]], x["prompt"], ends="end_of_text" not in x) for x in written]
+        fields = ({key: x[key] for key in x.keys() & {"prompt", "instruction", "input"}} for x in written)
+        ends = ("end_of_text" not in x for x in written)
+        return [Example(where, [x["output"]], **f, ends=e) for x, f, e in zip(written, fields, ends, strict=True)]
     written[0] = {**written[0], "seqkd": recipe}
-    new_file = file.with_name(f"{file.name}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
-    new_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-    os.replace(new_file, file)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
     return read_jsonl(file)
 
 
@@ -102,6 +107,7 @@ def _recipe(file: Path) -> dict | None:
         return None
     with open(file, encoding="utf-8-sig") as stream:
         try:
-            return json.loads(stream.readline()).get("seqkd")
-        except ValueError:  # a blank first line, for instance
+            recipe = json.loads(stream.readline())["seqkd"]
+        except (ValueError, RecursionError, TypeError, KeyError):  # a blank first line, for instance
             return None
+    return recipe if isinstance(recipe, dict) else None

@@ -17,13 +17,14 @@ import random
 import re
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product, zip_longest
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from checkpoint import write_text
 from data import TextTokenizer, read_jsonl
 from distill import choose_alignment
 from eval import respond, score, table
@@ -397,7 +398,8 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = (  # options that say nothing about supervised fine-tuning
-    "teacher recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors projector_lr"
+    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors "
+    "projector_lr cache_teacher"
 ).split()
 TEACHER_STEPS, TEACHER_BATCH = 800, 64
 STUDENT_STEPS, STUDENT_BATCH = 600, 32
@@ -449,7 +451,7 @@ def run(given: dict, options_class, train) -> None:
     rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
     for name in seconds:
         scores = score_on_test(root / name / "student", root / "test.jsonl", o.device or "cpu")
-        (root / name / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        write_text(root / name / "scores.json", json.dumps(scores, indent=1) + "\n")
         figures = f"{scores['parameters'] / 1e6:.2f} M", f"{scores['valid']:.1f} %", f"{scores['rouge_l']:.1f}"
         rows.append([name, *figures, f"{seconds[name]:.0f} s"])
     print(f"\n{scores['examples']} test prompts, greedy answers; seed {o.seed}; everything is in {root}\n")
@@ -472,12 +474,12 @@ def prepare(root: Path, seed: int) -> None:
     train_tokenizers(texts, str(root / "start" / "teacher"), str(root / "start" / "student"))
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (root / "prepared.json").write_text(json.dumps({"seed": seed}) + "\n")
+    write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
 
 
 def run_stage(o, train, name: str) -> float:
     """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
-    directory, asked = Path(o.out), asdict(o)
+    directory, asked = Path(o.out), asdict(replace(o, resume=False))
     if (directory / "finished.json").is_file():
         finished = json.loads((directory / "finished.json").read_text())
         before = finished["options"]
@@ -492,7 +494,7 @@ def run_stage(o, train, name: str) -> float:
     start = time.perf_counter()
     train(o, description=f"{name:8}")
     seconds = time.perf_counter() - start
-    (directory / "finished.json").write_text(json.dumps({"seconds": seconds, "options": asked}) + "\n")
+    write_text(directory / "finished.json", json.dumps({"seconds": seconds, "options": asked}) + "\n")
     return seconds
 
 

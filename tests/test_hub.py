@@ -1,6 +1,7 @@
 """hub.py: names to files, without any network. What needs the hub's client runs in a process of its own, because that
 client reads its environment when it is imported."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -236,6 +237,37 @@ def test_incomplete_snapshot_is_fetched_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert model_directory("gpt2") == cached and calls == [True, False]
     assert model_directory("gpt2") == cached and calls == [True, False, True]
+
+
+@pytest.mark.parametrize("damage", ["nothing", "model.safetensors", "config.json"])
+def test_downloads_are_verified(tmp_path, monkeypatch, damage):
+    """The client's cache names a file by the checksum that the hub has announced: SHA-256, or git's for small files."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    contents = {"model.safetensors": b"weights" * 300_000, "config.json": b"{}", "tokenizer.json": b"{} "}
+    names = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    names["config.json"] = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # `printf {} | git hash-object --stdin`
+    names["tokenizer.json"] = "W/another-server"
+    folder, blobs = snapshot(tmp_path, MODELS["gpt2"]), tmp_path / "blobs"
+
+    def download(local_files_only=False, **where):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        for name, content in contents.items():
+            blob = blobs / names[name]
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content[:-1] + b"?" if name == damage else content)
+            (folder / name).symlink_to(blob)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    if damage == "nothing":
+        assert model_directory("gpt2") == folder
+    else:
+        with pytest.raises(ValueError, match=f"{damage}: damaged on its way.*remove {blobs / names[damage]}"):
+            model_directory("gpt2")
 
 
 @pytest.mark.parametrize(

@@ -659,9 +659,9 @@ def test_shards(tmp_path):
     [
         ({**GPT2, "model_type": "bert"}, "model_type 'bert' is not supported, only gpt2, llama"),
         ({"n_embd": 4}, "model_type None is not supported"),
-        ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be a positive integer, it is 'missing'"),
-        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be a positive integer"),
-        ({**GPT2, "n_layer": 0}, "n_layer must be a positive integer, it is 0"),
+        ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
+        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
+        ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, it is 0"),
         ({**GPT2, "n_head": 5}, "n_embd 24 does not divide into 5 heads"),
         ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
         ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),

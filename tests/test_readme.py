@@ -21,7 +21,7 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("train.py") and "..." not in c])
 def test_train_commands_parse(command):
-    train.Options(**train.parse(shlex.split(command)[1:]))
+    train.Options(**train.settings(train.parse(shlex.split(command)[1:])))
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\|.*`\w+\.py`: .*\|$", README, re.M))
@@ -34,7 +34,7 @@ def test_every_function_the_readme_names_exists(line):
 
 def test_every_logged_key_is_explained():
     terms = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio accuracy"
-    terms += " on_policy generation_share generation_tokens_per_second sampled_length"
+    terms += " on_policy generation_share generation_tokens_per_second sampled_length compilations"
     for key in f"step epoch {terms} student_tokens teacher_tokens grad_norm lr tokens_per_second valid_ce".split():
         assert re.search(rf"^\|.*`{key}`", README, re.M), key
 

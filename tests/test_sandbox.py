@@ -135,6 +135,8 @@ def test_leaving_before_the_end_of_the_tests_is_no_pass(case):
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
         "import sys\nclass S:\n    def flush(self):\n        while True: pass\nsys.stdout = S()",
         "import os\nos.kill(os.getpid(), 19)",  # SIGSTOP
+        "import os\nos.killpg(0, 19)",
+        "import os\nwhile True: os.write(3, b'x' * 65536)",  # where the verdict goes
     ],
 )
 def test_endless_programs(code):
@@ -305,6 +307,59 @@ def test_no_network(guards):
         assert outcome.passed, outcome.reason
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_limits_cannot_be_raised():
+    code = (
+        "import os, resource\nraised = []\n"
+        "for name in ('AS', 'CPU', 'FSIZE', 'NOFILE', 'NPROC', 'CORE'):\n"
+        "    kind = getattr(resource, 'RLIMIT_' + name)\n"
+        "    for pid in (0, os.getpid()):\n"
+        "        try:\n            resource.prlimit(pid, kind, (-1, -1))\n            raised.append(name)\n"
+        "        except (OSError, ValueError):\n            pass\n"
+    )
+    assert run_python(code, "assert raised == [], raised").passed
+
+
+def test_other_processes_are_out_of_reach(guards):
+    if os.getuid() != 0:
+        pytest.skip("the supervisor is of the same user, and only protected from signals")
+    code = (
+        "import ctypes, os, resource\nlibc = ctypes.CDLL(None)\nparent = os.getppid()\nreached = []\n"
+        "for attempt in (lambda: resource.prlimit(parent, resource.RLIMIT_CPU, (0, 0)), lambda: os.kill(parent, 19),\n"
+        "                lambda: os.sched_setaffinity(parent, {0}), lambda: os.setpriority(0, parent, 19)):\n"
+        "    try:\n        attempt()\n        reached.append(attempt)\n    except OSError:\n        pass\n"
+        "assert libc.ptrace(16, parent, None, None) != 0, 'traced'\n"
+        "seen = os.listdir('/proc') if os.path.isdir('/proc') else []\n"
+    )
+    tests = "assert reached == [], reached\n" + "assert seen == [], seen\n" * guards["files"]
+    outcome = run_python(code, tests)
+    assert outcome.passed, outcome.reason
+
+
+def test_reading_what_is_hidden_and_writing_through_links(guards, tmp_path):
+    if not guards["files"]:
+        pytest.skip("no mount namespace")
+    ours = tmp_path / "ours"
+    ours.write_text("ours")
+    home = os.path.expanduser("~")
+    code = (
+        f"import os\nhidden = {[p for p in sandbox.HIDDEN if p != '/proc']!r} + [{home!r}] * ({home!r} != '/')\n"
+        "python = os.path.realpath(sys.base_prefix)\nhere = os.getcwd()\nleft = []\n"
+        "for place in hidden:\n"
+        "    for name in os.listdir(place) if os.path.isdir(place) else []:\n"
+        "        path = os.path.join(place, name)\n"
+        "        known = python, sys.base_prefix, here, *hidden\n"
+        "        if not any((place + '/').startswith(path + '/') for place in known):\n"
+        "            left.append(path)\n"
+        f"os.symlink('/', 'root')\nos.symlink({os.__file__!r}, 'link')\nwritten = []\n"
+        f"for attempt in (lambda: open('root/etc/passwd', 'a'), lambda: open('link', 'a'),\n"
+        f"                lambda: os.link({os.__file__!r}, 'hard'), lambda: open('root' + {str(ours)!r}, 'a'),\n"
+        "                lambda: os.mknod('device', 0o60600, os.makedev(8, 0)), lambda: os.chroot('.')):\n"
+        "    try:\n        attempt()\n        written.append(attempt)\n    except OSError:\n        pass\n"
+    )
+    outcome = run_python("import sys\n" + code, "assert left == [], left\nassert written == [], written")
+    assert outcome.passed and ours.read_text() == "ours", outcome.reason
 
 
 def test_killing_the_parent(guards):

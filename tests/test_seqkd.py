@@ -72,7 +72,7 @@ def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     monkeypatch.undo()
     train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
@@ -146,7 +146,7 @@ def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypat
         return model.generate(*options)
 
     monkeypatch.setattr(seqkd, "generate", generate)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "run", method="seqkd"))
     assert len(calls) == 2 and not (tmp_path / "run").exists()
 

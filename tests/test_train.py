@@ -146,7 +146,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     with pytest.raises(SystemExit, match="--resume: --lr"):
         train.main(arguments(tiny_task, tmp_path / "parts", **options, lr=1.0, resume=True))
@@ -213,7 +213,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_p
 
     train.main(arguments(tiny_task, tmp_path / "whole"))
     monkeypatch.setattr(train, "accumulate", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "again"))
     monkeypatch.undo()
     train.main(arguments(tiny_task, tmp_path / "again", resume=True))

@@ -1,0 +1,807 @@
+"""How fast and how lean: every hot path beside the straightforward way to write it, in one run, as one table.
+
+    python bench.py                      everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
+    python bench.py --quick              small sizes, few repeats: does it all still work, and roughly how well
+    python bench.py steps alignment      some cases only
+    python bench.py --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR      real text
+
+Cases: steps (one update of four methods), body, generation, alignment, projectors, growth (of a step with batch, length
+and vocabulary), cache (an epoch with `--cache-teacher`). What runs beside ours:
+
+- "plain": the same update with this repository's decoders, written as anyone would write it first (`bench_plain.py`):
+  padded to --max-len, logits at all positions, autograd, no chunks;
+- "transformers": that plain update with transformers' models, if they are installed.
+
+All compute the same loss, which is checked. Weights are random, of the real shapes; without --data the text is made up,
+with the lengths of Dolly. Repeats of the alternatives take turns (A B A B), so that noise meets all of them; a cell
+is the median (smallest–largest). Steps are timed in a fresh process each; their memory is what a step needs above the
+weights and gradients. Everything is eager, on CUDA too.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import train
+from align import exact_token_alignment
+from bench_plain import (
+    KD_RATE,
+    METHODS,
+    TEMPERATURE,
+    Plain,
+    as_transformers,
+    our_states,
+    pad,
+    pair_positions,
+    plain_loss,
+    transformers_states,
+)
+from data import Example, Row, TextTokenizer, read_jsonl, tokenise
+from distill import Distiller
+from model import Decoder, build_model, generate, read_config, save_model
+from projector import logit_preserving_weight
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def gpt2(width: int, layers: int, heads: int, vocabulary: int, positions: int = 1024) -> dict:
+    return {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": positions, "n_embd": width,
+            "n_layer": layers, "n_head": heads}  # fmt: skip
+
+
+def llama(width, inner, layers, heads, kv_heads, vocabulary, kind="llama", positions=2048) -> dict:
+    return {"model_type": kind, "vocab_size": vocabulary, "max_position_embeddings": positions, "hidden_size": width,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "tie_word_embeddings": kind == "llama"}  # fmt: skip
+
+
+FULL = {
+    "student": gpt2(768, 12, 12, 50257),  # GPT-2 120M
+    "teacher": llama(2048, 5504, 2, 16, 16, 151936, "qwen2"),  # Qwen1.5-1.8B with 2 of its 24 layers
+    "same_teacher": gpt2(1280, 2, 20, 50257),  # GPT-2 large with 2 of its 36
+    "overlap": 42256,  # tokens that GPT-2 and Qwen1.5 share, as vocabulary_overlap counts them
+    "batch": 4, "max_len": 512, "rounds": 2, "enough": 10.0, "dtypes": ["fp32", "bf16"],
+    "bodies": {"GPT-2 small": gpt2(768, 12, 12, 50257), "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152)},
+    "body_shape": [4, 512], "body_repeats": 5, "square": 4096,
+    "generator": gpt2(768, 12, 12, 50257), "new_tokens": 128, "generation_repeats": 3,
+    "aligned_lengths": [256, 1024, 4096, 16384, 65536], "align_repeats": 9,
+    "heads": [[42000, 2048, 768], [42000, 768, 2048]],  # rows, source width, target width (whose inverse is taken)
+    "head_repeats": 3,
+    "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
+    "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
+    "epoch": {"student": gpt2(768, 3, 12, 12564), "teacher": gpt2(1600, 12, 25, 12564), "batch": 8, "updates": 5,
+              "rounds": 2},  # GPT-2 1.5B and 120M with a quarter of layers and vocabulary: bodies 17 to 1
+}  # fmt: skip
+QUICK = {
+    **FULL,
+    "student": gpt2(256, 2, 4, 8192), "teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
+    "same_teacher": gpt2(384, 2, 6, 8192), "overlap": 6000, "max_len": 256, "rounds": 1, "enough": 1.0,
+    "dtypes": ["fp32"],
+    "bodies": {"GPT-2 small, 4 layers": gpt2(768, 4, 12, 50257),
+               "SmolLM2-135M, 6 layers": llama(576, 1536, 6, 9, 3, 49152)},
+    "body_shape": [2, 256], "body_repeats": 3, "square": 2048, "generator": gpt2(768, 4, 12, 50257), "new_tokens": 24,
+    "aligned_lengths": [256, 4096, 16384], "heads": [[12000, 512, 256], [12000, 256, 512]],
+    "growth": {"batch": [2, 4], "max_len": [128], "vocabulary": [10240]},
+    "growth_teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
+    "epoch": {"student": gpt2(192, 3, 3, 4096), "teacher": gpt2(400, 12, 5, 4096), "batch": 8, "updates": 3,
+              "rounds": 2},
+}  # fmt: skip
+
+# (what, against, dtype) -> the least `Result.ratio`, at the full sizes
+TARGETS = {
+    ("DSKD v2 + ETA, time", "plain", "fp32"): 6, ("DSKD v2 + ETA, time", "plain", "bf16"): 8,
+    ("DSKD v2 + ETA, memory", "plain", ""): 12,
+    ("DSKD v2, time", "plain", ""): 5, ("DSKD v2, memory", "plain", ""): 8,
+    ("KD, time", "plain", ""): 5, ("KD, memory", "plain", ""): 8,
+    ("body of GPT-2 small", "transformers", ""): 1,
+    ("body of GPT-2 small", "matrix product", "fp32"): 0.65, ("body of GPT-2 small", "matrix product", "bf16"): 0.45,
+    ("generation", "transformers", ""): 3,
+    ("alignment, Dolly's lengths", "2 M/s", ""): 1,
+    ("alignment, 65536 tokens", "256 tokens", ""): 0.5,  # linear (a quadratic one: 0.004)
+    ("t2s start, 768 x 42000", "pinv", ""): 6, ("t2s start, 2048 x 42000", "pinv", ""): 4,
+    ("t2s start, 768 x 42000, difference", "1e-4", ""): 1, ("t2s start, 2048 x 42000, difference", "1e-4", ""): 1,
+    ("training with the teacher's states cached", "without", "fp32"): 3,
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: given, or made up with the lengths of Dolly and two vocabularies that overlap as GPT-2's and Qwen1.5's do
+
+# Quantiles of the GPT-2 tokens of 1,000 Dolly examples (databricks-dolly-15k) in the Alpaca template, cut to
+# --max-len 512 and --max-prompt-len 256; 90% of the response tokens align exactly with Qwen1.5's.
+QUANTILES = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0]
+PROMPT_TOKENS = [33, 36, 39, 43, 57, 151, 233, 256, 256]
+RESPONSE_TOKENS = [3, 12, 24, 48, 100, 193, 269, 443, 474]
+ONE_SIDED = 0.035  # share of words that are one token of one vocabulary and two of the other, each way
+
+
+def make_words(overlap: int, student_size: int, teacher_size: int) -> tuple[list[str], ...]:
+    """(words, endings, student's compounds, teacher's compounds). A compound is a word with an ending; words and
+    endings are tokens of both vocabularies, which with the 256 bytes and the compounds have the given sizes."""
+    rng = random.Random(0)
+
+    def distinct(count: int, make: Callable[[], str], taken: set[str]) -> list[str]:
+        made: dict[str, None] = {}
+        while len(made) < count:
+            word = make()
+            if word not in taken:
+                made[word] = None
+        return list(made)
+
+    def letters(least: int, most: int) -> str:
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(least, most)))
+
+    shared = overlap - 256
+    endings = distinct(min(shared // 4, 8000), lambda: letters(2, 4), set())
+    words = distinct(shared - len(endings), lambda: "Ġ" + letters(2, 5), set())  # Ġ: how byte-level BPE writes a space
+    taken = {*words, *endings}
+    sides = []
+    for size in (student_size, teacher_size):
+        sides.append(distinct(size - overlap - 1, lambda: rng.choice(words) + rng.choice(endings), taken))
+        taken.update(sides[-1])
+    return words, endings, *sides
+
+
+def save_tokenizer(tokens: list[str], directory: Path) -> None:
+    """A byte-level tokenizer that cuts a word into as few of these tokens as it can, end-of-text first among them."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *tokens]
+    tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in tokens], 0, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:1])
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokens[0]}))
+
+
+def stand_in(size: dict, examples: int, directory: Path) -> dict[str, str]:
+    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}."""
+    vocabularies = size["student"]["vocab_size"], size["teacher"]["vocab_size"]
+    words, endings, ours, theirs = make_words(size["overlap"], *vocabularies)
+    for name, compounds in (("student", ours), ("teacher", theirs)):
+        save_tokenizer([*words, *endings, *compounds], directory / name)
+    rng = np.random.default_rng(0)
+
+    def text(tokens: int) -> str:
+        """Of about so many student tokens."""
+        pieces, count = [], 0
+        while count < tokens:
+            kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
+            pieces.append([words, ours, theirs][kind][rng.integers(len([words, ours, theirs][kind]))])
+            count += 2 if kind == 2 else 1  # the student has no token for the teacher's compounds
+        return "".join(pieces).replace("Ġ", " ")
+
+    lines = []
+    for _ in range(examples):
+        tables = PROMPT_TOKENS, RESPONSE_TOKENS
+        prompt, response = (int(np.interp(rng.random(), QUANTILES, table)) for table in tables)
+        lines.append(json.dumps({"prompt": text(prompt), "output": text(response - 1)}))
+    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return {name: str(directory / name) for name in ("student", "teacher")} | {"data": str(directory / "data.jsonl")}
+
+
+def representative(rows: list[Row], count: int) -> list[Row]:
+    """The rows in the middle of `count` equal parts of the rows, sorted by length: a batch like the whole."""
+    by_length = sorted(rows, key=lambda row: len(row.student.prompt) + len(row.student.response))
+    return [by_length[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]
+
+
+def long_examples(examples: list[Example], count: int, characters: int) -> list[Example]:
+    """Examples that fill any --max-len: prompts and responses strung together."""
+    prompts, outputs = " ".join(e.prompt_text() for e in examples), " ".join(e.outputs[0] for e in examples)
+    starts = [part * len(outputs) // (2 * count) for part in range(count)]
+    return [Example("made up", [outputs[start : start + characters]], prompt=prompts[-characters:]) for start in starts]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One alternative of a step, in a process of its own
+
+
+def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
+    """The rows of the job's batch, with both tokenizers (the student's twice where the vocabularies are equal)."""
+    cross = job["name"] in ("eta", "cma")
+    student, teacher = (TextTokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
+    examples, lengths = read_jsonl(job["text"]["data"], 0, 200), (job["max_len"], max(job["max_len"] // 2, 1))
+    if job["filled"]:
+        examples = long_examples(examples, job["batch"], characters=12 * job["max_len"])
+    rows, _ = tokenise(examples, student, teacher, *lengths, METHODS[job["name"]][1]["align"])
+    return representative(rows, job["batch"]), student, teacher
+
+
+def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, list[Row]]:
+    """(one update, which returns its loss and leaves gradients; its student; the trained projectors; its rows)."""
+    rows, *tokenizers = step_rows(job)
+    device, dtype, options = job["device"], job["dtype"], METHODS[job["name"]][1]
+    torch.manual_seed(0)
+    student = build_model(job["student"]).to(device)
+    teacher = build_model(job["teacher"]).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    distiller = Distiller(student, tokenizers[0], teacher, tokenizers[1], **options, temperature=TEMPERATURE)
+    projectors = [p for p in distiller.parameters() if p.requires_grad]
+    o = {"device": device, "dtype": dtype, "kd_rate": KD_RATE, "batch_size": len(rows), "compile": False, **options}
+    o = train.check(train.Options(student="-", teacher="-", data="-", **o))
+    if job["how"] == "ours":
+        pieces = train.Pieces(student, tokenizers[0], distiller, tokenizers[1], rows, [], [])
+        return lambda: train.accumulate(o, pieces, student, pieces.batches(rows, o))["loss"], student, projectors, rows
+
+    models_, states = (student, teacher), our_states
+    heads, embeddings = [m.head_weight for m in models_], [m.embed.weight for m in models_]
+    if job["how"] == "transformers":
+        models_, states = [as_transformers(model) for model in models_], transformers_states
+        models_[1].requires_grad_(False).eval()
+        heads = [m.get_output_embeddings().weight for m in models_]
+        embeddings = [m.get_input_embeddings().weight for m in models_]
+    sides = [[row.student for row in rows], [row.teacher for row in rows]]
+    sides = [pad(side, t.eos_id, job["max_len"], device) for side, t in zip(sides, tokenizers, strict=True)]
+    pairs = pair_positions(rows, device) if job["name"] == "eta" else None
+    mapped = distiller.student_token if pairs else None
+    x = Plain(job["name"], distiller.projectors, mapped, models_, heads, embeddings, states, sides, pairs)
+
+    def update() -> float:
+        if options["recipe"] == "v2" and job["name"] != "kd":  # s2t is solved anew, from the inverse, as in ours
+            with torch.no_grad():
+                distiller.projectors.refresh_s2t(heads[0][distiller.shared_student_ids].float())
+        with train.autocast(o):
+            loss = plain_loss(x)
+        loss.backward()
+        return float(loss.detach())
+
+    return update, models_[0], projectors, rows
+
+
+def measure_step(job: dict) -> dict:
+    """{seconds: [...], and with job["check"]: peak, loss, gradient, tokens}. The first step is the warm-up."""
+    step, student, projectors, rows = make_step(job)
+    parameters = [*student.parameters(), *projectors]
+    result = {"tokens": sum(len(row.student.prompt) + len(row.student.response) for row in rows)}
+
+    def clear() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    if job["check"]:
+        student.eval()  # dropout off, so that all alternatives must agree
+        result["loss"] = step()
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        result["gradient"] = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        del gradients
+    student.train()
+    clear()
+    before = memory_floor(job["device"])
+    if job["how"] == "ours" and job["device"] == "cpu":
+        train.keep_freed_memory()  # as training does
+    step()
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
+    result["peak"] = None if before is None else memory_peak(job["device"]) - before - gradients
+    result["seconds"] = []
+    while sum(result["seconds"]) < job["enough"]:
+        clear()
+        result["seconds"].append(seconds(step, job["device"]))
+    return result
+
+
+def seconds(run: Callable, device: str) -> float:
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def memory_floor(device: str) -> int | None:
+    """Bytes in use now, from where `memory_peak` looks for the largest. None where that cannot be seen (not Linux)."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, not to be counted as in use
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    except OSError:
+        return None
+    return status_bytes("VmRSS")
+
+
+def memory_peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else status_bytes("VmHWM")
+
+
+def status_bytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def fresh_process(job: dict) -> dict:
+    """`measure_step` in a new process."""
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        what = ", ".join(job[key] for key in ("name", "how", "dtype"))
+        raise RuntimeError(f"the step {what} failed with exit status {done.returncode}; its message stands above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass
+class Result:
+    """One comparison. `unit` "s" and "B" (bytes) are better small, rates ("tokens/s", "FLOP/s") are better large."""
+
+    what: str
+    against: str
+    dtype: str
+    ours: list[float]
+    other: list[float] | str  # or why there is none
+    unit: str
+    note: str = ""
+    target: float | None = None
+    ratio: float | None = field(init=False)  # how much better ours is, 1: the same
+
+    def __post_init__(self):
+        self.ratio = None
+        if not isinstance(self.other, str):
+            ours, other = statistics.median(self.ours), statistics.median(self.other)
+            self.ratio = ours / other if self.unit.endswith("/s") else other / max(ours, 1e-12)
+
+    def cells(self) -> list[str]:
+        met = "" if self.target is None or self.ratio is None else " met" if self.ratio >= self.target else " missed"
+        target = "" if self.target is None else f"{self.target:g}{met}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
+        cells = [spread(values, self.unit) for values in (self.ours, self.other)]
+        return [ratio, target, self.what, self.against, self.dtype, *cells, self.note]
+
+
+def spread(values: list[float] | str, unit: str) -> str:
+    """The median (smallest–largest), in a unit that reads well."""
+    if isinstance(values, str):
+        return values
+    middle = statistics.median(values)
+    if unit == "B":
+        scale, unit = (2**30, "GiB") if middle >= 2**30 else (2**20, "MiB")
+    elif unit == "s":
+        scale, unit = (1, "s") if middle >= 1 else (1e-3, "ms")
+    else:
+        prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if unit.endswith("/s") else ()
+        scale, prefix = next((pair for pair in prefixes if middle >= pair[0]), (1, ""))
+        unit = f"{prefix}{unit}" if unit == "FLOP/s" else f"{prefix} {unit}".strip()
+    one, *ends = (f"{value / scale:.3g}" for value in (middle, min(values), max(values)))
+    return f"{one} {unit}" if ends[0] == ends[1] else f"{one} ({ends[0]}–{ends[1]}) {unit}"
+
+
+HEADER = ["ratio", "target", "what", "against", "dtype", "ours", "the other", "remark"]
+
+
+def table(results: list[Result]) -> str:
+    rows = [HEADER, ["---:", *["---"] * (len(HEADER) - 1)], *(result.cells() for result in results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@dataclass
+class Bench:
+    """What the cases need to know."""
+
+    size: dict
+    text: dict[str, str]  # paths: data, student, teacher
+    device: str
+    dtypes: list[str]
+    others: list[str]  # "plain", and "transformers" if it is installed
+    run_step: Callable[[dict], dict] = fresh_process
+    results: list[Result] = field(default_factory=list)
+
+    def add(self, what: str, against: str, dtype: str, *values) -> None:
+        """A `Result`, with its target if this is the full setting."""
+        targets = TARGETS if self.size["student"] == FULL["student"] else {}
+        target = targets.get((what, against, dtype), targets.get((what, against, "")))
+        self.results.append(Result(what, against, dtype, *values, target=target))
+        print("  " + " | ".join(cell for cell in self.results[-1].cells() if cell), file=sys.stderr)
+
+
+def take_turns(runs: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each, after one run to warm up, in turns: A B A B."""
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def autocast(bench: Bench, dtype: str) -> torch.autocast:
+    return torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cases
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be had."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def needed_memory(job: dict) -> int:
+    """Bytes that a plain step's process takes, roughly: weights, gradients, the tensors of (B, T, V), activations."""
+    student, teacher = (vocabulary_and_size(job[side]) for side in ("student", "teacher"))
+    weights = 8 * student[1] + (2 if job["dtype"] == "bf16" else 4) * teacher[1]
+    positions = job["batch"] * job["max_len"]
+    logits = 4 * positions * (LOGIT_TENSORS[job["name"]][0] * student[0] + LOGIT_TENSORS[job["name"]][1] * teacher[0])
+    return weights + logits + 2**31
+
+
+def vocabulary_and_size(config: dict) -> tuple[int, int]:
+    """(V, number of parameters)"""
+    with torch.device("meta"):
+        return config["vocab_size"], sum(p.numel() for p in Decoder(config).parameters())
+
+
+LOGIT_TENSORS = {"eta": (10, 8), "cma": (10, 8), "same": (10, 8), "kd": (6, 4)}  # at the peak: over V_s, over V_t
+
+
+def step_results(bench: Bench, job: dict) -> dict[str, dict | str]:
+    """{"ours", "plain", ...: results of `measure_step` with the seconds of all rounds, or why there are none}."""
+    found: dict[str, dict | str] = {}
+    for turn in range(bench.size["rounds"]):
+        for how in ("ours", *bench.others):
+            needed, free = needed_memory(job | {"how": how}), free_memory(bench.device)
+            if isinstance(found.get(how), str):
+                continue
+            if how != "ours" and needed > free:
+                found[how] = f"does not fit: about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+                continue
+            result = bench.run_step(job | {"how": how, "check": turn == 0})
+            if turn:
+                found[how]["seconds"] += result["seconds"]
+            else:
+                found[how] = result
+    return found
+
+
+def add_step(bench: Bench, what: str, job: dict, found: dict[str, dict | str]) -> None:
+    """Time and memory of ours against each alternative; the remark is the check, that they compute the same."""
+    ours = found["ours"]
+    for how in bench.others:
+        other = found[how] if isinstance(found[how], str) else None
+        remark = f"{ours['tokens'] / statistics.median(ours['seconds']):,.0f} tokens/s"
+        if other is None:
+            errors = [abs(found[how][key] / ours[key] - 1) for key in ("loss", "gradient")]
+            same = "same" if max(errors) < SAME[job["dtype"]] else "NOT THE SAME"
+            remark += f"; {same} loss to {errors[0]:.0e}, gradient norm to {errors[1]:.0e}"
+        bench.add(f"{what}, time", how, job["dtype"], ours["seconds"], other or found[how]["seconds"], "s", remark)
+        if ours["peak"] is not None:
+            bench.add(f"{what}, memory", how, job["dtype"], [ours["peak"]], other or [found[how]["peak"]], "B")
+
+
+SAME = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norm; bf16 has three digits
+
+
+def make_job(bench: Bench, name: str, dtype: str, **changes) -> dict:
+    size = bench.size
+    teacher = size["teacher" if name in ("eta", "cma") else "same_teacher"]
+    job = {key: size[key] for key in ("batch", "max_len", "enough", "student")}
+    return job | {"name": name, "dtype": dtype, "device": bench.device, "text": bench.text, "teacher": teacher,
+                  "filled": False, **changes}  # fmt: skip
+
+
+def steps(bench: Bench) -> None:
+    """One update of each method: time and memory."""
+    for name, (what, _) in METHODS.items():
+        for dtype in bench.dtypes:
+            job = make_job(bench, name, dtype)
+            add_step(bench, what, job, step_results(bench, job))
+
+
+def body(bench: Bench) -> None:
+    """Forward and backward pass of the decoders without head, against transformers and against matrix products."""
+    batch, length = bench.size["body_shape"]
+    for label, config in bench.size["bodies"].items():
+        for dtype in bench.dtypes:
+            torch.manual_seed(0)
+            ours = build_model(config).to(bench.device).train()
+            ids = torch.randint(config["vocab_size"], (batch, length), device=bench.device)
+            direction = torch.randn(batch, length, ours.embed.weight.shape[1], device=bench.device)
+            runs = {"ours": (ours, lambda m, ids: m(ids))}
+            if "transformers" in bench.others:
+                theirs = as_transformers(ours).train()
+                runs["transformers"] = (theirs, lambda m, ids: m.base_model(ids, use_cache=False).last_hidden_state)
+
+            def update(model, hidden, ids=ids, direction=direction, dtype=dtype) -> None:
+                model.zero_grad(set_to_none=True)
+                with autocast(bench, dtype):
+                    states = hidden(model, ids)
+                (states.float() * direction).sum().backward()
+
+            runs = {name: (lambda pair=pair, update=update: update(*pair)) for name, pair in runs.items()}
+            ceiling = matrix_ceiling(bench, dtype)
+            times = take_turns(runs, bench.size["body_repeats"], bench.device)
+            ceiling = [max(ceiling + matrix_ceiling(bench, dtype))]
+            what, work = f"body of {label}", body_work(ours, batch, length)
+            rate = f"{batch * length / statistics.median(times['ours']):,.0f} tokens/s"
+            if "transformers" in times:
+                bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s", rate)
+            bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], ceiling, "FLOP/s")
+
+
+def body_work(m: Decoder, batch: int, length: int) -> int:
+    """Operations of a forward and backward pass: 6 per weight and token, and of the attention its causal half."""
+    weights = sum(p.numel() for p in m.blocks.parameters() if p.dim() == 2)
+    c = read_config(m.config)
+    attention = 2 * c.layers * c.heads * c.head_dim * length  # two products of 2·d·(T/2) on average, per token
+    return batch * length * (6 * weights + 3 * attention)
+
+
+def matrix_ceiling(bench: Bench, dtype: str) -> list[float]:
+    """FLOP/s of large square matrix products."""
+    n, dtype = bench.size["square"], torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
+    times = take_turns({"product": lambda: a @ b}, 5, bench.device)["product"]
+    return [2 * n**3 / t for t in times]
+
+
+def generation(bench: Bench) -> None:
+    """Greedy generation of a batch of 8 prompts, in models of each dtype."""
+    rng, size = random.Random(0), bench.size
+    new, vocabulary = size["new_tokens"], size["generator"]["vocab_size"]
+    lengths = [int(np.interp((i + 0.5) / 8, QUANTILES, PROMPT_TOKENS)) for i in range(8)]
+    prompts = [[rng.randrange(1, vocabulary) for _ in range(n)] for n in lengths]
+    for dtype in bench.dtypes:
+        torch.manual_seed(0)
+        ours = build_model(size["generator"]).eval()
+        runs, written = {}, {}
+        if "transformers" in bench.others:
+            kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+            theirs = as_transformers(ours).to(bench.device, kind).eval()
+            ours = ours.to(bench.device, kind)
+            width = max(lengths)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=bench.device)  # padded on the left
+            mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=bench.device)
+            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+            def run_theirs(theirs=theirs, ids=ids, mask=mask, options=options, written=written, width=width) -> None:
+                with torch.no_grad():
+                    output = theirs.generate(input_ids=ids, attention_mask=mask, **options)
+                written["transformers"] = output[:, width:].tolist()
+
+            runs["transformers"] = run_theirs
+
+        def run_ours(ours=ours, written=written) -> None:
+            written["ours"] = generate(ours, prompts, new, None, temperature=0)
+
+        times = take_turns({"ours": run_ours, **runs}, size["generation_repeats"], bench.device)
+        rates = {name: [8 * new / t for t in values] for name, values in times.items()}
+        if "transformers" in times:
+            same = sum(a == b for a, b in zip(written["ours"], written["transformers"], strict=True))
+            remark = f"{same} of 8 responses are the same"
+            bench.add("generation", "transformers", dtype, rates["ours"], rates["transformers"], "tokens/s", remark)
+        else:
+            bench.add("generation", "transformers", dtype, rates["ours"], "not installed", "tokens/s")
+
+
+def official_alignment(teacher: list[str], student: list[str], teacher_end: str, student_end: str) -> list:
+    """ETA as the official code walks it: two pointers over token strings without their space markers, the histories as
+    strings that grow; a pair where both histories and both tokens are equal, else whoever is behind moves."""
+    teacher, student = ([token.replace("▁", "").replace("Ġ", "") for token in side] for side in (teacher, student))
+    i = j = 0
+    teacher_history = student_history = ""
+    pairs = []
+    while i < len(teacher) and j < len(student):
+        ends = teacher[i] == teacher_end and student[j] == student_end
+        if teacher_history == student_history and (teacher[i] == student[j] or ends):
+            pairs.append((i, j))
+        ahead = len(teacher_history) - len(student_history)
+        if ahead <= 0:
+            teacher_history += teacher[i]
+            i += 1
+        if ahead >= 0:
+            student_history += student[j]
+            j += 1
+    return pairs
+
+
+def alignment(bench: Bench) -> None:
+    """Exact alignment from token ids to pairs, on one core; at the lengths of the data, and how it grows."""
+    student, teacher = (TextTokenizer(bench.text[side]) for side in ("student", "teacher"))
+    ends = [t.tokenizer.id_to_token(t.eos_id) for t in (teacher, student)]
+    texts = [example.outputs[0] for example in read_jsonl(bench.text["data"], 0, 200)]
+
+    def ours(ids: list) -> None:
+        for theirs, mine in ids:
+            exact_token_alignment(teacher.spelt(theirs), student.spelt(mine))
+
+    def official(ids: list) -> None:
+        for theirs, mine in ids:
+            names = [teacher.tokenizer.id_to_token(i) for i in theirs], [student.tokenizer.id_to_token(i) for i in mine]
+            official_alignment(*names, *ends)
+
+    def rates(texts: list[str], what: str) -> list[float]:
+        ids = [(teacher.encode(text) + [teacher.eos_id], student.encode(text) + [student.eos_id]) for text in texts]
+        runs = {"ours": lambda: ours(ids), "official rule": lambda: official(ids)}
+        times = take_turns(runs, bench.size["align_repeats"])
+        tokens = sum(len(mine) for _, mine in ids)
+        mine, other = ([tokens / t for t in times[name]] for name in runs)
+        bench.add(what, "official rule", "", mine, other, "tokens/s")
+        return mine
+
+    bench.add("alignment, Dolly's lengths", "2 M/s", "", rates(texts, "alignment, Dolly's lengths"), [2e6], "tokens/s")
+    long = " ".join(texts * (1 + 6 * max(bench.size["aligned_lengths"]) // sum(map(len, texts))))
+    characters = len(long[:100_000]) / len(student.encode(long[:100_000]))
+    at = {n: rates([long[: round(n * characters)]], f"alignment, {n} tokens") for n in bench.size["aligned_lengths"]}
+    bench.add(f"alignment, {max(at)} tokens", f"{min(at)} tokens", "", at[max(at)], at[min(at)], "tokens/s")
+
+
+def projectors(bench: Bench) -> None:
+    """Where the projectors start, against the pseudo-inverse through an SVD; singular values that span 1 to 100."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, source_width, width in bench.size["heads"]:
+        source = torch.randn(rows, source_width, generator=generator).to(bench.device)
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0] * torch.logspace(0, -2, width)
+        target = (torch.randn(rows, width, generator=generator) @ rotation.T).to(bench.device)
+        weights = {}
+
+        def ours(source=source, target=target, weights=weights) -> None:
+            weights["ours"] = logit_preserving_weight(source, target)
+
+        def official(source=source, target=target, weights=weights) -> None:
+            weights["pinv"] = torch.linalg.pinv(target) @ source
+
+        times = take_turns({"ours": ours, "pinv": official}, bench.size["head_repeats"], bench.device)
+        what = f"t2s start, {width} x {rows}"
+        difference = float((weights["ours"] - weights["pinv"]).abs().max() / weights["pinv"].abs().max())
+        bench.add(what, "pinv", "fp32", times["ours"], times["pinv"], "s")
+        bench.add(f"{what}, difference", "1e-4", "fp32", [difference], [1e-4], "of the largest weight")
+
+
+def growth(bench: Bench) -> None:
+    """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32."""
+    base = {"batch": bench.size["batch"], "max_len": bench.size["max_len"]}
+    base["vocabulary"] = bench.size["growth_teacher"]["vocab_size"]
+    settings = [base | {name: value} for name, values in bench.size["growth"].items() for value in values]
+    settings = [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain"]})
+    for setting in settings:
+        vocabulary = setting["vocabulary"]
+        teacher = {**bench.size["growth_teacher"], "vocab_size": vocabulary}
+        overlap = bench.size["overlap"] * vocabulary // base["vocabulary"]
+        with tempfile.TemporaryDirectory() as folder:
+            text = stand_in({**bench.size, "teacher": teacher, "overlap": overlap}, 60, Path(folder))
+            job = make_job(once, "eta", "fp32", batch=setting["batch"], max_len=setting["max_len"], teacher=teacher,
+                           text=text, filled=True)  # fmt: skip
+            what = f"growth: {setting['batch']} x {setting['max_len']} tokens, vocabulary {vocabulary}"
+            add_step(once, what, job, step_results(once, job))
+
+
+def cache(bench: Bench) -> None:
+    """Training (DSKD v2) with --cache-teacher, in tokens/s after the first update; the cache is full already."""
+    epoch = bench.size["epoch"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        size = {**bench.size, **epoch, "overlap": 2 * epoch["teacher"]["vocab_size"] // 3}
+        stand_in(size, epoch["batch"] * epoch["updates"], root)
+        shutil.rmtree(root / "teacher")
+        shutil.copytree(root / "student", root / "teacher")  # the same vocabulary
+        for name in ("student", "teacher"):
+            save_model(build_model(epoch[name]), root / name)
+        o = {name: str(root / name) for name in ("student", "teacher")} | {"data": str(root / "data.jsonl")}
+        o |= {"batch_size": epoch["batch"], "epochs": 1, "log_every": 10**6, "device": bench.device, "compile": False}
+        for dtype in bench.dtypes:
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for turn in range(epoch["rounds"] + 1):
+                for cached in rates:
+                    out = root / f"{dtype}-{cached}-{turn}"
+                    extra = {"cache_teacher": str(root / f"cache-{dtype}")} if cached else {}
+                    last = train.train(train.Options(**o, **extra, out=str(out), dtype=dtype), "epoch")
+                    if turn:  # the first fills the cache
+                        rates[cached].append(last["tokens_per_second"])
+                    shutil.rmtree(out)
+            what = "training with the teacher's states cached"
+            bench.add(what, "without", dtype, rates[True], rates[False], "tokens/s")
+
+
+CASES = {f.__name__: f for f in (steps, body, generation, alignment, projectors, growth, cache)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def machine(device: str) -> str:
+    """What the figures were measured on."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if importlib.util.find_spec("transformers"):
+        versions += f", transformers {importlib.metadata.version('transformers')}"
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {versions}"
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
+        name = found[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, {versions}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
+    parser.add_argument("--dtype", nargs="+", choices=train.DTYPES, help="default: both, with --quick fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
+    parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
+    parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
+    parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a step in its own process: its job
+    o = parser.parse_args(arguments)
+    if o.worker:
+        print(json.dumps(measure_step(json.loads(o.worker))))
+        return
+    unknown, given = set(o.cases) - CASES.keys(), [o.data, o.student_tokenizer, o.teacher_tokenizer]
+    if unknown:
+        parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if any(given) and not all(given):
+        parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
+    size = QUICK if o.quick else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        text = dict(zip(("data", "student", "teacher"), given, strict=True))
+        if o.data:
+            size = size | fitting_vocabularies(size, text)
+        else:
+            text = stand_in(size, 200, Path(folder))
+        results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES))
+    print(f"{machine(o.device)}\n\n{table(results)}")
+    if o.json:
+        record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}
+        Path(o.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
+    """The models of the steps with as many embeddings as the given tokenizers have, where that is another number."""
+    rows = {side: TextTokenizer(text[side]).size for side in ("student", "teacher")}
+    changed = {}
+    for name, needed in {**rows, "same_teacher": rows["student"]}.items():
+        if not needed <= size[name]["vocab_size"] <= 1.1 * needed:  # what is there may be padded a little
+            changed[name] = {**size[name], "vocab_size": needed}
+    return changed
+
+
+def run(size: dict, text: dict[str, str], device: str, dtypes: list[str], cases: list[str], **options) -> list[Result]:
+    others = ["plain"] + ["transformers"] * bool(importlib.util.find_spec("transformers"))
+    bench = Bench(size, text, device, dtypes, others, **options)
+    for name in cases:
+        print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
+        began = time.perf_counter()
+        CASES[name](bench)
+        print(f"  {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        gc.collect()
+    return bench.results
+
+
+if __name__ == "__main__":
+    main()

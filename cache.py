@@ -1,0 +1,188 @@
+"""The teacher's hidden states on disk: computed once, then read; a run that finds them does not load its body at all.
+
+Of a frozen teacher, distillation needs the hidden states at the response positions, the head, and the embeddings. The
+head and the embeddings are small; the states never change. So they are computed before the first update, while the
+teacher has the device to itself, and every epoch and every later run reads them. Under the given directory, in KEY/:
+
+    states.bin         M tokens × D, bfloat16, one example after the other, the longest examples first
+    predictions-V.bin  M tokens, int32: the arg-max over V rows of the head, for methods that ask for it (DSKD v2)
+    *.json             how many examples of that file are done, and the SHA-256 of what they are
+
+KEY is the SHA-256 of all that the states depend on: the teacher's config.json and weights, the arithmetic (fp32 or
+bf16), and the ids of every example as the teacher reads them, which say all that matters of its tokenizer, the data,
+the template and the length limits. Whatever else a run is, student, method, alignment or learning rate, it shares them.
+
+bfloat16 is what a bf16 run computes with anyway. A float32 run gets the numbers of a teacher whose states are rounded
+to bfloat16 (8 significant bits); predictions are taken from the rounded states, so that the two belong together.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Row, collate_side, total_length
+from distill import argmax_tokens, hidden_at
+from model import checkpoint_files, load_model, read_config, read_json
+
+RECORD_EVERY = 10.0  # seconds; what a killed fill loses at most
+
+
+class TeacherCache:
+    """The cache of one teacher on one list of rows."""
+
+    def __init__(self, root: str | Path, teacher: Path, rows: list[Row], dtype: torch.dtype, device, batch_size: int):
+        """dtype: of the teacher's weights; with bfloat16 it runs under autocast, as in training."""
+        self.teacher, self.dtype, self.device, self.batch_size = teacher, dtype, device, batch_size
+        self.rows = sorted(rows, key=total_length, reverse=True)  # little padding, and the most memory is needed first
+        self.folder = Path(root) / cache_key(teacher, rows, dtype)
+
+    def attach_states(self, compiled: bool = False) -> None:
+        """Give every row its `states`, computed now unless they are there. Raises ValueError as `stored` does."""
+
+        @functools.cache
+        def teacher():  # loaded only if something is missing, and freed on return
+            model = load_model(self.teacher, self.dtype, self.device).requires_grad_(False)
+            return torch.compile(model, dynamic=True) if compiled else model
+
+        @torch.no_grad()
+        def compute(rows: list[Row]) -> np.ndarray:
+            side = collate_side([row.teacher for row in rows], pad_id=0).to(self.device)
+            with self.autocast():
+                hidden = hidden_at(teacher(), side)
+            return hidden.bfloat16().view(torch.int16).cpu().numpy()
+
+        width = read_config(read_json(self.teacher / "config.json")).width
+        for row, states in zip(self.rows, self.stored("states.bin", np.int16, (width,), compute), strict=True):
+            row.states = states
+
+    def attach_predictions(self, head: torch.Tensor) -> None:
+        """Give every row, which has states, its `predictions` under `head` (V, D), likewise."""
+
+        @torch.no_grad()
+        def compute(rows: list[Row]) -> np.ndarray:
+            states = torch.from_numpy(np.concatenate([row.states for row in rows])).view(torch.bfloat16)
+            with self.autocast():
+                return argmax_tokens(states.to(self.device, head.dtype), head).int().cpu().numpy()
+
+        parts = self.stored(f"predictions-{len(head)}.bin", np.int32, (), compute)
+        for row, predictions in zip(self.rows, parts, strict=True):
+            row.predictions = predictions
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def stored(self, name: str, kind: type, shape: tuple, compute: Callable) -> list[np.ndarray]:
+        """One array (M, *shape) of dtype `kind` per row, mapped from the file `name`.
+
+        Rows that are not in it yet are appended: `compute` takes some rows and returns their arrays, concatenated. The
+        record beside the file says how many rows are done, and is replaced only after these are on disk: what it does
+        not vouch for is dropped and made again. Raises ValueError if the file is not what the record says, or if the
+        disk has no room; another process that is filling the file is waited for.
+        """
+        file, record = self.folder / name, (self.folder / name).with_suffix(".json")
+        lengths = [len(row.teacher.response) for row in self.rows]
+        tokens = [0, *accumulate(lengths)]  # before each row, and of all
+        token_bytes = np.dtype(kind).itemsize * int(np.prod(shape))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(file, "a+b") as stream:
+            wait_for_lock(stream, file)
+            done, hasher = self.verify(stream, file, record, [count * token_bytes for count in tokens])
+            missing = (tokens[-1] - tokens[done]) * token_bytes
+            if missing:
+                about = f"{file}: {tokens[-1]:,} tokens × {token_bytes} bytes = {gigabytes(tokens[-1] * token_bytes)}"
+                print(about + f", {gigabytes(missing)} to go" * (done > 0), file=sys.stderr)
+                free = shutil.disk_usage(self.folder).free
+                if missing > free:
+                    raise ValueError(f"{about}; the disk has {gigabytes(free)} left, and {gigabytes(missing)} are "
+                                     "missing: give another directory")  # fmt: skip
+                stream.truncate(tokens[done] * token_bytes)
+            saved, every = time.monotonic(), 0.1 if sys.stderr.isatty() else 30  # seconds
+            progress = tqdm(total=len(self.rows), initial=done, desc=name, unit="example", mininterval=every,
+                            disable=not missing)  # fmt: skip
+            while done < len(self.rows):
+                part = self.rows[done : done + self.batch_size]
+                content = np.ascontiguousarray(compute(part), kind).tobytes()
+                stream.write(content)
+                hasher.update(content)
+                done += len(part)
+                progress.update(len(part))
+                if done == len(self.rows) or time.monotonic() - saved >= RECORD_EVERY:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    write_record(record, {"rows": done, "sha256": hasher.hexdigest()})
+                    saved = time.monotonic()
+            progress.close()
+        array = np.asarray(np.memmap(file, kind, "r", shape=(tokens[-1], *shape)))
+        return [array[first : first + length] for first, length in zip(tokens, lengths, strict=False)]
+
+    def verify(self, stream, file: Path, record: Path, ends: list[int]):
+        """The number of rows in the file that its record vouches for, and the hash of them, compared with the record's.
+        ends: bytes before each row, and of all."""
+        done, expected, hasher = 0, hashlib.sha256().hexdigest(), hashlib.sha256()
+        damaged = ValueError(f"{file} is not what was written there: delete {self.folder}, and it is made again")
+        if record.is_file():
+            try:
+                content = json.loads(record.read_text())
+                done, expected = content["rows"], content["sha256"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise damaged from error
+        if type(done) is not int or not 0 <= done < len(ends):
+            raise damaged
+        stream.seek(0)
+        left = ends[done]
+        while block := stream.read(min(1 << 24, left)):
+            hasher.update(block)
+            left -= len(block)
+        beyond = stream.seek(0, os.SEEK_END) > ends[-1]
+        if left or hasher.hexdigest() != expected or (beyond and done == len(self.rows)):
+            raise damaged
+        return done, hasher
+
+
+def cache_key(teacher: Path, rows: list[Row], dtype: torch.dtype) -> str:
+    """The name under which the teacher's states on these rows are kept; reads the whole weights."""
+    hasher = hashlib.sha256(f"teacher states, version 1, {dtype}".encode())
+    for file in [teacher / "config.json", *checkpoint_files(teacher)]:
+        content = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                content.update(block)
+        hasher.update(content.digest())
+    for row in rows:
+        ids = [len(row.teacher.prompt), len(row.teacher.response), *row.teacher.prompt, *row.teacher.response]
+        hasher.update(np.array(ids, np.int64).tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def wait_for_lock(stream, file: Path) -> None:
+    """Own the open file until it is closed, or its process ends."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{file}: another run is at it, waiting", file=sys.stderr)
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def write_record(record: Path, content: dict) -> None:
+    new = record.with_suffix(".json.new")
+    with open(new, "w") as stream:
+        stream.write(json.dumps(content) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(new, record)
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,166 @@
+"""What a run needs on each device, worked out from the two config.json alone, to choose --shard and the processes by.
+
+    python memory.py                                         the table of the README
+    python memory.py --teacher DIR --student DIR --devices 4 --shard teacher
+
+Of a teacher (bf16, frozen) 2 bytes per parameter. Of a student 16 bytes per trained parameter (weight, gradient, two
+moments of AdamW, all float32), and 2 more of each block's matrices for autocast's copy in bf16, which the backward pass
+needs. A model sharded over N devices has 1/N of its blocks' matrices on each, and two blocks whole at a time in bf16:
+the one being computed and the one fetched ahead. Then the projectors, what the student's blocks keep of each token for
+the backward pass (counted on one block, see `kept_per_token`), and the logits of one chunk of tokens.
+
+Not in it: the start (the projectors' solution takes V x D numbers in float64 for a moment), sampling's key-value cache,
+what the allocator cannot use, CUDA itself; allow a few GB. Nothing of this has been measured on a GPU.
+"""
+
+import argparse
+from types import SimpleNamespace
+
+import torch
+
+import lora
+from hub import model_directory
+from model import Decoder, read_json
+from projector import Projectors
+
+GB = 1e9
+_LLAMA = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
+_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": False}
+CONFIGS = {  # the fields that matter here of the published config.json
+    "GPT-2 120M": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
+                   "n_head": 12},
+    "TinyLlama 1.1B": {**_LLAMA, "max_position_embeddings": 2048, "hidden_size": 2048, "intermediate_size": 5632,
+                       "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
+    "Llama-2 7B": {**_LLAMA, "max_position_embeddings": 4096, "hidden_size": 4096, "intermediate_size": 11008,
+                   "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Qwen1.5 1.8B": {**_QWEN, "max_position_embeddings": 32768, "hidden_size": 2048, "intermediate_size": 5504,
+                     "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16},
+    "Qwen2.5 7B": {**_QWEN, "vocab_size": 152064, "max_position_embeddings": 131072, "hidden_size": 3584,
+                   "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                   "num_key_value_heads": 4},
+    "Qwen2.5 72B": {**_QWEN, "vocab_size": 152064, "max_position_embeddings": 131072, "hidden_size": 8192,
+                    "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
+                    "num_key_value_heads": 8},
+}  # fmt: skip
+TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, devices
+    ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1),
+    ("Llama-2 7B", "TinyLlama 1.1B", 256, 8, None, 1),
+    ("Llama-2 7B", "TinyLlama 1.1B", 0, 8, "teacher", 4),
+    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 4),
+    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 8),
+    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 8),
+    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 16),
+]
+
+
+def counts(config: dict, rank: int = 0) -> SimpleNamespace:
+    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`; and the trained ones."""
+    with torch.device("meta"):
+        m = Decoder(config)
+        if rank:
+            lora.attach(m, rank, 8.0)
+    sharded = {p for p in m.blocks.parameters() if p.dim() >= 2}  # as in parallel.shard
+    trained = {p for p in m.parameters() if p.requires_grad}
+
+    def size(parameters: set) -> int:
+        return sum(p.numel() for p in parameters)
+
+    whole = set(m.parameters()) - sharded
+    return SimpleNamespace(
+        matrices=size(sharded), block=size(sharded) // len(m.blocks), rest=size(whole),
+        trained_matrices=size(sharded & trained), trained_rest=size(whole & trained), layers=len(m.blocks),
+        vocabulary=m.embed.num_embeddings, width=m.embed.embedding_dim,
+    )  # fmt: skip
+
+
+def teacher_bytes(c: SimpleNamespace, devices: int) -> float:
+    """Weights in bf16, their blocks over `devices`."""
+    return 2 * (c.rest + c.matrices / devices + (2 * c.block if devices > 1 else 0))
+
+
+def student_bytes(c: SimpleNamespace, devices: int) -> float:
+    """Weights in float32, gradients and moments of what is trained, and bf16 copies."""
+    here = 4 * (c.rest + c.matrices / devices) + 12 * (c.trained_rest + c.trained_matrices / devices)
+    return here + 2 * (2 * c.block if devices > 1 else c.matrices)
+
+
+def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float:
+    """v2: t2s trained, s2t solved anew in every update by the (D, V) pseudo-inverse of the shared vocabulary."""
+    both = Projectors(student.width, teacher.width, bias=False)
+    solved = 4 * (both.s2t.weight.numel() + teacher.width * min(student.vocabulary, teacher.vocabulary))
+    return 16 * both.t2s.weight.numel() + solved
+
+
+def logits_bytes(student: SimpleNamespace, teacher: SimpleNamespace, chunk: int) -> float:
+    """Two logits per token and row of the larger head, some eight float32 numbers of each at a time (fused.py)."""
+    return 32 * chunk * max(student.vocabulary, teacher.vocabulary)
+
+
+def kept_per_token(config: dict, rank: int = 0) -> float:
+    """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on the CPU, where it
+    is asked for two lengths, since the difference is without the weights."""
+    layers = "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"
+    one = {**config, layers: 1, "vocab_size": 8}
+    with torch.device("meta"):
+        m = Decoder(one)
+        if rank:
+            lora.attach(m, rank, 8.0, 0.1)
+    m = m.to_empty(device="cpu").train()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.zero_()
+    kept = []
+    for length in (16, 32):
+        storages: dict[int, int] = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            m(torch.zeros((1, length), dtype=torch.long))
+        kept.append(sum(storages.values()))
+    return (kept[1] - kept[0]) / 16
+
+
+def needs(teacher: dict, student: dict, rank: int, batch_size: int, shard: str | None, devices: int, max_len: int = 512,
+          chunk: int = 512) -> dict[str, float]:  # fmt: skip
+    """Bytes on each device, by what they are for."""
+    t, s = counts(teacher), counts(student, rank)
+    return {
+        "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1),
+        "student": student_bytes(s, devices if shard in ("student", "both") else 1),
+        "projectors": projector_bytes(s, t),
+        "activations": kept_per_token(student, rank) * s.layers * batch_size * max_len,
+        "logits": logits_bytes(s, t, chunk),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", help="preset, hub repository or directory; without it: the table")
+    parser.add_argument("--student", help="the same for the student")
+    parser.add_argument("--devices", type=int, default=1, help="over which a model is sharded")
+    parser.add_argument("--shard", choices=["teacher", "student", "both"], help="as of train.py")
+    parser.add_argument("--lora", type=int, default=0, help="as of train.py")
+    parser.add_argument("--batch-size", type=int, default=32, help="as of train.py")
+    o = parser.parse_args(arguments)
+    if (o.teacher is None) != (o.student is None):
+        parser.error("give both --teacher and --student, or neither of them")
+    configs, rows = dict(CONFIGS), TABLE
+    if o.teacher:
+        for name in (o.teacher, o.student):
+            configs[name] = read_json(model_directory(name, weights=False) / "config.json")
+        rows = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices)]
+    print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
+          "| logits | GB each |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for teacher, student, rank, batch_size, shard, devices in rows:
+        parts = needs(configs[teacher], configs[student], rank, batch_size, shard, devices)
+        pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0)
+        figures = " | ".join(f"{value / GB:.1f}" for value in [*parts.values(), sum(parts.values())])
+        print(f"| {pair} | {devices} | {shard or '–'} | {batch_size} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()

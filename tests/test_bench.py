@@ -1,0 +1,193 @@
+"""bench.py: the straightforward updates equal training's, the official rule and the made-up text are what they claim to
+be, and every case runs and reports."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_distill
+import torch
+from test_distill import tokenizers  # noqa: F401, a fixture
+
+import bench
+import bench_plain
+from align import exact_token_alignment
+from data import TextTokenizer, read_jsonl, tokenise
+from model import TRANSPOSED, hugging_face_names
+
+NAMES = {"eta": "dskd v2 eta", "cma": "dskd v1 cma", "same": "dskd v2", "kd": "kd"}
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+HOWS = ["plain"] + ["transformers"] * HAS_TRANSFORMERS
+MINIATURE = {
+    **bench.QUICK,
+    "student": bench.gpt2(32, 2, 2, 600, 128), "teacher": bench.llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
+    "same_teacher": bench.gpt2(48, 1, 2, 600, 128), "overlap": 400, "batch": 2, "max_len": 64, "enough": 1e-3,
+    "bodies": {"GPT-2 small": bench.gpt2(32, 2, 2, 600), "LLaMA": bench.llama(32, 64, 2, 2, 1, 600)},
+    "body_shape": [2, 32], "square": 64, "generator": bench.gpt2(32, 1, 2, 600, 320), "new_tokens": 4,
+    "aligned_lengths": [64, 256], "heads": [[500, 12, 8]],
+    "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
+    "growth_teacher": bench.llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
+    "epoch": {"student": bench.gpt2(32, 1, 2, 600), "teacher": bench.gpt2(48, 1, 2, 600), "batch": 4, "updates": 2,
+              "rounds": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return bench.stand_in(MINIATURE, 20, tmp_path_factory.mktemp("text") / "made up")
+
+
+def plain_of(setting, name, how):
+    """The plain update of a test_distill.Setting, and the parameters that its gradients arrive at, by our names."""
+    student, teacher, distiller = setting.student, setting.teacher, setting.distiller
+    models, states = (student, teacher), bench_plain.our_states
+    heads, embeddings = [m.head_weight for m in models], [m.embed.weight for m in models]
+    if how == "transformers":
+        models, states = [bench_plain.as_transformers(m).eval() for m in models], bench_plain.transformers_states
+        models[1].requires_grad_(False)
+        heads = [m.get_output_embeddings().weight for m in models]
+        embeddings = [m.get_input_embeddings().weight for m in models]
+    sides = [
+        bench_plain.pad([getattr(row, side) for row in setting.rows], 0, 128, "cpu") for side in ("student", "teacher")
+    ]
+    pairs = bench_plain.pair_positions(setting.rows, "cpu") if name == "eta" else None
+    mapped = distiller.student_token if name == "eta" else None
+    plain = bench_plain.Plain(name, distiller.projectors, mapped, models, heads, embeddings, states, sides, pairs)
+    return plain, models[0]
+
+
+def gradients_by_our_names(student, ours):
+    if student is ours:
+        return [(name, p.grad) for name, p in ours.named_parameters()]
+    theirs, names = dict(student.named_parameters()), hugging_face_names(ours)
+    return [(n, theirs[names[n]].grad.mT if TRANSPOSED.search(n) else theirs[names[n]].grad) for n in names]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_update_equals_training(tokenizers, name, how):  # noqa: F811
+    """Loss and every gradient, with weights that leave some projected predictions right and some wrong."""
+    setting = test_distill.Setting(tokenizers, NAMES[name])
+    if name != "kd":
+        setting.fit_t2s()
+    terms, gradients = setting.update()
+    assert name == "kd" or 0 < terms["t2s_agreement"] < 1
+    for parameter in setting.parameters().values():
+        parameter.grad = None
+    plain, student = plain_of(setting, name, how)
+    loss = bench_plain.plain_loss(plain)
+    loss.backward()
+    torch.testing.assert_close(float(loss.detach()), terms["loss"], rtol=1e-5, atol=1e-6)
+    found = {f"student.{key}": gradient for key, gradient in gradients_by_our_names(student, setting.student)}
+    projectors = setting.distiller.projectors or torch.nn.Module()
+    found |= {f"projectors.{key}": p.grad for key, p in projectors.named_parameters()}
+    assert set(gradients) == {key for key, gradient in found.items() if gradient is not None}
+    for key, gradient in gradients.items():
+        error = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-3)
+        assert error < 1e-3, (key, float(error))
+
+
+def test_the_official_rule_by_hand():
+    """Equal until the accent; there the histories differ in length first, then in content, for good."""
+    teacher = ["▁The", "▁caf", "é", "▁is", "▁shut", "</s>"]
+    student = ["The", "Ġcaf", "Ã©", "Ġis", "Ġsh", "ut", "<|end|>"]
+    assert bench.official_alignment(teacher, student, "</s>", "<|end|>") == [(0, 0), (1, 1)]
+    teacher = ["▁The", "▁barn", "▁is", "</s>"]  # "barn" is cut differently: the pairs go on after it
+    student = ["The", "Ġba", "rn", "Ġis", "<|end|>"]
+    assert bench.official_alignment(teacher, student, "</s>", "<|end|>") == [(0, 0), (2, 3), (3, 4)]
+
+
+def test_the_official_rule_and_ours_agree_on_plain_text(text):
+    """Made-up words have no accent, so that comparing strings loses nothing."""
+    student, teacher = (TextTokenizer(text[side]) for side in ("student", "teacher"))
+    for example in read_jsonl(text["data"]):
+        ids = [t.encode(example.outputs[0]) + [t.eos_id] for t in (teacher, student)]
+        names = [[t.tokenizer.id_to_token(i) for i in side] for t, side in zip((teacher, student), ids, strict=True)]
+        official = bench.official_alignment(*names, names[0][-1], names[1][-1])
+        ours = exact_token_alignment(teacher.spelt(ids[0]), student.spelt(ids[1]))
+        assert official == list(zip(*(index.tolist() for index in ours), strict=True))
+
+
+def test_made_up_text_is_as_long_as_dolly(tmp_path):
+    size = {"student": {"vocab_size": 5000}, "teacher": {"vocab_size": 8000}, "overlap": 4000}
+    text = bench.stand_in(size, 300, tmp_path / "text")
+    student, teacher = (TextTokenizer(text[side]) for side in ("student", "teacher"))
+    assert (student.size, teacher.size) == (5000, 8000)
+    rows, _ = tokenise(read_jsonl(text["data"]), student, teacher, 512, 256, "eta")
+    assert statistics.median(len(row.student.prompt) for row in rows) == pytest.approx(43, abs=3)
+    assert statistics.median(len(row.student.response) for row in rows) == pytest.approx(48, rel=0.2)
+    assert 60 < statistics.mean(len(row.student.prompt) for row in rows) < 80
+    assert 70 < statistics.mean(len(row.student.response) for row in rows) < 95
+    ratios = [len(row.pairs[1]) / len(row.student.response) for row in rows]
+    assert 0.86 < statistics.mean(ratios) < 0.94
+    lengths = [sum(len(row.teacher.response) for row in rows), sum(len(row.student.response) for row in rows)]
+    assert 0.97 < lengths[0] / lengths[1] < 1.03
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_every_case_reports(text, case, capfd):
+    """In this process, in miniature, with the check that all alternatives compute the same."""
+    results = bench.run(MINIATURE, text, "cpu", ["fp32"], [case], run_step=bench.measure_step)
+    assert results and all(result.ratio > 0 for result in results if not isinstance(result.other, str))
+    assert all("NOT" not in result.note for result in results)
+    lines = bench.table(results).splitlines()
+    assert len(lines) == 2 + len(results) and len({line.count("|") for line in lines}) == 1
+
+
+def test_what_does_not_fit_is_said(text, monkeypatch):
+    monkeypatch.setattr(bench, "free_memory", lambda device: 2**30)
+    setting = bench.Bench(MINIATURE, text, "cpu", ["fp32"], HOWS, run_step=bench.measure_step)
+    job = bench.make_job(setting, "kd", "fp32")
+    bench.add_step(setting, "KD", job, bench.step_results(setting, job))
+    assert len(setting.results) == 2 * len(HOWS) and {result.ratio for result in setting.results} == {None}
+    for result in setting.results:
+        assert "does not fit: about 2.0 GiB needed, 1.0 GiB free" in bench.table([result])
+
+
+def test_models_grow_to_the_given_tokenizers(text):
+    """The quick models with the tokenizers of real text, for instance."""
+    small = {**MINIATURE, "student": bench.gpt2(32, 2, 2, 300, 128)}
+    changed = bench.fitting_vocabularies(small, text)
+    assert {name: config["vocab_size"] for name, config in changed.items()} == {"student": 600}
+    large = {**MINIATURE, "teacher": {**MINIATURE["teacher"], "vocab_size": 2000}}
+    assert bench.fitting_vocabularies(large, text)["teacher"]["vocab_size"] == 900
+
+
+def test_ratios_targets_and_units():
+    faster = bench.Result("KD, time", "plain", "fp32", [2.0, 1.0, 3.0], [10.0, 12.0, 14.0], "s", target=5)
+    assert faster.ratio == 6 and faster.cells()[:2] == ["6", "5 met"]
+    assert faster.cells()[5:7] == ["2 (1–3) s", "12 (10–14) s"]
+    rate = bench.Result("generation", "transformers", "bf16", [2500.0], [1000.0], "tokens/s", target=3)
+    assert rate.cells()[:2] == ["2.5", "3 missed"] and rate.cells()[5] == "2.5 k tokens/s"
+    memory = bench.Result("DSKD v2, memory", "plain", "fp32", [2.0**20], [3 * 2.0**30], "B")
+    assert memory.ratio == 3072 and memory.cells()[5:7] == ["1 MiB", "3 GiB"]
+
+
+def test_a_step_in_a_process_of_its_own(text):
+    job = bench.make_job(bench.Bench(MINIATURE, text, "cpu", ["fp32"], HOWS), "kd", "fp32")
+    result = bench.fresh_process(job | {"how": "ours", "check": True})
+    assert result["loss"] > 0 and (result["peak"] is None) == (sys.platform != "linux")
+    with pytest.raises(RuntimeError, match="the step kd, nothing, fp32 failed"):
+        bench.fresh_process({**job, "how": "nothing", "batch": None})
+
+
+def test_unknown_cases_and_half_of_the_data_options(capsys):
+    for arguments, message in ((["step"], "no case is called step"), (["--data", "x.jsonl"], "belong together")):
+        with pytest.raises(SystemExit):
+            bench.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    file = tmp_path / "quick.json"
+    root = Path(bench.__file__).parent
+    command = [sys.executable, "bench.py", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| ratio | target |" in done.stdout
+    assert {result["dtype"] for result in json.loads(file.read_text())["results"]} == {"fp32", ""}

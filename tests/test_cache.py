@@ -1,0 +1,280 @@
+"""cache.py: the same numbers as with the teacher beside the student, never its body, and never a file half-trusted."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import arguments, log_of, same, weights_of
+
+import cache
+import distill
+import model
+import train
+from data import TextTokenizer, read_jsonl, tokenise
+
+METHODS = [
+    ({"method": "kd"}, "twin"),
+    ({"method": "uld"}, "teacher"),
+    ({"method": "mined"}, "teacher"),
+    ({"recipe": "v1"}, "twin"),
+    ({"recipe": "v1"}, "teacher"),
+    ({"recipe": "v2"}, "twin"),
+    ({"recipe": "v2"}, "teacher"),
+]
+every_method = pytest.mark.parametrize("options, teacher", METHODS)
+
+
+def terms_of(out) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log_of(out)]
+
+
+def round_states(monkeypatch):
+    """From here on a teacher that is beside the student has its states rounded to bfloat16."""
+    teacher_states = distill.Distiller.teacher_states
+
+    @torch.no_grad()
+    def rounded(self, batch):
+        batch.teacher_hidden = distill.hidden_at(self.teacher, batch.teacher).bfloat16()
+        return teacher_states(self, batch)
+
+    monkeypatch.setattr(distill.Distiller, "teacher_states", rounded)
+
+
+@every_method
+def test_a_run_equals_one_with_rounded_states_bit_for_bit(tiny_task, tmp_path, monkeypatch, options, teacher):
+    """And one with exact states to bfloat16's 8 bits. One example per batch, so that no sum has another order."""
+    options = {**options, "teacher": tiny_task / teacher, "batch_size": 1, "grad_accum": 4, "max_steps": 3}
+    train.main(arguments(tiny_task, tmp_path / "cached", cache_teacher=tmp_path / "states", **options))
+    train.main(arguments(tiny_task, tmp_path / "exact", **options))
+    round_states(monkeypatch)
+    train.main(arguments(tiny_task, tmp_path / "rounded", **options))
+    cached, rounded, exact = (terms_of(tmp_path / name) for name in ("cached", "rounded", "exact"))
+    assert cached == rounded
+    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("cached", "rounded")))
+    assert cached != exact and cached[0] == pytest.approx(exact[0], rel=2e-2)
+    assert cached[0]["ce"] == exact[0]["ce"] and cached[0]["kd"] == pytest.approx(exact[0]["kd"], rel=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["v1", "v2"])
+def test_in_a_bf16_run_nothing_is_rounded(tiny_task, tmp_path, recipe):
+    options = {"dtype": "bf16", "recipe": recipe, "batch_size": 1, "grad_accum": 4}
+    train.main(arguments(tiny_task, tmp_path / "cached", cache_teacher=tmp_path / "states", **options))
+    train.main(arguments(tiny_task, tmp_path / "exact", **options))
+    assert terms_of(tmp_path / "cached") == terms_of(tmp_path / "exact")
+    assert same(weights_of(tmp_path / "cached"), weights_of(tmp_path / "exact"))
+
+
+@every_method
+def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypatch, capsys, options, teacher):
+    options = {**options, "teacher": tiny_task / teacher, "cache_teacher": tmp_path / "states"}
+    train.main(arguments(tiny_task, tmp_path / "first", **options))
+    assert "states.bin: " in capsys.readouterr().err  # the size, before it is written
+
+    def refuse(*things, **_):
+        raise AssertionError("computed again")
+
+    for name in ("load_model", "hidden_at", "argmax_tokens"):
+        monkeypatch.setattr(cache, name, refuse)
+    monkeypatch.setattr(distill, "argmax_tokens", refuse)
+    loaded, load_model = [], train.load_model
+
+    def load_and_note(path, *things, **options):
+        loaded.append((path, load_model(path, *things, **options)))
+        return loaded[-1][1]
+
+    monkeypatch.setattr(train, "load_model", load_and_note)
+    train.main(arguments(tiny_task, tmp_path / "second", **options))
+    assert "states.bin: " not in capsys.readouterr().err
+    assert same(weights_of(tmp_path / "first"), weights_of(tmp_path / "second"))
+    [ends] = [loaded_model for path, loaded_model in loaded if path == tiny_task / teacher]
+    assert {name for name, _ in ends.named_parameters()} <= {"embed.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])  # LLaMA and GPT-2
+def test_embedding_and_head_alone_are_read(tiny_task, monkeypatch, name):
+    whole, read, set_parameter = model.load_model(tiny_task / name), [], model.set_parameter
+    monkeypatch.setattr(model, "set_parameter", lambda m, key, *rest: (read.append(key), set_parameter(m, key, *rest)))
+    ends = model.load_model(tiny_task / name, torch.bfloat16, body=False)
+    assert set(read) == {"embed.weight"} | ({"lm_head.weight"} if whole.lm_head is not None else set())
+    assert torch.equal(ends.embed.weight, whole.embed.weight.bfloat16())
+    assert torch.equal(ends.head_weight, whole.head_weight.bfloat16())
+    with pytest.raises(ValueError):
+        ends(torch.zeros(1, 2, dtype=torch.long))
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setting(tiny_task, tmp_path):
+    """Rows, and a function that gives their cache."""
+    tokenizers = TextTokenizer(tiny_task / "student"), TextTokenizer(tiny_task / "teacher")
+    examples = read_jsonl(tiny_task / "train.jsonl")
+
+    def make(teacher=tiny_task / "teacher", examples=examples, dtype=torch.float32, batch_size=4, **lengths):
+        rows, _ = tokenise(examples, *tokenizers, **{"max_len": 96, "max_prompt_len": 48, **lengths})
+        return cache.TeacherCache(tmp_path / "states", teacher, rows, dtype, "cpu", batch_size)
+
+    return SimpleNamespace(make=make, examples=examples, teacher=tiny_task / "teacher")
+
+
+def test_states_are_the_teachers_and_predictions_their_arg_max(setting):
+    made = setting.make()
+    made.attach_states()
+    teacher = model.load_model(setting.teacher)
+    made.attach_predictions(teacher.head_weight[:200])
+    for row in made.rows:
+        ids = torch.tensor([row.teacher.prompt + row.teacher.response])
+        with torch.no_grad():
+            hidden = teacher(ids)[0, len(row.teacher.prompt) - 1 : -1]
+        states = torch.from_numpy(row.states.copy()).view(torch.bfloat16).float()
+        assert torch.allclose(states, hidden, rtol=2**-8, atol=1e-6)
+        logits = states @ teacher.head_weight[:200].T
+        predicted = torch.from_numpy(row.predictions.copy()).long()[:, None]
+        assert torch.allclose(logits.gather(1, predicted)[:, 0], logits.max(1).values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [b"", b"not vouched for"])
+def test_a_killed_fill_goes_on_where_it_was(setting, monkeypatch, tail):
+    whole = setting.make()
+    whole.attach_states()
+    expected = (whole.folder / "states.bin").read_bytes()
+    shutil.rmtree(whole.folder)
+
+    calls, hidden_at = [], cache.hidden_at
+
+    def until_the_fourth(*things):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return hidden_at(*things)
+
+    monkeypatch.setattr(cache, "RECORD_EVERY", 0)
+    monkeypatch.setattr(cache, "hidden_at", until_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        setting.make().attach_states()
+    assert json.loads((whole.folder / "states.json").read_text())["rows"] == 12
+    with open(whole.folder / "states.bin", "ab") as stream:
+        stream.write(tail)
+    again = setting.make()
+    again.attach_states()
+    assert len(calls) == 3 + 1 + 7  # ten batches, three of them before, and the call that was cut short
+    assert (whole.folder / "states.bin").read_bytes() == expected
+    assert all(np.array_equal(a.states, b.states) for a, b in zip(whole.rows, again.rows, strict=True))
+
+
+def test_a_fill_that_left_no_record_starts_again(setting):
+    made = setting.make()
+    made.folder.mkdir(parents=True)
+    (made.folder / "states.bin").write_bytes(b"anything" * 100)
+    made.attach_states()
+    assert (made.folder / "states.bin").stat().st_size == sum(row.states.nbytes for row in made.rows)
+
+
+def test_what_the_states_depend_on_is_in_the_key(setting, tiny_task, tmp_path):
+    other, other_config = tmp_path / "other", tmp_path / "config"
+    for directory in (other, other_config):
+        shutil.copytree(setting.teacher, directory)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 2**-10
+    save_file(weights, other / "model.safetensors")
+    config = json.loads((other_config / "config.json").read_text())
+    (other_config / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    longer = [*setting.examples[:-1], dataclasses.replace(setting.examples[-1], outputs=["Another answer."])]
+    cut = dict(max_len=40, max_prompt_len=20)
+    made = [
+        setting.make(), setting.make(other), setting.make(other_config), setting.make(examples=longer),
+        setting.make(examples=setting.examples[:-1]), setting.make(dtype=torch.bfloat16), setting.make(**cut),
+    ]  # fmt: skip
+    assert len({entry.folder for entry in made}) == len(made)
+    assert setting.make(batch_size=7).folder == made[0].folder
+    rows = made[0].rows
+    keys = [cache.cache_key(setting.teacher, rows, torch.float32)]
+    for ids in (rows[0].teacher.prompt, rows[0].teacher.response):
+        ids[-1] ^= 1  # another token, and nothing else
+        keys.append(cache.cache_key(setting.teacher, rows, torch.float32))
+    assert len(set(keys)) == 3
+    shutil.copytree(setting.teacher, tmp_path / "moved")
+    assert setting.make(tmp_path / "moved").folder == made[0].folder
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "altered": flip,
+    "emptied": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "record of fewer rows": lambda file: file.with_suffix(".json").write_text('{"rows": 4, "sha256": "0"}'),
+    "record of more rows": lambda file: file.with_suffix(".json").write_text('{"rows": 400, "sha256": "0"}'),
+    "no record": lambda file: file.with_suffix(".json").write_text("{"),
+    "another record": lambda file: file.with_suffix(".json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("name", ["states.bin", "predictions-200.bin"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_an_error_that_says_what_to_delete(setting, damage, name):
+    head = model.load_model(setting.teacher).head_weight[:200]
+    made = setting.make()
+    made.attach_states()
+    made.attach_predictions(head)
+    DAMAGES[damage](made.folder / name)
+    again = setting.make()
+    with pytest.raises(ValueError, match=rf"{name} is not what was written there: delete {made.folder}"):
+        again.attach_states()
+        again.attach_predictions(head)
+    shutil.rmtree(made.folder)
+    again.attach_states()
+
+
+def test_a_disk_without_room_is_an_error_before_the_teacher_runs(setting, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(cache, "load_model", None)
+    with pytest.raises(ValueError, match=r"tokens × 96 bytes = .* GB; the disk has 1e-06 GB left"):
+        setting.make().attach_states()
+
+
+def test_two_runs_do_not_fill_one_file_at_once(setting, capsys):
+    made = setting.make()
+    made.folder.mkdir(parents=True)
+    with open(made.folder / "states.bin", "ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        other = threading.Thread(target=made.attach_states)
+        other.start()
+        waited = time.monotonic()
+        while "waiting" not in capsys.readouterr().err:
+            assert other.is_alive() and time.monotonic() - waited < 60
+            time.sleep(0.01)
+        assert stream.seek(0, 2) == 0
+    other.join()
+    assert made.rows[0].states is not None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "sft"}, "--method sft has no teacher"),
+        ({"method": "seqkd"}, "keeps the teacher's text, in seqkd.jsonl"),
+        ({"on_policy": 0.5}, "new in every update"),
+        ({"dry_run": True}, "rounded to bfloat16"),
+        ({"cache_teacher": __file__}, "not a directory"),
+    ],
+)
+def test_where_it_cannot_be_it_says_why(tiny_task, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(tiny_task, tmp_path / "run", **{"cache_teacher": tmp_path / "states", **options}))
+    assert not (tmp_path / "states").exists()

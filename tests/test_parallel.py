@@ -1,0 +1,351 @@
+"""Two processes on the CPU against one: the same losses and gradients, whole or sharded; runs that change their number
+of processes; what a failing process leaves for the user to read."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_train import arguments, log_of, same
+
+import lora
+import parallel
+import train
+from model import load_model
+
+ROOT = Path(__file__).parent.parent
+
+# name: options. 7 examples in batches of 2: shares of 4 and 3. In batches of 1 the second process has one fewer forward
+# pass to make, and takes part in it without an example.
+CASES = {
+    "sft": {"method": "sft"},
+    "kd": {"method": "kd", "teacher": "twin", "batch_size": 1},
+    "eta": {"align": "eta"},
+    "eta, one by one": {"align": "eta", "batch_size": 1},
+    "cma": {"align": "cma", "recipe": "v1"},
+    "cma, one by one": {"align": "cma", "recipe": "v1", "batch_size": 1},
+    "v2 on sampled responses": {"teacher": "twin", "on_policy": 1.0, "batch_size": 1},
+    "uld": {"method": "uld", "batch_size": 1},
+    "mined": {"method": "mined", "batch_size": 1},
+    "cma, sharded teacher": {"align": "cma", "recipe": "v1", "shard": "teacher"},
+    "sft, sharded": {"method": "sft", "shard": "student", "batch_size": 1},
+    "eta, both sharded": {"align": "eta", "shard": "both", "batch_size": 1},
+    "v2, both sharded, sampled": {"teacher": "twin", "on_policy": 1.0, "shard": "both", "batch_size": 1},
+    "eta, by tokens": {"align": "eta", "tokens_per_batch": 100, "shard": "teacher"},
+    "eta, both sharded, bf16": {"align": "eta", "shard": "both", "dtype": "bf16"},
+    "eta, adapters sharded": {"align": "eta", "shard": "both", "lora": 4, "lora_dropout": 0.0},
+}
+
+
+def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]:
+    """Terms and whole gradients of an update over the first 7 examples, of as many processes as there are."""
+    options = {"student": str(task / "student"), "data": str(task / "train.jsonl"), "device": "cpu", "max_len": 96,
+               "max_prompt_len": 48, "batch_size": 2, **CASES[case]}  # fmt: skip
+    if options.get("method") != "sft":
+        options["teacher"] = str(task / options.get("teacher", "teacher"))
+    o = train.check(train.Options(**options if sharded else options | {"shard": None}))
+    pieces = train.load(o)
+    indices = list(range(7))
+    count = max(map(len, train.split_of_all(o, pieces.rows[:7])))
+    own = parallel.share(indices, parallel.rank())
+    rows, sampled = [pieces.rows[i] for i in own], [pieces.rows[i + 7] for i in own]  # the latter as if sampled
+    if o.lora:  # the second matrix of an adapter starts at 0, and the first then has no gradient
+        generator = torch.Generator().manual_seed(0)
+        for name, p in pieces.student.named_parameters():
+            if name.endswith("lora_B"):
+                with torch.no_grad():
+                    parallel.copy_into(p, 0.1 * torch.randn(p.shape, generator=generator))
+    batches = pieces.batches(rows, o, count), pieces.batches(sampled, o, count) if o.on_policy else None
+    terms = train.accumulate(o, pieces, pieces.student, *batches)
+    named = {**dict(pieces.student.named_parameters()), **dict(pieces.distiller.named_parameters())}
+    trained = [p for p in named.values() if p.requires_grad]
+    gradients = {name: parallel.whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
+    assert len(gradients) == len(trained)
+    terms["norm"] = parallel.clip_gradients(trained, 0.01)
+    terms["clipped norm"] = parallel.gradient_norm(trained)
+    return terms, gradients
+
+
+RUN = {"max_steps": 4, "checkpoint_every": 2}  # updates over 4 examples, the last of every ten over 4 too
+DROPOUT = {"student": "dropout", "shard": "both", "batch_size": 2}
+
+
+def options_of(task: Path, out: Path, **changed) -> train.Options:
+    words = arguments(task, out, **{**RUN, **changed, "student": task / changed.get("student", "student")})
+    return train.Options(**train.parse(words))
+
+
+def stop_after_one_checkpoint(o: train.Options) -> None:
+    """Both processes are interrupted, right after update 2."""
+    save = train.save_checkpoint
+
+    def save_and_stop(*things):
+        save(*things)
+        raise KeyboardInterrupt
+
+    train.save_checkpoint = save_and_stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(o)
+    finally:
+        train.save_checkpoint = save
+
+
+def runs_of_two(task: Path, out: Path) -> None:
+    elsewhere = out / ("two" if parallel.rank() == 0 else "not mine")
+    train.train(options_of(task, elsewhere, batch_size=2, valid=task / "valid.jsonl"))
+    train.train(options_of(task, out / "one, two", batch_size=2, resume=True, shard="both"))
+    stop_after_one_checkpoint(options_of(task, out / "two, one", batch_size=1, grad_accum=2, shard="both"))
+    train.train(options_of(task, out / "whole", **DROPOUT))
+    stop_after_one_checkpoint(options_of(task, out / "parts", **DROPOUT))
+    train.train(options_of(task, out / "parts", **DROPOUT, resume=True))
+    adapters = {"method": "sft", "lora": 4, "shard": "student", "valid": task / "valid.jsonl"}
+    train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
+    sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
+    train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
+    train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
+    cached = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 2}
+    train.train(options_of(task, out / "cached", **cached, shard="student"))
+
+
+def process(number: int, task: Path, port: int, out: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    with parallel.session():
+        for case in CASES:
+            terms, gradients = one_update(task, case)
+            (out / f"{case} {number}.json").write_text(json.dumps(terms))
+            save_file({name: value.contiguous() for name, value in gradients.items()}, out / f"{case} {number}.st")
+        runs_of_two(task, out)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_task, tmp_path_factory):
+    """The tiny task, with a student that has dropout."""
+    task = tmp_path_factory.mktemp("task") / "task"
+    shutil.copytree(tiny_task, task)
+    shutil.copytree(task / "student", task / "dropout")
+    config = json.loads((task / "student" / "config.json").read_text())
+    (task / "dropout" / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
+    return task
+
+
+@pytest.fixture(scope="module")
+def out(task, tmp_path_factory):
+    """A directory with what two processes made: the terms and gradients of every case, and all runs."""
+    out = tmp_path_factory.mktemp("two")
+    stop_after_one_checkpoint(options_of(task, out / "one, two", batch_size=4))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, (task, port, out), nprocs=2)
+    return out
+
+
+def one_process(task: Path, out: Path, **changed) -> list[dict]:
+    """The log of a run by one process."""
+    train.train(options_of(task, out, **changed))
+    return log_of(out)
+
+
+@pytest.fixture(scope="module")
+def one(task, tmp_path_factory):
+    """The same run as "two", by one process."""
+    one = tmp_path_factory.mktemp("one") / "run"
+    train.train(options_of(task, one, batch_size=4, valid=task / "valid.jsonl"))
+    return one
+
+
+def same_log(a: list[dict], b: list[dict], rel: float = 1e-4) -> bool:
+    for lines in (a, b):
+        for line in lines:
+            line.pop("tokens_per_second", None)
+    return len(a) == len(b) and all(x == pytest.approx(y, rel=rel) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_with_the_same_examples(task, out, case):
+    expected, expected_gradients = one_update(task, case, sharded=False)
+    rel = 2e-2 if "bf16" in case else 1e-5
+    for number in (0, 1):
+        terms = json.loads((out / f"{case} {number}.json").read_text())
+        gradients = load_file(out / f"{case} {number}.st")
+        assert terms.keys() == expected.keys() and gradients.keys() == expected_gradients.keys()
+        assert terms == pytest.approx(expected, rel=rel)
+        for name, gradient in expected_gradients.items():
+            if gradient.abs().max() > 1e-5 or rel == 1e-5:  # in bf16 a gradient that is 0 is noise
+                atol = rel * float(gradient.abs().max())
+                torch.testing.assert_close(gradients[name], gradient, rtol=rel, atol=atol)
+        assert terms["clipped norm"] == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_run_of_two_processes_is_that_of_one(out, one):
+    assert same_log(log_of(out / "two"), log_of(one)) and "valid_ce" in log_of(one)[-1]
+    assert {path.name for path in (out / "two").iterdir()} == {path.name for path in one.iterdir()}
+    states = [load_file(path / "resume" / "state.safetensors") for path in (out / "two", one)]
+    shapes = [{name: value.shape for name, value in state.items() if name != "random.cpu"} for state in states]
+    assert shapes[0] == shapes[1]
+    assert [len(state["random.cpu"]) for state in states] == [2, 1]
+    assert not torch.equal(*states[0]["random.cpu"])
+
+
+def test_only_the_first_process_writes(out):
+    assert (out / "two").exists() and not (out / "not mine").exists()
+
+
+def test_one_process_then_two_sharded_ones(out, one):
+    assert same_log(log_of(out / "one, two"), [line for line in log_of(one) if "loss" in line])
+    state = load_file(out / "one, two" / "resume" / "state.safetensors")
+    whole = load_file(one / "resume" / "state.safetensors")
+    assert {name: value.shape for name, value in state.items() if name != "random.cpu"} == {
+        name: value.shape for name, value in whole.items() if name != "random.cpu"
+    }
+
+
+def test_two_sharded_processes_then_one(task, out, one):
+    options = options_of(task, out / "two, one", resume=True, batch_size=2)
+    with pytest.raises(ValueError, match="over 4 examples, .* makes 2: use --batch-size 1 --grad-accum 4"):
+        train.train(options)
+    train.train(options_of(task, out / "two, one", resume=True, batch_size=2, grad_accum=2))
+    assert same_log(log_of(out / "two, one"), [line for line in log_of(one) if "loss" in line])
+
+
+def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
+    """Dropout of every process included, and sharded."""
+    for file in ("resume/state", "student/model", "projectors"):
+        assert same(*(load_file(out / name / f"{file}.safetensors") for name in ("whole", "parts")))
+    random = load_file(out / "parts" / "resume" / "state.safetensors")["random.cpu"]
+    assert not torch.equal(*random)
+
+
+def test_sharded_adapters_are_saved_whole(task, out):
+    adapted = lora.load_adapter(load_model(task / "student"), out / "adapters" / "adapter")
+    merged = dict(lora.merge(adapted).named_parameters())
+    saved = dict(load_model(out / "adapters" / "student").named_parameters())
+    assert same(merged, saved) and not same(saved, dict(load_model(task / "student").named_parameters()))
+
+
+def test_sharded_processes_sample_at_their_own_pace_and_save_float32(task, out):
+    log = log_of(out / "bf16")
+    lines = [line for line in log if "loss" in line]
+    assert len(lines) == 4 and all(math.isfinite(line["valid_ce"]) for line in log if "valid_ce" in line)
+    assert all(line["on_policy"] == 1 and line["sampled_length"] * 4 == line["student_tokens"] for line in lines)
+    saved, trained = load_file(out / "bf16/student/model.safetensors"), load_file(out / "bf16/resume/state.safetensors")
+    assert torch.equal(saved["transformer.ln_f.weight"], trained["student.norm.weight"])
+    weight = saved["transformer.h.0.mlp.c_fc.weight"]
+    assert torch.equal(weight.T, trained["student.blocks.0.mlp.c_fc.weight"])
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_seqkd_waits_for_the_answers_of_the_first_process(out):
+    assert len((out / "seqkd" / "seqkd.jsonl").read_text().splitlines()) > 30 and len(log_of(out / "seqkd")) == 4
+
+
+def test_cached_states_and_batches_by_length(task, out, tmp_path):
+    options = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 4}
+    assert same_log(log_of(out / "cached"), one_process(task, tmp_path / "one", **options))
+
+
+def torchrun(*words, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+
+
+FAILING = """
+import os, train
+inner, calls = train.accumulate, []
+def accumulate(*things):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise RuntimeError("the fan has stopped")
+    return inner(*things)
+train.accumulate = accumulate
+train.main()
+"""
+
+
+def test_a_failing_process_ends_the_run_with_its_error(task, tmp_path):
+    """The other process, which waits for it in the middle of an update, ends too, and says nothing of that."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    result = torchrun(tmp_path / "failing.py", *arguments(task, tmp_path / "run", max_steps=6))
+    error = result.stderr
+    assert result.returncode != 0 and "RuntimeError: the fan has stopped" in error
+    assert error.rstrip().splitlines()[-3].strip() == "RuntimeError: the fan has stopped"  # torchrun's last words
+    assert not any(word in error.lower() for word in ("gloo", "connection closed", "timed out"))
+    assert len(log_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_the_command_line_speaks_with_one_voice(task, tmp_path):
+    result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run", shard="both", valid=task / "valid.jsonl"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"student: {tmp_path / 'run' / 'student'}"]
+    assert result.stderr.count("train: 40 examples") == 1
+    result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run"))
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
+    assert "already holds a run" in result.stderr.rstrip().splitlines()[-3]  # torchrun's last words
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_before_it_ends(task, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    words = arguments(task, tmp_path / "run", max_steps=100_000, shard="both")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen([*map(str, command), *words], stderr=subprocess.PIPE, text=True, env=environment)
+    while not (tmp_path / "run" / "log.jsonl").is_file() or len(log_of(tmp_path / "run")) < 3:
+        time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    error = started.communicate(timeout=200)[1]
+    assert "stopped after update" in error and "go on with: torchrun --nproc_per_node=2" in error
+    done = log_of(tmp_path / "run")[-1]["step"]
+    with safe_open(tmp_path / "run" / "resume" / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == done
+
+
+@pytest.mark.slow
+def test_compiled_blocks(task, tmp_path):
+    for name, options in {"eager": {}, "compiled": {"compile": True}}.items():
+        result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / name, shard="both", **options))
+        assert result.returncode == 0, result.stderr
+    assert same_log(log_of(tmp_path / "compiled"), log_of(tmp_path / "eager"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shard": "both"}, "--shard both splits weights over processes: start with torchrun"),
+        ({"shard": "teacher", "by_torchrun": True, "method": "sft"}, "--shard teacher: --method sft trains without"),
+        ({"by_torchrun": True, "dry_run": True}, "--dry-run is for one process"),
+        ({"by_torchrun": True, "device": "cuda:0"}, "--device cuda:0: torchrun gives each process its own"),
+        ({"by_torchrun": True, "shard": "teacher", "cache_teacher": "c"}, "the cache is filled by whole ones"),
+        ({"by_torchrun": True, "device": None, "cards": 1}, "more processes than there are CUDA devices .1."),
+    ],
+)
+def test_what_cannot_be_says_why(task, tmp_path, monkeypatch, options, message):
+    options = dict(options)
+    if options.pop("by_torchrun", False):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    cards = options.pop("cards", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(ValueError, match=message):
+        train.check(options_of(task, tmp_path / "run", **options))
+
+
+def test_an_update_that_cannot_be_split_says_so(task, tmp_path, monkeypatch):
+    stop_after_one_checkpoint(options_of(task, tmp_path / "run", batch_size=4))
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    with pytest.raises(ValueError, match="3 process.es. makes 12; that number of processes does not divide 4"):
+        train.check_directory(train.check(options_of(task, tmp_path / "run", batch_size=4, resume=True)))
