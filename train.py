@@ -317,7 +317,7 @@ def check(o: Options) -> Options:
         raise ValueError(f"--projectors belongs to --method dskd; --method {o.method} has none")
     if o.projectors is not None:
         if not Path(o.projectors).is_file():
-            raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
+            raise FileNotFoundError(f"--projectors {o.projectors}: no such file")
         try:  # only that it can be read; whether it fits is known once the models are there
             with safe_open(o.projectors, "pt"):
                 pass
