@@ -627,10 +627,8 @@ def test_adapters(count, checkpoints, tmp_path):
         print(family, file.name, kind)
         loaded = result(lambda f=family: lora.load_adapter(load_model(checkpoints / f), tmp_path), tmp_path)
         assert loaded is None or kind not in ("nan", "int", "float8", "shape", "missing", "extra")
-        if loaded is not None:
-            assert loaded.eval()(INPUT).isfinite().all()
-            if file.suffix != ".json":
-                assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))
+        if loaded is not None and file.suffix != ".json":
+            assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
