@@ -702,7 +702,8 @@ ROOT = Path(model.__file__).parent
 UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal yaml importlib runpy code pty".split())
 STARTERS = {"subprocess", "multiprocessing"}
 NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
-          "bench.py": {"subprocess", "importlib"}}  # for versions # fmt: skip
+          "bench.py": {"subprocess", "importlib"},  # for versions
+          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"}}  # runs of train.py # fmt: skip
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda file: file.name)
