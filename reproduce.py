@@ -255,27 +255,38 @@ def start(root: Path, cell: Cell) -> Path:
 # Changes to a method that no option of train.py makes. Each is a patch around one run.
 
 
-def weighted(weights: dict[str, float]):
+def weighted(shares: dict[str, float]):
     """Some of L_kd's terms alone."""
     whole = distill.dskd_loss
 
-    def dskd_loss(*arguments, **options):
-        terms = whole(*arguments, **options)
-        return {**terms, "kd": sum(weight * terms[name] for name, weight in weights.items())}
+    def dskd_loss(*arguments, terms, **options):
+        def student_space(*inputs, weights):
+            ce, t2s_ce, t2s_kd = weights
+            weights = ce, t2s_ce * shares.get("t2s_ce", 0), t2s_kd * shares.get("t2s_kd", 0)
+            return terms.student_space(*inputs, weights=weights)
+
+        def teacher_space(*inputs, weights):
+            return terms.teacher_space(*inputs, weights=(weights[0] * shares.get("s2t_kd", 0),))
+
+        changed = terms._replace(student_space=student_space, teacher_space=teacher_space)
+        found = whole(*arguments, terms=changed, **options)
+        return {**found, "kd": sum(share * found[name] for name, share in shares.items())}
 
     return [patch.object(distill, "dskd_loss", dskd_loss)]
 
 
 def without_mask():
-    """v2 without the mask of agreeing tokens: L_stu over all of them."""
+    """v2 without the mask of agreeing tokens: L_stu over all of them, and their mean."""
     whole = distill.dskd_loss
 
     def dskd_loss(*arguments, terms, **options):
-        def student_space(*inputs):
-            *values, agrees = terms.student_space(*inputs)
-            return *values, torch.ones_like(agrees)
+        def student_space(*inputs, weights):
+            *inputs, _only_agreeing = inputs
+            return terms.student_space(*inputs, False, weights=weights)
 
-        return whole(*arguments, terms=terms._replace(student_space=student_space), **options)
+        everything = options["pairs"] if options["align"] == "eta" else options["tokens"]
+        options |= {"terms": terms._replace(student_space=student_space), "agreeing": everything}
+        return whole(*arguments, **options)
 
     return [patch.object(distill, "dskd_loss", dskd_loss)]
 

@@ -257,10 +257,15 @@ def loss_terms(change):
     patches = reproduce.CHANGES[change]() if change else []
     for one in patches:
         one.start()
-    terms = distill.dskd_loss(student, gold, t2s, label, s2t, teacher, *heads, tokens=n, terms=distill.PLAIN)
-    for one in patches:
-        one.stop()
-    return {name: float(value) for name, value in terms.items()}
+    try:
+        options = {"align": "none", "recipe": "v2", "pairs": 0, "kd_rate": 0.5, "terms": distill.PLAIN}
+        terms = distill.dskd_loss(student, gold, t2s, label, s2t, teacher, *heads, tokens=n, **options)
+    finally:
+        for one in patches:
+            one.stop()
+    terms = {name: float(value) for name, value in terms.items()}
+    assert terms["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kd"])  # what is trained is what is logged
+    return terms
 
 
 def test_terms_can_be_switched_off():
@@ -268,8 +273,13 @@ def test_terms_can_be_switched_off():
     assert loss_terms("teacher-space")["kd"] == pytest.approx(whole["s2t_kd"])
     assert loss_terms("student-space")["kd"] == pytest.approx(whole["t2s_kd"] + whole["t2s_ce"])
     without = loss_terms("no-mask")
-    assert 0 < whole["agreeing"] < 40 == without["agreeing"]
-    assert without["t2s_kd"] != pytest.approx(whole["t2s_kd"]) and without["t2s_ce"] == pytest.approx(whole["t2s_ce"])
+    assert 0 < whole["agreeing"] < 40 and without["t2s_ce"] == pytest.approx(whole["t2s_ce"])
+    generator = torch.Generator().manual_seed(0)  # the mean over all 40 tokens, as kd between the two has it
+    student, t2s = torch.randn(40, 4, generator=generator), torch.randn(40, 4, generator=generator)
+    torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    head = torch.randn(7, 4, generator=generator)
+    over_all = distill.DIVERGENCES["fkl"](student @ head.T, t2s @ head.T, 2.0).mean()
+    assert without["t2s_kd"] == pytest.approx(float(over_all)) and without["t2s_kd"] != pytest.approx(whole["t2s_kd"])
 
 
 def test_mined_can_be_told_which_tokens_end(root):
