@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same
 
 import lora
+import memory
 import parallel
 import train
-from model import load_model
+from model import load_model, read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +102,19 @@ def stop_after_one_checkpoint(o: train.Options) -> None:
         train.save_checkpoint = save
 
 
+def bytes_held(task: Path, out: Path) -> dict[str, int]:
+    """What this process keeps of both models between two updates."""
+    o = train.check(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
+    pieces = train.load(o)
+    optimizer = train.make_optimizer(o, pieces)
+    train.accumulate(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    of_student = [*pieces.student.parameters(), *(p.grad for p in pieces.student.parameters()), *moments]
+    tensors = {"student": of_student, "teacher": pieces.distiller.teacher.parameters()}
+    return {name: sum(parallel.local(x).nbytes for x in part) for name, part in tensors.items()}
+
+
 def runs_of_two(task: Path, out: Path) -> None:
     elsewhere = out / ("two" if parallel.rank() == 0 else "not mine")
     train.train(options_of(task, elsewhere, batch_size=2, valid=task / "valid.jsonl"))
@@ -114,6 +128,7 @@ def runs_of_two(task: Path, out: Path) -> None:
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
+    (out / f"held {parallel.rank()}.json").write_text(json.dumps(bytes_held(task, out / "held")))
     cached = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 2}
     train.train(options_of(task, out / "cached", **cached, shard="student"))
 
@@ -255,6 +270,20 @@ def test_seqkd_waits_for_the_answers_of_the_first_process(out):
 def test_cached_states_and_batches_by_length(task, out, tmp_path):
     options = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 4}
     assert same_log(log_of(out / "cached"), one_process(task, tmp_path / "one", **options))
+
+
+def test_memory_py_knows_what_a_device_holds(task, out):
+    student, teacher = (memory.counts(read_json(task / name / "config.json")) for name in ("student", "twin"))
+    for number in (0, 1):
+        held = json.loads((out / f"held {number}.json").read_text())
+        assert held["student"] == memory.student_bytes(student, 2) - 2 * 2 * student.block  # but the copies in bf16
+        assert held["teacher"] == 2 * (memory.teacher_bytes(teacher, 2) - 2 * 2 * teacher.block)  # here in float32
+
+
+@pytest.mark.slow
+def test_the_readme_has_the_table_of_memory_py(capsys):
+    memory.main([])
+    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def torchrun(*words, **environment) -> subprocess.CompletedProcess:

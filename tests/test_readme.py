@@ -12,7 +12,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python ((?:train|eval|bench)\.py[^`\n&]*)", README.replace("\n--epochs", " --epochs"))
+STARTED = r"(?:python|torchrun(?: --\S+)+) ((?:train|eval|bench)\.py[^`\n&]*)"
+COMMANDS = re.findall(STARTED, README.replace("\n--epochs", " --epochs"))
 
 
 def test_commands_were_found():
