@@ -205,7 +205,7 @@ def test_batches_are_made_outside_the_loops_thread(tiny_task, tmp_path, monkeypa
     threads, collate = [], train.collate
     monkeypatch.setattr(train, "collate", lambda *args: (threads.append(threading.current_thread()), collate(*args))[1])
     train.main(arguments(tiny_task, tmp_path / "run"))
-    assert len(threads) == 2 and threading.current_thread() not in threads
+    assert len(threads) >= 2 and threading.current_thread() not in threads
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------
