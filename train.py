@@ -407,8 +407,9 @@ class Pieces:
         """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
         last of which then have no row: processes that share a model's weights must run it equally often."""
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
-        idle = [without_responses(self.collate(self.rows[:1], o.device))] * (count - len(parts))
-        return [self.collate(part, o.device) for part in parts] + idle
+        parts += [[]] * (count - len(parts))
+        batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
+        return [batch if part else without_responses(batch) for part, batch in batches]
 
 
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:

@@ -148,7 +148,7 @@ def test_settings_are_stored_and_a_resumed_run_has_the_same(tiny_task, tmp_path,
     train.main(arguments(tiny_task, tmp_path / "run", **options, lr=5e-4, resume=True))  # the recipe's, given
     with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.0005"):
         train.main(arguments(tiny_task, tmp_path / "run", **options, lr=0.1, resume=True))
-    with pytest.raises(SystemExit, match="--resume: --batch-size is 128"):
+    with pytest.raises(SystemExit, match="over 32 examples, --batch-size 128"):
         train.main([*arguments(tiny_task, tmp_path / "run", **options, resume=True), "--task", "math"])
 
 
