@@ -751,7 +751,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
-    parser.add_argument("--dtype", nargs="+", choices=train.DTYPES, help="default: both, with --quick fp32")
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both, with --quick fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
     parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")

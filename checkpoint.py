@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -184,7 +185,13 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before = read_json(out / "args.json")
+        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
+        counts = {"processes": 1, **before}  # which older runs do not name
+        sizes = "batch_size", "grad_accum", "processes"
+        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
+        if wrong:
+            raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
         for name in record:  # what is open in the options is as it was, also where it followed from the models
             if record[name] is None and name != "shard":
                 setattr(o, name, before.get(name))
@@ -208,6 +215,13 @@ def record_of(o) -> dict:
     """What args.json says."""
     device = o.device if not parallel.by_torchrun() else o.device and torch.device(o.device).type
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
+
+
+def is_kind(value, kind) -> bool:
+    """Whether the value is of that type; None always is, a whole number is a float too, but no truth value a number."""
+    if type(value) is bool:
+        return kind in (bool, bool | None)
+    return value is None or isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
 
 
 def check_update_size(o, before: dict) -> None:

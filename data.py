@@ -272,7 +272,7 @@ class TextTokenizer:
             value = value[0] if isinstance(value, list) and value else value
             if value is None:
                 continue
-            index = self.tokenizer.token_to_id(value) if isinstance(value, str) else value
+            index = self.vocabulary().get(value) if isinstance(value, str) else value
             if type(index) is not int or not 0 <= index < self.size or self.tokenizer.id_to_token(index) is None:
                 raise ValueError(f"{path}: {key} {value!r} is not in tokenizer.json")
             return index

@@ -53,7 +53,7 @@ class Totals:
     tokens: int  # student response tokens that L_kd is over
     gold_tokens: int  # gold response tokens; the same, unless the student sampled
     pairs: int = 0  # ETA pairs
-    agreeing: int | None = None  # pairs or tokens where the projected teacher predicts its label; None: one batch only
+    agreeing: int = 0  # v2: pairs or tokens where the projected teacher predicts its label
     key_std: float = 1.0  # CMA: of [E_t(input); E_t(label)], of E_t(label) and of the teacher's hidden states,
     label_std: float = 1.0  # over the response positions, so that padding has no say (the official code's does)
     hidden_std: float = 1.0
@@ -243,20 +243,19 @@ class Distiller(nn.Module):
         `add_up` gives the sums of a list of numbers over all of them."""
         tokens, gold_tokens = (sum(len(batch.student.labels) for batch in part) for part in (batches, gold or batches))
         pairs = sum(len(state.label) for state in states) if self.align == "eta" else 0
-        agreeing, spread = None, []
+        agreeing, spread = 0, []
         if self.align == "cma":
             embed = self.teacher.embed.weight
             inputs, labels = (torch.cat([getattr(b.teacher, name) for b in batches]) for name in ("inputs", "labels"))
             key, hidden = torch.cat([embed[inputs], embed[labels]], -1), torch.cat([state.hidden for state in states])
             spread = [*moments(key), *moments(embed[labels]), *moments(hidden)]
-        if self.method == "dskd" and self.recipe == "v2" and (len(batches) > 1 or add_up):
+        if self.method == "dskd" and self.recipe == "v2":
             agreeing = sum(
                 count_agreeing(self.projectors.t2s(self._paired(state)), state.label, student.head_weight)
                 for state in states
             )
         if add_up:
-            tokens, gold_tokens, pairs, total, *spread = add_up([tokens, gold_tokens, pairs, agreeing or 0, *spread])
-            agreeing = None if agreeing is None else total
+            tokens, gold_tokens, pairs, agreeing, *spread = add_up([tokens, gold_tokens, pairs, agreeing, *spread])
         stds = (standard_deviation(*spread[i : i + 3]) for i in range(0, len(spread), 3))
         return Totals(tokens, gold_tokens, pairs, agreeing, *stds)
 
@@ -267,8 +266,8 @@ class Distiller(nn.Module):
     def loss(
         self, student: nn.Module, batch: Batch, states: TeacherStates | None, totals: Totals, is_gold: bool = True
     ) -> dict[str, Tensor]:
-        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's loss and terms, with gradient; sums come after
-        what they are made of, so that the first that is not finite is the one to look at.
+        """{ce, t2s_ce, ..., kd, loss}: this batch's part of the update's terms and loss (this with gradient); sums come
+        after what they are made of, so that the first that is not finite is the one to look at.
 
         loss = (1 − kd_rate)·ce + kd_rate·kd. Without the teacher's `states`: the first part alone (sft, and the gold
         side of on-policy distillation); not `is_gold`: the second alone (its sampled side). `student` may be a compiled
@@ -276,46 +275,43 @@ class Distiller(nn.Module):
         """
         student_hidden, labels, head = hidden_at(student, batch.student), batch.student.labels, student.head_weight
         gold, teacher_head = labels if is_gold else None, None if states is None else self.teacher.head_weight
-        options = {"divergence": self.divergence, "temperature": self.temperature, "terms": self.terms}
+        options, temperature = {"terms": self.terms, "kd_rate": self.kd_rate}, {"temperature": self.temperature}
+        divergence = {"divergence": self.divergence, **temperature}
         if states is None:
-            terms = sft_loss(student_hidden, labels, head, totals.gold_tokens, self.terms)
-        elif self.method == "kd":
-            terms = kd_loss(student_hidden, gold, states.hidden, head, teacher_head, totals.tokens, **options)
-        elif self.method == "uld":
-            paired = self._paired(states), states.student_index
-            terms = uld_loss(student_hidden, gold, *paired, head, teacher_head, totals.tokens, self.terms)
-        elif self.method == "mined":
-            paired, (teacher_ids, student_ids) = (self._paired(states), states.student_index), self.columns
-            columns, options = (student_ids, teacher_ids), {"temperature": self.temperature, "terms": self.terms}
-            terms = mined_loss(student_hidden, gold, *paired, head, teacher_head, *columns, totals.tokens, **options)
+            return sft_loss(student_hidden, labels, head, totals.gold_tokens, **options)
+        paired, heads, tokens = self._paired(states), (head, teacher_head), totals.tokens
+        if self.method == "kd":
+            return kd_loss(student_hidden, gold, paired, *heads, tokens, **divergence, **options)
+        if self.method == "uld":
+            return uld_loss(student_hidden, gold, paired, states.student_index, *heads, tokens, **options)
+        if self.method == "mined":
+            rows, (teacher_ids, student_ids) = states.student_index, self.columns
+            columns = student_ids, teacher_ids
+            return mined_loss(student_hidden, gold, paired, rows, *heads, *columns, tokens, **temperature, **options)
+        t2s, s2t = self.projectors.t2s, self.projectors.s2t
+        if self.align == "cma":
+            t2s_hidden, s2t_hidden = self._attend(student, batch, student_hidden, states.hidden, totals)
+        elif self.align == "eta":
+            t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden[states.student_index])
         else:
-            t2s, s2t, paired = self.projectors.t2s, self.projectors.s2t, self._paired(states)
-            t2s_label = labels if states.label is None else states.label
-            if self.align == "cma":
-                t2s_hidden, s2t_hidden = self._attend(student, batch, student_hidden, states.hidden, totals)
-            elif self.align == "eta":
-                t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden[states.student_index])
-            else:
-                t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden)
-            terms = dskd_loss(
-                student_hidden,
-                gold,
-                t2s_hidden,
-                t2s_label,
-                s2t_hidden,
-                paired,
-                head,
-                teacher_head,
-                tokens=totals.tokens,
-                student_rows=states.student_index,
-                recipe=self.recipe,
-                align=self.align,
-                pairs=totals.pairs,
-                agreeing=totals.agreeing,
-                **options,
-            )
-        weights = {"ce": 1 - self.kd_rate, "kd": self.kd_rate}
-        return {**terms, "loss": sum(weight * terms[name] for name, weight in weights.items() if name in terms)}
+            t2s_hidden, s2t_hidden = t2s(paired), s2t(student_hidden)
+        return dskd_loss(
+            student_hidden,
+            gold,
+            t2s_hidden,
+            labels if states.label is None else states.label,
+            s2t_hidden,
+            paired,
+            *heads,
+            tokens=tokens,
+            student_rows=states.student_index,
+            recipe=self.recipe,
+            align=self.align,
+            pairs=totals.pairs,
+            agreeing=totals.agreeing,
+            **divergence,
+            **options,
+        )
 
     def _attend(self, student, batch: Batch, student_hidden: Tensor, teacher_hidden: Tensor, totals: Totals):
         """CMA (v1): each side's states seen from the other's positions, t2s (N, d) and s2t (M, D)."""

@@ -1,10 +1,13 @@
 """The terms of losses.py again, fast: same values, same gradients, a fraction of the memory and time.
 
 Written plainly, a divergence over a vocabulary of V makes a dozen (tokens, V) tensors and keeps them for the backward
-pass; passing over them can cost several times more than the matrix products that made the logits. Here
+pass, where the matrix products that made the logits wait to be undone. Here
 
-- logits exist for `chunk` tokens at a time, in the forward pass and, made again, in the backward pass;
-- the backward pass writes each gradient over the logits it belongs to, by formulas worked out on paper (DIVERGENCES);
+- logits exist for `chunk` tokens at a time, and are gone after the forward pass: the gradient is formed beside the
+  value, by formulas worked out on paper (DIVERGENCES), and carried through the head at once. That takes the weights of
+  the terms beforehand, and so the loss, their weighted sum, is all that has a gradient. (In the backward pass it would
+  take the logits again: 5 products instead of 3 under the teacher's head, the largest there are.)
+- each gradient is written over the logits it belongs to;
 - on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache.
 
 `tests/test_fused.py` holds every value and gradient equal to the plain version's.
@@ -12,78 +15,92 @@ pass; passing over them can cost several times more than the matrix products tha
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
 import losses
-from losses import adaptive_weight, log_mixture
+from losses import adaptive_weight, log_mixture, weighted
 
-# dD/du for the student's distribution p = softmax(u) and the teacher's q; log_p, log_q (n, V) -> (n, V).
-# Through a softmax, dD/du = p·(g − Σ p g) with g = dD/dp.
+# D and dD/du for the student's distribution p = softmax(u) and the teacher's q: p, q, log_p, log_q (n, V) ->
+# (n,), (n, V). Through a softmax, dD/du = p·(g − Σ p g) with g = dD/dp.
 
 
-def forward_kl_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
+def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """p − q"""
-    return log_p.exp() - log_q.exp()
+    return (q * (log_q - log_p)).sum(-1), p - q
 
 
-def reverse_kl_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """g = log p − log q"""
-    return through_softmax(log_p.exp(), log_p - log_q)
+def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """g = log p − log q, and D = Σ p g"""
+    return through_softmax(p, log_p - log_q)
 
 
-def jensen_shannon_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
+def jensen_shannon(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """g = ½ (log p − log m)"""
-    return through_softmax(log_p.exp(), 0.5 * (log_p - log_mixture(log_p, log_q, 0.5)))
+    log_m = log_mixture(log_p, log_q, 0.5)
+    of_p, gradient = through_softmax(p, 0.5 * (log_p - log_m))
+    return 0.5 * (q * (log_q - log_m)).sum(-1) + of_p, gradient
 
 
-def skewed_forward_kl_gradient(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+def skewed_forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
     """g = −(1−λ) q/m, m = λ q + (1−λ) p"""
-    return through_softmax(log_p.exp(), (log_q - log_mixture(log_q, log_p, skew)).exp() * (skew - 1))
+    log_ratio = log_q - log_mixture(log_q, log_p, skew)
+    _, gradient = through_softmax(p, (skew - 1) * log_ratio.exp())
+    return (q * log_ratio).sum(-1), gradient
 
 
-def skewed_reverse_kl_gradient(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+def skewed_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
     """g = log p − log m − λ p/m, m = (1−λ) q + λ p"""
     log_ratio = log_p - log_mixture(log_p, log_q, skew)
-    return through_softmax(log_p.exp(), log_ratio - skew * log_ratio.exp())
+    _, gradient = through_softmax(p, log_ratio - skew * log_ratio.exp())
+    return (p * log_ratio).sum(-1), gradient
 
 
-def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The two gradients, weighted as the two divergences are; the weight has no gradient."""
-    weight = adaptive_weight(log_p, log_q)[:, None]
-    return weight * forward_kl_gradient(log_p, log_q) + (1 - weight) * reverse_kl_gradient(log_p, log_q)
+def adaptive_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The two, weighted; the weight has no gradient."""
+    weight = adaptive_weight(log_p, log_q)
+    both = zip(forward_kl(p, q, log_p, log_q), reverse_kl(p, q, log_p, log_q), strict=True)
+    (forward, reverse), (forward_gradient, reverse_gradient) = both
+    gradient = weight[:, None] * forward_gradient + (1 - weight[:, None]) * reverse_gradient
+    return weight * forward + (1 - weight) * reverse, gradient
 
 
-def through_softmax(p: Tensor, g: Tensor) -> Tensor:
-    """p·(g − Σ p g)"""
-    return p * (g - (p * g).sum(-1, keepdim=True))
+def through_softmax(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p g, (n,), and p·(g − Σ p g)"""
+    mean = (p * g).sum(-1)
+    return mean, p * (g - mean[:, None])
 
 
-DIVERGENCES = {  # name: (D, dD/du), both of log_p, log_q
-    "fkl": (losses.forward_kl, forward_kl_gradient),
-    "rkl": (losses.reverse_kl, reverse_kl_gradient),
-    "js": (losses.jensen_shannon, jensen_shannon_gradient),
-    "skl": (losses.skewed_forward_kl, skewed_forward_kl_gradient),
-    "srkl": (losses.skewed_reverse_kl, skewed_reverse_kl_gradient),
-    "akl": (losses.adaptive_kl, adaptive_kl_gradient),
+DIVERGENCES = {
+    "fkl": forward_kl,
+    "rkl": reverse_kl,
+    "js": jensen_shannon,
+    "skl": skewed_forward_kl,
+    "srkl": skewed_reverse_kl,
+    "akl": adaptive_kl,
 }
 
 CACHED_LOGITS = 2**19  # 2 MiB in float32, and a handful of tensors of that size at a time
 
 
-def cross_entropy_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """weight·(softmax − one-hot): (n, V), (n,), (n,) -> (n, V)"""
-    gradient = logits.softmax(-1).mul_(weight[:, None])
-    gradient[torch.arange(len(label), device=label.device), label] -= weight
-    return gradient
+def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (n, V), for one exponential: the probability of the likeliest token is 1 / Σ exp(logit − its logit)."""
+    p = logits.softmax(-1)
+    log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    return p, logits - log_sum
 
 
-def row_blocks(logits: Tensor, start: int) -> list[tuple[slice, slice]]:
-    """A few rows at a time that fit into a CPU's cache (elsewhere all): their places in `logits`, whose first row is
-    token `start`, and among all tokens."""
+def cross_entropy(logits: Tensor, label: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy with the label, whether it is the arg-max, and weight·(softmax − one-hot): (n,), (n,), (n, V)."""
+    p, (best, token), label = logits.softmax(-1), logits.max(-1, keepdim=True), label[:, None]
+    log_sum = best - p.gather(1, token).log()
+    gradient = p.mul_(weight).scatter_add_(1, label, p.new_full(label.shape, -weight))
+    return (log_sum - logits.gather(1, label))[:, 0], (token == label)[:, 0], gradient
+
+
+def row_blocks(logits: Tensor) -> list[slice]:
+    """A few rows at a time that fit into a CPU's cache; elsewhere all."""
     rows = max(1, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    blocks = [slice(first, min(first + rows, len(logits))) for first in range(0, len(logits), rows)]
-    return [(block, slice(start + block.start, start + block.stop)) for block in blocks]
+    return [slice(first, min(first + rows, len(logits))) for first in range(0, len(logits), rows)]
 
 
 class HeadTerms(torch.autograd.Function):
@@ -91,118 +108,113 @@ class HeadTerms(torch.autograd.Function):
 
     ce        cross-entropy of logits = hidden @ headᵀ with `gold`                (None: 0)
     target_ce cross-entropy of target = target_hidden @ target_headᵀ with `label` (None: 0)
-    kd        D(softmax(logits/T), softmax(target/T)), target detached            (target_hidden None: 0)
+    kd        D(softmax(logits/T), softmax(target/T)), target detached
 
-    hidden (n, d), head (V, d), target_hidden (n, D), target_head (V', D) or None for the same head; the divergence is
-    over the rows that both heads have. Returns (ce, correct, target_ce, agrees, kd), each (n,). Gradients reach hidden,
-    head and, through target_ce, target_hidden; never target_head. Products are in autocast's dtype, everything else in
-    float32.
+    hidden (n, d), head (V, d); target_hidden (k, D), for the first k ≤ n tokens, target_head (V', D). The divergence is
+    over the rows that both heads have and, if `only_agreeing`, 0 where target's arg-max is not its label. Returns
+    (loss, ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a gradient, for hidden, head
+    and, through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,), have none. Products are in
+    autocast's dtype, everything else in float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, target_hidden, target_head, gold, label, divergence, temperature, chunk):
-        device = hidden.device.type
+    def forward(
+        ctx, hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature,
+        chunk,
+    ):  # fmt: skip
+        inputs, (wants_hidden, wants_head, wants_target) = (hidden, head, target_hidden), ctx.needs_input_grad[:3]
+        device, shared = hidden.device.type, target_head is head
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.dtypes = hidden.dtype, head.dtype, None if target_hidden is None else target_hidden.dtype
-        cast = [None if x is None else x.detach().to(dtype) for x in (hidden, head, target_hidden, target_head)]
-        hidden, head, target_hidden, target_head = cast
-        if target_hidden is not None and target_head is None:
-            target_head = head
-        ctx.save_for_backward(hidden, head, target_hidden, target_head, gold, label)
-        ctx.options = divergence, temperature, chunk
-        n, exact = len(hidden), torch.promote_types(dtype, torch.float32)
-        ce, target_ce, kd = hidden.new_zeros((3, n), dtype=exact)
-        correct, agrees = torch.zeros((2, n), dtype=torch.bool, device=hidden.device)
+        exact = torch.promote_types(dtype, torch.float32)
+        hidden, head, target_hidden = (x.detach().to(dtype) for x in inputs)
+        target_head = head if shared else target_head.detach().to(dtype)
+        vocabulary = min(len(head), len(target_head))
+        ce_weight, target_ce_weight, kd_weight = weights
+        ce, correct = hidden.new_zeros(len(hidden), dtype=exact), hidden.new_zeros(len(hidden), dtype=torch.bool)
+        target_ce, kd = hidden.new_zeros((2, len(target_hidden)), dtype=exact)
+        agrees = torch.zeros_like(kd, dtype=torch.bool)
+        d_hidden, d_head, d_target = torch.zeros_like(hidden), None, torch.zeros_like(target_hidden)
         with torch.autocast(device, enabled=False):
-            for start in range(0, n, chunk):
-                logits = hidden[start : start + chunk] @ head.T
-                target = None if target_hidden is None else target_hidden[start : start + chunk] @ target_head.T
-                for block, at in row_blocks(logits, start):
-                    u = logits[block].to(exact)
-                    if gold is not None:
-                        ce[at] = -log_softmax(u, -1).gather(1, gold[at, None])[:, 0]
-                        correct[at] = u.argmax(-1) == gold[at]
-                    if target is None:
-                        continue
-                    v = target[block].to(exact)
-                    if label is not None:
-                        target_ce[at] = -log_softmax(v, -1).gather(1, label[at, None])[:, 0]
-                        agrees[at] = v.argmax(-1) == label[at]
-                    log_p, log_q = log_distributions(u, v, temperature)
-                    kd[at] = DIVERGENCES[divergence][0](log_p, log_q)
-        ctx.mark_non_differentiable(correct, agrees)
-        return ce, correct, target_ce, agrees, kd
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, start + chunk)
+                logits = hidden[rows] @ head.T
+                target = target_hidden[rows] @ target_head.T  # fewer than the logits where k < n, or none
+                for block in row_blocks(logits):
+                    at = slice(start + block.start, start + block.stop)
+                    u, v = logits[block].to(exact), target[block].to(exact)
+                    if gold is None:
+                        gradient = torch.zeros_like(u)
+                    else:
+                        ce[at], correct[at], gradient = cross_entropy(u, gold[at], ce_weight)
+                    if len(v):
+                        p, log_p = softmax_and_log(u[: len(v), :vocabulary] / temperature)
+                        q, log_q = softmax_and_log(v[:, :vocabulary] / temperature)
+                        kd[at], by_kd = DIVERGENCES[divergence](p, q, log_p, log_q)
+                        if label is not None:  # v is done with: its gradient takes its place
+                            target_ce[at], agrees[at], target[block] = cross_entropy(v, label[at], target_ce_weight)
+                        if only_agreeing:
+                            kd[at] *= agrees[at]
+                            by_kd *= agrees[at, None]
+                        gradient[: len(v), :vocabulary] += by_kd.mul_(kd_weight / temperature)
+                    logits[block] = gradient  # and so here
+                if wants_hidden:
+                    d_hidden[rows] = logits @ head
+                if wants_head:
+                    part = (logits.T @ hidden[rows]).to(exact)
+                    d_head = part if d_head is None else d_head.add_(part)
+                if wants_target and label is not None:
+                    d_target[rows] = target @ target_head
+        if d_head is None:
+            d_head = torch.zeros_like(head)
+        gradients = zip((d_hidden, d_head, d_target), inputs, ctx.needs_input_grad, strict=False)
+        ctx.gradients = [d.to(x.dtype) if wanted else None for d, x, wanted in gradients]
+        ctx.mark_non_differentiable(ce, correct, target_ce, agrees, kd)
+        loss = ce_weight * ce.sum() + target_ce_weight * target_ce.sum() + kd_weight * kd.sum()
+        return loss, ce, correct, target_ce, agrees, kd
 
     @staticmethod
-    def backward(ctx, d_ce, _, d_target_ce, __, d_kd):
-        hidden, head, target_hidden, target_head, gold, label = ctx.saved_tensors
-        divergence, temperature, chunk = ctx.options
-        n, exact = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        wants_hidden, wants_head, wants_target = ctx.needs_input_grad[:3]
-        wants_target = wants_target and label is not None  # through target_ce alone
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_head = torch.zeros_like(head, dtype=exact) if wants_head else None
-        d_target = torch.empty_like(target_hidden) if wants_target else None
-        for start in range(0, n, chunk):
-            rows = slice(start, start + chunk)
-            logits = hidden[rows] @ head.T
-            target = None if target_hidden is None else target_hidden[rows] @ target_head.T
-            for block, at in row_blocks(logits, start):
-                u = logits[block].to(exact)
-                gradient = torch.zeros_like(u) if gold is None else cross_entropy_gradient(u, gold[at], d_ce[at])
-                if target is not None:
-                    v = target[block].to(exact)
-                    log_p, log_q = log_distributions(u, v, temperature)
-                    by_kd = DIVERGENCES[divergence][1](log_p, log_q).mul_(d_kd[at, None] / temperature)
-                    gradient[:, : by_kd.shape[1]] += by_kd
-                    if wants_target:
-                        target[block] = cross_entropy_gradient(v, label[at], d_target_ce[at]).to(target.dtype)
-                logits[block] = gradient.to(logits.dtype)  # the logits are done with: their gradient takes their place
-            if wants_hidden:
-                d_hidden[rows] = logits @ head
-            if wants_head:
-                d_head += logits.T @ hidden[rows]
-            if wants_target:
-                d_target[rows] = target @ target_head
-        gradients = zip((d_hidden, d_head, d_target), ctx.dtypes, strict=True)
-        return *[None if d is None else d.to(dtype) for d, dtype in gradients], *[None] * 6
-
-
-def log_distributions(u: Tensor, v: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p and log q over the rows both have, at the temperature."""
-    rows = min(u.shape[-1], v.shape[-1])
-    return log_softmax(u[:, :rows] / temperature, -1), log_softmax(v[:, :rows] / temperature, -1)
+    def backward(ctx, d_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("HeadTerms: the gradient, made in the forward pass, is used up by one backward pass")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 8
 
 
 def fused_terms(chunk: int) -> losses.Terms:
-    """The terms of losses.py, `chunk` tokens at a time."""
+    """The terms of losses.py, weighted, `chunk` tokens at a time."""
 
-    def gold(student_hidden, gold, student_head):
-        ce, correct, *_ = HeadTerms.apply(student_hidden, student_head, None, None, gold, None, None, None, chunk)
-        return ce, correct
+    def gold(student_hidden, gold, student_head, weights):
+        (ce,), empty = weights, student_hidden[:0].detach()
+        states = student_hidden, student_head, empty, student_head
+        return HeadTerms.apply(*states, gold, None, False, (ce, 0, 0), None, None, chunk)[:3]
 
-    def kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature):
-        ce, correct, _, _, kd = HeadTerms.apply(
-            student_hidden, student_head, teacher_hidden, teacher_head, gold, None, divergence, temperature, chunk
+    def kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature, weights):
+        (ce, kd), states = weights, (student_hidden, student_head, teacher_hidden, teacher_head)
+        loss, ce, correct, _, _, kd = HeadTerms.apply(
+            *states, gold, None, False, (ce, 0, kd), divergence, temperature, chunk
         )
-        return ce, correct, kd
+        return loss, ce, correct, kd
 
-    def student_space(student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature):
-        ce, correct, t2s_ce, agrees, t2s_kd = HeadTerms.apply(
-            student_hidden, student_head, t2s_hidden, None, gold, t2s_label, divergence, temperature, chunk
+    def student_space(
+        student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature, only_agreeing=False,
+        *, weights,
+    ):  # fmt: skip
+        states = student_hidden, student_head, t2s_hidden, student_head
+        loss, ce, correct, t2s_ce, agrees, t2s_kd = HeadTerms.apply(
+            *states, gold, t2s_label, only_agreeing, weights, divergence, temperature, chunk
         )
-        return ce, correct, t2s_ce, t2s_kd, agrees
+        return loss, ce, correct, t2s_ce, t2s_kd, agrees
 
-    def teacher_space(s2t_hidden, teacher_hidden, teacher_head, divergence, temperature):
-        return HeadTerms.apply(
-            s2t_hidden, teacher_head, teacher_hidden, None, None, None, divergence, temperature, chunk
-        )[-1]
+    def teacher_space(s2t_hidden, teacher_hidden, teacher_head, divergence, temperature, weights):
+        (kd,), states = weights, (s2t_hidden, teacher_head, teacher_hidden, teacher_head)
+        loss, *_, kd = HeadTerms.apply(*states, None, None, False, (0, 0, kd), divergence, temperature, chunk)
+        return loss, kd
 
     return losses.Terms(
         gold, kd, student_space, teacher_space,
-        uld=in_chunks(losses.uld_terms, chunk),
-        mined=in_chunks(losses.mined_terms, chunk),
-        one_hot=in_chunks(losses.one_hot_terms, chunk, inputs=2),
+        uld=weighted(in_chunks(losses.uld_terms, chunk)),
+        mined=weighted(in_chunks(losses.mined_terms, chunk)),
+        one_hot=weighted(in_chunks(losses.one_hot_terms, chunk, inputs=2)),
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhe
 
 Every objective works on hidden states and heads rather than logits: the heads are the papers' point, and a response of
 400 tokens has 60 million logits over a vocabulary of 152k but less than a million hidden values. The per-token terms
-are written plainly here; `terms=` puts others in their place that equal them (fused.py: less memory, less time).
+are written plainly here; `terms=` puts others in their place that equal them (fused.py: less memory, less time), but
+have a gradient as the objective's `loss` only, not term by term.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
@@ -145,20 +146,23 @@ def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, d
 
 
 def student_space_terms(
-    student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence: str, temperature: float
+    student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence: str, temperature: float, only_agreeing=False
 ):
     """DSKD in the student's space, per token: both states under the student's head.
 
-    student_hidden, t2s_hidden (n, d): the student's states and the teacher's, projected; gold (may be None: no
-    cross-entropy), t2s_label (n,). Returns (ce, gold is arg-max, t2s_ce, t2s_kd, agrees), each (n,):
-    t2s_ce teaches the projector (and nothing else: the head is detached) to speak through the student's head; t2s_kd
-    teaches the student (and nothing else: the projected logits are detached); agrees says where the projected
-    teacher's arg-max is its label, that is where it can be trusted.
+    student_hidden (n, d), the student's states, and t2s_hidden (k, d), the teacher's, projected, for the first k ≤ n of
+    them; gold (n,), may be None: no cross-entropy; t2s_label (k,). Returns (ce, gold is arg-max, t2s_ce, t2s_kd,
+    agrees), the first two (n,), the others (k,): t2s_ce teaches the projector (and nothing else: the head is detached)
+    to speak through the student's head; t2s_kd teaches the student (and nothing else: the projected logits are
+    detached); agrees says where the projected teacher's arg-max is its label, that is where it can be trusted. With
+    `only_agreeing`, t2s_kd is 0 elsewhere.
     """
     student_logits = logits_under(student_hidden, student_head)
     t2s_logits = logits_under(t2s_hidden, student_head.detach())
     t2s_ce, agrees = against_gold(t2s_logits, t2s_label)
-    t2s_kd = DIVERGENCES[divergence](student_logits, t2s_logits.detach(), temperature)
+    t2s_kd = DIVERGENCES[divergence](student_logits[: len(t2s_logits)], t2s_logits.detach(), temperature)
+    if only_agreeing:
+        t2s_kd = t2s_kd * agrees
     return *against_gold(student_logits, gold), t2s_ce, t2s_kd, agrees
 
 
@@ -211,16 +215,32 @@ def one_hot_terms(student_hidden, gold, student_head, temperature: float):
     return ce, student_logits.argmax(-1) == gold, kd
 
 
-class Terms(NamedTuple):
-    """The functions above, or others that equal them: what the objectives below are made of."""
+def weighted(per_token: Callable) -> Callable:
+    """One of the functions above, called with `weights`, a number for each term it returns (but what is true or false):
+    returns (loss, *what it returns), loss being Σ weight · term over its terms and all tokens."""
 
-    gold: Callable = gold_terms
-    kd: Callable = kd_terms
-    student_space: Callable = student_space_terms
-    teacher_space: Callable = teacher_space_terms
-    uld: Callable = uld_terms
-    mined: Callable = mined_terms
-    one_hot: Callable = one_hot_terms
+    def with_loss(*arguments, weights: tuple[float, ...]):
+        found = per_token(*arguments)
+        found = (found,) if isinstance(found, Tensor) else found
+        terms = [term.sum() for term in found if term.is_floating_point()]
+        return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *found
+
+    return with_loss
+
+
+class Terms(NamedTuple):
+    """The functions above, `weighted`, or others that equal them: what the objectives below are made of.
+
+    A loss whose weights are known beforehand can have its gradient made while its logits are there (fused.py).
+    """
+
+    gold: Callable = weighted(gold_terms)
+    kd: Callable = weighted(kd_terms)
+    student_space: Callable = weighted(student_space_terms)
+    teacher_space: Callable = weighted(teacher_space_terms)
+    uld: Callable = weighted(uld_terms)
+    mined: Callable = weighted(mined_terms)
+    one_hot: Callable = weighted(one_hot_terms)
 
 
 PLAIN = Terms()
@@ -228,14 +248,22 @@ PLAIN = Terms()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives. `tokens` normalises: the number of student response tokens of the whole batch that one update is made of,
-# so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, and counts to log.
-# gold None, for responses that are not gold (on-policy: the student's own): the distillation terms alone, no ce.
+# so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, counts to log, and
+# loss = (1 − kd_rate)·ce + kd_rate·kd, which is what to go back from. gold None, for responses that are not gold
+# (on-policy: the student's own): the distillation terms alone, no ce.
 
 
-def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, tokens: float, terms: Terms = PLAIN):
-    """Supervised fine-tuning: cross-entropy with the gold tokens. {ce, correct}"""
-    ce, correct = terms.gold(student_hidden, gold, student_head)
-    return {"ce": ce.sum() / tokens, "correct": correct.sum()}
+def sft_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    student_head: Tensor,  # (V, d)
+    tokens: float,
+    terms: Terms = PLAIN,
+    kd_rate: float = 0.0,  # where this is one part of the loss
+) -> dict[str, Tensor]:
+    """Supervised fine-tuning: cross-entropy with the gold tokens. {ce, correct, loss}"""
+    loss, ce, correct = terms.gold(student_hidden, gold, student_head, weights=((1 - kd_rate) / tokens,))
+    return {"ce": ce.sum() / tokens, "correct": correct.sum(), "loss": loss}
 
 
 def kd_loss(
@@ -248,13 +276,13 @@ def kd_loss(
     divergence: str = "fkl",
     temperature: float = 2.0,
     terms: Terms = PLAIN,
+    kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Vanilla KD: every student token against the teacher's distribution at the same place. {ce, kd, correct}"""
-    ce, correct, kd = terms.kd(
-        student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature
-    )
-    terms = {} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}
-    return {**terms, "kd": kd.sum() / tokens}
+    """Vanilla KD: every student token against the teacher's distribution at the same place. {ce, kd, correct, loss}"""
+    states, weights = (student_hidden, gold, teacher_hidden), ((1 - kd_rate) / tokens, kd_rate / tokens)
+    loss, ce, correct, kd = terms.kd(*states, student_head, teacher_head, divergence, temperature, weights=weights)
+    on_gold = {} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}
+    return {**on_gold, "kd": kd.sum() / tokens, "loss": loss}
 
 
 def all_but(rows: Tensor, gold: Tensor) -> Tensor:
@@ -273,16 +301,20 @@ def uld_loss(
     teacher_head: Tensor,  # (V_t, D)
     tokens: float,
     terms: Terms = PLAIN,
+    kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """ULD: the sorted probabilities of both, position by position until the shorter response ends. {ce, kd, correct}
+    """ULD: the sorted probabilities of both, position by position until the shorter response ends.
+    {ce, kd, correct, loss}
 
     Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0.
     """
     heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
-    ce, correct, kd = terms.uld(student_hidden[student_rows], gold[student_rows], teacher_hidden, *heads)
-    ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
-    correct = correct.sum() + correct_alone.sum()
-    return {"ce": (ce.sum() + ce_alone.sum()) / tokens, "kd": kd.sum() / tokens, "correct": correct}
+    paired = student_hidden[student_rows], gold[student_rows], teacher_hidden
+    weights = (1 - kd_rate) / tokens, kd_rate / tokens
+    loss, ce, correct, kd = terms.uld(*paired, *heads, weights=weights)
+    rest = terms.gold(student_hidden[alone], gold[alone], student_head, weights=weights[:1])
+    loss, ce, correct = loss + rest[0], ce.sum() + rest[1].sum(), correct.sum() + rest[2].sum()
+    return {"ce": ce / tokens, "kd": kd.sum() / tokens, "correct": correct, "loss": loss}
 
 
 def mined_loss(
@@ -297,20 +329,23 @@ def mined_loss(
     tokens: float,
     temperature: float = 2.0,
     terms: Terms = PLAIN,
+    kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """MinED: forward KL from the teacher where a token is aligned, from the gold token elsewhere. {ce, kd, correct}
+    """MinED: forward KL from the teacher where a token is aligned, from the gold token elsewhere.
+    {ce, kd, correct, loss}
 
     The student's logits are only read (in float32 the official code overwrites them with the target: no gradient).
     """
     heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
     aligned = student_hidden[student_rows], gold[student_rows], teacher_hidden
+    weights = (1 - kd_rate) / tokens, kd_rate / tokens
     columns = zip(
-        terms.mined(*aligned, *heads, student_ids, teacher_ids, temperature),
-        terms.one_hot(student_hidden[alone], gold[alone], student_head, temperature),
+        terms.mined(*aligned, *heads, student_ids, teacher_ids, temperature, weights=weights),
+        terms.one_hot(student_hidden[alone], gold[alone], student_head, temperature, weights=weights),
         strict=True,
     )
-    ce, correct, kd = (part.sum() + rest.sum() for part, rest in columns)
-    return {"ce": ce / tokens, "kd": kd / tokens, "correct": correct}
+    loss, ce, correct, kd = (part.sum() + rest.sum() for part, rest in columns)
+    return {"ce": ce / tokens, "kd": kd / tokens, "correct": correct, "loss": loss}
 
 
 def dskd_loss(
@@ -331,6 +366,7 @@ def dskd_loss(
     pairs: float | None = None,
     agreeing: float | None = None,
     terms: Terms = PLAIN,
+    kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
     """DSKD: L_kd = L_stu + L_ce + L_tea, for all four combinations of the papers:
 
@@ -342,47 +378,47 @@ def dskd_loss(
 
     An agreeing token is one where the projected teacher predicts its label. `pairs` and `agreeing` are those numbers
     for the whole batch if this is a part of it (`count_agreeing` counts); None: this is all of it. No pair, or no
-    agreeing one: the term is 0. Returns {ce, t2s_ce, t2s_kd, s2t_kd, kd, correct, agreeing, pairs}.
+    agreeing one: the term is 0. Returns {ce, t2s_ce, t2s_kd, s2t_kd, kd, correct, agreeing, pairs, loss}.
     """
     if (recipe, align) not in {("v1", "none"), ("v1", "cma"), ("v2", "none"), ("v2", "eta")}:
         raise ValueError(f"recipe {recipe!r} with align {align!r}: v1 goes with none or cma, v2 with none or eta")
-    paired = slice(None) if student_rows is None else student_rows
-    ce, correct, t2s_ce, t2s_kd, agrees = terms.student_space(
-        student_hidden[paired],
-        None if gold is None else gold[paired],
+    pairs = len(t2s_label) if pairs is None else pairs
+    if recipe == "v2" and agreeing is None:
+        agreeing = count_agreeing(t2s_hidden, t2s_label, student_head)
+    normaliser = max(pairs, 1) if align == "eta" else tokens
+    t2s_kd_normaliser = max(agreeing, 1) if recipe == "v2" else tokens
+
+    if student_rows is not None:  # tokens without a counterpart come last; they have only their cross-entropy
+        order = student_rows if gold is None else torch.cat([student_rows, all_but(student_rows, gold).nonzero()[:, 0]])
+        student_hidden, gold = student_hidden[order], None if gold is None else gold[order]
+    loss, ce, correct, t2s_ce, t2s_kd, agrees = terms.student_space(
+        student_hidden,
+        gold,
         t2s_hidden,
         t2s_label,
         student_head,
         divergence,
         temperature,
+        not (recipe == "v1" and align == "none"),
+        weights=((1 - kd_rate) / tokens, kd_rate / normaliser, kd_rate / t2s_kd_normaliser),
     )
-    if gold is not None and student_rows is not None:  # tokens without a counterpart have only their cross-entropy
-        alone = all_but(student_rows, gold)
-        ce_alone, correct_alone = terms.gold(student_hidden[alone], gold[alone], student_head)
-        ce, correct = torch.cat([ce, ce_alone]), torch.cat([correct, correct_alone])
-    s2t_divergence = "fkl" if recipe == "v1" else divergence
-    s2t_kd = terms.teacher_space(s2t_hidden, teacher_hidden, teacher_head, s2t_divergence, temperature)
-
-    count = agrees.sum()
-    if not (recipe == "v1" and align == "none"):
-        t2s_kd = t2s_kd * agrees
-    normaliser = tokens
-    if align == "eta":
-        normaliser = max(len(t2s_label) if pairs is None else pairs, 1)
-    t2s_kd_normaliser = tokens
-    if recipe == "v2":
-        t2s_kd_normaliser = torch.clamp(count if agreeing is None else torch.as_tensor(agreeing), min=1)
+    s2t_divergence, weights = "fkl" if recipe == "v1" else divergence, (kd_rate / normaliser,)
+    s2t_loss, s2t_kd = terms.teacher_space(
+        s2t_hidden, teacher_hidden, teacher_head, s2t_divergence, temperature, weights=weights
+    )
     kd = {
         "t2s_ce": t2s_ce.sum() / normaliser,
         "t2s_kd": t2s_kd.sum() / t2s_kd_normaliser,
         "s2t_kd": s2t_kd.sum() / normaliser,
     }
+    count = agrees.sum()
     return {
         **({} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}),
         **kd,
         "kd": sum(kd.values()),
         "agreeing": count,
         "pairs": torch.full_like(count, len(t2s_label)),
+        "loss": loss + s2t_loss,
     }
 
 

@@ -248,6 +248,61 @@ class KVCache:
                 buffers[layer] = buffers[layer][rows]
 
 
+def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """What dropout keeps of x on a CPU: True with probability 1 − p, to 1/65536. 16 random bits an element take a tenth
+    of the time of `bernoulli_`, which is several per cent of a training step."""
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, faster on a CPU."""
+
+    def forward(self, x):
+        if self.training and 0 < self.p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return x * keep_mask(x, self.p) * (1 / (1 - self.p))
+        return super().forward(x)
+
+
+class DropoutAttention(torch.autograd.Function):
+    """F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) for CPUs. Those have no fused kernel
+    with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half the memory of
+    a training GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal.
+
+    q, k, v (B, heads, T, head_dim) -> the same: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout, rows=128):
+        k, v, blocks, saved = k.contiguous(), v.contiguous(), [], []
+        y, q = torch.empty_like(v), q * (q.size(-1) ** -0.5)
+        for start in range(0, q.size(2), rows):
+            at, seen = slice(start, start + rows), slice(0, min(start + rows, q.size(2)))
+            scores = q[:, :, at] @ k[:, :, seen].mT  # (B, heads, rows, seen)
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + start)
+            p = scores.masked_fill_(later, -torch.inf).softmax(-1)
+            keep = keep_mask(p, dropout)
+            y[:, :, at] = (p * keep) @ v[:, :, seen]
+            blocks.append((at, seen))
+            saved += p, keep
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.blocks, ctx.kept = blocks, 1 / (1 - dropout)
+        return y.mul_(ctx.kept)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, *saved = ctx.saved_tensors
+        dq, dk, dv, dy = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), dy * ctx.kept
+        for (at, seen), p, keep in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
+            dv[:, :, seen] += (p * keep).mT @ dy[:, :, at]
+            dp = (dy[:, :, at] @ v[:, :, seen].mT).mul_(keep)
+            dp -= (p * dp).sum(-1, keepdim=True)
+            ds = dp.mul_(p)  # through the softmax: p·(dp − Σ p dp)
+            dq[:, :, at] = ds @ k[:, :, seen]
+            dk[:, :, seen] += ds.mT @ q[:, :, at]
+        return dq * (q.size(-1) ** -0.5), dk, dv, None, None
+
+
 def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> torch.Tensor:
     """softmax(q kᵀ / √head_dim) v, causal. q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, ·).
 
@@ -258,15 +313,24 @@ def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> 
         k, v = cache.store(layer, k, v)  # (B, kv_heads, S, head_dim)
     B, heads, T, head_dim = q.shape
     groups = heads // k.size(1)  # query heads that share a key-value head
-    if groups > 1 and T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
-        y = F.scaled_dot_product_attention(q.view(B, -1, groups, head_dim), k, v, attn_mask=mask)
+    if T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
+        q = q.reshape(B, -1, groups, head_dim)
+        if q.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:  # the CPU's kernel is made for many queries; with one, and in bf16, it takes four times as long as this
+            scores = (q * head_dim**-0.5 @ k.mT).masked_fill(~mask, -torch.inf)
+            y = scores.softmax(-1).to(v.dtype) @ v
         return y.reshape(B, 1, heads * head_dim)
     if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # of CUDA's fast kernels only flash attention shares heads by itself; it takes no mask and no float32
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
-    )
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and 0 < dropout < 1 and mask is None and groups == 1:
+        y = DropoutAttention.apply(q, k, v, dropout)
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
+        )
     return y.transpose(1, 2).flatten(2)  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
 
 
@@ -276,7 +340,7 @@ class GPT2Attention(nn.Module):
         self.heads, self.attn_dropout = c.heads, c.attn_dropout
         self.c_attn = nn.Linear(c.width, 3 * c.width)
         self.c_proj = nn.Linear(c.width, c.width)
-        self.dropout = nn.Dropout(c.resid_dropout)
+        self.dropout = Dropout(c.resid_dropout)
 
     def forward(self, x, layer, mask, cache):
         q, k, v = self.c_attn(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # 3 x (B, T, heads, head_dim)
@@ -290,7 +354,7 @@ class GPT2MLP(nn.Module):
         self.c_fc = nn.Linear(c.width, c.inner)
         self.c_proj = nn.Linear(c.inner, c.width)
         self.activation = ACTIVATIONS[c.activation]
-        self.dropout = nn.Dropout(c.resid_dropout)
+        self.dropout = Dropout(c.resid_dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
@@ -412,7 +476,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.positions = nn.Embedding(c.limit, c.width) if gpt2 else None
         self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
-        self.dropout = nn.Dropout(c.embd_dropout if gpt2 else 0.0)
+        self.dropout = Dropout(c.embd_dropout if gpt2 else 0.0)
         self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
         self.norm = nn.LayerNorm(c.width, eps=c.eps) if gpt2 else RMSNorm(c.width, c.eps)
         self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
@@ -665,9 +729,10 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
     Raises FloatingPointError for logits that are not finite.
     """
+    logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -679,7 +744,12 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
         likeliest = likeliest.masked_fill(before >= top_p, 0.0)  # the first has 0 before it: one is always kept
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, likeliest)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # normalises the rows itself
+    # the first token whose cumulative mass exceeds a uniform draw: a random number per row, where multinomial takes V
+    mass = probabilities.cumsum(-1)
+    whole = mass[:, -1:]
+    draw = torch.rand(len(mass), 1, generator=generator, device=mass.device) * whole
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # so that a draw that was rounded up finds a token too
+    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1)
 
 
 @torch.no_grad()

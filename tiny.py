@@ -314,7 +314,9 @@ def make_data(
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1000, 900
 
 
-def train_tokenizers(texts: list[str], directory_teacher: str, directory_student: str) -> None:
+def train_tokenizers(
+    texts: list[str], directory_teacher: str, directory_student: str, student_vocabulary: int = STUDENT_VOCABULARY
+) -> None:
     """Train both tokenizers on the texts and write tokenizer.json and tokenizer_config.json into the two directories.
 
     Give prompts and outputs as separate texts, since that is how they are tokenised. Same texts, same files.
@@ -324,7 +326,7 @@ def train_tokenizers(texts: list[str], directory_teacher: str, directory_student
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     teacher = _train_sentencepiece_style(texts, TEACHER_VOCABULARY, list(special.values()))
     _save_tokenizer(teacher, directory_teacher, {"add_bos_token": True, "add_eos_token": False, **special})
-    student = _train_byte_level(texts, STUDENT_VOCABULARY, "<|endoftext|>")
+    student = _train_byte_level(texts, student_vocabulary, "<|endoftext|>")
     _save_tokenizer(student, directory_student, dict.fromkeys(special, "<|endoftext|>"))
 
 

@@ -12,7 +12,18 @@ from safetensors.torch import load_file
 from test_train import arguments, log_of, same, weights_of
 
 import train
-from data import Row, Side, ahead, padding_share, split_update, update_order
+from data import (
+    Example,
+    Row,
+    Side,
+    TextTokenizer,
+    ahead,
+    padding_share,
+    split_update,
+    tokenise,
+    total_length,
+    update_order,
+)
 
 SPEEDS = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 
@@ -64,6 +75,8 @@ def test_a_budget_is_kept_and_nothing_is_lost(teacher, tokens):
     rows = random_rows(60, teacher=teacher)
     parts = split_update(rows, 8, tokens)
     assert sorted(map(id, itertools.chain(*parts))) == sorted(map(id, rows))
+    totals = [total_length(row) for part in parts for row in part]
+    assert totals == sorted(totals, reverse=True)
     assert all(len(part) * max(map(length, part)) <= tokens for part in parts)
     for part, following in zip(parts, parts[1:], strict=False):  # as many as fit
         assert (len(part) + 1) * max(map(length, [*part, following[0]])) > tokens
@@ -147,6 +160,21 @@ def test_bucketed_runs_see_less_padding_and_learn(tiny_task, tmp_path, capsys):
 def test_a_budget_below_one_example_is_an_error(tiny_task, tmp_path):
     with pytest.raises(SystemExit, match="--tokens-per-batch 95: one example may have --max-len 96"):
         train.main(arguments(tiny_task, tmp_path / "run", tokens_per_batch=95))
+
+
+def test_texts_encoded_together_are_what_they_are_alone(tiny_task):
+    """A special token's name is that token in a prompt, and text in a response."""
+    tokenizers = [TextTokenizer(tiny_task / name) for name in ("student", "teacher")]
+    ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in tokenizers]
+    texts = [f"The fox {end} and the owl number {number}." for number in range(600) for end in ends]
+    examples = [Example("here", [text], prompt=text) for text in texts]
+    rows, _ = tokenise(examples, *tokenizers, max_len=256, max_prompt_len=128)
+    for text, row in zip(texts, rows, strict=True):
+        for tokenizer, side in zip(tokenizers, (row.student, row.teacher), strict=True):
+            assert side.prompt == tokenizer.encode_prompt(text)
+            assert side.response == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert all(tokenizers[0].eos_id in row.student.prompt for row in rows[::2])
+    assert all(tokenizers[0].eos_id not in row.student.response[:-1] for row in rows)
 
 
 # -- ahead of the loop -------------------------------------------------------------------------------------------------

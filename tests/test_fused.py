@@ -15,33 +15,38 @@ def inputs(dtype=torch.float64) -> dict[str, torch.Tensor]:
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return {
+    x = {
         "hidden": normal(N, D_STUDENT), "head": normal(V_STUDENT, D_STUDENT), "t2s": normal(N, D_STUDENT),
         "s2t": normal(N, D_TEACHER), "teacher": normal(N, D_TEACHER), "teacher_head": normal(V_TEACHER, D_TEACHER),
         "gold": torch.randint(V_STUDENT, (N,), generator=generator),
-        "label": torch.randint(V_STUDENT, (N,), generator=generator),
     }  # fmt: skip
+    best = (x["t2s"] @ x["head"].T).argmax(-1)
+    x["label"] = torch.where(torch.arange(N) % 2 == 0, best, (best + 1) % V_STUDENT)  # every second one agrees
+    return x
 
 
+WEIGHTS = {"gold": (0.3,), "kd": (0.3, 0.7), "student_space": (0.3, 0.7, -1.1), "teacher_space": (0.7,)}
 CALLS = {  # name: (function of Terms, its arguments by name of input)
     "gold": ("gold", ["hidden", "gold", "head"]),
     "kd, padded vocabularies": ("kd", ["hidden", "gold", "teacher", "head", "teacher_head"]),
     "student space": ("student_space", ["hidden", "gold", "t2s", "label", "head"]),
+    "agreeing": ("student_space", ["hidden", "gold", "t2s", "label", "head"]),
+    "fewer pairs than tokens": ("student_space", ["hidden", "gold", "some t2s", "some label", "head"]),
+    "no gold": ("student_space", ["hidden", "none", "t2s", "label", "head"]),
     "teacher space": ("teacher_space", ["s2t", "teacher", "teacher_head"]),
 }
 
 
 def values_and_gradients(terms, call, divergence, dtype=torch.float64, frozen=("teacher", "teacher_head")):
-    """Outputs of one term function, and the gradient of a weighted sum of them for every input that learns."""
+    """Outputs of one term function, and the gradient of its loss for every input that learns."""
     function, names = CALLS[call]
     x = {name: value.requires_grad_(value.is_floating_point() and name not in frozen)
          for name, value in inputs(dtype).items()}  # fmt: skip
+    rest = {"some t2s": x["t2s"][:4], "some label": x["label"][:4], "none": None}
     options = () if function == "gold" else (divergence, 2.0)
-    outputs = getattr(terms, function)(*[x[name] for name in names], *options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    weights = torch.linspace(-1, 2, N, dtype=torch.float64)  # other for every token, some negative
-    total = sum((k + 1) * (output.double() * weights).sum() for k, output in enumerate(outputs) if output.requires_grad)
-    total.backward()
+    options += (True,) * (call in ("agreeing", "fewer pairs than tokens"))
+    outputs = getattr(terms, function)(*[{**x, **rest}[name] for name in names], *options, weights=WEIGHTS[function])
+    (3 * outputs[0]).backward()
     return [output.detach() for output in outputs], {name: value.grad for name, value in x.items()}
 
 
@@ -77,13 +82,23 @@ def test_under_bf16_autocast(call, divergence):
             assert (gradients[name] - plain).norm() <= 2e-2 * plain.norm(), name
 
 
+def test_the_gradient_is_there_once():
+    x = inputs()
+    x["hidden"].requires_grad_()
+    loss, *_ = fused.fused_terms(4).gold(x["hidden"], x["gold"], x["head"], weights=(1.0,))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up"):
+        loss.backward()
+
+
 def test_no_tokens_at_all():
     """A batch without a pair: empty terms, zero gradients."""
     x = inputs()
     hidden, head = x["hidden"][:0].requires_grad_(), x["head"].requires_grad_()
-    outputs = fused.fused_terms(4).student_space(hidden, x["gold"][:0], x["t2s"][:0], x["label"][:0], head, "fkl", 2.0)
-    assert all(output.shape == (0,) for output in outputs)
-    sum(output.sum() for output in outputs if output.requires_grad).backward()
+    states = hidden, x["gold"][:0], x["t2s"][:0], x["label"][:0], head
+    loss, *outputs = fused.fused_terms(4).student_space(*states, "fkl", 2.0, weights=(1.0, 1.0, 1.0))
+    assert loss == 0 and all(output.shape == (0,) for output in outputs)
+    loss.backward()
     assert hidden.grad.shape == hidden.shape and not head.grad.any()
 
 
@@ -93,7 +108,8 @@ def test_terms_are_on_the_device_of_their_input():
 
     x = {name: value.to("meta") for name, value in inputs(torch.float32).items()}
     terms = dskd_loss(
-        x["hidden"], x["gold"], x["t2s"], x["label"], x["s2t"], x["teacher"], x["head"], x["teacher_head"], tokens=N
-    )
+        x["hidden"], x["gold"], x["t2s"], x["label"], x["s2t"], x["teacher"], x["head"], x["teacher_head"], tokens=N,
+        agreeing=2,
+    )  # fmt: skip
     assert {term.device.type for term in terms.values()} == {"meta"}
     torch.stack([term.float() for term in terms.values()])

@@ -468,6 +468,14 @@ def test_options_of_training(count, tiny_task, tmp_path, capsys, monkeypatch):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+def test_weights_that_an_update_spoils_are_not_saved(tiny_task, tmp_path, capsys):
+    arguments = [f"--student={tiny_task / 'student'}", f"--data={tiny_task / 'valid.jsonl'}", "--method=sft",
+                 f"--out={tmp_path / 'run'}", "--max-len=96", "--device=cpu", "--max-steps=1",
+                 "--lr=1e300"]  # fmt: skip
+    assert "update 1: it left weights that are not finite" in refusal(train.main, arguments, capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @mutants(25, 600)
 def test_options_of_evaluation(count, tiny_task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -544,6 +552,17 @@ def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
                  "--max-len=96", "--device=cpu", "--epochs=2", "--batch-size=8", "--seed=1"]  # fmt: skip
     train.main([*arguments, f"--out={tmp_path / 'good'}"])
     expected = load_file(tmp_path / "good" / "student" / "model.safetensors")
+    state = tmp_path / "good" / "resume" / "state.safetensors"
+    content, tensors, metadata = state.read_bytes(), load_file(state), read_header(state)[0]["__metadata__"]
+    moment = next(name for name in tensors if name.endswith(".exp_avg"))
+    for odd, about in [({"student.norm.bias": torch.ones(3)}, metadata), ({moment: None}, metadata),
+                       ({"random.cpu": torch.ones(1)}, metadata), ({}, {**metadata, "step": "x"}),
+                       ({}, None)]:  # fmt: skip
+        changed = {name: tensor for name, tensor in {**tensors, **odd}.items() if tensor is not None}
+        save_file(changed, state, metadata=about)
+        message = refusal(train.main, [*arguments, f"--out={tmp_path / 'good'}", "--resume"], capsys)
+        assert f"{state}: not readable" in message, message
+    state.write_bytes(content)
     for rng in generators(count, "resume"):
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
@@ -608,10 +627,8 @@ def test_adapters(count, checkpoints, tmp_path):
         print(family, file.name, kind)
         loaded = result(lambda f=family: lora.load_adapter(load_model(checkpoints / f), tmp_path), tmp_path)
         assert loaded is None or kind not in ("nan", "int", "float8", "shape", "missing", "extra")
-        if loaded is not None:
-            assert loaded.eval()(INPUT).isfinite().all()
-            if file.suffix != ".json":
-                assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))
+        if loaded is not None and file.suffix != ".json":
+            assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,8 +666,8 @@ def test_padded_vocabularies(method, rows, tiny_task, tmp_path, capsys):
         directory = directories[role] = shutil.copytree(tiny_task / "twin", tmp_path / role)
         torch.manual_seed(seed)
         m = model.build_model({**load_model(directory).config, "vocab_size": count, "tie_word_embeddings": False})
-        if method == "seqkd":
-            m.embed.weight.data[900:] = m.lm_head.weight.data[900:] = 3.0
+        if method == "seqkd" and role == "teacher":
+            m.lm_head.weight.data[900:] *= 100
         model.save_model(m, directory)
     arguments = [f"--student={directories['student']}", f"--teacher={directories['teacher']}", f"--method={method}",
                  f"--data={tiny_task / 'valid.jsonl'}", f"--out={tmp_path / 'run'}", "--max-len=96", "--device=cpu",
@@ -684,11 +701,15 @@ def test_padding_is_never_sampled(tiny_task, tmp_path):
 ROOT = Path(model.__file__).parent
 UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal yaml importlib runpy code pty".split())
 STARTERS = {"subprocess", "multiprocessing"}
+NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
+          "bench.py": {"subprocess", "importlib"},  # for versions
+          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"}}  # runs of train.py # fmt: skip
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda file: file.name)
 def test_nothing_that_is_read_is_ever_run(file):
-    """No pickle, no torch.load, no exec or eval, no other programs: but for the sandbox, which exists for that."""
+    """No pickle, no torch.load, no exec or eval, no other programs: but for the sandbox, which exists for that, and
+    the benchmark, which starts itself."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -705,4 +726,4 @@ def test_nothing_that_is_read_is_ever_run(file):
                 found.add("np.load with pickles")
             if arguments.get("trust_remote_code", "False") != "False" or arguments.get("shell", "False") != "False":
                 found.add("trust_remote_code or shell")
-    assert found == ({"subprocess", "exec", "compile"} if file.name == "sandbox.py" else set())
+    assert found == NEEDED.get(file.name, set())

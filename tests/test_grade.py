@@ -41,6 +41,7 @@ from grade import (
         (r"$\boxed{ \text{even} }$ for 4", r"\text{even}"),
         (r"\boxed{12} but \boxed{unclosed 5", "12"),
         (r"\fbox{3}", "3"),
+        (r"\boxed{1 + \boxed{2}} or \boxed{{4}", "2"),
         ("The answer is 42.", "42"),
         ("It costs $1,200.50.", "$1,200.50"),
         ("10-3", "3"),

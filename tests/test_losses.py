@@ -266,11 +266,11 @@ class Inputs:
         states = self.student_hidden if self.align != "eta" else self.student_hidden[self.student_rows]
         return self.s2t_weights @ (states @ self.s2t.T) if self.align == "cma" else states @ self.s2t.T
 
-    def loss(self, divergence, terms=PLAIN):
+    def loss(self, divergence, terms=PLAIN, kd_rate=0.5):
         return dskd_loss(
             self.student_hidden, self.gold, self.t2s_hidden(), self.t2s_label, self.s2t_hidden(), self.paired(),
             self.student_head, self.teacher_head, TOKENS, self.student_rows, self.recipe, self.align, divergence,
-            TEMPERATURE, terms=terms,
+            TEMPERATURE, terms=terms, kd_rate=kd_rate,
         )  # fmt: skip
 
 
@@ -320,7 +320,8 @@ def by_loops(i: Inputs, divergence):
         "s2t_kd": s2t_kd / over,
     }
     counts = {"correct": correct, "agreeing": agreeing, "pairs": len(pairs_s)}
-    return {"ce": ce, "kd": sum(terms.values()), **terms, **counts}
+    kd = sum(terms.values())
+    return {"ce": ce, "kd": kd, **terms, **counts, "loss": 0.5 * ce + 0.5 * kd}
 
 
 @every_divergence
@@ -346,9 +347,11 @@ def test_kd_and_sft_by_loops(name):
     kd = sum(loop_divergence(name, student[n], teacher[n], TEMPERATURE) for n in range(N)) / TOKENS
     correct = sum(int(np.argmax(student[n])) == int(i.gold[n]) for n in range(N))
     assert 0 < correct < N
-    assert {key: value.item() for key, value in ours.items()} == pytest.approx({"ce": ce, "kd": kd, "correct": correct})
+    expected = {"ce": ce, "kd": kd, "correct": correct, "loss": 0.5 * ce + 0.5 * kd}
+    assert {key: value.item() for key, value in ours.items()} == pytest.approx(expected)
     sft = sft_loss(i.student_hidden, i.gold, i.student_head, TOKENS)
-    assert {key: value.item() for key, value in sft.items()} == pytest.approx({"ce": ce, "correct": correct})
+    expected = {"ce": ce, "correct": correct, "loss": ce}
+    assert {key: value.item() for key, value in sft.items()} == pytest.approx(expected)
 
 
 @every_combination
@@ -405,12 +408,12 @@ def test_gradients_of_forward_kl_by_hand():
 STUDENT_IDS, TEACHER_IDS = torch.tensor([0, 2, 3, 7]), torch.tensor([10, 1, 1, 4])  # 4 of 8 student tokens are meant
 
 
-def baseline_loss(name, i: Inputs, terms=PLAIN):
+def baseline_loss(name, i: Inputs, terms=PLAIN, kd_rate=0.5):
     """ULD or MinED on the pairs of ETA's inputs; their vocabularies are of different size."""
     arguments = i.student_hidden, i.gold, i.paired(), i.student_rows, i.student_head, i.teacher_head
     if name == "uld":
-        return uld_loss(*arguments, TOKENS, terms)
-    return mined_loss(*arguments, STUDENT_IDS, TEACHER_IDS, TOKENS, TEMPERATURE, terms)
+        return uld_loss(*arguments, TOKENS, terms, kd_rate)
+    return mined_loss(*arguments, STUDENT_IDS, TEACHER_IDS, TOKENS, TEMPERATURE, terms, kd_rate)
 
 
 def test_uld_by_hand():
@@ -468,8 +471,8 @@ def test_baselines_by_loops(name, terms):
             kd += sum(x * (math.log(x) - math.log(p[token])) for token, x in target.items())
     ce = sum(loop_cross_entropy(student[n], int(i.gold[n])) for n in range(N))
     correct = sum(int(np.argmax(student[n])) == int(i.gold[n]) for n in range(N))
-    found = baseline_loss(name, i, terms)
-    expected = {"ce": ce / TOKENS, "kd": kd / TOKENS, "correct": correct}
+    found = baseline_loss(name, i, terms, kd_rate=0.25)
+    expected = {"ce": ce / TOKENS, "kd": kd / TOKENS, "correct": correct, "loss": (0.75 * ce + 0.25 * kd) / TOKENS}
     assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-5)
     assert 0 < correct < N and kd > 0
 
@@ -498,7 +501,7 @@ def test_baselines_without_any_pair(name, terms):
     kd = 0 if name == "uld" else cross_entropy(logits / TEMPERATURE, i.gold, reduction="sum") / TOKENS
     torch.testing.assert_close(found["kd"].detach(), torch.as_tensor(kd, dtype=torch.float32))
     torch.testing.assert_close(found["ce"].detach(), cross_entropy(logits, i.gold, reduction="sum") / TOKENS)
-    (found["ce"] + found["kd"]).backward()
+    found["loss"].backward()
     assert i.student_hidden.grad.abs().min() > 0
 
 
@@ -512,20 +515,20 @@ def test_chunks_change_neither_value_nor_gradient(case, chunk, cached, monkeypat
     """The terms that training uses, a few tokens at a time, against the plain ones."""
     monkeypatch.setattr(fused, "CACHED_LOGITS", cached)
 
-    def run(terms):
+    def run(terms, kd_rate=0.3):
         i = Inputs(*(case if isinstance(case, tuple) else ("v2", "eta" if case in ("uld", "mined") else "none")))
         i.teacher_hidden.requires_grad_(False)
         i.teacher_head.requires_grad_(False)
         if case == "sft":
-            found = sft_loss(i.student_hidden, i.gold, i.student_head, TOKENS, terms)
+            found = sft_loss(i.student_hidden, i.gold, i.student_head, TOKENS, terms, kd_rate)
         elif case == "kd":
-            heads = i.student_head, i.teacher_head
-            found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "js", TEMPERATURE, terms)
+            states = i.student_hidden, i.gold, i.teacher_hidden, i.student_head, i.teacher_head
+            found = kd_loss(*states, TOKENS, "js", TEMPERATURE, terms, kd_rate)
         elif case in ("uld", "mined"):
-            found = baseline_loss(case, i, terms)
+            found = baseline_loss(case, i, terms, kd_rate)
         else:
-            found = i.loss("js", terms)
-        (found["ce"] + 0.7 * found.get("kd", 0)).backward()
+            found = i.loss("js", terms, kd_rate)
+        (2 * found["loss"]).backward()
         gradients = {name: leaf.grad for name, leaf in i.leaves().items() if leaf.grad is not None}
         return {name: value.detach() for name, value in found.items()}, gradients
 
@@ -577,10 +580,10 @@ def test_without_gold_the_distillation_term_is_the_same_and_alone(case, terms):
         i.gold = i.gold if gold else None
         if case == "kd":
             heads = i.student_head, i.teacher_head
-            found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "skl", TEMPERATURE, terms)
+            found = kd_loss(i.student_hidden, i.gold, i.teacher_hidden, *heads, TOKENS, "skl", TEMPERATURE, terms, 1.0)
         else:
-            found = i.loss("skl", terms)
-        found["kd"].backward()
+            found = i.loss("skl", terms, kd_rate=1.0)
+        found["loss"].backward()
         return found, {name: leaf.grad for name, leaf in i.leaves().items() if leaf.grad is not None}
 
     (found, gradients), (expected, expected_gradients) = run(gold=False), run(gold=True)
@@ -603,7 +606,7 @@ def test_no_pairs_leave_cross_entropy_alone(name, terms):
     found = i.loss(name, terms)
     assert [found[key].item() for key in ("t2s_ce", "t2s_kd", "s2t_kd", "kd", "agreeing", "pairs")] == [0] * 6
     torch.testing.assert_close(found["ce"], ce)
-    (found["ce"] + found["kd"]).backward()
+    found["loss"].backward()
     assert i.student_hidden.grad.abs().min() > 0
     for leaf in i.leaves().values():
         assert leaf.grad is None or leaf.grad.isfinite().all()

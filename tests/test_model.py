@@ -349,6 +349,15 @@ def test_sampling_distribution(options, expected):
     assert (frequencies[torch.tensor(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1.0])  # 1.0: not drawn, but a product may be rounded up to it
+def test_the_ends_of_the_uniform_draw_find_tokens_with_mass(uniform, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform))
+    logits = torch.tensor([[-5.0, 2.0, 1.0, -5.0], [3.0, -9.0, -9.0, 2.9], [-9.0, -9.0, 1.0, -9.0]])
+    expected = [1, 0, 2] if uniform == 0 else [2, 3, 2]
+    assert sample(logits, top_k=2)[:2].tolist() == expected[:2]
+    assert sample(logits, top_p=0.9).tolist() == expected
+
+
 def test_dropout_is_active_in_training_only():
     ids, _ = random_batch()
     for config, active in (
@@ -373,6 +382,82 @@ def test_dropout_is_active_in_training_only():
     m = random_model({**GPT2, "embd_pdrop": 0.5}).train()
     mean = torch.stack([m.dropout(m.embed.weight) for _ in range(2000)]).mean(0)
     torch.testing.assert_close(mean, m.embed.weight, atol=0.15, rtol=0)
+
+# -- dropout on a CPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_keep_mask_keeps_one_minus_p(p):
+    torch.manual_seed(0)
+    keep = model.keep_mask(torch.empty(3, 5, 40_001), p)
+    assert keep.dtype == torch.bool and keep.shape == (3, 5, 40_001)
+    n = keep.numel()
+    for part in (keep, *keep.flatten()[: n // 4 * 4].view(-1, 4).T):  # also each of the four lanes of a random word
+        assert part.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / part.numel()) ** 0.5)
+    pairs = keep.flatten()[: n // 2 * 2].view(-1, 2).float()
+    assert torch.corrcoef(pairs.T)[0, 1].abs() < 5 / len(pairs) ** 0.5  # neighbours know nothing of each other
+    torch.manual_seed(0)
+    assert torch.equal(keep, model.keep_mask(torch.empty(3, 5, 40_001), p))  # torch's generator, so runs can be resumed
+
+
+def test_dropout_keeps_the_mean_and_scales_the_gradient():
+    x = torch.ones(1000, 10, requires_grad=True)
+    layer = model.Dropout(0.25)
+    y = layer(x)
+    y.sum().backward()
+    assert y.detach().unique().tolist() == pytest.approx([0, 4 / 3])
+    torch.testing.assert_close(x.grad, y.detach())
+    assert layer.eval()(x) is x
+    assert model.Dropout(0.0)(x) is x and not model.Dropout(1.0)(x).any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize(("T", "rows"), [(7, 128), (8, 4), (11, 4), (1, 3)])
+def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(T, rows, dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, T, 3, 4, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(4))
+    kept = []
+
+    def recorded(x, p, keep_mask=model.keep_mask):
+        kept.append(keep_mask(x, p))
+        return kept[-1]
+
+    monkeypatch.setattr(model, "keep_mask", recorded)
+    y = model.DropoutAttention.apply(q, k, v, 0.3, rows)
+    gradients = torch.autograd.grad(y, (q, k, v), g)
+    keep = torch.zeros(2, 3, T, T, dtype=dtype)
+    for block, part in enumerate(kept):
+        keep[:, :, block * rows : (block + 1) * rows, : part.shape[-1]] = part
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    assert len(kept) == -(-T // rows) and (T == 1 or not keep.bool()[causal.expand_as(keep)].all())
+    scores = (q @ k.mT / 2).masked_fill(~causal, -torch.inf)
+    expected = (scores.softmax(-1) * keep / 0.7) @ v
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    for ours, plain in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_training_with_attention_dropout_goes_by_blocks(monkeypatch):
+    """What a model calls is that function, with its dropout, and never in eval mode; also under autocast."""
+    calls = []
+    apply = model.DropoutAttention.apply
+    monkeypatch.setattr(model.DropoutAttention, "apply", lambda *a: calls.append(a[3]) or apply(*a))
+    dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 0, "embd_pdrop": 0}  # rounds to 1/65536: hardly anything is dropped
+    m = random_model({**GPT2, **dropout})
+    ids = torch.randint(m.config["vocab_size"], (2, 9))
+    expected = m(ids)
+    assert calls == []
+    m.train()
+    torch.testing.assert_close(m(ids), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = m(ids)
+    hidden.sum().backward()  # outside of autocast, as in training
+    torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
+    assert calls == [1e-5] * 2 * m.config["n_layer"]
+
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
@@ -595,6 +680,9 @@ def test_shards(tmp_path):
         ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "got .'factor', 'type'."),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, it is '8'"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
         ({**LLAMA, "rope_scaling": {"type": "linear"}}, "'linear' needs the fields .'factor'., got .."),
         ({**LLAMA, "rope_scaling": {**LLAMA3, "beta_fast": 32}}, "'llama3' needs the fields .*beta_fast"),
         ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta.*contradict"),
