@@ -98,9 +98,11 @@ def logits_bytes(student: SimpleNamespace, teacher: SimpleNamespace, chunk: int)
 
 def kept_per_token(config: dict, rank: int = 0) -> float:
     """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on the CPU, where it
-    is asked for two lengths, since the difference is without the weights."""
-    layers = "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"
-    one = {**config, layers: 1, "vocab_size": 8}
+    is asked for two lengths, since the difference is without the weights; and without attention's dropout, for which a
+    CPU keeps what CUDA's fused kernel makes again."""
+    gpt2 = config["model_type"] == "gpt2"
+    one = {**config, "vocab_size": 8, "n_layer" if gpt2 else "num_hidden_layers": 1}
+    one["attn_pdrop" if gpt2 else "attention_dropout"] = 0.0
     with torch.device("meta"):
         m = Decoder(one)
         if rank:
