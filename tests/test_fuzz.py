@@ -129,7 +129,7 @@ def spoilt(checkpoints, tmp_path):
     return make
 
 
-@mutants(60, 2000)
+@mutants(60, 500)
 def test_configs(count, checkpoints, spoilt):
     for rng in generators(count, "config"):
         family = rng.choice(list(CONFIGS))
@@ -174,7 +174,7 @@ def write_header(file, header, body, length=None):
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
 
 
-@mutants(40, 2000)
+@mutants(40, 500)
 def test_damaged_weights(count, checkpoints, spoilt):
     """Accidents in the header or the length of the file: it is refused, or (a note was hit) read as if nothing were."""
     for rng in generators(count, "bytes"):
@@ -197,7 +197,7 @@ def test_damaged_weights(count, checkpoints, spoilt):
 READABLE = {torch.float64: 1e-6, torch.float32: 0.0, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-@mutants(40, 1000)
+@mutants(40, 250)
 def test_other_tensors(count, checkpoints, spoilt):
     for rng in generators(count, "tensors"):
         family = rng.choice(list(CONFIGS))
@@ -237,7 +237,7 @@ def test_other_tensors(count, checkpoints, spoilt):
             assert torch.allclose(loaded(INPUT), hidden_of(checkpoints / family), atol=10 * near, rtol=near)
 
 
-@mutants(25, 600)
+@mutants(25, 150)
 def test_shards(count, checkpoints, spoilt, tmp_path):
     """An index may point at files of its directory alone, and must find each tensor once."""
     for rng in generators(count, "shards"):
@@ -301,7 +301,7 @@ def read_all(tokenizer):
     return ids, [tokenizer.decode(part) for part in ids], [tokenizer.spelt(part) for part in ids], tokenizer.eos_id
 
 
-@mutants(40, 800)
+@mutants(40, 200)
 def test_tokenizers(count, tiny_task, tmp_path, texts_of):
     for rng in generators(count, "tokenizer"):
         name = rng.choice(["student", "teacher"])
@@ -378,7 +378,7 @@ def parts(examples):
     return [(e.prompt_text(), e.outputs, e.ends, e.code) for e in examples]
 
 
-@mutants(60, 3000)
+@mutants(60, 750)
 def test_data(count, tmp_path, tiny_task):
     tokenizer = data.TextTokenizer(tiny_task / "student")
     file = tmp_path / "ex amples é.jsonl"
@@ -442,7 +442,7 @@ def refusal(main, arguments, capsys):
     return None
 
 
-@mutants(15, 500)
+@mutants(15, 125)
 def test_options_of_training(count, tiny_task, tmp_path, capsys, monkeypatch):
     """Each run that is not refused trains for an update, or says which term or weight was not finite."""
     monkeypatch.chdir(tmp_path)
@@ -476,7 +476,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tiny_task, tmp_path, capsys
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@mutants(25, 600)
+@mutants(25, 150)
 def test_options_of_evaluation(count, tiny_task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     student = shutil.copytree(tiny_task / "student", tmp_path / "student of mine")
@@ -546,7 +546,7 @@ def test_paths(option, tiny_task, tmp_path, capsys, monkeypatch):
 # What a run or peft left behind
 
 
-@mutants(10, 150)
+@mutants(10, 37)
 def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
     arguments = [f"--student={tiny_task / 'student'}", f"--data={tiny_task / 'valid.jsonl'}", "--method=sft",
                  "--max-len=96", "--device=cpu", "--epochs=2", "--batch-size=8", "--seed=1"]  # fmt: skip
@@ -592,7 +592,7 @@ def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
             assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
-@mutants(15, 300)
+@mutants(15, 75)
 def test_adapters(count, checkpoints, tmp_path):
     for rng in generators(count, "adapter"):
         family = rng.choice(["gpt2", "llama"])
@@ -639,7 +639,7 @@ PIECES = ["1", "1,", "12", "000", ".", "/", " ", "-", "a", "A b", "%", "^", "\\f
           "'", ":", "print", "if ", "import ", "é", "٣", "²", "\0", "~", "{,}", "km/h", "_", " - "]  # fmt: skip
 
 
-@mutants(40, 2000)
+@mutants(40, 500)
 def test_grading_of_any_text(count):
     """Quickly, too: a pattern that backtracks, or a scan of the rest for every match, would be felt here."""
     for rng in generators(count, "grade"):
