@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -186,7 +186,9 @@ def check_directory(o) -> None:
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
+        wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
         counts = {"processes": 1, **before}  # which older runs do not name
         sizes = "batch_size", "grad_accum", "processes"
         wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]

@@ -237,6 +237,8 @@ class TextTokenizer:
         chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
         """
         self.directory, self.chat = Path(directory), chat
+        if chat not in ("none", *CHATS):
+            raise ValueError(f"{directory}: no chat format is called {chat!r}, only none, {', '.join(CHATS)}")
         file = self.directory / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(file))

@@ -294,3 +294,8 @@ def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypa
     prompts = [cut_prompt(example, [tokenizer], 250) for example in exercise]
     assert run(respond(m, tokenizer, prompts), exercise) == [{"passed": True}]
     assert all(prompt.startswith("<|im_start|>system") and prompt.endswith("assistant\n") for prompt in asked)
+
+
+def test_a_format_that_nobody_knows(tiny_task):
+    with pytest.raises(ValueError, match="no chat format is called 'relu', only none, qwen2.5, llama3.2, smollm2"):
+        TextTokenizer(tiny_task / "student", "relu")
