@@ -29,10 +29,14 @@ _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": Fal
 CONFIGS = {  # the fields that matter here of the published config.json
     "GPT-2 120M": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
                    "n_head": 12},
+    "GPT-2 1.5B": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 1600, "n_layer": 48,
+                   "n_head": 25},
     "TinyLlama 1.1B": {**_LLAMA, "max_position_embeddings": 2048, "hidden_size": 2048, "intermediate_size": 5632,
                        "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
     "Llama-2 7B": {**_LLAMA, "max_position_embeddings": 4096, "hidden_size": 4096, "intermediate_size": 11008,
                    "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Mistral 7B": {**_LLAMA, "max_position_embeddings": 4096, "hidden_size": 4096, "intermediate_size": 14336,
+                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
     "Qwen1.5 1.8B": {**_QWEN, "max_position_embeddings": 32768, "hidden_size": 2048, "intermediate_size": 5504,
                      "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16},
     "Qwen2.5 7B": {**_QWEN, "vocab_size": 152064, "max_position_embeddings": 131072, "hidden_size": 3584,
@@ -54,7 +58,8 @@ TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, 
 
 
 def counts(config: dict, rank: int = 0) -> SimpleNamespace:
-    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`; and the trained ones."""
+    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`, in the `head`; and of the
+    trained ones."""
     with torch.device("meta"):
         m = Decoder(config)
         if rank:
@@ -69,7 +74,7 @@ def counts(config: dict, rank: int = 0) -> SimpleNamespace:
     return SimpleNamespace(
         matrices=size(sharded), block=size(sharded) // len(m.blocks), rest=size(whole),
         trained_matrices=size(sharded & trained), trained_rest=size(whole & trained), layers=len(m.blocks),
-        vocabulary=m.embed.num_embeddings, width=m.embed.embedding_dim,
+        vocabulary=m.embed.num_embeddings, width=m.embed.embedding_dim, head=m.head_weight.numel(),
     )  # fmt: skip
 
 
@@ -91,9 +96,9 @@ def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float
     return 16 * both.t2s.weight.numel() + solved
 
 
-def logits_bytes(student: SimpleNamespace, teacher: SimpleNamespace, chunk: int) -> float:
+def logits_bytes(vocabulary: int, chunk: int) -> float:
     """Two logits per token and row of the larger head, some eight float32 numbers of each at a time (fused.py)."""
-    return 32 * chunk * max(student.vocabulary, teacher.vocabulary)
+    return 32 * chunk * vocabulary
 
 
 def kept_per_token(config: dict, rank: int = 0) -> float:
@@ -126,16 +131,16 @@ def kept_per_token(config: dict, rank: int = 0) -> float:
     return (kept[1] - kept[0]) / 16
 
 
-def needs(teacher: dict, student: dict, rank: int, batch_size: int, shard: str | None, devices: int, max_len: int = 512,
-          chunk: int = 512) -> dict[str, float]:  # fmt: skip
-    """Bytes on each device, by what they are for."""
-    t, s = counts(teacher), counts(student, rank)
+def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
+          max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
+    """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning."""
+    t, s = counts(teacher) if teacher else None, counts(student, rank)
     return {
-        "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1),
+        "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1) if t else 0.0,
         "student": student_bytes(s, devices if shard in ("student", "both") else 1),
-        "projectors": projector_bytes(s, t),
+        "projectors": projector_bytes(s, t) if t else 0.0,
         "activations": kept_per_token(student, rank) * s.layers * batch_size * max_len,
-        "logits": logits_bytes(s, t, chunk),
+        "logits": logits_bytes(max(s.vocabulary, t.vocabulary if t else 0), chunk),
     }
 
 

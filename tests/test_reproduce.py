@@ -11,6 +11,7 @@ import torch
 
 import data
 import distill
+import memory
 import paper
 import reproduce
 import tiny
@@ -326,13 +327,21 @@ def test_the_papers_commands_are_accepted(name):
 def test_sizes_are_those_of_the_published_models():
     published = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "qwen": 1_836_828_672, "tinyllama": 1_100_048_384,
                  "llama2": 6_738_415_616, "mistral": 7_241_732_096}  # fmt: skip
-    assert {name: paper.size_of(name).all for name in published} == published
+    counted = {name: memory.counts(memory.CONFIGS[paper.CONFIGURED[name]]) for name in published}
+    assert {name: count.matrices + count.rest for name, count in counted.items()} == published
     # rank 1 adds in + out of every linear layer: attention's four of width 4096, the MLP's three
-    assert paper.size_of("llama2", 1).trained == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1)
+    assert adapted.trained_matrices + adapted.trained_rest == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
 
 
-def test_needs_grow_with_what_is_asked():
-    alone, taught = paper.needs("gpt2", None, 0, 20), paper.needs("gpt2", "qwen", 0, 20)
-    assert alone[1] < taught[1] and alone[2] < taught[2] == pytest.approx(paper.needs("gpt2", "qwen", 0, 40)[2] / 2)
-    full, adapted = paper.needs("llama2", None, 0, 1), paper.needs("llama2", None, 256, 1)
+def test_estimates_grow_with_what_is_asked():
+    alone, taught = paper.estimate("gpt2", None, 0, 20), paper.estimate("gpt2", "qwen", 0, 20)
+    assert alone[1] < taught[1] and alone[2] < taught[2] == pytest.approx(paper.estimate("gpt2", "qwen", 0, 40)[2] / 2)
+    full, adapted = paper.estimate("llama2", None, 0, 1), paper.estimate("llama2", None, 256, 1)
     assert full[1] > paper.GPU_BYTES > adapted[1]  # 7B parameters with AdamW do not fit
+
+
+def test_hours_by_hand():
+    """GPT-2 alone for an epoch: 6 operations for each of 84,934,656 weights in blocks, and as many for the head's."""
+    operations = 6 * 11000 * (480 * 12 * 12 * 768**2 + 81 * 50257 * 768)
+    assert paper.estimate("gpt2", None, 0, 1)[2] == pytest.approx(operations / (0.3 * 312e12) / 3600)
