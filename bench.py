@@ -409,6 +409,7 @@ class Bench:
     device: str
     dtypes: list[str]
     others: list[str]  # "plain", and "transformers" if it is installed
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
     run_step: Callable[[dict], dict] = fresh_process
     results: list[Result] = field(default_factory=list)
 
@@ -514,10 +515,10 @@ def make_job(bench: Bench, name: str, dtype: str, **changes) -> dict:
 
 def steps(bench: Bench) -> None:
     """One update of each method: time and memory."""
-    for name, (what, _) in METHODS.items():
+    for name in bench.methods:
         for dtype in bench.dtypes:
             job = make_job(bench, name, dtype)
-            add_step(bench, what, job, step_results(bench, job))
+            add_step(bench, METHODS[name][0], job, step_results(bench, job))
 
 
 def body(bench: Bench) -> None:
@@ -751,6 +752,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="whose steps (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both, with --quick fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
@@ -767,14 +769,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if any(given) and not all(given):
         parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
-    size = QUICK if o.quick else FULL
+    size, chosen = QUICK if o.quick else FULL, {"methods": o.methods} if o.methods else {}
     with tempfile.TemporaryDirectory() as folder:
         text = dict(zip(("data", "student", "teacher"), given, strict=True))
         if o.data:
             size = size | fitting_vocabularies(size, text)
         else:
             text = stand_in(size, 200, Path(folder))
-        results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES))
+        results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES), **chosen)
     print(f"{machine(o.device)}\n\n{table(results)}")
     if o.json:
         record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}

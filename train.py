@@ -411,7 +411,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
     order = make_order(o, pieces, start)
-    meter, compiled = Meter(**counts), compilations()
+    meter, compiled_before = Meter(**counts), compilations()
     for step, (indices, rows, batches) in enumerate(ahead(prepared(o, pieces, islice(order, total - start))), start):
         sampled, sampled_batches = [], []
         for group in optimizer.param_groups:
@@ -444,7 +444,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
             line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
             if o.compile:
-                line["compilations"] = compilations() - compiled
+                line["compilations"] = compilations() - compiled_before
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
             log.write(line)

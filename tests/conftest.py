@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import model
 import tiny
+import train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +46,22 @@ def tiny_task(tmp_path_factory):
         torch.manual_seed(seed)
         model.save_model(model.build_model(config), root / name)
     return root
+
+
+@pytest.fixture
+def stopped_by_ctrl_c():
+    """`with stopped_by_ctrl_c():` a run of train.main ends right behind its first checkpoint, as by Ctrl-C twice."""
+
+    @contextmanager
+    def stopped():
+        save = train.save_checkpoint
+
+        def save_and_stop(*things):
+            save(*things)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(train, "save_checkpoint", save_and_stop)
+            yield
+
+    return stopped

@@ -120,7 +120,7 @@ def test_a_budget_changes_no_number(tiny_task, tmp_path, capsys, method, recipe,
 @pytest.mark.parametrize("bucket", [True, None])
 @pytest.mark.parametrize("on_policy", [0, 0.5])
 def test_a_resumed_run_with_batches_by_length_equals_an_uninterrupted_one(
-    tiny_task, tmp_path, monkeypatch, bucket, on_policy
+    tiny_task, tmp_path, stopped_by_ctrl_c, bucket, on_policy
 ):
     """Over the end of an epoch, which is an update of four examples, with dropout."""
     student = tmp_path / "student"
@@ -130,16 +130,8 @@ def test_a_resumed_run_with_batches_by_length_equals_an_uninterrupted_one(
     options = {"student": student, "bucket": bucket, "tokens_per_batch": 200, "on_policy": on_policy, "batch_size": 6,
                "grad_accum": 2, "max_steps": 6, "checkpoint_every": 2}  # fmt: skip
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
-    save = train.save_checkpoint
-
-    def save_and_stop(*things):
-        save(*things)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(SystemExit, match="130"):
+    with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    monkeypatch.undo()
     train.main(arguments(tiny_task, tmp_path / "parts", resume=True, **options))
     assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")))
     logs = [[{k: v for k, v in line.items() if k not in SPEEDS} for line in log_of(tmp_path / name)]

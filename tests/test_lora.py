@@ -423,7 +423,7 @@ def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save,
 
 
 @pytest.mark.parametrize("method", ["eta", "cma"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, method):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, method):
     """Bit for bit, with dropout in adapters and model: nothing of the merging finds its way back."""
     student = tmp_path / "student"
     shutil.copytree(tiny_task / "student", student)
@@ -431,14 +431,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypa
     (student / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
     options = {"student": student, "max_steps": 5, "checkpoint_every": 2, "lora_dropout": 0.3, "lora_alpha": 16}
     train.main(command(tiny_task, tmp_path / "whole", method, **options))
-    save = train.save_checkpoint
-
-    def save_and_stop(*things):
-        save(*things)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train, "save_checkpoint", save_and_stop)
+    with stopped_by_ctrl_c():
         train.main(command(tiny_task, tmp_path / "parts", method, **options))
     with pytest.raises(SystemExit, match="--resume: --lora-alpha is 8.0"):
         train.main(command(tiny_task, tmp_path / "parts", method, **options | {"lora_alpha": None}, resume=True))

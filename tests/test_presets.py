@@ -216,19 +216,12 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
         train.main(arguments(tiny_task, again, **options, seed=1, teacher_sft=True))
 
 
-def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, monkeypatch):
-    save = train.save_checkpoint
+def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stopped_by_ctrl_c):
     options = {"teacher": "qwen", "student": "gpt2", "checkpoint_every": 1, "teacher_sft": True}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
 
-    def save_and_stop(*things):
-        save(*things)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(SystemExit, match="130"):
+    with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    monkeypatch.setattr(train, "save_checkpoint", save)
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
     train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))

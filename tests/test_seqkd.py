@@ -62,19 +62,11 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "other").iterdir()) == [tmp_path / "other" / "seqkd.jsonl"]
 
 
-def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, monkeypatch):
+def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, stopped_by_ctrl_c):
     options = {"method": "seqkd", "max_steps": 4, "checkpoint_every": 2, "seqkd_temperature": 1.0}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
-    save = train.save_checkpoint
-
-    def save_and_stop(*things):
-        save(*things)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(SystemExit, match="130"):
+    with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    monkeypatch.undo()
     train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
     states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
     assert same(*states)

@@ -127,7 +127,7 @@ def test_a_run_is_deterministic(tiny_task, tmp_path):
 
 
 @pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypatch, align, recipe, on_policy):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
     """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
     student = tmp_path / "student"
     shutil.copytree(tiny_task / "student", student)
@@ -136,17 +136,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, monkeypa
     options = {"student": student, "align": align, "recipe": recipe, "max_steps": 5, "checkpoint_every": 2,
                "on_policy": on_policy, "seed": 4}  # fmt: skip
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
-
-    save, count = train.save_checkpoint, []
-
-    def save_and_stop(*things):
-        save(*things)
-        count.append(1)
-        if len(count) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    with pytest.raises(SystemExit, match="130"):
+    with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     with pytest.raises(SystemExit, match="--resume: --lr"):
         train.main(arguments(tiny_task, tmp_path / "parts", **options, lr=1.0, resume=True))
