@@ -15,6 +15,7 @@ With one process, and no torchrun, every function here does nothing, or what one
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -71,16 +72,29 @@ def session() -> Iterator[None]:
         wait_for_all()
     except BaseException as error:
         sys.stdout, sys.stderr = outputs
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            raise  # all of them were told to stop, and have said so
         try:
             first = store.add("failed", 1) == 1
         except dist.DistError:  # whoever kept the store has gone already
             first = False
         if not first:
+            # torchrun repeats at its end the error of the process that it finds dead first, and ends the others then.
+            time.sleep(20)
             sys.exit(1)
-        get_error_handler().record_exception(error)  # torchrun repeats it at the end
+        get_error_handler().record_exception(error)
         raise
     sys.stdout, sys.stderr = outputs
     dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End a process of torchrun at once, without taking the interpreter apart: a thread of gloo that then lets go of a
+    tensor wants the interpreter for it, and aborts the process. (It cannot be waited for: FSDP keeps the group.)"""
+    if by_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def add_up(numbers: list) -> list:

@@ -640,3 +640,4 @@ def way_on(given: dict, arguments: list[str] | None) -> str:
 
 if __name__ == "__main__":
     main()
+    parallel.leave()
