@@ -34,6 +34,7 @@ from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
 from losses import gold_terms
 from model import generate, load_model
+from onednn import by_onednn
 from rouge import exact_match, rouge_l
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
@@ -302,10 +303,11 @@ def run(options: argparse.Namespace) -> None:
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
                 max_len = options.max_len or MAX_LEN[data.task]
-                scores = evaluate(
-                    model, tokenizer, data.examples, options.seeds, options.greedy, max_len,
-                    options.max_prompt_len or max_len // 2, options.batch_size, options.device, data.task,
-                )  # fmt: skip
+                with by_onednn(options.device):
+                    scores = evaluate(
+                        model, tokenizer, data.examples, options.seeds, options.greedy, max_len,
+                        options.max_prompt_len or max_len // 2, options.batch_size, options.device, data.task,
+                    )  # fmt: skip
                 results[name, data.name] = scores
                 where = write_report(name, directory, data, options, scores)
                 cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""

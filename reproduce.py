@@ -46,6 +46,7 @@ from data import TextTokenizer, read_jsonl, tokenise
 from eval import held_out_cross_entropy, respond, score, table
 from losses import DIVERGENCES
 from model import load_model
+from onednn import by_onednn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -439,6 +440,7 @@ def run_cell(cell: Cell, root: Path) -> dict:
     return result
 
 
+@by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
     """{rouge_l, exact_match, valid, cross_entropy} of greedy answers; cross-entropy over all references."""
     model, tokenizer, examples = load_model(model_directory), TextTokenizer(model_directory), read_jsonl(file)

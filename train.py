@@ -64,6 +64,7 @@ from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
 from model import build_model, generate, load_model, read_config, read_json
+from onednn import by_onednn
 from options import Options, check, flags, parse, say_settings, settings, teacher_stage
 from seqkd import teacher_answers
 
@@ -380,13 +381,14 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         keep_freed_memory()
     if not o.dry_run:
         check_directory(o)
-    pieces = load(o)
-    student = compiled(pieces.student) if o.compile else pieces.student
-    if o.dry_run:
-        return dry_run(o, pieces, student)
+    with by_onednn(o.device):
+        pieces = load(o)
+        student = compiled(pieces.student) if o.compile else pieces.student
+        if o.dry_run:
+            return dry_run(o, pieces, student)
 
-    with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
-        return run_updates(o, pieces, student, stop, description)
+        with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
+            return run_updates(o, pieces, student, stop, description)
 
 
 def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, description: str) -> dict[str, float]:
