@@ -461,6 +461,11 @@ class LlamaBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding without its initialisation, for which torch, on the meta device, imports a second's worth."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Decoder(nn.Module):
     """A decoder-only language model whose output is its last hidden state; the prediction head is applied on its own.
 
@@ -473,8 +478,8 @@ class Decoder(nn.Module):
         c = read_config(config)
         gpt2 = c.family == "gpt2"
         self.config, self.limit, self.windows = copy.deepcopy(config), c.limit, c.windows
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.positions = nn.Embedding(c.limit, c.width) if gpt2 else None
+        self.embed = embedding(c.vocab_size, c.width)
+        self.positions = embedding(c.limit, c.width) if gpt2 else None
         self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
         self.dropout = Dropout(c.embd_dropout if gpt2 else 0.0)
         self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
