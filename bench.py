@@ -61,6 +61,7 @@ from bench_plain import (
 from data import Example, Row, TextTokenizer, read_jsonl, tokenise
 from distill import Distiller
 from model import Decoder, build_model, generate, read_config, save_model
+from onednn import by_onednn, packed
 from projector import logit_preserving_weight
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,6 +273,11 @@ def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, li
 
 def measure_step(job: dict) -> dict:
     """{seconds: [...], and with job["check"]: peak, loss, gradient, tokens}. The first step is the warm-up."""
+    with by_onednn(job["device"]) if job["how"] == "ours" else contextlib.nullcontext():  # as training does
+        return measured(job)
+
+
+def measured(job: dict) -> dict:
     step, student, projectors, rows = make_step(job)
     parameters = [*student.parameters(), *projectors]
     result = {"tokens": sum(len(row.student.prompt) + len(row.student.response) for row in rows)}
@@ -537,9 +543,10 @@ def body(bench: Bench) -> None:
 
             def update(model, hidden, ids=ids, direction=direction, dtype=dtype) -> None:
                 model.zero_grad(set_to_none=True)
-                with autocast(bench, dtype):
-                    states = hidden(model, ids)
-                (states.float() * direction).sum().backward()
+                with by_onednn(bench.device) if isinstance(model, Decoder) else contextlib.nullcontext():
+                    with autocast(bench, dtype):
+                        states = hidden(model, ids)
+                    (states.float() * direction).sum().backward()
 
             runs = {name: (lambda pair=pair, update=update: update(*pair)) for name, pair in runs.items()}
             ceiling = matrix_ceiling(bench, dtype)
@@ -561,11 +568,15 @@ def body_work(m: Decoder, batch: int, length: int) -> int:
 
 
 def matrix_ceiling(bench: Bench, dtype: str) -> list[float]:
-    """FLOP/s of large square matrix products."""
+    """FLOP/s of large square matrix products, by PyTorch itself and, on a CPU, by oneDNN: the better."""
     n, dtype = bench.size["square"], torch.bfloat16 if dtype == "bf16" else torch.float32
     a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
-    times = take_turns({"product": lambda: a @ b}, 5, bench.device)["product"]
-    return [2 * n**3 / t for t in times]
+
+    def product() -> None:
+        a @ b
+
+    times = take_turns({"own": product, "oneDNN": by_onednn(bench.device)(product)}, 5, bench.device)
+    return [2 * n**3 / t for t in min(times.values(), key=statistics.median)]
 
 
 def generation(bench: Bench) -> None:
@@ -595,7 +606,8 @@ def generation(bench: Bench) -> None:
             runs["transformers"] = run_theirs
 
         def run_ours(ours=ours, written=written) -> None:
-            written["ours"] = generate(ours, prompts, new, None, temperature=0)
+            with by_onednn(bench.device), packed(ours):
+                written["ours"] = generate(ours, prompts, new, None, temperature=0)
 
         times = take_turns({"ours": run_ours, **runs}, size["generation_repeats"], bench.device)
         rates = {name: [8 * new / t for t in values] for name, values in times.items()}

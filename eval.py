@@ -34,7 +34,7 @@ from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
 from losses import gold_terms
 from model import generate, load_model
-from onednn import by_onednn
+from onednn import by_onednn, packed
 from rouge import exact_match, rouge_l
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
@@ -60,10 +60,11 @@ def respond(
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):
         chosen = order[start : start + batch_size]
         batch_seed = None if seed is None else seed * 1_000_003 + start
-        new = generate(
-            model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
-            tokenizer.size,  # not the rows that only pad the head
-        )  # fmt: skip
+        with packed(model):
+            new = generate(
+                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
+                tokenizer.size,  # not the rows that only pad the head
+            )  # fmt: skip
         for i, tokens in zip(chosen, new, strict=True):
             responses[i] = tokenizer.decode(tokens)
     return responses

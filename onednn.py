@@ -1,4 +1,4 @@
-"""Float32 products on a CPU by oneDNN, which PyTorch is built with, instead of its default, MKL.
+"""Products on a CPU by oneDNN, which PyTorch is built with, where that is faster than what PyTorch does by itself.
 
 MKL has no fast kernels for AMD's processors: a float32 product takes twice as long there as oneDNN's, which PyTorch
 uses for bf16 only. Values are the same up to the order of summation. There is no public switch, so `by_onednn` puts
@@ -8,9 +8,10 @@ PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, be
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALLEST = 2**20  # multiplications below which the way through Python costs more than it saves
 
@@ -46,3 +47,37 @@ def by_onednn(device: str) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+LARGEST = 2**31  # bytes of weights that are worth holding twice
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Meanwhile a decoder's linear layers and head have their weights laid out as oneDNN reads them: for generation on
+    a CPU. A few rows meet all weights at every token there, and laying them out takes longer than the product.
+
+    Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient.
+    """
+    layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
+    layers.append((model, "logits", model.head_weight, None))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.head_weight.dtype
+    known = torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    on_cpu = all(type(weight.data) is Tensor and weight.device.type == "cpu" for _, _, weight, _ in layers)
+    if not known or not on_cpu or sum(weight.numel() for _, _, weight, _ in layers) * dtype.itemsize > LARGEST:
+        yield
+        return
+    try:
+        for owner, method, weight, bias in layers:
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+            bias = None if bias is None else bias.detach().to(dtype)
+            setattr(owner, method, partial(product, weight=laid_out, bias=bias, dtype=dtype))
+        yield
+    finally:
+        for owner, method, _, _ in layers:
+            vars(owner).pop(method, None)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """F.linear with a weight that is laid out already."""
+    return torch.ops.mkldnn._linear_pointwise(x.detach().to(dtype), weight, bias, "none", [], "")

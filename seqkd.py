@@ -18,6 +18,7 @@ from tqdm import tqdm
 from checkpoint import write_text
 from data import Example, TextTokenizer, cut_example, read_jsonl
 from model import generate, load_model
+from onednn import packed
 
 
 def teacher_answers(
@@ -73,7 +74,9 @@ def teacher_answers(
         chosen = order[start : start + batch_size]
         room = max_len - len(ids[chosen[0]])  # of the longest prompt
         options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
-        for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
+        with packed(model):
+            answers = generate(model, [ids[i] for i in chosen], room, *options)
+        for i, new in zip(chosen, answers, strict=True):
             ended = new[-1] == teacher.eos_id
             text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
             if text.strip():

@@ -64,7 +64,7 @@ from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
 from hub import MODELS, data_file, model_directory
 from model import build_model, generate, load_model, read_config, read_json
-from onednn import by_onednn
+from onednn import by_onednn, packed
 from options import Options, check, flags, parse, say_settings, settings, teacher_stage
 from seqkd import teacher_answers
 
@@ -269,7 +269,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
     room = [o.max_len - len(prompt) for prompt in prompts]
     responses, failure = [], None
-    with autocast(o), parallel.gathered(pieces.student):
+    with autocast(o), parallel.gathered(pieces.student), packed(pieces.student):
         try:
             responses = generate(pieces.student, prompts, room, tokenizer.eos_id, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:

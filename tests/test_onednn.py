@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onednn import by_onednn
+import lora
+import onednn
+from model import build_model, generate
+from onednn import by_onednn, packed
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -110,3 +113,79 @@ def test_other_devices_and_builds_keep_theirs(calls, monkeypatch):
     with by_onednn("cpu"):
         a @ a
     assert not calls
+
+
+# -- weights laid out for generation -----------------------------------------------------------------------------------
+
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 70}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 70,
+         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True}  # fmt: skip
+
+
+@pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def decoder(request):
+    torch.manual_seed(0)
+    return build_model({**request.param, "initializer_range": 0.2}).eval()
+
+
+def states(decoder):
+    with torch.no_grad():
+        hidden = decoder(torch.arange(40).view(4, 10))
+        return hidden, decoder.logits(hidden)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
+    decoder.to(getattr(torch, dtype))
+    linear_layers = sum(type(m) is torch.nn.Linear for m in decoder.blocks.modules())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = states(decoder)
+        with packed(decoder):
+            found = states(decoder)
+            assert len(calls) == linear_layers + 1
+            again = generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
+            assert len(calls) == 21 * (linear_layers + 1)
+        assert all(torch.equal(a, b) for a, b in zip(states(decoder), expected, strict=True))
+    assert len(calls) == 21 * (linear_layers + 1) and not any("forward" in vars(m) for m in decoder.modules())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        exact = a.dtype == torch.float32 and not autocast
+        torch.testing.assert_close(a, b, rtol=1e-4 if exact else 0.1, atol=1e-5 if exact else 0.1)
+    if not autocast and dtype == "float32":
+        assert again == generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
+
+
+def test_packed_ends_with_an_error_too(decoder):
+    with pytest.raises(KeyError):
+        with packed(decoder):
+            raise KeyError
+    assert not any("forward" in vars(m) for m in decoder.modules()) and "logits" not in vars(decoder)
+    with torch.no_grad():
+        decoder.head_weight.zero_()
+    assert not states(decoder)[1].any()
+
+
+def test_what_cannot_be_packed_is_left_as_it_is(calls, decoder, monkeypatch):
+    with packed(decoder.double()):
+        states(decoder)
+    decoder.float()
+    with packed(decoder.to("meta")):
+        assert not any("forward" in vars(m) for m in decoder.modules())
+    decoder.to_empty(device="cpu")
+    monkeypatch.setattr(onednn, "LARGEST", 1000)
+    with packed(decoder):
+        states(decoder)
+    assert not calls
+
+
+def test_adapted_layers_keep_their_adapters(calls, decoder):
+    lora.attach(decoder, rank=2, alpha=4.0)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    expected = states(decoder)
+    with packed(decoder):
+        found = states(decoder)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert calls  # of the head at least
