@@ -252,6 +252,20 @@ def start(root: Path, cell: Cell) -> Path:
     return path / ("start" if cell.student == "nothing" else "student")
 
 
+def answers(root: Path, cell: Cell) -> Path:
+    """The greedy answers of a seed's teacher to the prompts of its labels, as SeqKD writes them."""
+
+    def make(new: Path) -> None:
+        seqkd = resolve(Cell("seqkd", temperature=0.0, updates=1, **{name: getattr(cell, name) for name in kept}))
+        train.train(train.Options(**options_of(seqkd, root, new)))
+        os.replace(new / "run" / "seqkd.jsonl", new / "seqkd.jsonl")
+        shutil.rmtree(new / "run")
+
+    kept = ("seed", "teacher", "text", "vocabulary", "labels")
+    name = "-".join(str(getattr(cell, name)) for name in kept)
+    return shared(root / "answers" / name, make) / "seqkd.jsonl"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes to a method that no option of train.py makes. Each is a patch around one run.
 
@@ -369,6 +383,7 @@ CHANGES = {
     "strings": by_strings,
     "strings-throughout": by_strings_throughout,
     "ends": with_ends,
+    "answers": list,  # the labels are the teacher's greedy answers, as SeqKD's are
     "random": list,  # both projectors start at random and are trained (--projectors)
     "random-t2s": list,  # t2s does; s2t is solved
 }
@@ -389,8 +404,8 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     """train.py's options for a cell; `scratch` takes its files."""
     method, _, change = cell.method.partition("+")
     family, _, divergence = method.partition("-")
-    where = world(root, cell)
-    lines = (where / "student_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: cell.labels]
+    labels = answers(root, cell) if change == "answers" else world(root, cell) / "student_train.jsonl"
+    lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)[: cell.labels]
     (scratch / "labels.jsonl").write_text("".join(lines), encoding="utf-8")
     options = {**tiny.DEFAULTS, "student": str(start(root, cell)), "data": str(scratch / "labels.jsonl")}
     options |= {"from_scratch": cell.student == "nothing", "seed": cell.seed, "lr": cell.lr}
@@ -467,7 +482,7 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
         ["sft", "seqkd", "uld", "mined", "mined+ends", *(f"v1-{d}" for d in ("fkl", "rkl", "akl")),
-         *(f"v2-{d}" for d in ("fkl", "rkl", "akl")), "teacher", "start"],
+         *(f"v2-{d}" for d in ("fkl", "rkl", "akl")), "v1-fkl+answers", "v2-fkl+answers", "teacher", "start"],
     ),
     "ablations": (
         "Ablations of DSKD v2 + ETA and v1 + CMA (v2's ablations; string alignment and label leak are ours)",
@@ -478,7 +493,7 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
     "same": (
         "The same vocabulary (the papers' tables with GPT-2 1.5B as the teacher)",
         ["sft", "seqkd teacher=same", *(f"{method}-{d} teacher=same" for d in ALL for method in ("kd", "v1", "v2")),
-         "teacher teacher=same"],
+         *(f"{method}-fkl+answers teacher=same" for method in ("kd", "v1", "v2")), "teacher teacher=same"],
     ),
     "on-policy": (
         "On-policy and off-policy, by updates and by time (v2's on-policy table)",
@@ -486,11 +501,12 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
          for how in ("", " on_policy=0.5", " on_policy=1.0", " updates=600", " updates=900")],
     ),
     "map": (
-        "Where does each method win? Valid answers",
+        "Where does each method win? Rouge-L, and differences of Rouge-L",
         [f"{method} {regime}".strip() for regime in REGIMES
          for method in ("sft", "uld", "mined+ends", "v1-fkl", "v2-fkl")],
     ),
 }  # fmt: skip
+COMPARED = "rouge_l"  # whose differences are shown, seed by seed: the papers' measure, and the search's
 MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "exact match, %",
             "cross_entropy": "cross-entropy"}  # fmt: skip
 
@@ -503,14 +519,14 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def format_table(rows: dict[str, dict[int, dict]]) -> str:
     """{row: {seed: result}} as markdown; differences are taken seed by seed with the first row."""
-    lines = [["", *MEASURES.values(), "valid answers, difference", "seconds", "seeds"]]
+    lines = [["", *MEASURES.values(), f"{MEASURES[COMPARED]}, difference", "seconds", "seeds"]]
     first = next(iter(rows.values()), {})
     for name, results in rows.items():
         cells = []
         for measure in MEASURES:
             digits = 3 if measure == "cross_entropy" else 1
             cells.append(spread([result[measure] for result in results.values()], digits) if results else "-")
-        differences = [results[seed]["valid"] - first[seed]["valid"] for seed in results if seed in first]
+        differences = [results[seed][COMPARED] - first[seed][COMPARED] for seed in results if seed in first]
         above = sum(difference > 0 for difference in differences)
         paired = f"{spread(differences)} (above in {above} of {len(differences)})" if differences else "-"
         seconds = [result["seconds"] for result in results.values() if "seconds" in result]
@@ -525,9 +541,9 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
     lines = [["", *methods]]
     for regime in dict.fromkeys(name.partition(" ")[2] for name in rows):
         results = [rows.get(f"{method} {regime}".strip(), {}) for method in methods]
-        line = [spread([result["valid"] for result in results[0].values()]) if results[0] else "-"]
+        line = [spread([result[COMPARED] for result in results[0].values()]) if results[0] else "-"]
         for found in results[1:]:
-            differences = [found[seed]["valid"] - results[0][seed]["valid"] for seed in found if seed in results[0]]
+            differences = [found[seed][COMPARED] - results[0][seed][COMPARED] for seed in found if seed in results[0]]
             line.append(f"{statistics.fmean(differences):+.1f}" + f" ± {statistics.stdev(differences):.1f}"
                         * (len(differences) > 1) if differences else "-")  # fmt: skip
         lines.append([f"`{regime or 'default'}`", *line])

@@ -18,6 +18,9 @@ import paper
 import reproduce
 import tiny
 import train
+from data import TextTokenizer
+from eval import respond
+from model import load_model
 from reproduce import Cell, parse, run_cell
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
@@ -85,6 +88,7 @@ def test_every_cell_has_options_that_train_accepts(root):
             patch.object(reproduce, "teacher", lambda root, cell: root),
             patch.object(reproduce, "start", lambda root, cell: root),
             patch.object(reproduce, "world", lambda root, cell: root / "worlds" / "plain-900-0"),
+            patch.object(reproduce, "answers", lambda root, cell: root / "worlds" / "plain-900-0" / "valid.jsonl"),
         ):
             options = train.Options(**reproduce.options_of(reproduce.resolve(cell), root, root))
         train.check(options)
@@ -98,7 +102,8 @@ def test_every_cell_has_options_that_train_accepts(root):
     "spec",
     ["teacher", "start", "sft", "seqkd", "uld", "mined", "mined+ends", "v1-fkl", "v2-akl on_policy=1.0",
      "v2-fkl+random", "v2-fkl+random-t2s", "v2-fkl+student-space", "v2-fkl+teacher-space", "v2-fkl+no-mask",
-     "v1-fkl+no-leak", "kd-rkl teacher=same", "v1-js teacher=same", "v2-skl teacher=same", "sft student=nothing",
+     "v2-fkl+answers",
+     "v2-fkl+answers", "v1-fkl+no-leak", "kd-rkl teacher=same", "v1-js teacher=same", "v2-skl teacher=same", "sft student=nothing",
      "v2-fkl text=accents", "v2-fkl+strings text=accents", "v2-fkl+strings-throughout text=accents"],
 )  # fmt: skip
 def test_every_kind_of_cell_runs(root, spec):
@@ -130,6 +135,20 @@ def test_half_made_pieces_are_made_again(tmp_path):
     for _ in range(2):
         path = reproduce.shared(tmp_path / "piece", lambda new: made.append((new / "whole").touch()))
     assert [file.name for file in path.iterdir()] == ["whole"] and len(made) == 1
+
+
+def test_labels_that_are_the_teachers_answers(root, tmp_path):
+    """The prompts are those of the labels; the answers what SeqKD would learn from; made once."""
+    cell = parse(f"v2-fkl+answers {SETTING}")
+    options = reproduce.options_of(reproduce.resolve(cell), root, tmp_path)
+    learned = [json.loads(line) for line in Path(options["data"]).read_text().splitlines()]
+    labels = [json.loads(line) for line in (root / "worlds/plain-900-0/student_train.jsonl").read_text().splitlines()]
+    tokenizer = TextTokenizer(reproduce.teacher(root, cell))
+    said = respond(load_model(reproduce.teacher(root, cell)), tokenizer, [x["prompt"] for x in labels[:12]])
+    said = {x["prompt"]: answer for x, answer in zip(labels[:12], said, strict=True)}
+    assert learned and all(said[x["prompt"]].startswith(x["output"]) for x in learned)
+    with patch.object(train, "train", lambda options: pytest.fail("made twice")):
+        assert reproduce.answers(root, cell) == reproduce.answers(root, replace(cell, updates=9))
 
 
 def test_the_test_split_is_read_after_training_and_never_by_the_search(root):
@@ -182,16 +201,16 @@ def test_the_search_takes_the_best_mean(tmp_path, monkeypatch):
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def result(valid, seconds=10.0):
-    return {"valid": valid, "rouge_l": 50.0, "exact_match": 1.0, "cross_entropy": 0.5, "seconds": seconds}
+def result(rouge_l, seconds=10.0):
+    return {"valid": 50.0, "rouge_l": rouge_l, "exact_match": 1.0, "cross_entropy": 0.5, "seconds": seconds}
 
 
 def test_a_table_by_hand():
     rows = {"sft": {0: result(1.0), 1: result(2.0), 2: result(6.0)}, "v2": {2: result(9.0), 0: result(2.0)}, "uld": {}}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reproduce.format_table(rows).split("\n")]
-    assert lines[2][:3] == ["`sft`", "3.0 ± 2.6", "50.0 ± 0.0"]  # √((4 + 1 + 9)/2)
+    assert lines[2][:3] == ["`sft`", "50.0 ± 0.0", "3.0 ± 2.6"]  # √((4 + 1 + 9)/2)
     # seed by seed 9 − 6 and 2 − 1: 2 ± √2
-    assert lines[3][1] == "5.5 ± 4.9" and lines[3][5:] == ["2.0 ± 1.4 (above in 2 of 2)", "10 ± 0", "2"]
+    assert lines[3][2] == "5.5 ± 4.9" and lines[3][5:] == ["2.0 ± 1.4 (above in 2 of 2)", "10 ± 0", "2"]
     assert lines[4][1:] == ["-", "-", "-", "-", "-", "", "0"]
     regime = {f"{name} labels=9": seeds for name, seeds in rows.items()}
     columns = reproduce.format_map(regime).split("\n")[2].split("|")
