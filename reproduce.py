@@ -1,7 +1,7 @@
 """The papers' claims in miniature: methods trained side by side on the embedded task, over several seeds.
 
     python reproduce.py                          every table: hours; finished cells are kept, so stop and go on at will
-    python reproduce.py different ablations      some of them: same different ablations on-policy map
+    python reproduce.py different ablations      some of them: same different ablations why on-policy map
     python reproduce.py --search                 hyper-parameters of every method, on the validation split
     python reproduce.py --scale paper            the papers' own runs as commands, with their memory and time
 
@@ -378,6 +378,7 @@ def with_ends():
 CHANGES = {
     "student-space": lambda: weighted({"t2s_ce": 1, "t2s_kd": 1}),
     "teacher-space": lambda: weighted({"s2t_kd": 1}),
+    "solved": lambda: weighted({"t2s_kd": 1, "s2t_kd": 1}),  # t2s has nothing to learn from, and stays the solution
     "no-mask": without_mask,
     "no-leak": without_leak,
     "strings": by_strings,
@@ -494,6 +495,11 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
         "The same vocabulary (the papers' tables with GPT-2 1.5B as the teacher)",
         ["sft", "seqkd teacher=same", *(f"{method}-{d} teacher=same" for d in ALL for method in ("kd", "v1", "v2")),
          *(f"{method}-fkl+answers teacher=same" for method in ("kd", "v1", "v2")), "teacher teacher=same"],
+    ),
+    "why": (
+        "Vanilla KD and DSKD v2 at one learning rate, and v2's parts",
+        ["kd-fkl teacher=same", *(f"v2-fkl{change} teacher=same lr=1e-3" for change in
+         ("", "+solved", "+student-space", "+teacher-space")), "v2-fkl teacher=same", "kd-fkl teacher=same lr=2.5e-4"],
     ),
     "on-policy": (
         "On-policy and off-policy, by updates and by time (v2's on-policy table)",
