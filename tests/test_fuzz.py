@@ -703,7 +703,8 @@ UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal 
 STARTERS = {"subprocess", "multiprocessing"}
 NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
           "bench.py": {"subprocess", "importlib"},  # for versions
-          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"}}  # runs of train.py # fmt: skip
+          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"},  # runs of train.py
+          "realtext.py": {"subprocess"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda file: file.name)
