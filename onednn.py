@@ -5,6 +5,7 @@ uses for bf16 only. Values are the same up to the order of summation. There is n
 PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, below autograd.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+# oneDNN compiles for each shape it meets and keeps the last 1,024, hundreds of megabytes where batches are of many
+# lengths. With 64 it takes no longer. It looks at this before its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 SMALLEST = 2**20  # multiplications below which the way through Python costs more than it saves
 
 
