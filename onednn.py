@@ -14,15 +14,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# oneDNN compiles for each shape it meets and keeps the last 1,024, hundreds of megabytes where batches are of many
-# lengths. With 64 it takes no longer. It looks at this before its first product.
+# What is compiled for a shape is kept, twice: by oneDNN, and by the layer between it and PyTorch, 1,024 of each. Where
+# batches are of many lengths that is most of a gigabyte, and no faster than this. Both look here when first used.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 SMALLEST = 2**20  # multiplications below which the way through Python costs more than it saves
 
 
 @contextmanager
 def by_onednn(device: str) -> Iterator[None]:
-    """Meanwhile float32 products on the CPU are oneDNN's. On other devices, and without oneDNN, nothing changes."""
+    """Meanwhile float32 products on the CPU, of SMALLEST multiplications or more, are oneDNN's; shapes, errors and
+    gradients are PyTorch's. On other devices, and where PyTorch is built without oneDNN, nothing changes."""
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
         yield
         return
@@ -61,7 +63,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     """Meanwhile a decoder's linear layers and head have their weights laid out as oneDNN reads them: for generation on
     a CPU. A few rows meet all weights at every token there, and laying them out takes longer than the product.
 
-    Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient.
+    Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient. On other
+    devices, in other dtypes than float32 and bfloat16, and above LARGEST nothing changes.
     """
     layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
     layers.append((model, "logits", model.head_weight, None))
@@ -83,5 +86,5 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """F.linear with a weight that is laid out already."""
+    """F.linear with a weight that is laid out already: x (..., in) -> (..., out), in the weight's dtype."""
     return torch.ops.mkldnn._linear_pointwise(x.detach().to(dtype), weight, bias, "none", [], "")

@@ -73,7 +73,7 @@ def session() -> Iterator[None]:
     except BaseException as error:
         sys.stdout, sys.stderr = outputs
         if isinstance(error, SystemExit) and isinstance(error.code, int):
-            raise  # all of them were told to stop, and have said so
+            leave(error.code)  # all of them were told to stop, and have said so
         try:
             first = store.add("failed", 1) == 1
         except dist.DistError:  # whoever kept the store has gone already
@@ -88,13 +88,13 @@ def session() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def leave() -> None:
+def leave(status: int = 0) -> None:
     """End a process of torchrun at once, without taking the interpreter apart: a thread of gloo that then lets go of a
     tensor wants the interpreter for it, and aborts the process. (It cannot be waited for: FSDP keeps the group.)"""
     if by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def add_up(numbers: list) -> list:

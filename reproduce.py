@@ -523,10 +523,10 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def format_table(rows: dict[str, dict[int, dict]]) -> str:
-    """{row: {seed: result}} as markdown; differences are taken seed by seed with the first row."""
+def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -> str:
+    """{row: {seed: result}} as markdown; differences are taken seed by seed from the row `against`, or the first."""
     lines = [["", *MEASURES.values(), f"{MEASURES[COMPARED]}, difference", "seconds", "seeds"]]
-    first = next(iter(rows.values()), {})
+    first = rows.get(against) or next(iter(rows.values()), {})
     for name, results in rows.items():
         cells = []
         for measure in MEASURES:
@@ -556,7 +556,7 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
     return table(lines)
 
 
-def report(names: list[str], seeds: int, root: Path) -> str:
+def report(names: list[str], seeds: int, root: Path, against: str | None = None) -> str:
     """The tables of the cells that are finished."""
     parts = []
     for name in names:
@@ -565,7 +565,7 @@ def report(names: list[str], seeds: int, root: Path) -> str:
         for spec in specs:
             files = {seed: file_of(replace(parse(spec), seed=seed), root) for seed in range(seeds)}
             rows[spec] = {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
-        parts.append(f"### {name}: {title}\n\n{format_map(rows) if name == 'map' else format_table(rows)}\n")
+        parts.append(f"### {name}: {title}\n\n{format_map(rows) if name == 'map' else format_table(rows, against)}\n")
     return "\n".join(parts)
 
 
@@ -647,6 +647,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--list", action="store_true", help="print the unfinished cells as commands, run nothing")
     parser.add_argument("--print", action="store_true", help="print the tables of what is finished, run nothing")
+    parser.add_argument("--against", help="the row that differences are taken from, in tables that have it; else the first")
     parser.add_argument("--search", action="store_true", help="hyper-parameters on the validation split")
     parser.add_argument("--scale", choices=["tiny", "paper"], default="tiny", help="paper: commands for real models")
     parser.add_argument("--run", action="store_true", help="with --scale paper: run them, too, one after the other")
@@ -661,6 +662,8 @@ def main(arguments: list[str] | None = None) -> None:
         names = o.tables or list(known)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no {unknown[0]!r} in --scale {o.scale}; there are {', '.join(known)}")
+        if o.against and not any(o.against in TABLES[name][1] for name in names):
+            raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
         if o.scale == "paper":
             paper.show(names, o.run)
             return
@@ -675,7 +678,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         if not o.print:
             run_all(cells, o.out, o.workers)
-        text = report(names, o.seeds, o.out)
+        text = report(names, o.seeds, o.out, o.against)
         print(text)
         o.out.mkdir(parents=True, exist_ok=True)
         (o.out / "tables.md").write_text(text, encoding="utf-8")

@@ -419,8 +419,8 @@ def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("on_policy", [0, 1])
 def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
-    """2,000 updates: over the second half the process grows by less than 40 MB, of which oneDNN takes 10 to 25 for
-    shapes that it has not met before (`onednn.py`); without it, it is 1 MB."""
+    """2,000 updates: over the second half the process grows by less than 10 MB. On-policy it grows by some 35 MB in the
+    first 600, while sampling meets new lengths, then no more (measured to 4,000)."""
     accumulate, sizes = train.accumulate, []
 
     def measuring(*things):
@@ -432,4 +432,4 @@ def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
     settings = {"max_steps": 2000, "checkpoint_every": 500, "max_len": 60, "on_policy": on_policy}
     train.main(arguments(tiny_task, tmp_path / "run", **settings))
     print(f"{sizes[200]:.0f} MB after 200 updates, {sizes[1000]:.0f} after 1,000, {sizes[-1]:.0f} after 2,000")
-    assert sizes[-1] - sizes[1000] < 40
+    assert sizes[-1] - sizes[1000] < 10

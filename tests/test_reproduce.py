@@ -212,6 +212,8 @@ def test_a_table_by_hand():
     # seed by seed 9 − 6 and 2 − 1: 2 ± √2
     assert lines[3][2] == "5.5 ± 4.9" and lines[3][5:] == ["2.0 ± 1.4 (above in 2 of 2)", "10 ± 0", "2"]
     assert lines[4][1:] == ["-", "-", "-", "-", "-", "", "0"]
+    lines = reproduce.format_table(rows, "v2").split("\n")
+    assert [line.split("|")[6].strip() for line in lines[2:4]] == ["-2.0 ± 1.4 (above in 0 of 2)", ""]
     regime = {f"{name} labels=9": seeds for name, seeds in rows.items()}
     columns = reproduce.format_map(regime).split("\n")[2].split("|")
     assert [cell.strip() for cell in columns[1:-1]] == ["`labels=9`", "3.0 ± 2.6", "+2.0 ± 1.4", "-"]
@@ -221,6 +223,8 @@ def test_a_report_of_unfinished_tables(tmp_path):
     (tmp_path / "cells").mkdir()
     reproduce.file_of(parse("sft seed=1"), tmp_path).write_text(json.dumps(result(30.0)))
     text = reproduce.report(list(reproduce.TABLES), 5, tmp_path)
+    with pytest.raises(SystemExit, match="no row 'v3' in different, same"):
+        reproduce.main(["different", "same", "--against", "v3", "--out", str(tmp_path)])
     assert text.count("| 30.0") == 3 and text.count("### ") == len(reproduce.TABLES)  # in different, same and the map
 
 
