@@ -278,6 +278,7 @@ def measure_step(job: dict) -> dict:
 
 
 def measured(job: dict) -> dict:
+    """`measure_step` with the products that are in place."""
     step, student, projectors, rows = make_step(job)
     parameters = [*student.parameters(), *projectors]
     result = {"tokens": sum(len(row.student.prompt) + len(row.student.response) for row in rows)}

@@ -57,16 +57,16 @@ def respond(
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: little padding
     responses = [""] * len(ids)
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):
-        chosen = order[start : start + batch_size]
-        batch_seed = None if seed is None else seed * 1_000_003 + start
-        with packed(model):
+    with packed(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):
+            chosen = order[start : start + batch_size]
+            batch_seed = None if seed is None else seed * 1_000_003 + start
             new = generate(
                 model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
                 tokenizer.size,  # not the rows that only pad the head
             )  # fmt: skip
-        for i, tokens in zip(chosen, new, strict=True):
-            responses[i] = tokenizer.decode(tokens)
+            for i, tokens in zip(chosen, new, strict=True):
+                responses[i] = tokenizer.decode(tokens)
     return responses
 
 

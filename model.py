@@ -462,7 +462,8 @@ class LlamaBlock(nn.Module):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding without its initialisation, for which torch, on the meta device, imports a second's worth."""
+    """nn.Embedding, (rows, width), without its initialisation: for that torch imports a second's worth on the meta
+    device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 

@@ -38,7 +38,8 @@ METHODS = {
 
 
 def split(file: Path, out: Path) -> None:
-    """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together."""
+    """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together. Raises
+    ValueError if there are too few."""
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     groups: dict[str, list[str]] = {}
     for line, example in zip(lines, read_jsonl(file), strict=True):
@@ -50,17 +51,27 @@ def split(file: Path, out: Path) -> None:
     bounds = {"test": (0, TEST), "valid": (TEST, TEST + VALID), "train": (TEST + VALID, len(prompts))}
     for part, (first, last) in bounds.items():
         chosen = [line for prompt in prompts[first:last] for line in groups[prompt]]
-        (out / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        write_lines(out / f"{part}.jsonl", chosen)
 
 
 def readable(file: Path, out: Path, tested: set[str]) -> None:
-    """The examples of a file that have an answer, and whose prompts are not among those of a test set."""
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    answered = out / "reading.jsonl"
-    answered.write_text("".join(f"{line}\n" for line in lines if json.loads(line).get("output")), encoding="utf-8")
-    lines = answered.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line, example in zip(lines, read_jsonl(answered), strict=True) if example.prompt not in tested]
-    answered.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    """reading.jsonl: the examples of a file that have an answer, and a prompt that is in no test set. Raises ValueError
+    naming the line that is no example."""
+    answered = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            if line.strip() and json.loads(line)["output"]:
+                answered.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number}: should be a JSON object with an output: {error!r}") from error
+    write_lines(out / "reading.jsonl", answered)
+    prompts = [example.prompt for example in read_jsonl(out / "reading.jsonl")]
+    kept = [line for line, prompt in zip(answered, prompts, strict=True) if prompt not in tested]
+    write_lines(out / "reading.jsonl", kept)
+
+
+def write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def untrained_student(tokenizer: Path, directory: Path) -> None:

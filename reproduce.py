@@ -647,7 +647,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--list", action="store_true", help="print the unfinished cells as commands, run nothing")
     parser.add_argument("--print", action="store_true", help="print the tables of what is finished, run nothing")
-    parser.add_argument("--against", help="the row that differences are taken from, in tables that have it; else the first")
+    parser.add_argument("--against", help="the row to take differences from (default, and in the map: the first)")
     parser.add_argument("--search", action="store_true", help="hyper-parameters on the validation split")
     parser.add_argument("--scale", choices=["tiny", "paper"], default="tiny", help="paper: commands for real models")
     parser.add_argument("--run", action="store_true", help="with --scale paper: run them, too, one after the other")
@@ -662,7 +662,7 @@ def main(arguments: list[str] | None = None) -> None:
         names = o.tables or list(known)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no {unknown[0]!r} in --scale {o.scale}; there are {', '.join(known)}")
-        if o.against and not any(o.against in TABLES[name][1] for name in names):
+        if o.against and not any(o.against in TABLES.get(name, ("", []))[1] for name in names):
             raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
         if o.scale == "paper":
             paper.show(names, o.run)

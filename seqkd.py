@@ -70,20 +70,19 @@ def teacher_answers(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
     lines: list[dict | None] = [None] * len(ids)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
-    for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
-        chosen = order[start : start + batch_size]
-        room = max_len - len(ids[chosen[0]])  # of the longest prompt
-        options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
-        with packed(model):
-            answers = generate(model, [ids[i] for i in chosen], room, *options)
-        for i, new in zip(chosen, answers, strict=True):
-            ended = new[-1] == teacher.eos_id
-            text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
-            if text.strip():
-                x = asked[i]  # the prompt as the student's format takes it
-                prompt = {"prompt": x.prompt if student.chat == "none" else x.message()}
-                prompt = {"instruction": x.instruction, "input": x.input} if x.prompt is None else prompt
-                lines[i] = prompt | {"output": text} | ({} if ended else {"end_of_text": False})
+    with packed(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
+            chosen = order[start : start + batch_size]
+            room = max_len - len(ids[chosen[0]])  # of the longest prompt
+            options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
+            for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
+                ended = new[-1] == teacher.eos_id
+                text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
+                if text.strip():
+                    x = asked[i]  # the prompt as the student's format takes it
+                    prompt = {"prompt": x.prompt if student.chat == "none" else x.message()}
+                    prompt = {"instruction": x.instruction, "input": x.input} if x.prompt is None else prompt
+                    lines[i] = prompt | {"output": text} | ({} if ended else {"end_of_text": False})
     written = [line for line in lines if line is not None]
     unended = sum("end_of_text" in line for line in written)
     print(

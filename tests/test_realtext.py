@@ -59,6 +59,10 @@ def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a"})
     assert [example.prompt for example in read_jsonl(tmp_path / "reading.jsonl")] == ["c"]
+    for spoilt in ("{", "[1]", "{}", "3"):
+        (tmp_path / "spoilt.jsonl").write_text(json.dumps(lines[0]) + f"\n{spoilt}\n")
+        with pytest.raises(ValueError, match="spoilt.jsonl, line 2"):
+            realtext.readable(tmp_path / "spoilt.jsonl", tmp_path, set())
 
 
 def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
