@@ -620,8 +620,8 @@ def search(root: Path, run) -> dict[str, dict[str, float]]:
         run([replace(cell, seed=seed) for cells in tried.values() for cell in cells for seed in SEARCH_SEEDS])
         scores = {name: mean_scores(cells, root) for name, cells in tried.items()}
         for name, cells in tried.items():
-            for score, cell in zip(scores[name], cells, strict=True):
-                print(f"{score:.2f} {cell}", file=sys.stderr)
+            for mean, cell in zip(scores[name], cells, strict=True):
+                print(f"{mean:.2f} {cell}", file=sys.stderr)
         return {name: cells[scores[name].index(max(scores[name]))] for name, cells in tried.items()}
 
     cells, second = {}, {}
