@@ -221,8 +221,8 @@ def align_by_sweep(teacher: list[bytes | None], student: list[bytes | None]) -> 
 def _spans(tokens: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the tokens that are not empty, and their spans [start, end) packed into one integer each."""
     # end-of-text counts as one byte: the caller has checked that both sides have them in the same places
-    lengths = np.fromiter((1 if token is None else len(token) for token in tokens), dtype=np.int64, count=len(tokens))
-    ends = np.cumsum(lengths)
+    lengths = np.array([1 if token is None else len(token) for token in tokens], dtype=np.int64)
+    ends = lengths.cumsum()
     index = np.flatnonzero(lengths)
     return index, (ends[index] - lengths[index] << 32) | ends[index]
 

@@ -589,11 +589,9 @@ def generation(bench: Bench) -> None:
     for dtype in bench.dtypes:
         torch.manual_seed(0)
         ours = build_model(size["generator"]).eval()
-        runs, written = {}, {}
+        runs, written, kind = {}, {}, torch.bfloat16 if dtype == "bf16" else torch.float32
         if "transformers" in bench.others:
-            kind = torch.bfloat16 if dtype == "bf16" else torch.float32
             theirs = as_transformers(ours).to(bench.device, kind).eval()
-            ours = ours.to(bench.device, kind)
             width = max(lengths)
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=bench.device)  # padded on the left
             mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=bench.device)
@@ -605,6 +603,7 @@ def generation(bench: Bench) -> None:
                 written["transformers"] = output[:, width:].tolist()
 
             runs["transformers"] = run_theirs
+        ours = ours.to(bench.device, kind)
 
         def run_ours(ours=ours, written=written) -> None:
             with by_onednn(bench.device), packed(ours):

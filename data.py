@@ -254,7 +254,7 @@ class TextTokenizer:
             raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {self.size - 1}: not a vocabulary")
         self.eos_id = self._end_of_text() if chat == "none" else self._end_of_turn()
         try:
-            self.bytes = token_bytes(self.tokenizer)
+            self.bytes = [spelling or b"" for spelling in token_bytes(self.tokenizer)]  # special tokens spell nothing
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
@@ -340,7 +340,7 @@ class TextTokenizer:
     def spelt(self, ids: list[int]) -> list[bytes | None]:
         """The bytes of each id, as `exact_token_alignment` takes them: None is end-of-text alone, the other special
         tokens spell nothing."""
-        return [None if i == self.eos_id else self.bytes[i] or b"" for i in ids]
+        return list(map(self.bytes.__getitem__, ids))
 
     @functools.cached_property
     def spellings(self) -> list[bytes | None]:
@@ -619,6 +619,7 @@ class ModelBatch:
     causality hides it from every position that is used."""
 
     input_ids: torch.Tensor  # (B, T), padded to the longest example
+    real: torch.Tensor  # (N,) of the tokens that are no padding, in the flattened (B·T)
     positions: torch.Tensor  # (R,) of the response positions in the flattened (B·T)
     labels: torch.Tensor  # (R,) the token each of them predicts
     example: torch.Tensor  # (R,) which of the B examples each belongs to
@@ -651,14 +652,15 @@ def collate_side(sides: list[Side], pad_id: int) -> ModelBatch:
     sequences = [side.prompt + side.response for side in sides]
     width = max(len(sequence) for sequence in sequences) - 1  # nothing follows the last token
     input_ids = torch.full((len(sides), width), pad_id)
-    positions, labels, example = [], [], []
+    real, positions, labels, example = [], [], [], []
     for row, (side, sequence) in enumerate(zip(sides, sequences, strict=True)):
         input_ids[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
+        real += range(row * width, row * width + len(sequence) - 1)
         first = row * width + len(side.prompt) - 1  # the last prompt token predicts the first response token
         positions += range(first, first + len(side.response))
         labels += side.response
         example += [row] * len(side.response)
-    return ModelBatch(input_ids, torch.tensor(positions), torch.tensor(labels), torch.tensor(example))
+    return ModelBatch(input_ids, *map(torch.tensor, (real, positions, labels, example)))
 
 
 def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
@@ -689,7 +691,7 @@ def without_responses(batch: Batch) -> Batch:
 
     def empty(side: ModelBatch | None) -> ModelBatch | None:
         none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
-        return side and replace(side, input_ids=side.input_ids[:1, :1], **none)
+        return side and replace(side, input_ids=side.input_ids[:1, :1], real=side.real[:1], **none)
 
     rest = batch.teacher_index, batch.student_index, [], batch.teacher_hidden, batch.teacher_predictions
     return Batch(empty(batch.student), empty(batch.teacher), *[None if x is None else x[:0] for x in rest])

@@ -61,7 +61,7 @@ class Totals:
 
 def hidden_at(model: nn.Module, side: ModelBatch) -> Tensor:
     """The model's hidden states at the response positions: (R, width)."""
-    return model(side.input_ids).flatten(0, 1)[side.positions]
+    return model(side.input_ids, real=side.real).flatten(0, 1)[side.positions]
 
 
 def argmax_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:

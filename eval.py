@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import chat_of, write_text
 from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
+from distill import hidden_at
 from grade import final_answer, humaneval_program, is_correct, mbpp_program
 from hub import data_file, model_directory
 from losses import gold_terms
@@ -79,7 +80,7 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
     rows = sorted(rows, key=lambda row: len(row.student.prompt) + len(row.student.response))
     for start in range(0, len(rows), batch_size):
         side = collate(rows[start : start + batch_size], eos_id).student.to(device)
-        hidden = model(side.input_ids).flatten(0, 1)[side.positions]
+        hidden = hidden_at(model, side)
         for part, labels in zip(hidden.split(1024), side.labels.split(1024), strict=True):
             total += float(gold_terms(part, labels, model.head_weight)[0].sum())
         tokens += len(side.labels)

@@ -164,7 +164,7 @@ class HeadTerms(torch.autograd.Function):
                     d_head = part if d_head is None else d_head.add_(part)
                 if wants_target and label is not None:
                     d_target[rows] = target @ target_head
-        if d_head is None:
+        if d_head is None and wants_head:  # no tokens
             d_head = torch.zeros_like(head)
         gradients = zip((d_hidden, d_head, d_target), inputs, ctx.needs_input_grad, strict=False)
         ctx.gradients = [d.to(x.dtype) if wanted else None for d, x, wanted in gradients]

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,29 +217,42 @@ def read_rope(f: SimpleNamespace, where: str) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens so far: two buffers per layer, allocated once, filled at each sequence's own pace.
+    """Keys and values of all tokens so far: two buffers per layer, filled at each sequence's own pace.
 
     The first forward pass stores right-padded prompts from slot 0; every later one stores one token per sequence, at
-    slot `lengths[b]`. What padding left in later slots is overwritten before any query may look at it.
+    slot `lengths[b]`. What padding left in later slots is overwritten before any query may look at it. The buffers grow
+    by STEP slots when they are full, and are read as a whole: on a CPU, products with a part of a buffer copy it first.
     """
 
-    def __init__(self, prompt_lengths: torch.Tensor, slots: int):
+    STEP = 64
+
+    def __init__(self, prompt_lengths: torch.Tensor):
         self.lengths = prompt_lengths  # (B,) tokens stored per sequence, once the prompts are in
-        self.slots, self.used = slots, 0  # `used`: no query needs a slot from here on
+        self.slots = 0
         self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
         self.values: list[torch.Tensor] = []
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the new k, v (B, kv_heads, T, head_dim); return what the new queries may attend to."""
         if layer == len(self.keys):  # prompts
+            self.slots = -(-k.size(2) // self.STEP) * self.STEP
             for new, buffers in ((k, self.keys), (v, self.values)):
-                buffers.append(new.new_zeros(*new.shape[:2], self.slots, new.size(3)))
-                buffers[layer][:, :, : new.size(2)] = new
+                buffers.append(F.pad(new, (0, 0, 0, self.slots - new.size(2))))
             return k, v
         rows = torch.arange(len(k), device=k.device)
         self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
         self.values[layer][rows, :, self.lengths] = v[:, :, 0]
-        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        return self.keys[layer], self.values[layer]
+
+    def make_room(self, tokens: int) -> None:
+        """For sequences of up to this length. One that is longer has finished, and runs idle in the last slot."""
+        self.lengths = self.lengths.clamp(max=tokens - 1)
+        more = -(-tokens // self.STEP) * self.STEP - self.slots
+        if more > 0:
+            self.slots += more
+            for buffers in (self.keys, self.values):
+                for layer in range(len(buffers)):
+                    buffers[layer] = F.pad(buffers[layer], (0, 0, 0, more))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all sequences but these."""
@@ -265,49 +279,84 @@ class Dropout(nn.Dropout):
 
 
 class DropoutAttention(torch.autograd.Function):
-    """F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True) for CPUs. Those have no fused kernel
-    with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half the memory of
-    a training GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal.
+    """F.scaled_dot_product_attention(..., dropout_p=dropout, is_causal=True) within each sequence, for CPUs. Those have
+    no fused kernel with dropout: SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half
+    the memory of a training GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above
+    the diagonal.
 
-    q, k, v (B, heads, T, head_dim) -> the same: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
+    q, k, v (N, heads, head_dim), sequences of these lengths one after another -> the same: y = (P ∘ keep) v /
+    (1 − dropout) with P = softmax(q kᵀ / √head_dim).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout, rows=128):
-        k, v, blocks, saved = k.contiguous(), v.contiguous(), [], []
-        y, q = torch.empty_like(v), q * (q.size(-1) ** -0.5)
-        for start in range(0, q.size(2), rows):
-            at, seen = slice(start, start + rows), slice(0, min(start + rows, q.size(2)))
-            scores = q[:, :, at] @ k[:, :, seen].mT  # (B, heads, rows, seen)
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + start)
-            p = scores.masked_fill_(later, -torch.inf).softmax(-1)
-            keep = keep_mask(p, dropout)
-            y[:, :, at] = (p * keep) @ v[:, :, seen]
-            blocks.append((at, seen))
-            saved += p, keep
+    def forward(ctx, q, k, v, lengths, dropout, rows=128):
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q * q.size(-1) ** -0.5, k, v))  # (heads, N, head_dim)
+        y, blocks, saved, first = torch.empty_like(v), [], [], 0
+        for length in lengths:
+            for start in range(0, length, rows):
+                seen = slice(first, first + min(start + rows, length))
+                at = slice(first + start, seen.stop)
+                scores = q[:, at] @ k[:, seen].mT  # (heads, rows, seen)
+                later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + start)
+                p = scores.masked_fill_(later, -torch.inf).softmax(-1)
+                keep = keep_mask(p, dropout)
+                y[:, at] = (p * keep) @ v[:, seen]
+                blocks.append((at, seen))
+                saved += p, keep
+            first += length
         ctx.save_for_backward(q, k, v, *saved)
         ctx.blocks, ctx.kept = blocks, 1 / (1 - dropout)
-        return y.mul_(ctx.kept)
+        return y.mul_(ctx.kept).transpose(0, 1)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *saved = ctx.saved_tensors
-        dq, dk, dv, dy = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), dy * ctx.kept
+        dy = dy.transpose(0, 1) * ctx.kept
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (at, seen), p, keep in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
-            dv[:, :, seen] += (p * keep).mT @ dy[:, :, at]
-            dp = (dy[:, :, at] @ v[:, :, seen].mT).mul_(keep)
+            dv[:, seen] += (p * keep).mT @ dy[:, at]
+            dp = (dy[:, at] @ v[:, seen].mT).mul_(keep)
             dp -= (p * dp).sum(-1, keepdim=True)
             ds = dp.mul_(p)  # through the softmax: p·(dp − Σ p dp)
-            dq[:, :, at] = ds @ k[:, :, seen]
-            dk[:, :, seen] += ds.mT @ q[:, :, at]
-        return dq * (q.size(-1) ** -0.5), dk, dv, None, None
+            dq[:, at] = ds @ k[:, seen]
+            dk[:, seen] += ds.mT @ q[:, at]
+        return (dq * q.size(-1) ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None, None, None
 
 
-def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> torch.Tensor:
-    """softmax(q kᵀ / √head_dim) v, causal. q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, ·).
+class Packing:
+    """Sequences of a padded batch without the padding, one after another: what every layer but attention works on."""
+
+    def __init__(self, real: torch.Tensor, shape: tuple[int, int]):
+        self.real, self.shape = real, shape  # (N,) the positions of real tokens in the flattened batch; its (B, T)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) -> (1, N, ...)"""
+        return x.flatten(0, 1).index_select(0, self.real)[None]
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, N, ...) -> (B, T, ...), zeros at the padding"""
+        B, T = self.shape
+        return x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, (B, T))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return torch.bincount(self.real // self.shape[1], minlength=self.shape[0]).tolist()
+
+
+def attend(q, k, v, layer: int, mask, cache: KVCache | None, packing: Packing | None, dropout: float) -> torch.Tensor:
+    """softmax(q kᵀ / √head_dim) v, causal. q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, ·);
+    with a packing (1, N) in the place of (B, T), in and out.
 
     mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
     """
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and 0 < dropout < 1 and mask is None and q.size(2) == k.size(2):
+        lengths = [q.size(1)] * q.size(0) if packing is None else packing.lengths
+        y = DropoutAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), lengths, dropout)  # (N, heads, head_dim)
+        return y.flatten(1).unflatten(0, q.shape[:2])
+    if packing is not None:
+        y = attend(*map(packing.pad, (q, k, v)), layer, mask, cache, None, dropout)
+        return packing.pack(y)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
     if cache is not None:
         k, v = cache.store(layer, k, v)  # (B, kv_heads, S, head_dim)
@@ -324,13 +373,9 @@ def attend(q, k, v, layer: int, mask, cache: KVCache | None, dropout: float) -> 
     if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # of CUDA's fast kernels only flash attention shares heads by itself; it takes no mask and no float32
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and 0 < dropout < 1 and mask is None and groups == 1:
-        y = DropoutAttention.apply(q, k, v, dropout)
-    else:
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
-        )
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
+    )
     return y.transpose(1, 2).flatten(2)  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
 
 
@@ -342,9 +387,9 @@ class GPT2Attention(nn.Module):
         self.c_proj = nn.Linear(c.width, c.width)
         self.dropout = Dropout(c.resid_dropout)
 
-    def forward(self, x, layer, mask, cache):
+    def forward(self, x, layer, *where):
         q, k, v = self.c_attn(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # 3 x (B, T, heads, head_dim)
-        y = attend(q, k, v, layer, mask, cache, self.attn_dropout if self.training else 0.0)
+        y = attend(q, k, v, layer, *where, self.attn_dropout if self.training else 0.0)
         return self.dropout(self.c_proj(y))
 
 
@@ -369,8 +414,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(c.width, eps=c.eps)
         self.mlp = GPT2MLP(c)
 
-    def forward(self, x, rotation, mask, cache):
-        x = x + self.attn(self.ln_1(x), self.layer, mask, cache)
+    def forward(self, x, rotation, *where):  # of attention: mask, cache, packing
+        x = x + self.attn(self.ln_1(x), self.layer, *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -425,14 +470,14 @@ class LlamaAttention(nn.Module):
             self.k_norm = RMSNorm(c.head_dim, c.eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x, layer, rotation, mask, cache):
+    def forward(self, x, layer, rotation, *where):
         q, k, v = (
             project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, heads, head_dim), k and v with kv_heads
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
-        return self.o_proj(attend(q, k, v, layer, mask, cache, self.attn_dropout if self.training else 0.0))
+        return self.o_proj(attend(q, k, v, layer, *where, self.attn_dropout if self.training else 0.0))
 
 
 class LlamaMLP(nn.Module):
@@ -456,8 +501,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = LlamaMLP(c)
 
-    def forward(self, x, rotation, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), self.layer, rotation, mask, cache)
+    def forward(self, x, rotation, *where):  # of attention: mask, cache, packing
+        x = x + self.self_attn(self.input_layernorm(x), self.layer, rotation, *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -495,32 +540,39 @@ class Decoder(nn.Module):
         """hidden (..., D) -> (..., V)"""
         return F.linear(hidden, self.head_weight)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask=None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask=None, cache: KVCache | None = None, real=None):
         """input_ids (B, T) -> hidden states after the final norm (B, T, D).
 
         Padding belongs on the right, where causality hides it from every real token: attention_mask (B, T) is only
         checked to be of that kind, never used, and None saves the check (on CUDA, a wait for the device). States at
         padded positions mean nothing. Raises ValueError for other masks and for sequences beyond the position limit.
+        real (N,): the positions of all real tokens in the flattened (B·T), ascending; given that, nothing but attention
+        is computed at the others, and their states are 0.
         """
         T = input_ids.size(1)
         if T > self.limit:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.limit} positions: shorten it")
         if attention_mask is not None and not torch.compiler.is_compiling():
             check_right_padded(attention_mask, input_ids)
-        if cache is not None and cache.used:  # decoding: one more token per sequence, each at its own position
-            positions, n_keys = cache.lengths[:, None], cache.used  # (B, 1)
+        if cache is not None and cache.slots:  # decoding: one more token per sequence, each at its own position
+            positions, n_keys = cache.lengths[:, None], cache.slots  # (B, 1)
         else:
             positions, n_keys = torch.arange(T, device=input_ids.device)[None], T  # (1, T)
+
+        masks = {window: causal_mask(positions, n_keys, window) for window in set(self.windows)}
+        packing = None if real is None else Packing(real, input_ids.shape)
+        if packing is not None:
+            input_ids, positions = packing.pack(input_ids), (real % T)[None]  # (1, N)
 
         x = self.embed(input_ids)  # (B, T, D)
         if self.positions is not None:
             x = x + self.positions(positions)
         x = self.dropout(x)
         rotation = None if self.rotary is None else self.rotary(positions)
-        masks = {window: causal_mask(positions, n_keys, window) for window in set(self.windows)}
         for block, window in zip(self.blocks, self.windows, strict=True):
-            x = block(x, rotation, masks[window], cache)
-        return self.norm(x)
+            x = block(x, rotation, masks[window], cache, packing)
+        x = self.norm(x)
+        return x if packing is None else packing.pad(x)
 
 
 def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor | None:
@@ -785,9 +837,11 @@ def generate(
     try:
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
+        real = [row * longest + at for row, i in enumerate(rows) for at in range(len(prompts[i]))]
+        real = torch.tensor(real, device=device)
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,)
-        cache = KVCache(lengths, slots=max(len(prompts[i]) + budget[i] for i in rows))
-        hidden = m(ids, cache=cache)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
+        cache = KVCache(lengths)
+        hidden = m(ids, cache=cache, real=real)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
         while True:
             tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
             for i, token in zip(rows, tokens.tolist(), strict=True):
@@ -801,9 +855,9 @@ def generate(
                 kept = torch.tensor(alive, device=device)
                 cache.keep(kept)
                 tokens, rows = tokens[kept], [rows[row] for row in alive]
-            cache.used = max(len(prompts[i]) + len(outputs[i]) for i in rows)
+            cache.make_room(max(len(prompts[i]) + len(outputs[i]) for i in rows))
             hidden = m(tokens[:, None], cache=cache)[:, -1]  # (B, D)
-            cache.lengths = (cache.lengths + 1).clamp(max=cache.slots - 1)  # finished rows run idle within the buffers
+            cache.lengths = cache.lengths + 1
     finally:
         m.train(was_training)
 

@@ -676,7 +676,7 @@ def test_rows_have_pairs_only_on_request(student, teacher):
 def test_collate_against_a_loop(rows, student, teacher):
     batch = collate(rows, student.eos_id, teacher.eos_id)
     for name, padding in (("student", student.eos_id), ("teacher", teacher.eos_id)):
-        side, k = getattr(batch, name), 0
+        side, k, real = getattr(batch, name), 0, []
         width = max(len(getattr(row, name).prompt + getattr(row, name).response) for row in rows) - 1
         assert side.input_ids.shape == (len(rows), width) and side.input_ids.dtype == torch.int64
         for example, row in enumerate(rows):
@@ -684,6 +684,7 @@ def test_collate_against_a_loop(rows, student, teacher):
             for position in range(width):
                 if position < len(sequence) - 1:
                     assert side.input_ids[example, position] == sequence[position]
+                    real.append(example * width + position)
                 else:
                     assert side.input_ids[example, position] == padding
                 if len(getattr(row, name).prompt) - 1 <= position < len(sequence) - 1:
@@ -692,7 +693,7 @@ def test_collate_against_a_loop(rows, student, teacher):
                     assert side.inputs[k] == sequence[position]
                     assert side.example[k] == example
                     k += 1
-        assert len(side.positions) == len(side.labels) == len(side.example) == k
+        assert len(side.positions) == len(side.labels) == len(side.example) == k and side.real.tolist() == real
 
 
 def test_padding_does_not_matter(rows, student, teacher):
@@ -700,7 +701,7 @@ def test_padding_does_not_matter(rows, student, teacher):
     for name in ("student", "teacher"):
         a, b = getattr(one, name), getattr(other, name)
         assert not torch.equal(a.input_ids, b.input_ids)
-        for part in ("positions", "labels", "example", "inputs"):
+        for part in ("real", "positions", "labels", "example", "inputs"):
             assert torch.equal(getattr(a, part), getattr(b, part))
     torch.manual_seed(0)
     config = {"model_type": "gpt2", "vocab_size": student.size, "n_positions": 64, "n_embd": 8, "n_layer": 1,
@@ -708,9 +709,11 @@ def test_padding_does_not_matter(rows, student, teacher):
     m = build_model(config).eval()
     with torch.no_grad():
         hidden = [m(s.input_ids).flatten(0, 1)[s.positions] for s in (one.student, other.student)]
+        hidden.append(m(one.student.input_ids, real=one.student.real).flatten(0, 1)[one.student.positions])
         alone = [collate([row], 3).student for row in rows]
         apart = torch.cat([m(s.input_ids).flatten(0, 1)[s.positions] for s in alone])
     torch.testing.assert_close(hidden[0], hidden[1])
+    torch.testing.assert_close(hidden[0], hidden[2])
     torch.testing.assert_close(hidden[0], apart)
 
 
@@ -748,7 +751,7 @@ def test_rows_without_pairs_and_examples_without_a_pair():
 def test_batch_to_moves_every_tensor(rows):
     moved = collate(rows, 0, 0).to("meta")
     sides = [getattr(side, part) for side in (moved.student, moved.teacher)
-             for part in ("input_ids", "positions", "labels", "example")]  # fmt: skip
+             for part in ("input_ids", "real", "positions", "labels", "example")]  # fmt: skip
     assert {t.device.type for t in [*sides, moved.teacher_index, moved.student_index]} == {"meta"}
 
 

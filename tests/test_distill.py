@@ -210,7 +210,7 @@ def padded(side, extra, filler):
     width = side.input_ids.shape[1]
     wider = copy.copy(side)
     wider.input_ids = pad(side.input_ids, (0, extra), value=filler)
-    wider.positions = side.positions // width * (width + extra) + side.positions % width
+    wider.positions, wider.real = (at // width * (width + extra) + at % width for at in (side.positions, side.real))
     return wider
 
 
@@ -740,4 +740,4 @@ def test_a_batch_moves_with_all_its_tensors(tokenizers):
     batch = collate(setting.rows, 0).to("meta")
     tensors = [batch.teacher_index, batch.student_index]
     tensors += [getattr(side, key) for side in (batch.student, batch.teacher) for key in vars(side)]
-    assert len(tensors) == 10 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert len(tensors) == 12 and all(tensor.device.type == "meta" for tensor in tensors)

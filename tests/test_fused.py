@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fused
 from losses import DIVERGENCES, PLAIN
@@ -80,6 +82,37 @@ def test_under_bf16_autocast(call, divergence):
         if plain is not None:
             assert gradients[name].dtype == plain.dtype
             assert (gradients[name] - plain).norm() <= 2e-2 * plain.norm(), name
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest storage that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        given, made = ({x.untyped_storage().data_ptr(): x for x in tree_leaves(tree) if torch.is_tensor(x)}
+                       for tree in ((args, kwargs), outputs))  # fmt: skip
+        new = (x for storage, x in made.items() if storage not in given)
+        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in new)])
+        return outputs
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_no_tensor_of_all_logits_and_none_like_a_head_that_does_not_learn(learns):
+    n, width, vocabulary, chunk = 64, 16, 1000, 8
+    hidden, target = torch.randn(2, n, width)
+    head, label = torch.randn(vocabulary, width), torch.randint(vocabulary, (n,))
+    hidden.requires_grad_(), head.requires_grad_(learns)
+    with Largest() as largest:
+        if learns:
+            target.requires_grad_()
+            arguments = hidden, label, target, label, head, "fkl", 2.0
+            loss, *_ = fused.fused_terms(chunk).student_space(*arguments, weights=(1.0, 1.0, 1.0))
+        else:
+            loss, *_ = fused.fused_terms(chunk).teacher_space(hidden, target, head, "fkl", 2.0, weights=(1.0,))
+        loss.backward()
+    assert largest.elements == (vocabulary * width if learns else vocabulary * chunk)
 
 
 def test_the_gradient_is_there_once():

@@ -215,9 +215,11 @@ def test_stored_numbers(name):
     torch.testing.assert_close(logits.log_softmax(-1)[0, :, 0], torch.tensor(STORED[name]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("step", [3, 64])
 @every_family
-def test_cached_decoding_equals_the_full_forward_pass(name):
+def test_cached_decoding_equals_the_full_forward_pass(name, step, monkeypatch):
     """Greedy tokens are the arg-max of uncached forward passes, alone and in a batch that shrinks as sequences end."""
+    monkeypatch.setattr(model.KVCache, "STEP", step)  # the cache grows many times, or never
     m = random_model(CONFIGS[name])
     alone = [generate(m, [prompt], 20, None, temperature=0)[0] for prompt in PROMPTS]
     for prompt, new in zip(PROMPTS, alone, strict=True):
@@ -376,7 +378,7 @@ def test_dropout_is_active_in_training_only():
             assert torch.equal(m(ids), m(ids)) != active
     block, x = random_model({**GPT2, "attn_pdrop": 0, "resid_pdrop": 0.5}).train().blocks[0], torch.ones(1, 1, 24)
     assert not torch.equal(block.mlp(x), block.mlp(x))
-    assert not torch.equal(block.attn(x, 0, None, None), block.attn(x, 0, None, None))
+    assert not torch.equal(block.attn(x, 0, None, None, None), block.attn(x, 0, None, None, None))
     # an unbiased estimate: the mean over many draws of a dropped embedding is the embedding
     torch.manual_seed(0)
     m = random_model({**GPT2, "embd_pdrop": 0.5}).train()
@@ -414,10 +416,10 @@ def test_dropout_keeps_the_mean_and_scales_the_gradient():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
 )
-@pytest.mark.parametrize(("T", "rows"), [(7, 128), (8, 4), (11, 4), (1, 3)])
-def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(T, rows, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize(("lengths", "rows"), [([7, 7], 128), ([8, 3], 4), ([2, 11, 1], 4), ([1], 3)])
+def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(lengths, rows, dtype, tolerance, monkeypatch):
     torch.manual_seed(0)
-    q, k, v, g = (torch.randn(2, T, 3, 4, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(4))
+    q, k, v, g = (torch.randn(sum(lengths), 3, 4, dtype=dtype).requires_grad_() for _ in range(4))
     kept = []
 
     def recorded(x, p, keep_mask=model.keep_mask):
@@ -425,15 +427,22 @@ def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(T, rows, dtype
         return kept[-1]
 
     monkeypatch.setattr(model, "keep_mask", recorded)
-    y = model.DropoutAttention.apply(q, k, v, 0.3, rows)
+    y = model.DropoutAttention.apply(q, k, v, lengths, 0.3, rows)
     gradients = torch.autograd.grad(y, (q, k, v), g)
-    keep = torch.zeros(2, 3, T, T, dtype=dtype)
-    for block, part in enumerate(kept):
-        keep[:, :, block * rows : (block + 1) * rows, : part.shape[-1]] = part
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    assert len(kept) == -(-T // rows) and (T == 1 or not keep.bool()[causal.expand_as(keep)].all())
-    scores = (q @ k.mT / 2).masked_fill(~causal, -torch.inf)
-    expected = (scores.softmax(-1) * keep / 0.7) @ v
+    keep, seen = torch.zeros(3, sum(lengths), sum(lengths), dtype=dtype), torch.zeros(sum(lengths), sum(lengths))
+    blocks, first = iter(kept), 0
+    for length in lengths:
+        for start in range(0, length, rows):
+            part = next(blocks)
+            at = first + start
+            keep[:, at : at + part.shape[1], first : first + part.shape[2]] = part
+        seen[first : first + length, first : first + length] = 1
+        first += length
+    causal = seen.tril().bool()
+    assert next(blocks, None) is None
+    assert sum(lengths) < 5 or not keep.bool()[causal.expand_as(keep)].all()
+    scores = (torch.einsum("nhd,mhd->hnm", q, k) / 2).masked_fill(~causal, -torch.inf)
+    expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1) * keep / 0.7, v)
     assert y.dtype == dtype
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     for ours, plain in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
@@ -444,7 +453,7 @@ def test_training_with_attention_dropout_goes_by_blocks(monkeypatch):
     """What a model calls is that function, with its dropout, and never in eval mode; also under autocast."""
     calls = []
     apply = model.DropoutAttention.apply
-    monkeypatch.setattr(model.DropoutAttention, "apply", lambda *a: calls.append(a[3]) or apply(*a))
+    monkeypatch.setattr(model.DropoutAttention, "apply", lambda *a: calls.append(a[3:]) or apply(*a))
     dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 0, "embd_pdrop": 0}  # rounds to 1/65536: hardly anything is dropped
     m = random_model({**GPT2, **dropout})
     ids = torch.randint(m.config["vocab_size"], (2, 9))
@@ -456,7 +465,43 @@ def test_training_with_attention_dropout_goes_by_blocks(monkeypatch):
         hidden = m(ids)
     hidden.sum().backward()  # outside of autocast, as in training
     torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
-    assert calls == [1e-5] * 2 * m.config["n_layer"]
+    assert calls == [([9, 9], 1e-5)] * 2 * m.config["n_layer"]
+    del calls[:]
+    real = torch.tensor([*range(9), *range(9, 13)])
+    packed, padded = (hidden.flatten(0, 1)[real] for hidden in (m(ids, real=real), expected))
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+    assert calls == [([9, 4], 1e-5)] * m.config["n_layer"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lengths", [[6, 1, 9], [9, 9], [4], [2, 2, 5]])
+def test_nothing_is_computed_for_padding(name, lengths):
+    """States and gradients without the padding are those with it, and the padding has no token that is looked at."""
+    m = random_model(CONFIGS[name]).double()
+    T, vocabulary = max(lengths), m.config["vocab_size"]
+    ids, real = torch.full((len(lengths), T), 10**9), []
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(vocabulary, (length,))
+        real += range(row * T, row * T + length)
+    real, weights = torch.tensor(real), torch.randn(sum(lengths), len(m.norm.weight), dtype=torch.float64)
+    rows = []
+    for layer in m.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda layer, x, y: rows.append(x[0].numel() // layer.in_features))
+    packed = m(ids, real=real)
+    assert set(rows) == {sum(lengths)} and packed.shape[:2] == ids.shape
+    padding = torch.ones(ids.numel(), dtype=torch.bool)
+    padding[real] = False
+    assert not packed.flatten(0, 1)[padding].any()
+    padded = m(ids.where(ids < vocabulary, 0))
+    gradients = []
+    for hidden in (packed, padded):
+        (hidden.flatten(0, 1)[real] * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None})
+        m.zero_grad()
+    torch.testing.assert_close(packed.flatten(0, 1)[real], padded.flatten(0, 1)[real])
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 
