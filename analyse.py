@@ -4,8 +4,10 @@
     python analyse.py structure --teacher DIR --student DIR [DIR ...] --data FILE   how alike their hidden states are
     python analyse.py alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
         [--projectors FILE]                        and, after a run with --recipe v1 --align cma, where attention looks
+    python analyse.py knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what is left of it when projected
 
-Needs matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name or directory.
+The first three need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name or
+directory.
 
 The simulation is v1's (arXiv 2406.17328 §2.2): points in the plane stand for hidden states, the teacher's are fixed,
 and the student's, and they alone, move down the gradient of a divergence between the two softmax distributions. That
@@ -120,6 +122,33 @@ def example_distances(teacher, student, rows: list[Row], pads: tuple[int, int], 
         sides = zip(teacher_hidden.split(lengths), student_hidden.split(lengths), strict=True)
         distances += [structure_distance(*states).cpu() for states in sides if len(states[0]) > 1]
     return torch.stack(distances) if distances else torch.empty(0, 2)
+
+
+@torch.no_grad()
+def knowledge(
+    teacher, student, rows: list[Row], pads: tuple[int, int], t2s: dict[str, Tensor], device="cpu", size: int = 16
+) -> dict[str, Tensor]:
+    """{who: (3,)}: mean entropy, mean cross-entropy with the gold token, both in nats, and accuracy at the aligned
+    positions, of teacher, projected teacher (the teacher's states through t2s under the student's head) and student.
+
+    rows, pads: as for `example_distances`. t2s: {weight (d, D), bias (d,) if there is one}; empty: not projected.
+    """
+    sums, count = {}, 0
+    for first in range(0, len(rows), size):
+        batch = collate(rows[first : first + size], *pads).to(device)
+        sides = (teacher, batch.teacher, batch.teacher_index), (student, batch.student, batch.student_index)
+        (theirs, their_gold), (ours, gold) = ((hidden_at(m, side)[at], side.labels[at]) for m, side, at in sides)
+        read = {"teacher": (theirs, teacher.head_weight, their_gold), "student": (ours, student.head_weight, gold)}
+        if t2s:
+            projected = linear(theirs, t2s["weight"].to(theirs), t2s["bias"].to(theirs) if "bias" in t2s else None)
+            read["projected teacher"] = projected, student.head_weight, gold
+        for who, (hidden, head, labels) in read.items():
+            log_p = (hidden @ head.T).float().log_softmax(-1)
+            entropy, right = -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == labels
+            found = torch.stack([entropy, -log_p.gather(1, labels[:, None])[:, 0], right.float()]).double().sum(1).cpu()
+            sums[who] = sums.get(who, 0) + found
+        count += len(gold)
+    return {who: total / count for who, total in sums.items()}
 
 
 @torch.no_grad()
@@ -319,26 +348,56 @@ def run_simulation(o: argparse.Namespace) -> None:
     save(draw_simulation(runs), o.out, "simulation.png")
 
 
-def run_structure(o: argparse.Namespace) -> None:
+def aligned(o: argparse.Namespace):
+    """(name, teacher, student, their rows, aligned, and padding ids) of each student of the command line."""
     teacher_directory, students = find(o.teacher), {name: find(name) for name in o.student}
     examples = read_jsonl(*data_file(o.data, "valid"))[: o.limit]
     teacher = load_model(teacher_directory, device=o.device).eval()
     teacher_tokenizer = TextTokenizer(teacher_directory, chat_of(teacher_directory))
     teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-    distances, rows = {}, [["student", "examples", "cosine", "inner product"]]
     for name, directory in students.items():
         student, tokenizer = load_model(directory, device=o.device).eval(), TextTokenizer(directory, chat_of(directory))
         tokenizer.check_model(student.embed.weight.shape[0])
         max_len = min(o.max_len, teacher.limit, student.limit)
-        tokenised, _ = tokenise(examples, tokenizer, teacher_tokenizer, max_len, max_len // 2, align="eta")
-        pads = tokenizer.eos_id, teacher_tokenizer.eos_id
-        distances[name] = example_distances(teacher, student, tokenised, pads, o.device)
+        rows, _ = tokenise(examples, tokenizer, teacher_tokenizer, max_len, max_len // 2, align="eta")
+        yield name, teacher, student, rows, (tokenizer.eos_id, teacher_tokenizer.eos_id)
+
+
+def run_structure(o: argparse.Namespace) -> None:
+    distances, lines = {}, [["student", "examples", "cosine", "inner product"]]
+    for name, teacher, student, rows, pads in aligned(o):
+        distances[name] = example_distances(teacher, student, rows, pads, o.device)
         if not len(distances[name]):
             raise ValueError(f"{name}: no example of {o.data} has two aligned positions to compare")
         means = [f"{statistics.fmean(column):.4f}" for column in distances[name].T.tolist()]
-        rows.append([name, f"{len(distances[name])} of {len(examples)}", *means])
-    print(table(rows))
+        lines.append([name, f"{len(distances[name])} of {len(rows)}", *means])
+    print(table(lines))
     save(draw_structure(distances), o.out, "structure.png")
+
+
+def run_knowledge(o: argparse.Namespace) -> None:
+    lines = [["", "entropy", "cross-entropy", "accuracy, %"]]
+    for name, teacher, student, rows, pads in aligned(o):
+        if not any(len(row.pairs[0]) for row in rows):
+            raise ValueError(f"{name}: no example of {o.data} has an aligned position")
+        file = Path(name) / "projectors.safetensors"
+        projectors = read_projectors(file) if file.is_file() else {}
+        through_attention = "query.weight" in projectors  # CMA's t2s is for mixtures of states, not for single ones
+        t2s = {} if through_attention else {key[4:]: x for key, x in projectors.items() if key.startswith("t2s.")}
+        shape = student.head_weight.shape[1], teacher.head_weight.shape[1]
+        if t2s and ("weight" not in t2s or t2s["weight"].shape != shape):
+            found = list(t2s["weight"].shape) if "weight" in t2s else "missing"
+            raise ValueError(f"{file}: t2s.weight {found}, expected {list(shape)}: another teacher's")
+        for who, (entropy, nats, right) in knowledge(teacher, student, rows, pads, t2s, o.device).items():
+            lines.append([f"{name}: {who}", f"{entropy:.3f}", f"{nats:.3f}", f"{100 * right:.1f}"])
+    print(table(lines))
+
+
+def read_projectors(file) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
 
 
 def run_alignment(o: argparse.Namespace) -> None:
@@ -358,10 +417,7 @@ def run_alignment(o: argparse.Namespace) -> None:
         models = [load_model(directory) for directory in (teacher_directory, student_directory)]
         for model, tokenizer in zip(models, (teacher, student), strict=True):
             tokenizer.check_model(model.embed.weight.shape[0])
-        try:
-            projectors = load_file(o.projectors)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--projectors {o.projectors}: not a readable safetensors file ({error})") from error
+        projectors = read_projectors(o.projectors)
         weights = attention(*models, collate([row], student.eos_id, teacher.eos_id), projectors)
         on_pairs = weights[row.pairs[1], row.pairs[0]]  # (A,)
         hits = (weights.argmax(-1)[row.pairs[1]] == torch.from_numpy(row.pairs[0])).sum()
@@ -375,7 +431,7 @@ def run_alignment(o: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="simulate | structure | alignment")
+    commands = parser.add_subparsers(required=True, metavar="simulate | structure | alignment | knowledge")
 
     simulation = commands.add_parser("simulate", help="different heads against a shared head (v1 §2.2)")
     simulation.set_defaults(run=run_simulation)
@@ -386,9 +442,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     structures = commands.add_parser("structure", help="distance of the hidden states' structure from the teacher's")
     structures.set_defaults(run=run_structure)
-    structures.add_argument("--student", nargs="+", required=True, help="runs or models")
-    structures.add_argument("--limit", type=int, help="only the first LIMIT examples")
-    structures.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    known = commands.add_parser("knowledge", help="how sure and how right teacher, projected teacher and student are")
+    known.set_defaults(run=run_knowledge)
+    for command in (structures, known):
+        command.add_argument("--student", nargs="+", required=True, help="runs or models")
+        command.add_argument("--limit", type=int, help="only the first LIMIT examples")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     alignment = commands.add_parser("alignment", help="one response's exact alignment, and attention")
     alignment.set_defaults(run=run_alignment)
@@ -396,7 +456,7 @@ def make_parser() -> argparse.ArgumentParser:
     alignment.add_argument("--line", type=int, required=True, help="line of the file, from 1")
     alignment.add_argument("--projectors", help="projectors.safetensors of the student's run (recipe v1, cma)")
 
-    for command in (structures, alignment):
+    for command in (structures, known, alignment):
         command.add_argument("--teacher", required=True, help="run or model")
         command.add_argument("--data", required=True, help="named set (its valid split) or JSONL file")
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
@@ -408,7 +468,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     o = make_parser().parse_args(arguments)
     try:
-        new_figure(1, 1)  # a missing matplotlib is told before the work, not after it
+        if o.run is not run_knowledge:
+            new_figure(1, 1)  # a missing matplotlib is told before the work, not after it
         o.run(o)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@
     python reproduce.py different ablations      some of them: same different ablations why on-policy map
     python reproduce.py --search                 hyper-parameters of every method, on the validation split
     python reproduce.py --scale paper            the papers' own runs as commands, with their memory and time
+    python reproduce.py --cell "v2-fkl seed=3" --keep DIR      one run, whose directory is kept, for analyse.py
 
 A *cell* is one training run, named by what it is: `v2-fkl+random labels=1000 seed=3` is DSKD v2 with the forward KL,
 from random projectors, with 1000 labels; what is not named is as in `Cell`. Each cell is a process with one thread,
@@ -428,10 +429,13 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     return options
 
 
-def run_cell(cell: Cell, root: Path) -> dict:
-    """Train, score, keep the figures alone; or read them, if that was done before. `seconds` are of one core."""
+def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
+    """Train, score, keep the figures alone; or read them, if that was done before. `seconds` are of one core. With
+    `keep` it is always done, and the run's directory goes there."""
     cell, file = resolve(cell), file_of(cell, root)
-    if file.is_file():
+    if keep and (keep.exists() or cell.family in MODELS):
+        raise ValueError(f"--keep {keep}: " + ("is there already" if keep.exists() else f"{cell.method} is no run"))
+    if file.is_file() and not keep:
         return json.loads(file.read_text())
     if cell.family in MODELS:
         model = (teacher if cell.family == "teacher" else start)(root, cell)
@@ -447,6 +451,8 @@ def run_cell(cell: Cell, root: Path) -> dict:
             seconds = time.process_time() - began
             held_out = world(root, cell) / f"{cell.split}.jsonl"
             result = score_on(Path(scratch) / "run" / "student", held_out, cell.text)
+            if keep:
+                shutil.copytree(Path(scratch) / "run", keep)
         kept = ("ce", "t2s_ce", "t2s_kd", "s2t_kd", "t2s_agreement", "align_ratio", "accuracy")
         result |= {"seconds": seconds, "last": {name: last[name] for name in kept if name in last}}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -497,9 +503,11 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
          *(f"{method}-fkl+answers teacher=same" for method in ("kd", "v1", "v2")), "teacher teacher=same"],
     ),
     "why": (
-        "Vanilla KD and DSKD v2 at one learning rate, and v2's parts",
-        ["kd-fkl teacher=same", *(f"v2-fkl{change} teacher=same lr=1e-3" for change in
-         ("", "+solved", "+student-space", "+teacher-space")), "v2-fkl teacher=same", "kd-fkl teacher=same lr=2.5e-4"],
+        "Vanilla KD and DSKD v2, each also at the other's learning rate, and v2's parts",
+        ["kd-fkl teacher=same", *(f"v2-fkl{change} teacher=same" for change in
+         ("", "+solved", "+student-space", "+teacher-space")),
+         *(f"{method}-fkl teacher=same lr={SETTINGS[other]['lr']:g}" for method, other in
+           (("v2", "kd same"), ("kd", "v2 same")))],
     ),
     "on-policy": (
         "On-policy and off-policy, by updates and by time (v2's on-policy table)",
@@ -649,11 +657,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", choices=["tiny", "paper"], default="tiny", help="paper: commands for real models")
     parser.add_argument("--run", action="store_true", help="with --scale paper: run them, too, one after the other")
     parser.add_argument("--cell", help="run this one cell, and print its result")
+    parser.add_argument("--keep", type=Path, help="with --cell: run it anyway, and put the run's directory here")
     o = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
+        if o.keep and not o.cell:
+            raise ValueError("--keep is for one run: say which, by --cell")
         if o.cell:
-            print(json.dumps(run_cell(parse(o.cell), o.out)))
+            print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
             return
         known = paper.PAIRS if o.scale == "paper" else TABLES
         names = o.tables or list(known)

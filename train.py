@@ -397,7 +397,8 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
     updates_per_epoch = -(-len(pieces.rows) // examples_per_update(o))
     first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), updates_per_epoch))
     parts = [part for rows in first_epoch for share in split_of_all(o, rows) for part in share]
-    print(f"{len(parts)} batches per epoch, {padding_share(parts):.1%} of their positions are padding", file=sys.stderr)
+    padding = f"{padding_share(parts):.1%} of their positions are padding, which attention alone computes"
+    print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
     total = o.max_steps or o.epochs * updates_per_epoch
     checkpoint_every = o.checkpoint_every or updates_per_epoch
     start, counts = restore_checkpoint(o, pieces, optimizer) if o.resume else (0, {})

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -126,6 +127,35 @@ def test_a_model_has_no_distance_from_itself(pair):
     assert analyse.example_distances(teacher, teacher, same, (tokenizer.eos_id,) * 2).max() < 1e-6
 
 
+def test_knowledge_is_that_of_single_distributions(pair):
+    """Against torch's own entropy and cross-entropy, a token at a time."""
+    teacher, student, teacher_tokenizer, tokenizer, rows = pair
+    torch.manual_seed(0)
+    t2s = torch.nn.Linear(teacher.head_weight.shape[1], student.head_weight.shape[1])
+    expected = {"teacher": [], "student": [], "projected teacher": []}
+    with torch.no_grad():
+        for row in rows:
+            sides = (teacher, row.teacher), (student, row.student)
+            read = [(m, torch.tensor([side.prompt + side.response[:-1]]), len(side.prompt)) for m, side in sides]
+            states = [m(ids)[0, first - 1 :] for m, ids, first in read]
+            for i, j in zip(*row.pairs, strict=True):
+                at = {"teacher": (teacher.logits(states[0][i]), row.teacher.response[i]),
+                      "student": (student.logits(states[1][j]), row.student.response[j]),
+                      "projected teacher": (student.logits(t2s(states[0][i])), row.student.response[j])}  # fmt: skip
+                for who, (logits, gold) in at.items():
+                    entropy = torch.distributions.Categorical(logits=logits).entropy()
+                    nats = torch.nn.functional.cross_entropy(logits, torch.tensor(gold))
+                    expected[who].append(torch.stack([entropy, nats, (logits.argmax() == gold).float()]))
+    pads = tokenizer.eos_id, teacher_tokenizer.eos_id
+    found = analyse.knowledge(teacher, student, rows, pads, dict(t2s.named_parameters()), size=4)
+    assert found.keys() == expected.keys()
+    for who, values in expected.items():
+        torch.testing.assert_close(found[who], torch.stack(values).double().mean(0), rtol=1e-4, atol=1e-6)
+    without_bias = analyse.knowledge(teacher, student, rows, pads, {"weight": t2s.weight})
+    assert without_bias["projected teacher"][0] != found["projected teacher"][0]
+    assert analyse.knowledge(teacher, student, rows, pads, {}).keys() == {"teacher", "student"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and pictures
 
@@ -207,6 +237,35 @@ def test_structure_command(tiny_task, tmp_path, capsys):
     assert "4 of 4" in student and "0.0000" not in student
     assert [cell.strip() for cell in teacher.split("|")[2:5]] == ["4 of 4", "0.0000", "0.0000"]
     assert is_png(tmp_path / "structure.png")
+
+
+def test_knowledge_command(tiny_task, tmp_path, capsys, monkeypatch):
+    """Needs no matplotlib. A run without projectors, or with CMA's, has no projected teacher."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run, file = tmp_path / "run", tmp_path / "run" / "projectors.safetensors"
+    shutil.copytree(tiny_task / "student", run / "student")
+    teacher, student = (model.load_model(tiny_task / name) for name in ("teacher", "student"))
+    shape = student.head_weight.shape[1], teacher.head_weight.shape[1]
+    command = ["knowledge", "--teacher", str(tiny_task / "teacher"), "--student", str(run)]
+    command += ["--data", str(tiny_task / "test.jsonl"), "--limit", "4"]
+
+    def who() -> list[str]:
+        analyse.main(command)
+        lines = capsys.readouterr().out.splitlines()
+        assert all(len(line.split("|")) == 6 for line in lines)
+        return [line.split("|")[1].strip().removeprefix(f"{run}: ") for line in lines[2:]]
+
+    assert who() == ["teacher", "student"]
+    save_file({"t2s.weight": torch.zeros(shape)}, file)
+    assert who() == ["teacher", "student", "projected teacher"]
+    save_file({"t2s.weight": torch.zeros(shape), "query.weight": torch.zeros(2, 2)}, file)
+    assert who() == ["teacher", "student"]
+    save_file({"t2s.weight": torch.zeros(3, 4)}, file)
+    with pytest.raises(SystemExit, match=r"t2s.weight \[3, 4\], expected .*another teacher's"):
+        analyse.main(command)
+    file.write_bytes(b"no")
+    with pytest.raises(SystemExit, match=f"{file}: not a readable"):
+        analyse.main(command)
 
 
 def test_alignment_command(tiny_task, tmp_path, capsys):

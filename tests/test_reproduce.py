@@ -128,6 +128,21 @@ def test_the_grid_goes_on_where_it_was_killed(root):
     assert reproduce.pending(cells, root) == []
 
 
+def test_a_run_is_kept_on_request(root, tmp_path, capsys):
+    command = ["--out", str(root), "--cell", f"v2-fkl {SETTING}", "--keep"]
+    kept = tmp_path / "new" / "run"
+    reproduce.main([*command, str(kept)])  # also where its cell is finished
+    assert (kept / "student" / "model.safetensors").is_file() and (kept / "projectors.safetensors").is_file()
+    result = run_cell(parse(f"v2-fkl {SETTING}"), root)
+    assert json.loads(capsys.readouterr().out)["rouge_l"] == result["rouge_l"]
+    with pytest.raises(SystemExit, match="is there already"):
+        reproduce.main([*command, str(kept)])
+    with pytest.raises(SystemExit, match="teacher is no run"):
+        reproduce.main(["--out", str(root), "--cell", "teacher", "--keep", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="by --cell"):
+        reproduce.main(["--out", str(root), "--keep", str(tmp_path / "other"), "same"])
+
+
 def test_half_made_pieces_are_made_again(tmp_path):
     (tmp_path / "piece.new").mkdir()
     (tmp_path / "piece.new" / "half").touch()
