@@ -328,7 +328,7 @@ def test_the_command_line_speaks_with_one_voice(task, tmp_path):
     assert result.stdout.splitlines() == [f"student: {tmp_path / 'run' / 'student'}"]
     assert result.stderr.count("train: 40 examples") == 1
     result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run"))
-    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1, result.stderr
     assert "already holds a run" in result.stderr.rstrip().splitlines()[-3]  # torchrun's last words
 
 
