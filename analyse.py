@@ -4,7 +4,7 @@
     python analyse.py structure --teacher DIR --student DIR [DIR ...] --data FILE   how alike their hidden states are
     python analyse.py alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
         [--projectors FILE]                        and, after a run with --recipe v1 --align cma, where attention looks
-    python analyse.py knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what is left of it when projected
+    python analyse.py knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what the projected teacher knows
 
 The first three need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name or
 directory.

@@ -540,7 +540,13 @@ class Decoder(nn.Module):
         """hidden (..., D) -> (..., V)"""
         return F.linear(hidden, self.head_weight)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask=None, cache: KVCache | None = None, real=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        real: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """input_ids (B, T) -> hidden states after the final norm (B, T, D).
 
         Padding belongs on the right, where causality hides it from every real token: attention_mask (B, T) is only

@@ -482,6 +482,7 @@ def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
+
 def lr_of(method: str) -> str:
     """For rows whose method takes another's learning rate: those with SeqKD's labels, for one."""
     return f"lr={SETTINGS[method]['lr']:g}"
