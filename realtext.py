@@ -43,7 +43,7 @@ def split(file: Path, out: Path) -> None:
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     groups: dict[str, list[str]] = {}
     for line, example in zip(lines, read_jsonl(file), strict=True):
-        groups.setdefault(example.prompt, []).append(line)
+        groups.setdefault(example.prompt_text(), []).append(line)
     prompts = sorted(groups)
     random.Random(0).shuffle(prompts)
     if len(prompts) <= VALID + TEST:
@@ -65,7 +65,7 @@ def readable(file: Path, out: Path, tested: set[str]) -> None:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}, line {number}: should be a JSON object with an output: {error!r}") from error
     write_lines(out / "reading.jsonl", answered)
-    prompts = [example.prompt for example in read_jsonl(out / "reading.jsonl")]
+    prompts = [example.prompt_text() for example in read_jsonl(out / "reading.jsonl")]
     kept = [line for line, prompt in zip(answered, prompts, strict=True) if prompt not in tested]
     write_lines(out / "reading.jsonl", kept)
 
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(o, name, getattr(o, name).resolve())
         model_directory(str(o.teacher))
         TextTokenizer(o.tokenizer)
-        tested = {example.prompt for example in [*read_jsonl(o.data), *read_jsonl(o.test)]}
+        tested = {example.prompt_text() for example in [*read_jsonl(o.data), *read_jsonl(o.test)]}
         if o.run:
             o.out.mkdir(parents=True, exist_ok=True)
             split(o.data, o.out)

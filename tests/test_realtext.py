@@ -10,7 +10,7 @@ import pytest
 import eval
 import realtext
 import train
-from data import read_jsonl
+from data import PROMPT, read_jsonl
 from model import read_json
 
 
@@ -34,15 +34,19 @@ def in_process(words, **options):
     {"train.py": train.main, "eval.py": eval.main}[words[1]](words[2:])
 
 
-def test_the_split_keeps_prompts_apart(tiny_task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("instructions", [False, True], ids=["prompts", "instructions"])
+def test_the_split_keeps_prompts_apart(instructions, tiny_task, tmp_path, monkeypatch):
     monkeypatch.setattr(realtext, "VALID", 3)
     monkeypatch.setattr(realtext, "TEST", 4)
     lines = (tiny_task / "train.jsonl").read_text().splitlines()
     again = {**json.loads(lines[5]), "output": "another"}
+    if instructions:
+        lines = [json.dumps({"instruction": f"question {i}", "input": "", "output": "yes"}) for i in range(12)]
+        again = {"instruction": "question 5", "output": "another"}
     (tmp_path / "all.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
     realtext.split(tmp_path / "all.jsonl", tmp_path)
     parts = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
-    prompts = {name: {example.prompt for example in part} for name, part in parts.items()}
+    prompts = {name: {example.prompt_text() for example in part} for name, part in parts.items()}
     assert len(prompts["valid"]) == 3 and len(prompts["test"]) == 4
     assert sum(map(len, parts.values())) == len(lines) + 1
     assert not prompts["train"] & prompts["valid"] and not (prompts["train"] | prompts["valid"]) & prompts["test"]
@@ -56,9 +60,11 @@ def test_the_split_keeps_prompts_apart(tiny_task, tmp_path, monkeypatch):
 
 def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
     lines = [{"prompt": "a", "output": "1"}, {"prompt": "b", "output": ""}, {"prompt": "c", "output": "\u2028"}]
+    lines += [{"instruction": what, "input": "", "output": "yes"} for what in "de"]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a"})
-    assert [example.prompt for example in read_jsonl(tmp_path / "reading.jsonl")] == ["c"]
+    realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a", PROMPT.format(instruction="d")})
+    kept = [example.prompt or example.instruction for example in read_jsonl(tmp_path / "reading.jsonl")]
+    assert kept == ["c", "e"]
     for spoilt in ("{", "[1]", "{}", "3"):
         (tmp_path / "spoilt.jsonl").write_text(json.dumps(lines[0]) + f"\n{spoilt}\n")
         with pytest.raises(ValueError, match="spoilt.jsonl, line 2"):
