@@ -67,6 +67,8 @@ def test_pseudo_inverse_by_parts_is_the_same():
     head = random_head(50, 8)
     for rows in (1, 7, 49, 50):
         assert relative(pseudo_inverse(head, rows), pseudo_inverse(head)) < 1e-6
+    wide = random_head(700, 600)  # more columns than one block of the Gram matrix has
+    assert relative(pseudo_inverse(wide), exact_pinv(wide)) < 1e-6
 
 
 def test_pseudo_inverse_of_float64_keeps_its_precision():
