@@ -51,7 +51,8 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
     if parallel.rank() == 0:
-        replace_checkpoint(o, pieces, student, tensors, {"step": str(step), "meter": json.dumps(meter)})
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
+        replace_checkpoint(o, pieces, student, tensors, metadata)
     parallel.wait_for_all()
 
 
@@ -145,19 +146,30 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
+    with readable(path), safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    if metadata.get("examples", pieces.digest) != pieces.digest:
+        raise ValueError(
+            f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
+            "these back, or start again with another --out"
+        )
+    with readable(path):
+        return take_up(o, pieces, optimizer, tensors, metadata)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
     try:
-        return _restore(path, o, pieces, optimizer)
+        yield
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
 
 
-def _restore(path: Path, o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: dict) -> tuple[int, dict[str, float]]:
     moments = ("step", "exp_avg", "exp_avg_sq")
     with torch.no_grad():
         for name, parameter in trained_parameters(pieces).items():

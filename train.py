@@ -10,6 +10,7 @@ losses.py.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -127,6 +130,15 @@ class Pieces:
     valid_rows: list[Row]
     sample_prompts: list[str]
     where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any of the training examples' tokens, by which --resume knows that they are the same."""
+        hasher = hashlib.sha256()
+        for row in self.rows:
+            for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
+                hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
+        return hasher.hexdigest()
 
     def collate(self, rows: list[Row], device):
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0

@@ -126,6 +126,24 @@ def test_a_run_is_deterministic(tiny_task, tmp_path):
     assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
 
 
+def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
+    data = tmp_path / "train.jsonl"
+    lines = (tiny_task / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    options = {"data": data, "max_steps": 5, "checkpoint_every": 2}
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "run", **options))
+    before = (tmp_path / "run" / "resume" / "state.safetensors").read_bytes()
+    for changed in (lines[1:] + lines[:1], [*lines[:-1], lines[0]], lines[1:]):
+        data.write_text("".join(changed))
+        with pytest.raises(SystemExit, match="--resume: the examples of .*train.jsonl.* bring these back"):
+            train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+    assert (tmp_path / "run" / "resume" / "state.safetensors").read_bytes() == before
+    data.write_text("".join(lines))
+    train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+    assert log_of(tmp_path / "run")[-1]["step"] == 5
+
+
 @pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
     """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
