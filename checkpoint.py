@@ -64,6 +64,8 @@ def replace_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, metad
         with explained(new):
             write_checkpoint(o, pieces, student, tensors, new, metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
+                if path.is_file():
+                    shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
                 sync(path)
             for path in sorted(new.iterdir(), key=lambda path: path.name == "resume"):
                 move(path, out / path.name)

@@ -30,7 +30,7 @@ VALID, TEST = 100, 300
 COMMON = "--max-len 256 --max-prompt-len 160 --dtype bf16 --log-every 10 --checkpoint-every 100"
 READING = "--epochs 3 --batch-size 16 --lr 6e-4"
 TEACHER = "--max-steps 200 --batch-size 8 --lr 2e-5"
-STUDENTS = "--max-steps 600 --batch-size 8 --lr 5e-4"
+STUDENTS = "--epochs 1 --batch-size 8 --lr 5e-4"
 METHODS = {
     "sft": "--method sft", "seqkd": "--method seqkd", "uld": "--method uld", "mined": "--method mined",
     "v1": "--method dskd --recipe v1 --align cma", "v2": "--method dskd --recipe v2 --align eta",

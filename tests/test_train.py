@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def test_a_run_is_deterministic(tiny_task, tmp_path):
     train.main(arguments(tiny_task, tmp_path / "c", max_steps=3, seed=7))
     assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
     assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are Unix's")
+def test_others_may_read_what_they_may_read_of_new_files(tiny_task, tmp_path):
+    before = os.umask(0o027)
+    try:
+        train.main(arguments(tiny_task, tmp_path / "run", max_steps=1))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "projectors.safetensors", "state.safetensors", "args.json"} < set(modes)
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
