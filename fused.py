@@ -15,6 +15,7 @@ pass, where the matrix products that made the logits wait to be undone. Here
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 import losses
@@ -64,6 +65,15 @@ def adaptive_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Ten
     return weight * forward + (1 - weight) * reverse, gradient
 
 
+def universal_logit(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """ULD: g = sign(p_k − q_k) at the k-th largest of both; q (n, V'), and 0 is what is beyond a vocabulary"""
+    (p_sorted, order), (q_sorted, _) = (x.sort(-1, descending=True) for x in (p, q))
+    larger = max(p.shape[-1], q.shape[-1])
+    gap = pad(p_sorted, (0, larger - p.shape[-1])) - pad(q_sorted, (0, larger - q.shape[-1]))
+    g = torch.empty_like(p).scatter_(-1, order, gap[:, : p.shape[-1]].sign())
+    return gap.abs().sum(-1), through_softmax(p, g)[1]
+
+
 def through_softmax(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Σ p g, (n,), and p·(g − Σ p g)"""
     mean = (p * g).sum(-1)
@@ -77,6 +87,7 @@ DIVERGENCES = {
     "skl": skewed_forward_kl,
     "srkl": skewed_reverse_kl,
     "akl": adaptive_kl,
+    "uld": universal_logit,
 }
 
 CACHED_LOGITS = 2**19  # 2 MiB in float32, and a handful of tensors of that size at a time
@@ -111,10 +122,10 @@ class HeadTerms(torch.autograd.Function):
     kd        D(softmax(logits/T), softmax(target/T)), target detached
 
     hidden (n, d), head (V, d); target_hidden (k, D), for the first k ≤ n tokens, target_head (V', D). The divergence is
-    over the rows that both heads have and, if `only_agreeing`, 0 where target's arg-max is not its label. Returns
-    (loss, ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a gradient, for hidden, head
-    and, through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,), have none. Products are in
-    autocast's dtype, everything else in float32.
+    over the rows that both heads have (ULD: all that each has) and, if `only_agreeing`, 0 where target's arg-max is not
+    its label. Returns (loss, ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a
+    gradient, for hidden, head and, through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,),
+    have none. Products are in autocast's dtype, everything else in float32.
     """
 
     @staticmethod
@@ -128,7 +139,8 @@ class HeadTerms(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         hidden, head, target_hidden = (x.detach().to(dtype) for x in inputs)
         target_head = head if shared else target_head.detach().to(dtype)
-        vocabulary = min(len(head), len(target_head))
+        of_both = min(len(head), len(target_head))
+        vocabulary, target_vocabulary = (of_both, of_both) if divergence != "uld" else (len(head), len(target_head))
         ce_weight, target_ce_weight, kd_weight = weights
         ce, correct = hidden.new_zeros(len(hidden), dtype=exact), hidden.new_zeros(len(hidden), dtype=torch.bool)
         target_ce, kd = hidden.new_zeros((2, len(target_hidden)), dtype=exact)
@@ -148,7 +160,7 @@ class HeadTerms(torch.autograd.Function):
                         ce[at], correct[at], gradient = cross_entropy(u, gold[at], ce_weight)
                     if len(v):
                         p, log_p = softmax_and_log(u[: len(v), :vocabulary] / temperature)
-                        q, log_q = softmax_and_log(v[:, :vocabulary] / temperature)
+                        q, log_q = softmax_and_log(v[:, :target_vocabulary] / temperature)
                         kd[at], by_kd = DIVERGENCES[divergence](p, q, log_p, log_q)
                         if label is not None:  # v is done with: its gradient takes its place
                             target_ce[at], agrees[at], target[block] = cross_entropy(v, label[at], target_ce_weight)
@@ -195,6 +207,9 @@ def fused_terms(chunk: int) -> losses.Terms:
         )
         return loss, ce, correct, kd
 
+    def uld(student_hidden, gold, teacher_hidden, student_head, teacher_head, weights):
+        return kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, "uld", 1.0, weights)
+
     def student_space(
         student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature, only_agreeing=False,
         *, weights,
@@ -211,8 +226,7 @@ def fused_terms(chunk: int) -> losses.Terms:
         return loss, kd
 
     return losses.Terms(
-        gold, kd, student_space, teacher_space,
-        uld=weighted(in_chunks(losses.uld_terms, chunk)),
+        gold, kd, student_space, teacher_space, uld,
         mined=weighted(in_chunks(losses.mined_terms, chunk)),
         one_hot=weighted(in_chunks(losses.one_hot_terms, chunk, inputs=2)),
     )  # fmt: skip

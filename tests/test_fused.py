@@ -68,6 +68,24 @@ def test_values_and_gradients_equal_the_plain_ones(monkeypatch, call, divergence
             torch.testing.assert_close(gradients[name], plain_gradients[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("chunk", [3, N])
+@pytest.mark.parametrize("larger", ["teacher", "student"])
+def test_uld_whichever_vocabulary_is_larger(larger, chunk):
+    def run(terms):
+        x = inputs()
+        own, others = ("hidden", "head"), ("teacher", "teacher_head")
+        own, others = (own, others) if larger == "teacher" else (others, own)
+        (hidden, head), (teacher, teacher_head) = ((x[name] for name in names) for names in (own, others))
+        hidden.requires_grad_(), head.requires_grad_()
+        loss, *terms = terms.uld(hidden, x["gold"], teacher, head, teacher_head, weights=(0.3, 0.7))
+        (3 * loss).backward()
+        return [loss.detach(), *terms, hidden.grad, head.grad]
+
+    for found, plain in zip(run(fused.fused_terms(chunk)), run(PLAIN), strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-12)
+    assert found.abs().sum() > 0
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("call", CALLS)
 def test_under_bf16_autocast(call, divergence):
