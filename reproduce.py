@@ -567,8 +567,7 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
         line = [spread([result[COMPARED] for result in results[0].values()]) if results[0] else "-"]
         for found in results[1:]:
             differences = [found[seed][COMPARED] - results[0][seed][COMPARED] for seed in found if seed in results[0]]
-            line.append(f"{statistics.fmean(differences):+.1f}" + f" ± {statistics.stdev(differences):.1f}"
-                        * (len(differences) > 1) if differences else "-")  # fmt: skip
+            line.append(f"{'+' * (statistics.fmean(differences) >= 0)}{spread(differences)}" if differences else "-")
         lines.append([f"`{regime or 'default'}`", *line])
     return table(lines)
 

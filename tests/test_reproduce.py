@@ -232,6 +232,9 @@ def test_a_table_by_hand():
     regime = {f"{name} labels=9": seeds for name, seeds in rows.items()}
     columns = reproduce.format_map(regime).split("\n")[2].split("|")
     assert [cell.strip() for cell in columns[1:-1]] == ["`labels=9`", "3.0 ± 2.6", "+2.0 ± 1.4", "-"]
+    regime = {"sft": {1: result(2.0)}, "v1": {1: result(1.5)}, "v2": {1: result(2.0)}}  # one seed: no deviation
+    columns = reproduce.format_map(regime).split("\n")[2].split("|")
+    assert [cell.strip() for cell in columns[1:-1]] == ["`default`", "2.0", "-0.5", "+0.0"]
 
 
 def test_a_report_of_unfinished_tables(tmp_path):
