@@ -490,7 +490,7 @@ def lr_of(method: str) -> str:
 
 ALL = list(DIVERGENCES)
 REGIMES = ["student=nothing updates=600 lr=3e-3", "student=untasted", "", "labels=250", "labels=1000", "labels=2000",
-           "labels=4000", "labels=4000 lr=1e-3", "width=64", "vocabulary=450"]  # fmt: skip
+           "labels=4000", "labels=4000 lr=1e-3", "width=64", "width=64 lr=1e-3", "vocabulary=450"]  # fmt: skip
 TABLES = {  # name: (title, rows); a row is a cell without its seed, the first is what the others are compared with
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
