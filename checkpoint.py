@@ -153,7 +153,7 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     with readable(path), safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     if metadata.get("examples", pieces.digest) != pieces.digest:
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
