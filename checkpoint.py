@@ -165,6 +165,7 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """Says of an error while a checkpoint is read or taken up which file it is about: ValueError."""
     try:
         yield
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -172,6 +173,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: dict) -> tuple[int, dict[str, float]]:
+    """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
     moments = ("step", "exp_avg", "exp_avg_sq")
     with torch.no_grad():
         for name, parameter in trained_parameters(pieces).items():

@@ -133,7 +133,7 @@ class Pieces:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any of the training examples' tokens, by which --resume knows that they are the same."""
+        """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
         hasher = hashlib.sha256()
         for row in self.rows:
             for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
