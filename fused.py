@@ -91,6 +91,7 @@ DIVERGENCES = {
 }
 
 CACHED_LOGITS = 2**19  # 2 MiB in float32, and a handful of tensors of that size at a time
+HEAD_ROWS = 8192  # of a head's gradient that are added to at once, so that no second tensor of its size exists
 
 
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +138,7 @@ class HeadTerms(torch.autograd.Function):
         device, shared = hidden.device.type, target_head is head
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
+        d_head = torch.zeros_like(head, dtype=exact) if wants_head else None
         hidden, head, target_hidden = (x.detach().to(dtype) for x in inputs)
         target_head = head if shared else target_head.detach().to(dtype)
         of_both = min(len(head), len(target_head))
@@ -145,7 +147,7 @@ class HeadTerms(torch.autograd.Function):
         ce, correct = hidden.new_zeros(len(hidden), dtype=exact), hidden.new_zeros(len(hidden), dtype=torch.bool)
         target_ce, kd = hidden.new_zeros((2, len(target_hidden)), dtype=exact)
         agrees = torch.zeros_like(kd, dtype=torch.bool)
-        d_hidden, d_head, d_target = torch.zeros_like(hidden), None, torch.zeros_like(target_hidden)
+        d_hidden, d_target = torch.zeros_like(hidden), torch.zeros_like(target_hidden)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
@@ -172,12 +174,10 @@ class HeadTerms(torch.autograd.Function):
                 if wants_hidden:
                     d_hidden[rows] = logits @ head
                 if wants_head:
-                    part = (logits.T @ hidden[rows]).to(exact)
-                    d_head = part if d_head is None else d_head.add_(part)
+                    for some, of_some in zip(d_head.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
+                        some += of_some.T @ hidden[rows]
                 if wants_target and label is not None:
                     d_target[rows] = target @ target_head
-        if d_head is None and wants_head:  # no tokens
-            d_head = torch.zeros_like(head)
         gradients = zip((d_hidden, d_head, d_target), inputs, ctx.needs_input_grad, strict=False)
         ctx.gradients = [d.to(x.dtype) if wanted else None for d, x, wanted in gradients]
         ctx.mark_non_differentiable(ce, correct, target_ce, agrees, kd)

@@ -52,11 +52,12 @@ def values_and_gradients(terms, call, divergence, dtype=torch.float64, frozen=("
     return [output.detach() for output in outputs], {name: value.grad for name, value in x.items()}
 
 
-@pytest.mark.parametrize("chunk, cached", [(1, 1), (3, 20), (N, 2**20), (100, 30)])
+@pytest.mark.parametrize("chunk, cached, head_rows", [(1, 1, 100), (3, 20, 5), (N, 2**20, 3), (100, 30, 8192)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("call", CALLS)
-def test_values_and_gradients_equal_the_plain_ones(monkeypatch, call, divergence, chunk, cached):
+def test_values_and_gradients_equal_the_plain_ones(monkeypatch, call, divergence, chunk, cached, head_rows):
     monkeypatch.setattr(fused, "CACHED_LOGITS", cached)
+    monkeypatch.setattr(fused, "HEAD_ROWS", head_rows)
     plain_values, plain_gradients = values_and_gradients(PLAIN, call, divergence)
     values, gradients = values_and_gradients(fused.fused_terms(chunk), call, divergence)
     assert len(values) == len(plain_values)
