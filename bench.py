@@ -6,7 +6,7 @@
     python bench.py --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR      real text
 
 Cases: steps (one update of four methods), body, generation, alignment, projectors, growth (of a step with batch, length
-and vocabulary), cache (an epoch with `--cache-teacher`). What runs beside ours:
+and vocabulary, also with `--recompute`), cache (an epoch with `--cache-teacher`). What runs beside ours:
 
 - "plain": the same update with this repository's decoders, written as anyone would write it first (`bench_plain.py`):
   padded to --max-len, logits at all positions, autograd, no chunks;
@@ -231,6 +231,9 @@ def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
     return representative(rows, job["batch"]), student, teacher
 
 
+OURS = "ours", "--recompute"  # the latter is ours too, with that option
+
+
 def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, list[Row]]:
     """(one update, which returns its loss and leaves gradients; its student; the trained projectors; its rows)."""
     rows, *tokenizers = step_rows(job)
@@ -242,7 +245,8 @@ def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, li
     projectors = [p for p in distiller.parameters() if p.requires_grad]
     o = {"device": device, "dtype": dtype, "kd_rate": KD_RATE, "batch_size": len(rows), "compile": False, **options}
     o = train.check(train.Options(student="-", teacher="-", data="-", **o))
-    if job["how"] == "ours":
+    if job["how"] in OURS:
+        student.recompute = job["how"] == "--recompute"
         pieces = train.Pieces(student, tokenizers[0], distiller, tokenizers[1], rows, [], [])
         return lambda: train.accumulate(o, pieces, student, pieces.batches(rows, o))["loss"], student, projectors, rows
 
@@ -273,7 +277,7 @@ def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, li
 
 def measure_step(job: dict) -> dict:
     """{seconds: [...], and with job["check"]: peak, loss, gradient, tokens}. The first step is the warm-up."""
-    with by_onednn(job["device"]) if job["how"] == "ours" else contextlib.nullcontext():  # as training does
+    with by_onednn(job["device"]) if job["how"] in OURS else contextlib.nullcontext():  # as training does
         return measured(job)
 
 
@@ -296,7 +300,7 @@ def measured(job: dict) -> dict:
     student.train()
     clear()
     before = memory_floor(job["device"])
-    if job["how"] == "ours" and job["device"] == "cpu":
+    if job["how"] in OURS and job["device"] == "cpu":
         train.keep_freed_memory()  # as training does
     step()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
@@ -483,7 +487,7 @@ def step_results(bench: Bench, job: dict) -> dict[str, dict | str]:
             needed, free = needed_memory(job | {"how": how}), free_memory(bench.device)
             if isinstance(found.get(how), str):
                 continue
-            if how != "ours" and needed > free:
+            if how not in OURS and needed > free:
                 found[how] = f"does not fit: about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
                 continue
             result = bench.run_step(job | {"how": how, "check": turn == 0})
@@ -694,12 +698,13 @@ def projectors(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32."""
+    """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32;
+    beside plain, and beside ours with --recompute."""
     base = {"batch": bench.size["batch"], "max_len": bench.size["max_len"]}
     base["vocabulary"] = bench.size["growth_teacher"]["vocab_size"]
     settings = [base | {name: value} for name, values in bench.size["growth"].items() for value in values]
     settings = [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
-    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain"]})
+    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain", OURS[1]]})
     for setting in settings:
         vocabulary = setting["vocabulary"]
         teacher = {**bench.size["growth_teacher"], "vocab_size": vocabulary}

@@ -214,7 +214,7 @@ def check_directory(o) -> None:
             if record[name] is None and name != "shard":
                 setattr(o, name, before.get(name))
         check_update_size(o, before)
-        free = {"batch_size", "grad_accum", "processes", "shard"}  # as long as an update is over as many examples
+        free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}  # where updates stay the same
         changed = {name for name in record.keys() - free if record[name] not in (None, before.get(name))}
         if changed:
             name = sorted(changed)[0]

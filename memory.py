@@ -7,7 +7,8 @@ Of a teacher (bf16, frozen) 2 bytes per parameter. Of a student 16 bytes per tra
 moments of AdamW, all float32), and 2 more of each block's matrices for autocast's copy in bf16, which the backward pass
 needs. A model sharded over N devices has 1/N of its blocks' matrices on each, and two blocks whole at a time in bf16:
 the one being computed and the one fetched ahead. Then the projectors, what the student's blocks keep of each token for
-the backward pass (counted on one block, see `kept_per_token`), and the logits of one chunk of tokens.
+the backward pass (counted on one block, see `kept_per_token`; with --recompute of one block, and the float32 inputs of
+all), and the logits of one chunk of tokens.
 
 Not in it: the start (the projectors' solution takes V x D numbers in float64 for a moment), sampling's key-value cache,
 what the allocator cannot use, CUDA itself; allow a few GB. Nothing of this has been measured on a GPU.
@@ -46,14 +47,17 @@ CONFIGS = {  # the fields that matter here of the published config.json
                     "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
                     "num_key_value_heads": 8},
 }  # fmt: skip
-TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, devices
-    ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1),
-    ("Llama-2 7B", "TinyLlama 1.1B", 256, 8, None, 1),
-    ("Llama-2 7B", "TinyLlama 1.1B", 0, 8, "teacher", 4),
-    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 4),
-    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 8),
-    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 8),
-    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 16),
+TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, devices, --recompute
+    ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1, False),
+    ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1, True),
+    ("Llama-2 7B", "TinyLlama 1.1B", 256, 8, None, 1, False),
+    ("Llama-2 7B", "TinyLlama 1.1B", 256, 32, None, 1, True),
+    ("Llama-2 7B", "TinyLlama 1.1B", 0, 8, "teacher", 4, False),
+    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 4, False),
+    ("Qwen2.5 72B", "GPT-2 120M", 0, 32, "teacher", 8, False),
+    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 8, False),
+    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 8, "both", 8, True),
+    ("Qwen2.5 72B", "Qwen2.5 7B", 0, 1, "both", 16, False),
 ]
 
 
@@ -132,14 +136,15 @@ def kept_per_token(config: dict, rank: int = 0) -> float:
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
-          max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
+          recompute: bool = False, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
     """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning."""
     t, s = counts(teacher) if teacher else None, counts(student, rank)
+    of_block, of_input = kept_per_token(student, rank), 4 * s.width
     return {
         "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1) if t else 0.0,
         "student": student_bytes(s, devices if shard in ("student", "both") else 1),
         "projectors": projector_bytes(s, t) if t else 0.0,
-        "activations": kept_per_token(student, rank) * s.layers * batch_size * max_len,
+        "activations": (of_block + of_input * s.layers if recompute else of_block * s.layers) * batch_size * max_len,
         "logits": logits_bytes(max(s.vocabulary, t.vocabulary if t else 0), chunk),
     }
 
@@ -152,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shard", choices=["teacher", "student", "both"], help="as of train.py")
     parser.add_argument("--lora", type=int, default=0, help="as of train.py")
     parser.add_argument("--batch-size", type=int, default=32, help="as of train.py")
+    parser.add_argument("--recompute", action="store_true", help="as of train.py")
     o = parser.parse_args(arguments)
     if (o.teacher is None) != (o.student is None):
         parser.error("give both --teacher and --student, or neither of them")
@@ -159,12 +165,12 @@ def main(arguments: list[str] | None = None) -> None:
     if o.teacher:
         for name in (o.teacher, o.student):
             configs[name] = read_json(model_directory(name, weights=False) / "config.json")
-        rows = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices)]
+        rows = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices, o.recompute)]
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
           "| logits | GB each |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    for teacher, student, rank, batch_size, shard, devices in rows:
-        parts = needs(configs[teacher], configs[student], rank, batch_size, shard, devices)
-        pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0)
+    for teacher, student, rank, batch_size, shard, devices, recompute in rows:
+        parts = needs(configs[teacher], configs[student], rank, batch_size, shard, devices, recompute)
+        pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0) + ", `--recompute`" * recompute
         figures = " | ".join(f"{value / GB:.1f}" for value in [*parts.values(), sum(parts.values())])
         print(f"| {pair} | {devices} | {shard or '–'} | {batch_size} | {figures} |")
 

@@ -35,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json: every field is either used, known to be harmless, or required to have the one value that we implement
@@ -516,14 +517,15 @@ class Decoder(nn.Module):
     """A decoder-only language model whose output is its last hidden state; the prediction head is applied on its own.
 
     `embed.weight` (V, D) are the token embeddings, `head_weight` (V, D) the prediction head (the same tensor if tied),
-    `config` the Hugging Face config it came from, `limit` the number of positions.
+    `config` the Hugging Face config it came from, `limit` the number of positions. `recompute`, which may be set: keep
+    of each block its input alone, and run it again in the backward pass (activation checkpointing; the same dropout).
     """
 
     def __init__(self, config: dict):
         super().__init__()
         c = read_config(config)
         gpt2 = c.family == "gpt2"
-        self.config, self.limit, self.windows = copy.deepcopy(config), c.limit, c.windows
+        self.config, self.limit, self.windows, self.recompute = copy.deepcopy(config), c.limit, c.windows, False
         self.embed = embedding(c.vocab_size, c.width)
         self.positions = embedding(c.limit, c.width) if gpt2 else None
         self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
@@ -576,7 +578,11 @@ class Decoder(nn.Module):
         x = self.dropout(x)
         rotation = None if self.rotary is None else self.rotary(positions)
         for block, window in zip(self.blocks, self.windows, strict=True):
-            x = block(x, rotation, masks[window], cache, packing)
+            where = rotation, masks[window], cache, packing
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *where, use_reentrant=False)
+            else:
+                x = block(x, *where)
         x = self.norm(x)
         return x if packing is None else packing.pad(x)
 

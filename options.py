@@ -68,6 +68,7 @@ class Options:
     max_len: int | None = option(None, "tokens of a whole example, per model (default: 512, or all a model has)")
     max_prompt_len: int | None = option(None, "tokens of the prompt, per model (default: half of --max-len, 256)")
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
+    recompute: bool = option(False, "less memory, more time: keep only the inputs of the student's blocks for backward")
     seed: int = option(42, "of initialisation, data order and dropout")
     dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
@@ -117,8 +118,8 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
     "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
-    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk seed dtype "
-    "device compile checkpoint_every log_every"
+    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk recompute seed "
+    "dtype device compile checkpoint_every log_every"
 ).split()
 
 

@@ -229,6 +229,7 @@ def load(o: Options) -> Pieces:
         cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
         with parallel.main_first():
             cache.attach_states(o.compile)
+    student.recompute = o.recompute
     if o.shard in ("student", "both"):
         parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
     student.to(o.device)

@@ -524,11 +524,42 @@ def test_autocast(name):
             assert parameter.grad.abs().max() > 0, parameter_name
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
+def test_recomputed_blocks_keep_nothing_and_change_no_bit(name, autocast):
+    """Dropout of the second run of a block is that of the first."""
+    dropout = "attn_pdrop" if name == "gpt2" else "attention_dropout"
+    m = random_model({**CONFIGS[name], dropout: 0.3}).train()
+    ids, mask = random_batch()
+    real, kept, found, runs = mask.flatten().nonzero()[:, 0], [], [], []
+    m.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def pack(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for m.recompute in (False, True):
+        kept.append(0)
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = m(ids, real=real)
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in m.parameters() if p.grad is not None)])
+        m.zero_grad()
+    assert len(found[0]) == len(found[1]) > 10 and all(map(torch.equal, *found))
+    assert kept[1] < 0.25 * kept[0] and len(runs) == 1 + 2
+    with torch.no_grad():
+        assert m(ids).shape[:2] == ids.shape and len(runs) == 4  # nothing to recompute for
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2-window"])
-def test_one_graph_for_compile(name):
+def test_one_graph_for_compile(name, recompute):
     torch.compiler.reset()
     m = random_model(CONFIGS[name])
     ids, mask = random_batch()
+    m.recompute = recompute
     compiled = torch.compile(m, backend="eager", fullgraph=True)  # fails on any break of the graph
     torch.testing.assert_close(compiled(ids, mask), m(ids, mask))
 

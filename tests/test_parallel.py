@@ -125,7 +125,7 @@ def runs_of_two(task: Path, out: Path) -> None:
     stop_after_one_checkpoint(options_of(task, out / "two, one", batch_size=1, grad_accum=2, shard="both"))
     train.train(options_of(task, out / "whole", **DROPOUT))
     stop_after_one_checkpoint(options_of(task, out / "parts", **DROPOUT))
-    train.train(options_of(task, out / "parts", **DROPOUT, resume=True))
+    train.train(options_of(task, out / "parts", **DROPOUT, resume=True, recompute=True))
     adapters = {"method": "sft", "lora": 4, "shard": "student", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
@@ -242,7 +242,7 @@ def test_two_sharded_processes_then_one(task, out, one):
 
 
 def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
-    """Dropout of every process included, and sharded."""
+    """Dropout of every process included, and sharded, with activations kept or recomputed."""
     for file in ("resume/state", "student/model", "projectors"):
         assert same(*(load_file(out / name / f"{file}.safetensors") for name in ("whole", "parts")))
     random = load_file(out / "parts" / "resume" / "state.safetensors")["random.cpu"]
@@ -350,10 +350,12 @@ def test_ctrl_c_saves_before_it_ends(task, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks(task, tmp_path):
-    for name, options in {"eager": {}, "compiled": {"compile": True}}.items():
+    compiled = {"compile": True}
+    for name, options in {"eager": {}, "compiled": compiled, "recomputed": {**compiled, "recompute": True}}.items():
         result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / name, shard="both", **options))
         assert result.returncode == 0, result.stderr
     assert same_log(log_of(tmp_path / "compiled"), log_of(tmp_path / "eager"))
+    assert same_log(log_of(tmp_path / "recomputed"), log_of(tmp_path / "eager"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 import model
 import tiny
@@ -157,15 +158,21 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
     assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
-@pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
-    """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
+def with_dropout(tiny_task, tmp_path):
+    """The tiny task's student, with dropout."""
     student = tmp_path / "student"
     shutil.copytree(tiny_task / "student", student)
     config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
-    options = {"student": student, "align": align, "recipe": recipe, "max_steps": 5, "checkpoint_every": 2,
-               "on_policy": on_policy, "seed": 4}  # fmt: skip
+    dropout = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
+    (student / "config.json").write_text(json.dumps({**config, **dropout}))
+    return student
+
+
+@pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
+    """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
+    options = {"student": with_dropout(tiny_task, tmp_path), "align": align, "recipe": recipe, "max_steps": 5,
+               "checkpoint_every": 2, "on_policy": on_policy, "seed": 4}  # fmt: skip
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
     with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
@@ -181,6 +188,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_
         kinds = [line["on_policy"] for line in logs[0]]
         assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": 4, "dtype": "bf16"}, {"method": "sft", "batch_size": 2}])
+def test_recompute_changes_no_bit_and_may_come_with_resume(
+    tiny_task, tmp_path, stopped_by_ctrl_c, monkeypatch, options
+):
+    calls = []
+    monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
+    options = {"student": with_dropout(tiny_task, tmp_path), "max_steps": 3, "checkpoint_every": 2, **options}
+    train.main(arguments(tiny_task, tmp_path / "whole", **options))
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "parts", **options))
+    assert not calls
+    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True, recompute=True))
+    train.main(arguments(tiny_task, tmp_path / "recomputed", **options, recompute=True))
+    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts", "recomputed")]
+    assert same(states[0], states[1]) and same(states[0], states[2]) and calls
 
 
 def test_no_on_policy_is_on_policy_with_probability_0(tiny_task, tmp_path):
@@ -397,7 +421,7 @@ def test_tiny_is_a_name_once_it_is_made(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_equals_eager(tiny_task, capsys):
     results = []
-    for options in ({}, {"compile": True}):
+    for options in ({}, {"compile": True}, {"compile": True, "recompute": True}):
         train.main(arguments(tiny_task, None, dry_run=True, **options))
         results.append(json.loads(capsys.readouterr().out))
-    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)
