@@ -704,7 +704,7 @@ def growth(bench: Bench) -> None:
     base["vocabulary"] = bench.size["growth_teacher"]["vocab_size"]
     settings = [base | {name: value} for name, values in bench.size["growth"].items() for value in values]
     settings = [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
-    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain", OURS[1]]})
+    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain", "--recompute"]})
     for setting in settings:
         vocabulary = setting["vocabulary"]
         teacher = {**bench.size["growth_teacher"], "vocab_size": vocabulary}

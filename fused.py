@@ -174,8 +174,8 @@ class HeadTerms(torch.autograd.Function):
                 if wants_hidden:
                     d_hidden[rows] = logits @ head
                 if wants_head:
-                    for some, of_some in zip(d_head.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
-                        some += of_some.T @ hidden[rows]
+                    for d_rows, columns in zip(d_head.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
+                        d_rows += columns.T @ hidden[rows]
                 if wants_target and label is not None:
                     d_target[rows] = target @ target_head
         gradients = zip((d_hidden, d_head, d_target), inputs, ctx.needs_input_grad, strict=False)

@@ -137,7 +137,8 @@ def kept_per_token(config: dict, rank: int = 0) -> float:
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
           recompute: bool = False, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
-    """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning."""
+    """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning. teacher and student:
+    their config.json; rank: LoRA's, 0 for none; the rest as the options of train.py."""
     t, s = counts(teacher) if teacher else None, counts(student, rank)
     of_block, of_input = kept_per_token(student, rank), 4 * s.width
     return {
