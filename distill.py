@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from align import cross_model_attention, mapped_columns, prediction_map, vocabulary_overlap
 from data import Batch, ModelBatch, TextTokenizer, edit_distance_ids
-from fused import fused_terms
+from fast.losses import fused_terms
 from losses import (
     DIVERGENCES,
     PLAIN,

@@ -28,15 +28,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import chat_of, write_text
 from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
 from distill import hidden_at
-from grade import final_answer, humaneval_program, is_correct, mbpp_program
-from hub import data_file, model_directory
+from fast.cpu import by_onednn, packed
 from losses import gold_terms
 from model import generate, load_model
-from onednn import by_onednn, packed
-from rouge import exact_match, rouge_l
+from runtime.hub import data_file, model_directory
+from runtime.run import chat_of, write_text
+from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
+from scores.rouge import exact_match, rouge_l
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
 TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "exact_match": "exact match"}
@@ -107,7 +107,7 @@ def score_math(responses: list[str], examples: list[Example]) -> tuple[dict[str,
 
 def score_code(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
     """{pass_at_1} in per cent, and for each response the program made of it and what became of that. Runs them all."""
-    from sandbox import run_python  # here, for it needs a Unix
+    from scores.sandbox import run_python  # here, for it needs a Unix
 
     def run_one(response: str, example: Example) -> dict:
         program = program_of(response, example)
@@ -339,7 +339,7 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
             "that is no perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
         )
     if programs:
-        from sandbox import check, describe_guards
+        from scores.sandbox import check, describe_guards
 
         print(describe_guards(check()), file=sys.stderr)
     return sets

@@ -31,23 +31,7 @@ import torch
 from tqdm import tqdm
 
 import lora
-import parallel
-import tiny
-from cache import TeacherCache
-from checkpoint import (
-    Log,
-    Stopped,
-    StopSignals,
-    chat_of,
-    check_directory,
-    hold_directory,
-    random_state,
-    restore_checkpoint,
-    run_of,
-    save_checkpoint,
-    set_random_state,
-    write_text,
-)
+from baselines.seqkd import teacher_answers
 from data import (
     Row,
     TextTokenizer,
@@ -65,11 +49,27 @@ from data import (
 )
 from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
-from hub import MODELS, data_file, model_directory
+from experiments import tiny
+from fast.cache import TeacherCache
+from fast.cpu import by_onednn, packed
 from model import build_model, generate, load_model, read_config, read_json
-from onednn import by_onednn, packed
-from options import Options, check, flags, parse, say_settings, settings, teacher_stage
-from seqkd import teacher_answers
+from runtime import parallel
+from runtime.hub import MODELS, data_file, model_directory
+from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
+from runtime.run import (
+    Log,
+    Stopped,
+    StopSignals,
+    chat_of,
+    check_directory,
+    hold_directory,
+    random_state,
+    restore_checkpoint,
+    run_of,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage before distillation

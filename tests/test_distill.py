@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 
-import tiny
 import train
 from align import edit_distance_alignment, edit_distance_map, exact_token_alignment
 from data import Example, TextTokenizer, collate, tokenise
 from distill import Distiller, argmax_tokens, choose_alignment
+from experiments import tiny
 from losses import DIVERGENCES, PLAIN
 from model import build_model
 

@@ -13,15 +13,12 @@ import torch
 
 import data
 import distill
-import memory
-import paper
-import reproduce
-import tiny
 import train
 from data import TextTokenizer
 from eval import respond
+from experiments import memory, paper, reproduce, tiny
+from experiments.reproduce import Cell, parse, run_cell
 from model import load_model
-from reproduce import Cell, parse, run_cell
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
 SETTING = "updates=2 labels=12 width=16"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-import tiny
+from experiments import tiny
 
 ROOT = Path(tiny.__file__).parent
 SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80)

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
-import parallel
-from hub import MODELS
 from model import Decoder, read_json, save_model
+from runtime import parallel
+from runtime.hub import MODELS
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
