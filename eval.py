@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
-from distill import hidden_at
 from fast.cpu import by_onednn, packed
-from losses import gold_terms
-from model import generate, load_model
+from losses import logits_under
+from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, write_text
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
@@ -82,7 +82,7 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
         side = collate(rows[start : start + batch_size], eos_id).student.to(device)
         hidden = hidden_at(model, side)
         for part, labels in zip(hidden.split(1024), side.labels.split(1024), strict=True):
-            total += float(gold_terms(part, labels, model.head_weight)[0].sum())
+            total += float(cross_entropy(logits_under(part, model.head_weight), labels, reduction="sum"))
         tokens += len(side.labels)
     model.train(training)
     return total / tokens

@@ -39,6 +39,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from distill import hidden_at
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,7 +47,6 @@ from torch.nn.functional import linear, normalize
 
 from align import cross_model_attention
 from data import Batch, Row, TextTokenizer, collate, read_jsonl, tokenise
-from distill import hidden_at
 from eval import table
 from losses import DIVERGENCES
 from model import load_model

@@ -42,12 +42,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distill import Distiller
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import train
 from align import exact_token_alignment
 from data import Example, Row, TextTokenizer, read_jsonl, tokenise
-from distill import Distiller
 from experiments.plain_step import (
     KD_RATE,
     METHODS,

@@ -34,12 +34,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import distill
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 import data
-import distill
 import train
 from data import TextTokenizer, read_jsonl, tokenise
 from eval import held_out_cross_entropy, respond, score, table

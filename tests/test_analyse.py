@@ -7,12 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import distill
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import distill
 import model
 from align import exact_token_alignment
 from data import Row, TextTokenizer, collate, read_jsonl, tokenise

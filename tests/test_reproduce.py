@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import distill
 import pytest
 import torch
 
 import data
-import distill
 import train
 from data import TextTokenizer
 from eval import respond
