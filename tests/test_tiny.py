@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from experiments import tiny
 
-ROOT = Path(tiny.__file__).parent
+ROOT = Path(tiny.__file__).parent.parent
 SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80)
 HORRORS = [
     "", " ", "  two leading spaces", "trailing  ", "naïve café, Ærøskøbing ß", "漢字と仮名", "مرحبا بالعالم",
