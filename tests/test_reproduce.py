@@ -251,7 +251,8 @@ def test_what_is_left_is_listed_as_commands(tmp_path, capsys):
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 2 * len(rows) - 1
     assert [parse(words[-1]) for words in commands][0] == reproduce.resolve(replace(parse(rows[0]), seed=1))
-    assert all(words[1:] == ["--out", str(tmp_path), "--cell", words[-1]] for _, *words in commands)
+    started = ["-m", "experiments.reproduce", "--out", str(tmp_path)]
+    assert all(words == [*started, "--cell", words[-1]] for _, *words in commands)
 
 
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):
