@@ -35,6 +35,7 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, write_text
+from runtime.strict import check_model
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
 from scores.rouge import exact_match, rouge_l
 
@@ -294,6 +295,7 @@ def run(options: argparse.Namespace) -> None:
     for name in options.directories:  # before anything is loaded: all of them must be there
         student = Path(name) / "student"
         models[name] = model_directory(str(student if student.is_dir() else name))
+        check_model(models[name])
     sets = read_sets(options)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     results: dict[tuple[str, str], dict] = {}

@@ -9,7 +9,6 @@ The loop is `run_updates`. The options are in options.py, what one update does i
 losses.py.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -64,7 +63,7 @@ from data import (
 from eval import held_out_cross_entropy, respond
 from experiments import tiny
 from fast.cache import TeacherCache
-from fast.cpu import by_onednn, packed
+from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from losses import RECIPES, Counts, predict_tokens
 from model import build_model, generate, hidden_at, load_model, read_config, read_json
 from projector import Projectors
@@ -85,7 +84,7 @@ from runtime.run import (
     set_random_state,
     write_text,
 )
-from runtime.strict import choose_alignment, read_projectors
+from runtime.strict import check_model, choose_alignment, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage before distillation
@@ -341,7 +340,7 @@ class Pieces:
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
     files = {name: path / "config.json" for name, path in directories.items()}
-    limits = {name: read_config(read_json(file), file).limit for name, file in files.items()}
+    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
     if o.max_len is None:
         o.max_len = min(512, *limits.values())
     if o.max_prompt_len is None:
@@ -365,12 +364,14 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
+    check_model(student_directory, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
     student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
     student_tokenizer.say_if_forgotten("--student-chat")
     align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+        check_model(teacher_directory)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
         teacher_tokenizer.say_if_forgotten("--teacher-chat")
@@ -418,6 +419,8 @@ def load(o: Options) -> Pieces:
         with parallel.main_first():
             cache.attach_states(o.compile)
     student.recompute = o.recompute
+    if torch.device(o.device).type == "cpu":
+        put_on(student)
     if o.shard in ("student", "both"):
         parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
     student.to(o.device)
@@ -552,15 +555,6 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def keep_freed_memory() -> None:
-    """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
-    then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:

@@ -52,6 +52,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of
+from runtime.strict import check_model
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -329,7 +330,9 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 def find(name: str, weights: bool = True) -> Path:
     """The model directory of a run, preset, hub repository or directory."""
     student = Path(name) / "student"
-    return model_directory(str(student if student.is_dir() else name), weights)
+    directory = model_directory(str(student if student.is_dir() else name), weights)
+    check_model(directory, weights)
+    return directory
 
 
 def run_simulation(o: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def command(tiny_task, tmp_path, capsys, monkeypatch):
     def refused(**changes):
         before = sorted(tmp_path.rglob("*"))
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-            patch.setattr(train, "accumulate", lambda *arguments: pytest.fail("an update was begun"))
+            patch.setattr(train, "distil", lambda *arguments: pytest.fail("an update was begun"))
             run(**changes)
         assert sorted(tmp_path.rglob("*")) == before  # nothing made, not even an empty --out
         if caught.value.code == 2:  # argparse

@@ -117,7 +117,7 @@ def stopping_at(monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
-    "name, call, step", [("accumulate", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 5)]
+    "name, call, step", [("distil", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 5)]
 )
 def test_asked_to_stop_a_run_saves_first(
     task, tmp_path, stopping_at, monkeypatch, capsys, name, call, step, number, code
@@ -147,7 +147,7 @@ def test_asked_to_stop_while_it_writes_samples_a_run_is_complete(task, tmp_path,
 
 def test_asked_twice_a_run_stops_at_once(task, tmp_path, stopping_at, monkeypatch, capsys):
     train.main(command(task, tmp_path / "whole", max_steps=5))
-    stopping_at("accumulate", 4, signal.SIGINT, signal.SIGINT)
+    stopping_at("distil", 4, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         train.main(command(task, tmp_path / "run", max_steps=5))
     monkeypatch.undo()
@@ -172,15 +172,15 @@ def test_the_embedded_task_goes_on_where_it_was_stopped(tmp_path, stopping_at, m
     words = ["--max-steps", "2", "--method", "sft", "--device", "cpu", "--out"]
     train.main([*words, str(tmp_path / "whole")])
     with monkeypatch.context() as patch:
-        count, accumulate = [], train.accumulate
+        count, distil = [], train.distil
 
         def stop(*things):
             count.append(1)
             if len(count) == 3:  # the first of the second stage
                 os.kill(os.getpid(), signal.SIGINT)
-            return accumulate(*things)
+            return distil(*things)
 
-        patch.setattr(train, "accumulate", stop)
+        patch.setattr(train, "distil", stop)
         with pytest.raises(SystemExit, match="130"):
             train.main([*words, str(tmp_path / "parts")])
     assert "stopped after update 1 of 2" in capsys.readouterr().err
@@ -327,10 +327,10 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
     """On disk, exactly: without the cause, the run goes on as if there had been none (dropout's random state too)."""
     options = {"max_steps": 7, "checkpoint_every": 4, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
     train.main(command(task, tmp_path / "whole", **options))
-    accumulate, count, run = train.accumulate, [], tmp_path / "run"
+    distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
-        terms = accumulate(o, pieces, *things)
+        terms = distil(o, pieces, *things)
         count.append(1)
         if len(count) == 4 and what == "loss":
             raise FloatingPointError("t2s_ce is nan")
@@ -338,7 +338,7 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
             next(iter(pieces.student.parameters())).grad[0] = math.inf
         return terms
 
-    monkeypatch.setattr(train, "accumulate", spoilt)
+    monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit) as caught:
         train.main(command(task, run, **options))
     monkeypatch.undo()
@@ -351,15 +351,15 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
-    accumulate, count, run = train.accumulate, [], tmp_path / "run"
+    distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
         count.append(1)
         if len(count) == 4:
             pieces.student.blocks[0].ln_2.weight.data[0] = math.nan
-        return accumulate(o, pieces, *things)
+        return distil(o, pieces, *things)
 
-    monkeypatch.setattr(train, "accumulate", spoilt)
+    monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
         train.main(command(task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
@@ -403,13 +403,13 @@ def live_tensors() -> int:
 @pytest.mark.parametrize("method", ["eta", "cma"])
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
     """As many tensors are alive before update 45 as before update 20, checkpoints and sampled responses included."""
-    accumulate, counts = train.accumulate, []
+    distil, counts = train.distil, []
 
     def counting(*things):
         counts.append(live_tensors() if len(counts) in (20, 44) else None)
-        return accumulate(*things)
+        return distil(*things)
 
-    monkeypatch.setattr(train, "accumulate", counting)
+    monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
     train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
@@ -421,14 +421,14 @@ def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
 def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
     """2,000 updates: over the second half the process grows by less than 10 MB. On-policy it grows by some 35 MB in the
     first 600, while sampling meets new lengths, then no more (measured to 4,000)."""
-    accumulate, sizes = train.accumulate, []
+    distil, sizes = train.distil, []
 
     def measuring(*things):
         pages = Path("/proc/self/statm")
         sizes.append(int(pages.read_text().split()[1]) * resource.getpagesize() / 1e6 if pages.is_file() else 0)
-        return accumulate(*things)
+        return distil(*things)
 
-    monkeypatch.setattr(train, "accumulate", measuring)
+    monkeypatch.setattr(train, "distil", measuring)
     settings = {"max_steps": 2000, "checkpoint_every": 500, "max_len": 60, "on_policy": on_policy}
     train.main(arguments(tiny_task, tmp_path / "run", **settings))
     print(f"{sizes[200]:.0f} MB after 200 updates, {sizes[1000]:.0f} after 1,000, {sizes[-1]:.0f} after 2,000")

@@ -387,9 +387,10 @@ def test_mined_by_its_definition(tokenizers):
             if names[index].startswith("<0x") != plain:
                 first.setdefault(student_id, index)
     total, ratios = 0, []
+    spellings_t, spellings_s = (token_spellings(both.tokenizer) for both in tokenizers)
     for row in setting.rows:
         (h, x, y), (g, x_t, _) = states_of(setting.student, row.student), states_of(setting.teacher, row.teacher)
-        spelt = [token_spellings(teacher_tokenizer.tokenizer)[i] for i in x_t.tolist()], [token_spellings(tokenizer.tokenizer)[i] for i in x.tolist()]
+        spelt = [spellings_t[i] for i in x_t.tolist()], [spellings_s[i] for i in x.tolist()]
         pairs = [(m, n) for m, n in zip(*edit_distance_alignment(*spelt), strict=True) if mapped[x_t[m]] == x[n]]
         ratios.append(len(pairs) / len(y))
         target = torch.full((len(y), len(setting.student.head_weight)), -1e5)

@@ -257,7 +257,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_p
         raise KeyboardInterrupt
 
     train.main(arguments(tiny_task, tmp_path / "whole"))
-    monkeypatch.setattr(train, "accumulate", stop)
+    monkeypatch.setattr(train, "distil", stop)
     with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "again"))
     monkeypatch.undo()
