@@ -393,9 +393,11 @@ def test_sizes_are_those_of_the_published_models():
                  "llama2": 6_738_415_616, "mistral": 7_241_732_096}  # fmt: skip
     counted = {name: memory.counts(memory.CONFIGS[paper.CONFIGURED[name]]) for name in published}
     assert {name: count.matrices + count.rest for name, count in counted.items()} == published
-    # rank 1 adds in + out of every linear layer: attention's four of width 4096, the MLP's three
-    adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1)
-    assert adapted.trained_matrices + adapted.trained_rest == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    # rank 1 adds in + out of every linear layer that is adapted: attention's of width 4096, the MLP's three
+    queries_and_values, every = 2 * 2 * 4096, 4 * 2 * 4096 + 3 * (4096 + 11008)
+    for targets, each in [(None, queries_and_values), ("all-linear", every)]:
+        adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1, targets)
+        assert adapted.trained_matrices + adapted.trained_rest == 32 * each
 
 
 def test_estimates_grow_with_what_is_asked():
