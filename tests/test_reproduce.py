@@ -13,6 +13,7 @@ import torch
 
 import data
 import distill
+import lora
 import memory
 import paper
 import reproduce
@@ -20,7 +21,7 @@ import tiny
 import train
 from data import TextTokenizer
 from eval import respond
-from model import load_model
+from model import build_model, load_model
 from reproduce import Cell, parse, run_cell
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
@@ -398,6 +399,31 @@ def test_sizes_are_those_of_the_published_models():
     for targets, each in [(None, queries_and_values), ("all-linear", every)]:
         adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1, targets)
         assert adapted.trained_matrices + adapted.trained_rest == 32 * each
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_what_a_block_with_adapters_keeps_is_that_of_a_block_in_the_middle(targets):
+    """Of a frozen embedding the first block's input has no gradient, and the first block keeps less than the others."""
+
+    def kept(layers: int, length: int) -> int:
+        m = lora.attach(build_model({**config, "num_hidden_layers": layers}), 4, 8.0, 0.1, targets).train()
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu"):
+            hidden = m(torch.zeros((1, length), dtype=torch.long))
+        assert hidden.requires_grad
+        return sum(storages.values())
+
+    config = {"model_type": "llama", "vocab_size": 8, "max_position_embeddings": 64, "hidden_size": 32,
+              "intermediate_size": 64, "num_attention_heads": 4}  # fmt: skip
+    middle = [(kept(3, length) - kept(2, length)) for length in (16, 32)]
+    middle = (middle[1] - middle[0]) / 16
+    final_norm = 16 * 32  # bytes; counted with every block
+    assert middle <= memory.kept_per_token(config, 4, targets) <= middle + final_norm
 
 
 def test_estimates_grow_with_what_is_asked():
