@@ -389,9 +389,13 @@ def load(o: Options) -> Pieces:
         student = load_model(student_directory, torch.float32)
     student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
-        lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
+        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
+        try:
+            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
+            raise ValueError(f"--lora-targets: {error}") from None
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"LoRA: {trained:,} of the student's parameters are trained", file=sys.stderr)
+        print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
     method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
     if o.method == "seqkd":  # from here on it is supervised fine-tuning
         with parallel.main_first():

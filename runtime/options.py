@@ -52,6 +52,10 @@ class Options:
     projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     lora: int = option(0, "rank of the student's LoRA adapters, which alone are trained (0: train all of it)")
+    lora_targets: list | None = option(  # of str
+        None, "linear layers that get an adapter: names as in peft, or all-linear for all but the head (default: "
+        "peft's and so the papers', q_proj v_proj or GPT-2's c_attn)",
+    )  # fmt: skip
     lora_alpha: float | None = option(None, "the adapters are scaled by alpha / rank (default: the papers' 8)")
     lora_dropout: float | None = option(None, "dropout on the adapters' input (default: the papers' 0.1)")
     epochs: int = option(20, "passes over the data")
@@ -94,6 +98,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
         if kind is bool:  # a switch that may be left open has a --no- form too
             action = argparse.BooleanOptionalAction if entry.default is None else "store_true"
             parser.add_argument(flag, action=action, **common)
+        elif kind is list:
+            parser.add_argument(flag, nargs="+", **common)
         else:
             parser.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)
     about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
@@ -279,10 +285,12 @@ def check_cache(o: Options) -> None:
 
 
 def check_lora(o: Options) -> Options:
-    alpha, dropout = o.lora_alpha, o.lora_dropout
+    alpha, dropout, targets = o.lora_alpha, o.lora_dropout, o.lora_targets
     if not o.lora:
-        if alpha is not None or dropout is not None:
-            raise ValueError("--lora-alpha and --lora-dropout belong to --lora RANK, which is not given")
+        if alpha is not None or dropout is not None or targets is not None:
+            raise ValueError(
+                "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"
+            )
         return o
     alpha, dropout = 8.0 if alpha is None else alpha, 0.1 if dropout is None else dropout
     if not 0 < alpha < math.inf:
@@ -293,4 +301,6 @@ def check_lora(o: Options) -> Options:
         raise ValueError(
             f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded task) starts without one"
         )
-    return replace(o, lora_alpha=alpha, lora_dropout=dropout)
+    if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
+        targets = sorted(set(" ".join(targets).replace(",", " ").split()))
+    return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)

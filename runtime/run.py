@@ -132,7 +132,7 @@ def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
     with torch.device("meta"):
         copied = Decoder(student.config)
         if o.lora:
-            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout)
+            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     for name, parameter in student.named_parameters():
         tensor = parallel.whole(parameter.detach())
         if parallel.rank() == 0:
@@ -202,6 +202,8 @@ def check_directory(o) -> None:
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
         before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        if before.get("lora"):  # older runs, which do not name their layers, adapted them all
+            before = {"lora_targets": ["all-linear"], **before}
         choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
         wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]

@@ -126,8 +126,8 @@ def runs_of_two(task: Path, out: Path) -> None:
     train.train(options_of(task, out / "whole", **DROPOUT))
     stop_after_one_checkpoint(options_of(task, out / "parts", **DROPOUT))
     train.train(options_of(task, out / "parts", **DROPOUT, resume=True, recompute=True))
-    adapters = {"method": "sft", "lora": 4, "shard": "student", "valid": task / "valid.jsonl"}
-    train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
+    adapters = {"method": "sft", "lora": 4, "lora_targets": "mlp.c_proj,c_attn", "valid": task / "valid.jsonl"}
+    train.train(options_of(task, out / "adapters", **adapters, shard="student", batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
@@ -251,6 +251,7 @@ def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
 
 def test_sharded_adapters_are_saved_whole(task, out):
     adapted = lora.load_adapter(load_model(task / "student"), out / "adapters" / "adapter")
+    assert {name.split(".", 2)[2] for name in lora.adapted(adapted)} == {"attn.c_attn", "mlp.c_proj"}
     merged = dict(lora.merge(adapted).named_parameters())
     saved = dict(load_model(out / "adapters" / "student").named_parameters())
     assert same(merged, saved) and not same(saved, dict(load_model(task / "student").named_parameters()))
