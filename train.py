@@ -46,6 +46,7 @@ from baselines import mined, uld
 from baselines.seqkd import teacher_answers
 from data import (
     Batch,
+    Example,
     Row,
     TextTokenizer,
     ahead,
@@ -60,7 +61,7 @@ from data import (
     update_order,
     without_responses,
 )
-from eval import held_out_cross_entropy, respond
+from eval import held_out_cross_entropy, respond, score
 from experiments import tiny
 from fast.cache import TeacherCache
 from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
@@ -71,9 +72,11 @@ from runtime import parallel
 from runtime.hub import MODELS, data_file, model_directory
 from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
 from runtime.run import (
+    KEPT_BY,
     Log,
     Stopped,
     StopSignals,
+    best_checkpoint,
     chat_of,
     check_directory,
     hold_directory,
@@ -314,6 +317,7 @@ class Pieces:
     valid_rows: list[Row]
     sample_prompts: list[str]
     where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
+    valid: list[Example] = field(default_factory=list)  # whose first references are `valid_rows`
 
     @cached_property
     def digest(self) -> str:
@@ -439,7 +443,7 @@ def load(o: Options) -> Pieces:
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     where = [example.where for example in examples]
-    return Pieces(student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where)
+    return Pieces(student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,18 +656,25 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
                 f"update {done}: it left weights that are not finite; those in {o.out} are from before; a lower --lr "
                 "or --weight-decay may help"
             )
+        scores = {}
         if due and pieces.valid_rows:
-            line["valid_ce"] = valid_cross_entropy(o, pieces)
-            log.write({"step": done, "valid_ce": line["valid_ce"]})
+            scores["valid_ce"] = valid_cross_entropy(o, pieces)
+            if o.keep_best == "rouge":
+                scores["valid_rouge_l"] = valid_rouge_l(o, pieces)
+            line |= scores
+            log.write({"step": done, **scores})
             stopping = parallel.highest(stop.number)  # asked meanwhile
         if due or stopping:
-            save_checkpoint(o, pieces, optimizer, done, counts)
+            save_checkpoint(o, pieces, optimizer, done, counts, scores.get(KEPT_BY.get(o.keep_best)))
         meter.since += time.perf_counter() - paused  # not training
         if stopping:
             progress.close()
             raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
     progress.close()
     write_samples(o, pieces)
+    if parallel.rank() == 0 and (best := best_checkpoint(o)):
+        name = KEPT_BY[o.keep_best]
+        print(f"student/ is from update {best['step']}, which has the best {name}: {best[name]:.4f}", file=sys.stderr)
     if stop.number:  # while it wrote them
         raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
     return line
@@ -771,14 +782,29 @@ def valid_cross_entropy(o: Options, pieces: Pieces) -> float:
     return total / tokens
 
 
+def valid_rouge_l(o: Options, pieces: Pieces) -> float:
+    """Held-out Rouge-L in per cent, of responses that are sampled as eval.py does, with one seed; each process answers
+    its share of the prompts."""
+    examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
+    room = min(o.max_prompt_len, o.max_len - 1)
+    prompts = [cut_prompt(example, [tokenizer], room) for example in examples]
+    with gathered(o, pieces):
+        if examples:
+            responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
+            total = len(examples) * score(responses, examples)["rouge_l"]
+    total, count = parallel.add_up([total, len(examples)])
+    return total / count
+
+
 def write_samples(o: Options, pieces: Pieces) -> None:
-    """samples.txt: greedy responses to a few held-out (else training) prompts."""
+    """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer = pieces.student_tokenizer
     room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
     with gathered(o, pieces):
         if parallel.rank() > 0:
             return
-        responses = respond(pieces.student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
+        student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
+        responses = respond(student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     write_text(Path(o.out) / "samples.txt", text + "\n")

@@ -354,7 +354,7 @@ def run_simulation(o: argparse.Namespace) -> None:
 def aligned(o: argparse.Namespace):
     """(name, teacher, student, their rows, aligned, and padding ids) of each student of the command line."""
     teacher_directory, students = find(o.teacher), {name: find(name) for name in o.student}
-    examples = read_jsonl(*data_file(o.data, "valid"))[: o.limit]
+    examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
     teacher = load_model(teacher_directory, device=o.device).eval()
     teacher_tokenizer = TextTokenizer(teacher_directory, chat_of(teacher_directory))
     teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
@@ -404,7 +404,7 @@ def read_projectors(file) -> dict[str, Tensor]:
 
 
 def run_alignment(o: argparse.Namespace) -> None:
-    path, first, last = data_file(o.data, "valid")
+    path, first, last = data_file(o.data, "test")
     example = next((e for e in read_jsonl(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
@@ -461,7 +461,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     for command in (structures, known, alignment):
         command.add_argument("--teacher", required=True, help="run or model")
-        command.add_argument("--data", required=True, help="named set (its valid split) or JSONL file")
+        command.add_argument("--data", required=True, help="named set (its test split) or JSONL file")
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
     for command in (simulation, structures, alignment):
         command.add_argument("--out", default="figures", help="folder for the pictures (default: figures)")

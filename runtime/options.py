@@ -36,6 +36,10 @@ class Options:
     data: str | None = option(None, "named set or JSONL file to train on")
     cache_teacher: str | None = option(None, "directory for the teacher's hidden states, which are then computed once")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
+    keep_best: str | None = option(
+        None, "leave in student/ not the last checkpoint but the one with the best score on --valid: Rouge-L of a "
+        "response sampled to each prompt, or cross-entropy", ["rouge", "ce"],
+    )  # fmt: skip
     student_chat: str | None = option(
         None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
         ["none", *CHATS],
@@ -124,8 +128,8 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
     "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
-    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk recompute seed "
-    "dtype device compile checkpoint_every log_every"
+    "data valid keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
+    "recompute seed dtype device compile checkpoint_every log_every"
 ).split()
 
 
@@ -214,6 +218,8 @@ def check(o: Options) -> Options:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
     if o.teacher_chat not in (None, "none") and o.method == "sft":
         raise ValueError("--teacher-chat belongs to a teacher; --method sft has none, its model is the --student")
+    if o.keep_best and o.valid is None:
+        raise ValueError(f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid")
     if o.cache_teacher is not None:
         check_cache(o)
     o = check_lora(o)

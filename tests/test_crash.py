@@ -17,7 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
 
+import eval as evaluation
+import lora
+import model
 import train
+from data import TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
 from runtime import run as checkpoint
 
@@ -28,6 +32,7 @@ METHODS = {
     "kd": {"method": "kd", "teacher": "twin", "grad_accum": 2},
     "lora": {"lora": 4, "lora_dropout": 0.2},
     "seqkd": {"method": "seqkd", "seqkd_temperature": 1.0},
+    "best": {"keep_best": "ce", "lr": 0.1, "warmup": 15},  # the learning rate rises until the student is spoilt
 }
 
 
@@ -59,7 +64,12 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
     logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_of(run)] for run in (one, other)]
     assert logs[0] == logs[1]
+    assert best_of(one) == best_of(other)
     assert step_of(one) == step_of(other)
+
+
+def best_of(out) -> dict | None:
+    return json.loads((out / "args.json").read_text()).get("best")
 
 
 def step_of(out) -> int:
@@ -88,6 +98,97 @@ def test_a_killed_run_ends_as_if_it_had_not_been(task, tmp_path):
 def test_a_run_killed_again_and_again(task, tmp_path, method):
     kills = 20 if method == "eta" else 6
     kill_again_and_again(task, tmp_path, kills, seed=2, max_steps=15, **METHODS[method])
+
+
+def test_a_killed_run_keeps_its_best_student(task, tmp_path):
+    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["best"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best checkpoint
+
+SPOILT = {"max_steps": 6, "lr": 0.1, "warmup": 6}  # the learning rate rises until the student is spoilt
+
+
+@pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {}), ("rouge", {"lora": 4, "lr": 1})], ids=str)
+def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, keep_best, more):
+    """Of the three checkpoints not the last one, as scored here again; resume/ is of the last one."""
+    run, name = tmp_path / "run", {"ce": "valid_ce", "rouge": "valid_rouge_l"}[keep_best]
+    train.main(command(task, run, keep_best=keep_best, **{**SPOILT, **more}))
+    scores = {line["step"]: line[name] for line in log_of(run) if name in line}
+    step = (min if keep_best == "ce" else max)(scores, key=scores.get)
+    assert list(scores) == [2, 4, 6] and step < 6 and best_of(run) == {"step": step, name: scores[step]}
+    assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
+
+    student, tokenizer = model.load_model(run / "student"), TextTokenizer(run / "student")
+    examples = read_jsonl(task / "valid.jsonl")
+    rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
+    prompts = [example.prompt_text() for example in examples]
+    if keep_best == "ce":
+        again = evaluation.held_out_cross_entropy(student, rows, tokenizer.eos_id)
+    else:  # sampled as eval.py does
+        responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
+        again = evaluation.score(responses, examples)["rouge_l"]
+    assert again == pytest.approx(scores[step], rel=1e-5)
+    greedy = evaluation.respond(student, tokenizer, prompts[:5], 80)
+    samples = (run / "samples.txt").read_text()
+    assert all(f"{prompt}\n### response\n{reply}" in samples for prompt, reply in zip(prompts, greedy, strict=False))
+
+    assert step_of(run) == 6
+    projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
+    assert not torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"])  # they go with student/
+    if "lora" in more:
+        adapted = lora.merge(lora.load_adapter(model.load_model(task / "student"), run / "adapter"))
+        assert same(dict(adapted.named_parameters()), dict(student.named_parameters()))
+    before = snapshot(run)
+    train.main([*command(task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("update, kept", [(1, None), (3, 2), (5, 2)])
+def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
+    task, tmp_path, stopping_at, monkeypatch, update, kept
+):
+    """Between two scores: student/ is the best one so far or, before the first score, the last one."""
+    train.main(command(task, tmp_path / "whole", keep_best="ce", **SPOILT))
+    stopping_at("accumulate", update, signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        train.main(command(task, tmp_path / "run", keep_best="ce", **SPOILT))
+    monkeypatch.undo()
+    best = best_of(tmp_path / "run")
+    assert step_of(tmp_path / "run") == update and (best and best["step"]) == kept
+    if kept == best_of(tmp_path / "whole")["step"]:
+        assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+    train.main([*command(task, tmp_path / "run", **SPOILT), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_scores_that_are_no_numbers_are_not_the_best(task, tmp_path, monkeypatch):
+    scores = iter([math.nan, 6.0, math.inf])
+    monkeypatch.setattr(train, "held_out_cross_entropy", lambda *arguments: next(scores))
+    train.main(command(task, tmp_path / "run", keep_best="ce", max_steps=6))
+    assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
+
+
+def test_the_best_checkpoint_needs_held_out_examples(task, tmp_path):
+    words = arguments(task, tmp_path / "run", keep_best="rouge")
+    with pytest.raises(SystemExit, match="--keep-best rouge is by the scores on held-out examples: give them with --v"):
+        train.main(words)
+    with pytest.raises(SystemExit, match="--keep-best ce is by the scores on held-out examples"):
+        train.main(["--keep-best", "ce", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_best_may_not_change_between_two_parts_of_a_run(task, tmp_path):
+    run = tmp_path / "run"
+    train.main(command(task, run, keep_best="ce"))
+    with pytest.raises(SystemExit, match="--resume: --keep-best is 'rouge', but .* was started with 'ce'"):
+        train.main([*command(task, run, keep_best="rouge"), "--resume"])
+    record = json.loads((run / "args.json").read_text())
+    for spoilt in (3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}):
+        (run / "args.json").write_text(json.dumps({**record, "best": spoilt}))
+        with pytest.raises(SystemExit, match="args.json: .* is no value of best"):
+            train.main([*command(task, run), "--resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,11 +307,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
     student = (tmp_path / "whole" / "student" / "model.safetensors").stat().st_size
     run, save, before, limits = tmp_path / "run", train.save_checkpoint, {}, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def with_little_room(o, pieces, optimizer, step, meter):
+    def with_little_room(o, pieces, optimizer, step, *things):
         if step > 2:
             before.update(snapshot(run))
             resource.setrlimit(resource.RLIMIT_FSIZE, (student + 1000, limits[1]))
-        save(o, pieces, optimizer, step, meter)
+        save(o, pieces, optimizer, step, *things)
 
     monkeypatch.setattr(train, "save_checkpoint", with_little_room)
     try:
@@ -255,9 +356,12 @@ def test_the_first_checkpoint_appears_with_all_its_files(task, tmp_path, monkeyp
         monkeypatch.setattr(os, name, noted)
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("needs /proc")
-    train.main(command(task, run, lora=2))
+    train.main(command(task, run, lora=2, keep_best="ce"))
     moved = order.index(("replace", "resume/state.safetensors"))
-    for place in ("student", "adapter", "projectors.safetensors"):
+    named = [at for at, what in enumerate(order) if what == ("replace", "args.json")][-1]  # the best student
+    places = "student", "adapter", "projectors.safetensors"
+    assert max(order.index(("replace", place)) for place in places) < named < moved
+    for place in places:
         assert order.index(("replace", place)) < order.index(("fsync", "."), order.index(("replace", place))) < moved
     for file in ("student/model", "adapter/adapter_model", "projectors", "resume/state"):
         synced = order.index(("fsync", f"checkpoint.new/{file}.safetensors"))

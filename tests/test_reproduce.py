@@ -382,6 +382,7 @@ def test_the_papers_commands_are_accepted(name):
         assert file == "train.py"
         options = train.check(train.Options(**train.parse(arguments)))
         assert options.batch_size * options.grad_accum == 32
+        assert (options.valid, options.keep_best) == ("dolly", "rouge")
         assert options.teacher is None or Path(options.teacher).parent.as_posix() in made
         made.append(options.out)
     assert commands[-1][: 1 + len(made)] == ["eval.py", *made]
