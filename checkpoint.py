@@ -8,6 +8,7 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 import lora
 import parallel
 from hub import MODELS
-from model import Decoder, read_json, save_model
+from model import Decoder, checkpoint_files, read_json, save_model
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -51,7 +52,7 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
     if parallel.rank() == 0:
-        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
         replace_checkpoint(o, pieces, student, tensors, metadata)
     parallel.wait_for_all()
 
@@ -92,6 +93,18 @@ def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Pa
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
     save_file(tensors, out / "resume" / "state.safetensors", metadata=metadata)
+
+
+def model_digest(*directories: Path) -> str:
+    """sha256 of what these models are, wherever they lie: config.json and the weights, all of which it reads."""
+    hasher = hashlib.sha256()
+    for file in (file for path in directories for file in (path / "config.json", *checkpoint_files(path))):
+        content = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                content.update(block)
+        hasher.update(content.digest())
+    return hasher.hexdigest()
 
 
 def random_state(device) -> dict[str, torch.Tensor]:
@@ -148,7 +161,8 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
+    changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
@@ -158,6 +172,13 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
             "these back, or start again with another --out"
+        )
+    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+        models += [f"--student {o.student}"] if o.lora else []
+        raise ValueError(
+            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
+            "back, or start again with another --out"
         )
     with readable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)

@@ -41,6 +41,7 @@ from checkpoint import (
     chat_of,
     check_directory,
     hold_directory,
+    model_digest,
     random_state,
     restore_checkpoint,
     run_of,
@@ -130,6 +131,7 @@ class Pieces:
     valid_rows: list[Row]
     sample_prompts: list[str]
     where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
+    frozen: str = ""  # sha256 of the models that are read and not trained, likewise for --resume; in process 0 alone
 
     @cached_property
     def digest(self) -> str:
@@ -247,7 +249,9 @@ def load(o: Options) -> Pieces:
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     where = [example.where for example in examples]
-    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where)
+    untrained = ([teacher_directory] if teacher is not None else []) + ([student_directory] if o.lora else [])
+    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
+    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where, frozen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

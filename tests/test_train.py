@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import model
@@ -170,6 +170,28 @@ def with_dropout(tiny_task, tmp_path):
 
 @pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
+@pytest.mark.parametrize(
+    "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
+                         ("teacher", {"lora": 2}), (None, {})]
+)  # fmt: skip
+def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctrl_c, changed, options):
+    """What is read again from where it was must be what it was; a student that is trained itself is not read again."""
+    for name in ("teacher", "student"):
+        shutil.copytree(tiny_task / name, tmp_path / name)
+    options = {"teacher": tmp_path / "teacher", "student": tmp_path / "student", "checkpoint_every": 1, **options}
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "run", **options))
+    file = tmp_path / (changed or "student") / "model.safetensors"
+    written, weights = file.read_bytes(), load_file(file)
+    save_file({name: weight + 2**-10 for name, weight in weights.items()}, file)
+    if changed:
+        with pytest.raises(SystemExit, match=f"--resume: the weights of --{changed} .*are not .* bring these back"):
+            train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+        file.write_bytes(written)
+    train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+    assert log_of(tmp_path / "run")[-1]["step"] == 2
+
+
     """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
     options = {"student": with_dropout(tiny_task, tmp_path), "align": align, "recipe": recipe, "max_steps": 5,
                "checkpoint_every": 2, "on_policy": on_policy, "seed": 4}  # fmt: skip
