@@ -62,7 +62,7 @@ class Options:
     tokens_per_batch: int = option(0, "split updates by length into passes of at most so many tokens (0: --batch-size)")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
-    weight_decay: float = option(1e-2, "AdamW's, on matrices only")
+    weight_decay: float = option(1e-2, "AdamW's: on the student's matrices, and on all of the projectors")
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
     clip: float = option(1.0, "largest norm of the whole gradient")
     max_len: int | None = option(None, "tokens of a whole example, per model (default: 512, or all a model has)")
@@ -70,7 +70,10 @@ class Options:
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     recompute: bool = option(False, "less memory, more time: keep only the inputs of the student's blocks for backward")
     seed: int = option(42, "of initialisation, data order and dropout")
-    dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
+    dtype: str | None = option(
+        None, "bf16: autocast (default on CUDA). Weights and losses stay float32; on CUDA, also with fp32, products of "
+        "float32 are TF32's, whose factors have 10 bits instead of 23", DTYPES,
+    )  # fmt: skip
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     shard: str | None = option(
         None, "with torchrun: split a model's weights over all processes (FSDP2)", ["teacher", "student", "both"]

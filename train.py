@@ -350,8 +350,8 @@ def summarise(sums: dict[str, float], totals: Totals, distiller: Distiller) -> d
 
 
 def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
-    """AdamW: weight decay on the student's matrices, none on its vectors; the projectors have their own rate. With
-    LoRA the student's matrices are those of its adapters."""
+    """AdamW with weight decay on the student's matrices (with LoRA those of its adapters), none on its vectors, and on
+    all of the projectors, v1's biases too, as in the official code. The projectors have their own rate."""
     parameters = [p for p in pieces.student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
@@ -393,7 +393,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     """
     o = check(o)
     if torch.device(o.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     else:
         keep_freed_memory()
     if not o.dry_run:

@@ -540,6 +540,27 @@ def test_the_share_of_on_policy_updates():
 
 @every_method
 def test_one_step_moves_what_should_move_and_nothing_else(tokenizers, name):
+@every_method
+def test_what_weight_decay_takes_from(tokenizers, name):
+    """With no gradient at all, a step shrinks the student's matrices and all of the projectors that are trained."""
+    setting = Setting(tokenizers, name)
+    setting.o.weight_decay = 0.1
+    optimizer = train.make_optimizer(setting.o, setting.pieces)
+    before = {key: parameter.detach().clone() for key, parameter in setting.parameters().items()}
+    for parameter in setting.parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in setting.parameters().items():
+        if key.startswith("projectors."):
+            rate = setting.o.projector_lr if parameter.requires_grad else 0.0
+        else:
+            rate = setting.o.lr if parameter.dim() >= 2 else 0.0
+        torch.testing.assert_close(parameter.detach(), before[key] * (1 - 0.1 * rate), rtol=1e-6, atol=0)
+        assert torch.equal(parameter, before[key]) == (rate == 0), key
+    if "v1" in name:
+        assert "projectors.t2s.bias" in before
+
+
     setting = Setting(tokenizers, name)
     if name.startswith("dskd"):
         setting.fit_t2s()
