@@ -222,13 +222,13 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        before = {"processes": 1, "on_policy_after": 0, **read_json(out / "args.json")}  # which older runs do not name
+        kinds = get_type_hints(type(o))
         choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
         wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        counts = {"processes": 1, **before}  # which older runs do not name
         sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
+        wrong += [name for name in sizes if type(before.get(name)) is not int or before[name] < 1]
         if wrong:
             raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
         for name in record:  # what is open in the options is as it was, also where it followed from the models

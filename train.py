@@ -269,9 +269,12 @@ def gathered(o: Options, pieces: Pieces) -> Iterator[None]:
         yield
 
 
-def is_on_policy(o: Options, step: int) -> bool:
-    """Whether update `step` distils on sampled responses: with probability --on-policy, and a function of (seed, step)
-    alone, so that a resumed run, and every process of one run, decides alike."""
+def is_on_policy(o: Options, step: int, updates_per_epoch: int) -> bool:
+    """Whether update `step` distils on sampled responses: none of the first --on-policy-after epochs, then with
+    probability --on-policy. A function of its arguments alone, so that a resumed run, and every process of one run,
+    decides alike."""
+    if step < o.on_policy_after * updates_per_epoch:
+        return False
     return random.Random(f"{o.seed} on-policy {step}").random() < o.on_policy
 
 
@@ -438,7 +441,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         before = random_state(o.device), meter.counts()
         try:
-            if is_on_policy(o, step):
+            if is_on_policy(o, step, updates_per_epoch):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
                 count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
                 sampled_batches = pieces.batches(sampled, o, count)

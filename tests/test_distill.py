@@ -528,18 +528,18 @@ def test_a_sampled_end_of_text_is_trained_on(tokenizers, name, monkeypatch):
 def test_the_share_of_on_policy_updates():
     for share in (0.0, 0.25, 1.0):
         o = train.Options(on_policy=share)
-        drawn = [train.is_on_policy(o, step) for step in range(2000)]
+        drawn = [train.is_on_policy(o, step, 100) for step in range(2000)]
         assert sum(drawn) / 2000 == pytest.approx(share, abs=0.04)
-        assert drawn == [train.is_on_policy(o, step) for step in range(2000)]
-    other = [train.is_on_policy(train.Options(on_policy=0.5, seed=1), step) for step in range(50)]
-    assert other != [train.is_on_policy(train.Options(on_policy=0.5, seed=2), step) for step in range(50)]
+        assert drawn == [train.is_on_policy(o, step, 100) for step in range(2000)]
+        later = train.Options(on_policy=share, on_policy_after=3)
+        assert [train.is_on_policy(later, step, 100) for step in range(2000)] == [False] * 300 + drawn[300:]
+    other = [train.is_on_policy(train.Options(on_policy=0.5, seed=1), step, 100) for step in range(50)]
+    assert other != [train.is_on_policy(train.Options(on_policy=0.5, seed=2), step, 100) for step in range(50)]
 
 
 # -- who moves ---------------------------------------------------------------------------------------------------------
 
 
-@every_method
-def test_one_step_moves_what_should_move_and_nothing_else(tokenizers, name):
 @every_method
 def test_what_weight_decay_takes_from(tokenizers, name):
     """With no gradient at all, a step shrinks the student's matrices and all of the projectors that are trained."""
@@ -561,6 +561,8 @@ def test_what_weight_decay_takes_from(tokenizers, name):
         assert "projectors.t2s.bias" in before
 
 
+@every_method
+def test_one_step_moves_what_should_move_and_nothing_else(tokenizers, name):
     setting = Setting(tokenizers, name)
     if name.startswith("dskd"):
         setting.fit_t2s()
