@@ -63,7 +63,7 @@ from data import (
 )
 from eval import held_out_cross_entropy, respond, score
 from experiments import tiny
-from fast.cache import TeacherCache
+from fast.cache import TeacherCache, model_digest
 from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from losses import RECIPES, Counts, predict_tokens
 from model import build_model, generate, hidden_at, load_model, read_config, read_json
@@ -318,6 +318,7 @@ class Pieces:
     sample_prompts: list[str]
     where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
     valid: list[Example] = field(default_factory=list)  # whose first references are `valid_rows`
+    frozen: str = ""  # sha256 of the models that are read and not trained, likewise for --resume; in process 0 alone
 
     @cached_property
     def digest(self) -> str:
@@ -443,7 +444,11 @@ def load(o: Options) -> Pieces:
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     where = [example.where for example in examples]
-    return Pieces(student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid)
+    untrained = ([teacher_directory] if teacher is not None else []) + ([student_directory] if o.lora else [])
+    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
+    return Pieces(
+        student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid, frozen
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,9 +466,12 @@ def gathered(o: Options, pieces: Pieces) -> Iterator[None]:
         yield
 
 
-def is_on_policy(o: Options, step: int) -> bool:
-    """Whether update `step` distils on sampled responses: with probability --on-policy, and a function of (seed, step)
-    alone, so that a resumed run, and every process of one run, decides alike."""
+def is_on_policy(o: Options, step: int, updates_per_epoch: int) -> bool:
+    """Whether update `step` distils on sampled responses: none of the first --on-policy-after epochs, then with
+    probability --on-policy. A function of its arguments alone, so that a resumed run, and every process of one run,
+    decides alike."""
+    if step < o.on_policy_after * updates_per_epoch:
+        return False
     return random.Random(f"{o.seed} on-policy {step}").random() < o.on_policy
 
 
@@ -538,8 +546,8 @@ def summarise(sums: dict[str, float], totals: Totals, method: Method) -> dict[st
 
 
 def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
-    """AdamW: weight decay on the student's matrices, none on its vectors; the projectors have their own rate. With
-    LoRA the student's matrices are those of its adapters."""
+    """AdamW with weight decay on the student's matrices (with LoRA those of its adapters), none on its vectors, and on
+    all of the projectors, v1's biases too, as in the official code. The projectors have their own rate."""
     parameters = [p for p in pieces.student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
@@ -572,7 +580,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     """
     o = check(o)
     if torch.device(o.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     else:
         keep_freed_memory()
     if not o.dry_run:
@@ -617,7 +625,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         before = random_state(o.device), meter.counts()
         try:
-            if is_on_policy(o, step):
+            if is_on_policy(o, step, updates_per_epoch):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
                 count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
                 sampled_batches = pieces.batches(sampled, o, count)

@@ -62,7 +62,7 @@ def save_checkpoint(
     if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
         score = None
     if parallel.rank() == 0:
-        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
         replace_checkpoint(o, pieces, student, tensors, metadata, score)
     parallel.wait_for_all()
 
@@ -184,7 +184,8 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
+    changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
@@ -194,6 +195,13 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
             "these back, or start again with another --out"
+        )
+    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+        models += [f"--student {o.student}"] if o.lora else []
+        raise ValueError(
+            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
+            "back, or start again with another --out"
         )
     with readable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)
@@ -237,15 +245,15 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        before = {"processes": 1, "on_policy_after": 0, **read_json(out / "args.json")}  # which older runs do not name
+        kinds = get_type_hints(type(o))
         if before.get("lora"):  # older runs, which do not name their layers, adapted them all
             before = {"lora_targets": ["all-linear"], **before}
         choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
         wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        counts = {"processes": 1, **before}  # which older runs do not name
         sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
+        wrong += [name for name in sizes if type(before.get(name)) is not int or before[name] < 1]
         if not wrong and "best" in before and not is_score(before["best"], KEPT_BY.get(before.get("keep_best"))):
             wrong.append("best")
         if wrong:
