@@ -25,6 +25,7 @@ from data import TextTokenizer, read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
+from runtime import run as checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,18 +94,18 @@ def options_of(task: Path, out: Path, **changed) -> train.Options:
 
 def stop_after_one_checkpoint(o: train.Options) -> None:
     """Both processes are interrupted, right after update 2."""
-    save = train.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def save_and_stop(*things):
         save(*things)
         raise KeyboardInterrupt
 
-    train.save_checkpoint = save_and_stop
+    checkpoint.save_checkpoint = save_and_stop
     try:
         with pytest.raises(KeyboardInterrupt):
             train.train(o)
     finally:
-        train.save_checkpoint = save
+        checkpoint.save_checkpoint = save
 
 
 def bytes_held(task: Path, out: Path) -> dict[str, int]:
