@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from checkpoint import write_text
+from checkpoint import tokenizer_of, write_text
 from data import TextTokenizer, read_jsonl
 from distill import choose_alignment
 from eval import respond, score, table
@@ -502,7 +502,7 @@ def run_stage(o, train, name: str) -> float:
 
 def score_on_test(directory: Path, test_file: Path, device: str = "cpu") -> dict:
     """Greedy answers to the test prompts: per cent that the grammar allows, and Rouge-L against five references."""
-    model, tokenizer, examples = load_model(directory, device=device), TextTokenizer(directory), read_jsonl(test_file)
+    model, tokenizer, examples = load_model(directory, device=device), tokenizer_of(directory), read_jsonl(test_file)
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
     valid = [is_valid(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
