@@ -38,7 +38,7 @@ from fast.cpu import by_onednn, packed
 from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
-from runtime.run import chat_of, write_text
+from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_model
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
 from scores.rouge import exact_match, rouge_l
@@ -59,7 +59,7 @@ def respond(
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[str]:
-    """The model's response to each prompt, without end-of-text; temperature 0 is greedy."""
+    """The model's response to each prompt, without its end; temperature 0 is greedy."""
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: little padding
     responses = [""] * len(ids)
@@ -68,7 +68,7 @@ def respond(
             chosen = order[start : start + batch_size]
             batch_seed = None if seed is None else seed * 1_000_003 + start
             new = generate(
-                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
+                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, 0, top_p, batch_seed,
                 tokenizer.size,  # not the rows that only pad the head
             )  # fmt: skip
             for i, tokens in zip(chosen, new, strict=True):
@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run-code", action="store_true", help="run generated programs (pass@1), in a sandbox")
     help = "prompts in this chat format (default: the one that a run was trained with, else none)"
     parser.add_argument("--chat", choices=["none", *CHATS], help=help)
+    help = "begin prompts as the model's tokenizer begins a text (default: as a run was trained, else not)"
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help=help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="sampling seeds")
     parser.add_argument("--greedy", action="store_true", help="one greedy response instead of sampling")
     parser.add_argument("--limit", type=int, help="only the first LIMIT examples")
@@ -308,8 +310,8 @@ def run(options: argparse.Namespace) -> None:
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
-            tokenizer = TextTokenizer(directory, options.chat or chat_of(directory))
-            tokenizer.say_if_forgotten("--chat")
+            tokenizer = tokenizer_of(directory, options.chat, options.bos)
+            tokenizer.say_if_forgotten("--chat", options.bos is None)
             model = load_model(directory, dtype, options.device)
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
@@ -318,6 +320,7 @@ def run(options: argparse.Namespace) -> None:
                         model, tokenizer, data.examples, options.seeds, options.greedy, *lengths(options, data.task),
                         options.batch_size, options.device, data.task,
                     )  # fmt: skip
+                scores["bos"] = tokenizer.prefix
                 results[name, data.name] = scores
                 where = write_report(name, directory, data, options, scores)
                 cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""

@@ -77,6 +77,7 @@ from runtime.run import (
     chat_of,
     check_directory,
     run_of,
+    tokenizer_of,
     write_text,
 )
 from runtime.strict import check_model, choose_alignment, read_projectors
@@ -94,8 +95,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
     check_directory(after)
     base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
-    tokenizers = [TextTokenizer(base, o.teacher_chat or chat_of(base)),
-                  TextTokenizer(student, o.student_chat or chat_of(student))]  # fmt: skip
+    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
     print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
@@ -363,15 +363,15 @@ def load(o: Options) -> Pieces:
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
     check_model(student_directory, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
-    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
-    student_tokenizer.say_if_forgotten("--student-chat")
+    student_tokenizer, teacher_tokenizer, teacher = tokenizer_of(student_directory, o.student_chat, o.bos), None, None
+    student_tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
     align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         check_model(teacher_directory)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
-        teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
-        teacher_tokenizer.say_if_forgotten("--teacher-chat")
+        teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
+        teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
         if o.method != "seqkd":  # before models are loaded
             align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
@@ -480,7 +480,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     responses, failure = [], None
     with autocast(o), parallel.gathered(pieces.student), packed(pieces.student):
         try:
-            responses = generate(pieces.student, prompts, room, tokenizer.eos_id, seed=seed, vocabulary=tokenizer.size)
+            responses = generate(pieces.student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:
             failure = error
     if parallel.highest(failure is not None):  # all processes have it, or none

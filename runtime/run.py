@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import lora
+from data import TextTokenizer
 from model import Decoder, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
@@ -125,8 +126,7 @@ def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path)
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    if pieces.student_tokenizer.chat != "none":
-        pieces.student_tokenizer.write_end(out / "student")
+    pieces.student_tokenizer.write_as_trained(out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
@@ -326,6 +326,15 @@ def run_of(directory: str | Path) -> dict | None:
 def chat_of(directory: str | Path) -> str:
     """The chat format that a model directory was trained with here, "none" if it was not."""
     return (run_of(directory) or {}).get("student_chat") or "none"
+
+
+def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
+    """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
+    are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    if bos is None:
+        bos = "bos" in (run_of(directory) or {})
+    return TextTokenizer(directory, chat or chat_of(directory), bos)
 
 
 @contextmanager
