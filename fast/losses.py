@@ -276,7 +276,7 @@ def dskd_loss(
 ) -> dict[str, Tensor]:
     """As `losses.dskd_loss`."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
-    over, over_stu = (max(1, getattr(counts, average)) for average in (recipe.average, recipe.average_stu))
+    over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
     options = {"temperature": temperature, "chunk": chunk}
 
     in_student_space = head_terms(
