@@ -23,7 +23,6 @@ Example (a SentencePiece-like teacher with its dummy leading space, a byte-level
 import json
 import math
 import re
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -62,10 +61,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     byte_level, sentencepiece = '"ByteLevel"' in around, '"Metaspace"' in around or "\\u2581" in around
     marked = model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")  # "</w>", "##": not in the text
     if marked or not (byte_level or sentencepiece):
-        raise ValueError(
-            f"cannot tell which bytes this tokenizer's tokens spell (model {model['type']}, decoder "
-            f"{(description['decoder'] or {}).get('type')}): byte-level BPE and SentencePiece-style can be aligned"
-        )
+        decoder = (description["decoder"] or {}).get("type")
+        raise ValueError(f"cannot tell which bytes this tokenizer's tokens spell (model {model['type']}, decoder "
+                         f"{decoder}): byte-level BPE and SentencePiece-style can be aligned")  # fmt: skip
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:  # Unigram names it by id
         unknown = model["vocab"][model["unk_id"]][0]
@@ -113,8 +111,8 @@ def vocabulary_overlap(
     Special tokens and end-of-text take no part: what they mean differs even where their names agree.
     """
     teacher_ids, student_ids = ids_by_bytes(teacher, teacher_eos), ids_by_bytes(student, student_eos)
-    common = [(teacher_ids[spelt], index) for spelt, index in student_ids.items() if spelt in teacher_ids]
-    return tuple(np.array(sorted(common, key=itemgetter(1)), dtype=np.int64).reshape(-1, 2).T)
+    common = sorted((student_ids[spelt], teacher_ids[spelt]) for spelt in student_ids.keys() & teacher_ids.keys())
+    return tuple(np.array(common, dtype=np.int64).reshape(-1, 2).T[::-1])
 
 
 def prediction_map(teacher: Tokenizer, student: Tokenizer, teacher_eos: int, student_eos: int, size: int) -> np.ndarray:
@@ -123,10 +121,9 @@ def prediction_map(teacher: Tokenizer, student: Tokenizer, teacher_eos: int, stu
     Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """
-    student_ids = ids_by_bytes(student, student_eos)
+    student_ids, spelt = ids_by_bytes(student, student_eos), token_bytes(teacher)[:size]
     mapped = np.full(size, -1, dtype=np.int64)
-    for index, spelt in enumerate(token_bytes(teacher)[:size]):
-        mapped[index] = student_ids.get(spelt, -1)
+    mapped[: len(spelt)] = [student_ids.get(piece, -1) for piece in spelt]
     mapped[teacher_eos] = student_eos
     return mapped
 
@@ -153,7 +150,7 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
 
 
 def spell(tokens: list[bytes | None]) -> str:
-    """What the tokens spell, as a string of symbols: one for each byte, U+0000 to U+00FF, and U+0100 for end-of-text."""
+    """What the tokens spell, as a string of symbols: one character for each byte, U+0100 for end-of-text."""
     ends = [i for i, token in enumerate(tokens) if token is None]
     parts = zip([0, *(i + 1 for i in ends)], [*ends, len(tokens)], strict=True)
     return "\u0100".join(b"".join(tokens[first:last]).decode("latin-1") for first, last in parts)
@@ -258,17 +255,15 @@ class Deviations(NamedTuple):
 
 
 def cross_model_attention(
-    student: ResponseTokens,
-    teacher: ResponseTokens,
-    projectors: nn.Module,  # .query 2d -> 2D, .t2s D -> d, .s2t d -> D
-    std: Deviations,
+    student: ResponseTokens, teacher: ResponseTokens, projectors: nn.Module, std: Deviations
 ) -> tuple[Tensor, Tensor]:
     """Each model's states, seen from the other's positions (v1): t2s (N, d) and s2t (M, D).
 
     Q = W_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ    V = t2s(h_t/σ + E_t(y)/σ)    x is read, y predicted
     A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
 
-    Examples do not see each other. All in float32, whatever autocast says: the scores decide who is heard.
+    projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. All in float32, whatever
+    autocast says: the scores decide who is heard.
     """
     with torch.autocast(student.hidden.device.type, enabled=False):
         teacher_inputs, teacher_labels = teacher.embeddings()
@@ -278,9 +273,9 @@ def cross_model_attention(
         s2t_value = projectors.s2t(at_least_float32(student.hidden))  # (N, D)
 
         t2s, s2t = [], []
-        of_student = zip(query.split(student.lengths), s2t_value.split(student.lengths), strict=True)
-        of_teacher = zip(key.split(teacher.lengths), t2s_value.split(teacher.lengths), strict=True)
-        for (q, v_s), (k, v_t) in zip(of_student, of_teacher, strict=True):  # an example's n and m positions
+        of_student = query.split(student.lengths), s2t_value.split(student.lengths)
+        of_teacher = key.split(teacher.lengths), t2s_value.split(teacher.lengths)
+        for q, v_s, k, v_t in zip(*of_student, *of_teacher, strict=True):  # an example's n and m positions
             scores = q @ k.T / math.sqrt(k.shape[-1])  # (n, 2D) x (2D, m) -> (n, m); 2D is the papers' 2·D
             t2s.append(scores.softmax(1) @ v_t)  # (n, m) x (m, d) -> (n, d)
             s2t.append(scores.T.softmax(1) @ v_s)  # (m, n) x (n, D) -> (m, D)

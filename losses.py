@@ -87,8 +87,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def of_logits(divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """A divergence of logits (N, V), both divided by the temperature -> (N,), in float32 or better."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p = log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    log_q = log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    log_p, log_q = (log_softmax(z.to(dtype) / temperature, dim=-1) for z in (student_logits, teacher_logits))
     return divergence(log_p, log_q)
 
 
@@ -102,7 +101,7 @@ DIVERGENCES = {  # each a function of (student_logits, teacher_logits, temperatu
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the losses share
+# The losses. Each returns a dict of scalars: the terms, counts for the log, and "loss", on which to call backward().
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,6 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     ce = cross_entropy(logits, gold, reduction="sum") / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses. Each returns a dict of scalars: the terms, counts for the log, and "loss", on which to call backward().
 
 
 def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0) -> dict:

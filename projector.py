@@ -47,10 +47,8 @@ def logit_preserving_weight(source_head: Tensor, target_head: Tensor) -> Tensor:
     `nn.Linear(d_in, d_out).weight`, in float32 or better.
     """
     if len(source_head) != len(target_head):
-        raise ValueError(
-            f"the heads must list the same tokens: source_head has {len(source_head)} rows, target_head "
-            f"{len(target_head)}; take the rows of the shared vocabulary first"
-        )
+        raise ValueError(f"the heads must list the same tokens: source_head has {len(source_head)} rows, target_head "
+                         f"{len(target_head)}; take the rows of the shared vocabulary first")  # fmt: skip
     inverse = pseudo_inverse(target_head)
     return inverse @ source_head.detach().to(inverse.dtype)  # (d_out, V) x (V, d_in) -> (d_out, d_in)
 
