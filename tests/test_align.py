@@ -1,6 +1,5 @@
 """align.py: what tokens spell, which of them align, how vocabularies correspond, and cross-model attention."""
 
-import doctest
 import itertools
 import math
 import random
@@ -12,7 +11,6 @@ import torch
 from helpers import SENTENCES, Largest, byte_level, sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import align
 from align import (
     BYTE_LEVEL,
     Deviations,
@@ -85,10 +83,6 @@ def spelt(tokenizer, text):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Canonical bytes
-
-
-def test_docstring_example():
-    assert doctest.testmod(align) == (0, 4)
 
 
 def test_byte_table_is_the_inverse_of_the_librarys():
