@@ -53,11 +53,17 @@ def excerpt(file: str, name: str, begin: str | None, end: str | None) -> str:
     lines = source_of(file, name)
     if begin is not None:
         first = line_that_begins(lines, begin, 0, file, name)
-        last = line_that_begins(lines, end, first, file, name)
-        while sum(lines[last].count(c) for c in "([{") > sum(lines[last].count(c) for c in ")]}"):  # a call goes on
-            last = next(i for i in range(last + 1, len(lines)) if lines[i].lstrip().startswith((")", "]", "}")))
+        last = statement = line_that_begins(lines, end, first, file, name)
+        while open_brackets(lines[statement : last + 1]) > 0:
+            last += 1
         lines = lines[first : last + 1]
     return textwrap.dedent("\n".join(lines)).strip("\n") + "\n"
+
+
+def open_brackets(lines: list[str]) -> int:
+    """How many are still open after these lines: then the statement goes on."""
+    text = "\n".join(lines)
+    return sum(text.count(c) for c in "([{") - sum(text.count(c) for c in ")]}")
 
 
 def line_that_begins(lines: list[str], words: str, start: int, file: str, name: str) -> int:
