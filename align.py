@@ -5,10 +5,8 @@ somebody has to say which teacher position speaks about which student position:
 
 - exact token alignment, ETA (arXiv 2504.11426, eq. 14): the positions where both predict the same token after the
   same history. `exact_token_alignment` finds them, `prediction_map` translates the teacher's predictions.
-- cross-model attention, CMA (arXiv 2406.17328): every student position attends to all positions of
-  the teacher's response, and the reverse. `cross_model_attention` gives the two weight matrices.
-- minimum edit distance, MinED (arXiv 2401.10491), a baseline: tokens that look alike. `edit_distance_alignment` pairs
-  positions, `edit_distance_map` pairs whole vocabularies.
+- cross-model attention, CMA (arXiv 2406.17328): every student position attends to all positions of the teacher's
+  response, and the reverse. `cross_model_attention` gives each model's states as seen from the other's positions.
 
 Where this differs from the official code: it compares token *strings* and so loses the rest of a response after the
 first accent, newline or emoji, which byte-level and SentencePiece vocabularies spell differently. We compare *bytes*.
@@ -25,11 +23,12 @@ Example (a SentencePiece-like teacher with its dummy leading space, a byte-level
 import json
 import math
 import re
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Canonical bytes: what a token spells, whatever its vocabulary calls it
@@ -100,7 +99,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     return spelt
 
 
-def _is_fallback(tokenizer: Tokenizer, size: int) -> list[bool]:
+def is_byte_fallback(tokenizer: Tokenizer, size: int) -> list[bool]:
     """Which of the first `size` ids are byte-fallback tokens."""
     return [bool(BYTE_FALLBACK.fullmatch(tokenizer.id_to_token(i) or "")) for i in range(size)]
 
@@ -110,7 +109,7 @@ def _ids_by_bytes(tokenizer: Tokenizer, eos: int | None) -> dict[bytes, int]:
     spelt = token_bytes(tokenizer)
     if eos is not None:
         spelt[eos] = None  # also where the vocabulary does not mark it as special
-    fallback = _is_fallback(tokenizer, len(spelt))
+    fallback = is_byte_fallback(tokenizer, len(spelt))
     ids: dict[bytes, int] = {}
     for index in sorted(range(len(spelt)), key=lambda i: (fallback[i], i)):
         if spelt[index]:
@@ -299,149 +298,75 @@ def _symbols(tokens: list[bytes | None]) -> tuple[np.ndarray, list[int]]:
 # Cross-model attention (CMA)
 
 
+class ResponseTokens(NamedTuple):
+    """One model's R response positions, all examples of the batch in one row."""
+
+    inputs: Tensor  # (R,) the token that is read at each position
+    labels: Tensor  # (R,) the token that follows, which the position predicts
+    lengths: list[int]  # how many of the R belong to each example
+    embed: Tensor  # (V, width) the model's token embeddings
+    hidden: Tensor  # (R, width) its last hidden states
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """E(x) and E(y), (R, width) each, in float32 or better, without gradient."""
+        return tuple(at_least_float32(self.embed.detach()[tokens]) for tokens in (self.inputs, self.labels))
+
+
+class Deviations(NamedTuple):
+    """The standard deviations by which CMA divides the teacher's side, each over all the numbers of its tensor, at the
+    response positions of the whole update. (In the official code padding takes part: its loss depends on it.)"""
+
+    key: float  # of [E_t(x); E_t(y)]
+    label: float  # of E_t(y)
+    hidden: float  # of the last hidden states
+
+
 def cross_model_attention(
-    query: torch.Tensor, key: torch.Tensor, student_example: torch.Tensor, teacher_example: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention between the response positions of two models (v1).
+    student: ResponseTokens,
+    teacher: ResponseTokens,
+    projectors: nn.Module,  # .query 2d -> 2D, .t2s D -> d, .s2t d -> D
+    std: Deviations,
+) -> tuple[Tensor, Tensor]:
+    """Each model's states, seen from the other's positions (v1): t2s (N, d) and s2t (M, D).
 
-    query (N, 2D): projected [E_s(input); E_s(label)]; key (M, 2D): [E_t(input); E_t(label)] / std;
-    student_example (N,), teacher_example (M,): which example of the batch a position belongs to; each must occur on
-    both sides. Returns the t→s weights (N, M), a softmax over teacher positions, and the s→t weights (M, N), a softmax
-    of the same scores over student positions. Positions of different examples do not see each other.
+    Q = W_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ    V = t2s(h_t/σ + E_t(y)/σ)    x is read, y predicted
+    A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
+
+    Examples do not see each other. All in float32, whatever autocast says: the scores decide who is heard.
     """
-    scores = query @ key.T / math.sqrt(key.shape[-1])  # (N, 2D) x (2D, M) -> (N, M); 2D is the papers' 2·D
-    scores = scores.masked_fill(student_example[:, None] != teacher_example[None, :], -1e5)
-    return scores.softmax(dim=1), scores.T.softmax(dim=1)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        teacher_inputs, teacher_labels = teacher.embeddings()
+        query = projectors.query(torch.cat(student.embeddings(), -1))  # (N, 2D)
+        key = torch.cat([teacher_inputs, teacher_labels], -1) / std.key  # (M, 2D)
+        t2s_value = projectors.t2s(at_least_float32(teacher.hidden) / std.hidden + teacher_labels / std.label)  # (M, d)
+        s2t_value = projectors.s2t(at_least_float32(student.hidden))  # (N, D)
+
+        t2s, s2t = [], []
+        of_student = zip(query.split(student.lengths), s2t_value.split(student.lengths), strict=True)
+        of_teacher = zip(key.split(teacher.lengths), t2s_value.split(teacher.lengths), strict=True)
+        for (q, v_s), (k, v_t) in zip(of_student, of_teacher, strict=True):  # an example's n and m positions
+            scores = q @ k.T / math.sqrt(k.shape[-1])  # (n, 2D) x (2D, m) -> (n, m); 2D is the papers' 2·D
+            t2s.append(scores.softmax(1) @ v_t)  # (n, m) x (m, d) -> (n, d)
+            s2t.append(scores.T.softmax(1) @ v_s)  # (m, n) x (n, D) -> (m, D)
+        return torch.cat(t2s), torch.cat(s2t)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Minimum edit distance (MinED)
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
-    """`token_bytes`, with special tokens spelt by their names: MinED compares every token. None for unused ids."""
-    names = (tokenizer.id_to_token(i) for i in range(len(token_bytes(tokenizer))))
-    spelt = zip(token_bytes(tokenizer), names, strict=True)
-    return [name.encode() if piece is None and name is not None else piece for piece, name in spelt]
+def teacher_moments(teacher: ResponseTokens) -> list[float]:
+    """(count, sum, sum of squares) of each of the three tensors of `Deviations`, nine numbers in float64: they add up
+    over batches and processes."""
+    inputs, labels = teacher.embeddings()
+    moments: list[float] = []
+    for x in (torch.cat([inputs, labels], -1), labels, teacher.hidden):
+        squares = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
+        moments += [x.numel(), float(x.sum(dtype=torch.float64)), float(squares)]
+    return moments
 
 
-def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable = list) -> np.ndarray:
-    """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
-    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use.
-
-    A minute or two for a hundred thousand tokens without an equal, for each is compared with the whole vocabulary.
-    `progress` is put around the parts of that search (tqdm, for instance).
-    """
-    spelt, spelt_student = token_spellings(teacher), token_spellings(student)
-    fallback, fallback_student = _is_fallback(teacher, len(spelt)), _is_fallback(student, len(spelt_student))
-    ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
-    for index, key in enumerate(zip(spelt_student, fallback_student, strict=True)):
-        ids.setdefault(key, index)
-    mapped = np.full(len(spelt), -1, dtype=np.int64)
-    unmatched: dict[int, list[int]] = {}  # length -> teacher ids
-    for index, (piece, kind) in enumerate(zip(spelt, fallback, strict=True)):
-        if piece is not None:
-            mapped[index] = ids.get((piece, kind), ids.get((piece, not kind), -1))
-            if mapped[index] < 0:
-                unmatched.setdefault(len(piece), []).append(index)
-
-    student_ids = np.array([index for index, piece in enumerate(spelt_student) if piece is not None])
-    order, table, lengths = _by_length([spelt_student[index] for index in student_ids])
-    student_ids = student_ids[order]
-    parts = [(length, ids[i : i + 16]) for length, ids in sorted(unmatched.items()) for i in range(0, len(ids), 16)]
-    reach, near = -1, 0
-    for length, part in progress(parts):
-        if length > reach:  # any text as short as this is within `length` edits, one longer than twice that is not
-            reach = length
-            near = np.searchsorted(-lengths, -(length + max(length, lengths[-1])))
-            near_table = np.ascontiguousarray(table[:, near:])
-        distance = _edit_distances([spelt[index] for index in part], near_table, lengths[near:])
-        for row, index in zip(distance, part, strict=True):
-            mapped[index] = student_ids[near:][row == row.min()].min()
-    return mapped
-
-
-def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(teacher_ids, student_ids): each student token that some teacher token maps to, and the first one that does.
-
-    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller.
-    """
-    order = np.argsort(np.array(_is_fallback(teacher, len(mapped))) | (mapped < 0), kind="stable")
-    student_ids, first = np.unique(mapped[order], return_index=True)  # the first occurrence of each
-    used = student_ids >= 0
-    return order[first[used]], student_ids[used]
-
-
-def edit_distance_alignment(teacher: list[bytes], student: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (teacher_index, student_index) by dynamic time warping: of all ways to walk through both token sequences at
-    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces).
-
-    Only student tokens that meet exactly one teacher token are in a pair; a teacher token may be in several.
-    Of steps that cost the same: both, the teacher, the student, seen from the end.
-    """
-    cost = edit_distances([t.replace(b" ", b"") for t in teacher], [s.replace(b" ", b"") for s in student])
-    total = np.cumsum(cost, axis=1)  # right for the first row: there is only one way
-    for i in range(1, len(teacher)):
-        before = total[i - 1].copy()
-        before[1:] = np.minimum(before[1:], total[i - 1, :-1])  # a step of the teacher, or of both
-        # total[i, j] = cost[i, j] + min(before[j], total[i, j−1]), a loop over j that a running minimum spares us
-        total[i] += np.minimum.accumulate(before - (total[i] - cost[i]))
-    i, j = len(teacher) - 1, len(student) - 1
-    met = [(i, j)]
-    while i > 0 or j > 0:
-        both = total[i - 1, j - 1] if i > 0 and j > 0 else np.inf
-        teacher_step = total[i - 1, j] if i > 0 else np.inf
-        student_step = total[i, j - 1] if j > 0 else np.inf
-        step = int(np.argmin([both, teacher_step, student_step]))
-        i, j = i - (step < 2), j - (step != 1)
-        met.append((i, j))
-    teacher_index, student_index = np.array(met[::-1], dtype=np.int64).T
-    once = np.bincount(student_index)[student_index] == 1
-    return teacher_index[once], student_index[once]
-
-
-def edit_distances(patterns: list[bytes], texts: list[bytes]) -> np.ndarray:
-    """Levenshtein distances (P, n) of P strings to n others."""
-    order, table, lengths = _by_length(texts)
-    distance = np.empty((len(patterns), len(texts)), dtype=np.int64)
-    distance[:, order] = _edit_distances(patterns, table, lengths)
-    return distance
-
-
-def _by_length(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The texts as columns (length, n) of bytes, the longest first: their order, the columns, and their lengths."""
-    lengths = np.array([len(text) for text in texts])
-    order = np.argsort(-lengths, kind="stable")
-    table = np.zeros((lengths.max(), len(texts)), dtype=np.uint8)
-    for column, index in enumerate(order):
-        table[: len(texts[index]), column] = np.frombuffer(texts[index], dtype=np.uint8)
-    return order, table, lengths[order]
-
-
-def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time.
-
-    A column of the usual table of distances is two words per text: bit i of `plus` (of `minus`) says that entry i + 1
-    is one more (one less) than entry i. The narrowest word that holds the patterns is the fastest; for more than 64
-    bytes Python's integers take its place.
-    """
-    longest = max(map(len, patterns))
-    word = np.dtype(next((f"u{bits // 8}" for bits in (8, 16, 32, 64) if longest <= bits), object))
-    where = np.zeros((len(patterns), 256), dtype=word)  # bit i: the pattern has this byte at i
-    for row, pattern in enumerate(patterns):
-        for i, byte in enumerate(pattern):
-            where[row, byte] |= np.array(1 << i, dtype=word)[()]
-    masks = np.array([[(1 << len(pattern)) - 1] for pattern in patterns], dtype=word)
-    plus = np.repeat(masks, len(lengths), axis=1)  # against an empty text, entry i is i
-    minus = np.zeros_like(plus)
-    for position in range(lengths[0]):
-        alive = slice(0, np.searchsorted(-lengths, -position))  # texts that have a byte here; they stand in front
-        p, m = plus[:, alive], minus[:, alive]
-        equal = where.take(table[position, alive], axis=1)
-        diagonal = (((equal & p) + p) ^ p) | equal  # where the distance does not grow down the diagonal
-        up, down = ((m | ~(diagonal | p)) << 1) | 1, (p & diagonal) << 1  # changes along a row; the first row grows
-        keep = equal | m
-        plus[:, alive] = down | ~(keep | up)
-        minus[:, alive] = up & keep
-    ones = np.bitwise_count  # the last entry of the last column: its first entry, and all the steps up and down
-    return lengths + ones(plus & masks).astype(np.int64) - ones(minus & masks).astype(np.int64)
+def deviations(moments: list[float]) -> Deviations:
+    """From the sums of `teacher_moments`; unbiased, as torch's: divided by count − 1."""
+    columns = zip(moments[0::3], moments[1::3], moments[2::3], strict=True)
+    return Deviations(*(math.sqrt((squares - total**2 / n) / (n - 1)) for n, total, squares in columns))

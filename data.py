@@ -7,10 +7,7 @@ Both models see the same text. What is too long is cut once, on the text, until 
 (`input`) before a long instruction, never the template's answer marker. A response that was cut has no end-of-text.
 """
 
-import functools
-import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from align import edit_distance_alignment, edit_distance_map, exact_token_alignment, token_bytes, token_spellings
+from align import exact_token_alignment, token_bytes
 
 # The Alpaca template, in the form that the Dolly-based KD papers use (MiniLLM, arXiv 2306.08543)
 PREAMBLE = "Below is an instruction that describes a task"
@@ -342,11 +338,6 @@ class TextTokenizer:
         tokens spell nothing."""
         return list(map(self.bytes.__getitem__, ids))
 
-    @functools.cached_property
-    def spellings(self) -> list[bytes | None]:
-        """As `bytes`, with special tokens spelt by their names."""
-        return token_spellings(self.tokenizer)
-
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
@@ -458,8 +449,8 @@ def tokenise(
 ) -> tuple[list[Row], CutReport]:
     """Rows of at most `max_len` tokens (prompt, response and end-of-text together) for each model.
 
-    align: "eta", "mined" and "uld" also align the tokens of each response; "none" demands that both models have the
-    same. Raises ValueError naming an example that cannot fit, or that differs.
+    align: "eta" also aligns the tokens of each response; "none" demands that both models have the same. Raises
+    ValueError naming an example that cannot fit, or that differs.
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report = [], CutReport(examples=len(examples))
@@ -502,10 +493,6 @@ def tokenise(
             )
         if align == "eta":
             row.pairs = exact_token_alignment(teacher.spelt(row.teacher.response), student.spelt(row.student.response))
-        elif align == "mined":
-            row.pairs = mined_pairs(row, student, teacher)
-        elif align == "uld":  # position by position, as far as the shorter response goes
-            row.pairs = (np.arange(min(len(row.teacher.response), len(row.student.response))),) * 2
         rows.append(row)
     return rows, report
 
@@ -556,46 +543,6 @@ def sampled_row(
     return sampled
 
 
-def mined_pairs(row: Row, student: TextTokenizer, teacher: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
-    inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
-    spelt = [[tokenizer.spellings[i] for i in ids] for tokenizer, ids in zip((teacher, student), inputs, strict=True)]
-    teacher_index, student_index = edit_distance_alignment(*spelt)
-    equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
-    return teacher_index[equal], student_index[equal]
-
-
-@functools.lru_cache(maxsize=4)
-def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndarray:
-    """`edit_distance_map` of two tokenizers, kept in the user's cache ($XDG_CACHE_HOME or ~/.cache) under a name made
-    of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
-    """
-    names = json.dumps([sorted(tokenizer.vocabulary().items()) for tokenizer in (teacher, student)])
-    spelt = repr([tokenizer.spellings for tokenizer in (teacher, student)])
-    key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
-    if file.is_file():
-        try:
-            mapped = np.load(file, allow_pickle=False)
-            if mapped.shape == (teacher.size,) and mapped.dtype == np.int64 and mapped.max() < student.size:
-                return mapped
-            print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
-        except (OSError, ValueError, EOFError) as error:
-            print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
-    options = {"unit": "part", "leave": False, "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 30}
-    progress = functools.partial(tqdm, desc="MinED vocabulary map", **options)
-    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer, progress)
-    new = file.with_suffix(f".{os.getpid()}.new")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(new, "wb") as stream:
-            np.save(stream, mapped)
-        os.replace(new, file)
-    except OSError as error:
-        print(f"{file}: cannot be written, the map will be made again next time ({error})", file=sys.stderr)
-    return mapped
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -622,7 +569,7 @@ class ModelBatch:
     real: torch.Tensor  # (N,) of the tokens that are no padding, in the flattened (B·T)
     positions: torch.Tensor  # (R,) of the response positions in the flattened (B·T)
     labels: torch.Tensor  # (R,) the token each of them predicts
-    example: torch.Tensor  # (R,) which of the B examples each belongs to
+    lengths: list[int]  # (B,) how many of the R belong to each example
 
     to = _to
 
@@ -652,15 +599,15 @@ def collate_side(sides: list[Side], pad_id: int) -> ModelBatch:
     sequences = [side.prompt + side.response for side in sides]
     width = max(len(sequence) for sequence in sequences) - 1  # nothing follows the last token
     input_ids = torch.full((len(sides), width), pad_id)
-    real, positions, labels, example = [], [], [], []
+    real, positions, labels = [], [], []
     for row, (side, sequence) in enumerate(zip(sides, sequences, strict=True)):
         input_ids[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
         real += range(row * width, row * width + len(sequence) - 1)
         first = row * width + len(side.prompt) - 1  # the last prompt token predicts the first response token
         positions += range(first, first + len(side.response))
         labels += side.response
-        example += [row] * len(side.response)
-    return ModelBatch(input_ids, *map(torch.tensor, (real, positions, labels, example)))
+    lengths = [len(side.response) for side in sides]
+    return ModelBatch(input_ids, *map(torch.tensor, (real, positions, labels)), lengths)
 
 
 def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
@@ -690,7 +637,7 @@ def without_responses(batch: Batch) -> Batch:
     """A batch of one padding token per model and no response position, for a process that has no example left."""
 
     def empty(side: ModelBatch | None) -> ModelBatch | None:
-        none = {"positions": side.positions[:0], "labels": side.labels[:0], "example": side.example[:0]} if side else {}
+        none = {"positions": side.positions[:0], "labels": side.labels[:0], "lengths": [0]} if side else {}
         return side and replace(side, input_ids=side.input_ids[:1, :1], real=side.real[:1], **none)
 
     rest = batch.teacher_index, batch.student_index, [], batch.teacher_hidden, batch.teacher_predictions

@@ -26,17 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from checkpoint import chat_of, write_text
 from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
-from distill import hidden_at
-from grade import final_answer, humaneval_program, is_correct, mbpp_program
-from hub import data_file, model_directory
-from losses import gold_terms
-from model import generate, load_model
-from onednn import by_onednn, packed
-from rouge import exact_match, rouge_l
+from fast.cpu import by_onednn, packed
+from losses import logits_under
+from model import generate, hidden_at, load_model
+from runtime.hub import data_file, model_directory
+from runtime.run import chat_of, write_text
+from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
+from scores.rouge import exact_match, rouge_l
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
 TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "exact_match": "exact match"}
@@ -82,7 +82,7 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
         side = collate(rows[start : start + batch_size], eos_id).student.to(device)
         hidden = hidden_at(model, side)
         for part, labels in zip(hidden.split(1024), side.labels.split(1024), strict=True):
-            total += float(gold_terms(part, labels, model.head_weight)[0].sum())
+            total += float(cross_entropy(logits_under(part, model.head_weight), labels, reduction="sum"))
         tokens += len(side.labels)
     model.train(training)
     return total / tokens
@@ -107,7 +107,7 @@ def score_math(responses: list[str], examples: list[Example]) -> tuple[dict[str,
 
 def score_code(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
     """{pass_at_1} in per cent, and for each response the program made of it and what became of that. Runs them all."""
-    from sandbox import run_python  # here, for it needs a Unix
+    from scores.sandbox import run_python  # here, for it needs a Unix
 
     def run_one(response: str, example: Example) -> dict:
         program = program_of(response, example)
@@ -339,7 +339,7 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
             "that is no perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
         )
     if programs:
-        from sandbox import check, describe_guards
+        from scores.sandbox import check, describe_guards
 
         print(describe_guards(check()), file=sys.stderr)
     return sets

@@ -1,14 +1,14 @@
-"""The divergences and the objectives: plain functions on plain tensors, to be read beside the papers and copied.
+"""The divergences and the losses: plain functions on plain tensors, to be read beside the papers and copied.
 
 v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhere in this file:
 
-    N, M    response tokens of the student's and the teacher's tokenisation, all examples of the batch in one row
-    d, D    student and teacher width            V    vocabulary size, of whichever head stands beside it
+    N  student response tokens     K  pairs of states compared in the student's space     J  in the teacher's space
+    d, D  student and teacher width     V_s, V_t  their vocabularies, the rows of their heads
 
-Every objective works on hidden states and heads rather than logits: the heads are the papers' point, and a response of
-400 tokens has 60 million logits over a vocabulary of 152k but less than a million hidden values. The per-token terms
-are written plainly here; `terms=` puts others in their place that equal them (fused.py: less memory, less time), but
-have a gradient as the objective's `loss` only, not term by term.
+A response token of the flattened batch is a position whose *next* token belongs to the response. Its state is the last
+hidden state, after the final norm, of the position that predicts it. The losses work on hidden states and heads rather
+than logits, because the heads are the papers' point. `fast/losses.py` has the same functions with the same arguments
+and numbers, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
@@ -21,12 +21,11 @@ True
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, log_softmax, pad
+from torch.nn.functional import cross_entropy, linear, log_softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Divergences. log_p, log_q (N, V): log-probabilities of the student and of the teacher; each returns (N,)
@@ -111,7 +110,36 @@ DIVERGENCES = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Per-token terms: hidden states and heads in, one number per token out
+# What the losses share
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the papers' four kinds of DSKD differ in."""
+
+    labels: str  # what the projected teacher should predict: the "gold" tokens, or the "teacher"'s own choice
+    only_agreeing: bool  # L_stu only where it does predict that: there it can be trusted
+    average: str  # L_ce and L_tea are averaged over the student's "tokens" or over the aligned "pairs"
+    average_stu: str  # L_stu over "tokens", or over the "agreeing" pairs
+    divergence: str | None  # of L_tea; None: the one that is chosen, as in L_stu
+
+
+RECIPES = {  # (recipe, alignment)
+    ("v1", "none"): Recipe("gold", False, "tokens", "tokens", "fkl"),
+    ("v1", "cma"): Recipe("gold", True, "tokens", "tokens", "fkl"),
+    ("v2", "none"): Recipe("teacher", True, "tokens", "agreeing", None),
+    ("v2", "eta"): Recipe("teacher", True, "pairs", "agreeing", None),
+}
+
+
+@dataclass
+class Counts:
+    """The normalisers of one update: over all its batches, so that the losses of the batches add up to that of the
+    whole. `tokens` may be a mean over processes, and so no whole number."""
+
+    tokens: float  # student response tokens
+    pairs: float = 0  # aligned pairs whose prediction the student can say (ETA)
+    agreeing: float = 0  # pairs or tokens where the projected teacher predicts its label (v2)
 
 
 def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
@@ -120,313 +148,114 @@ def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def against_gold(logits: Tensor, gold: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the gold token, and whether it is the arg-max, each (n,); zeros where none is given."""
+@torch.no_grad()
+def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
+    """The likeliest token of each state under a head: (n, d) and (V, d) -> (n,)."""
+    return torch.cat([logits_under(part, head).argmax(-1) for part in hidden.split(chunk)])
+
+
+def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, tokens: float, kd_rate: float) -> dict:
+    """{ce, correct, ...terms, loss}: loss = (1 − kd_rate)·L_gold + kd_rate·L_kd, with L_kd = terms["kd"].
+
+    logits (n, V), gold (n,). Responses that the student sampled have no gold tokens (None): L_kd alone is left.
+    """
     if gold is None:
-        return logits.new_zeros(len(logits)), logits.new_zeros(len(logits), dtype=torch.bool)
-    return cross_entropy(logits, gold, reduction="none"), logits.argmax(-1) == gold
-
-
-def gold_terms(student_hidden: Tensor, gold: Tensor, student_head: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the gold token, and whether it is the arg-max: (n, d), (n,), (V, d) -> (n,), (n,)."""
-    return against_gold(logits_under(student_hidden, student_head), gold)
-
-
-def kd_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence: str, temperature: float):
-    """Vanilla KD, per token: (cross-entropy, gold is arg-max, D(p ‖ q)), each (n,); the vocabularies are equal.
-
-    gold None: the first two are 0. Heads of one tokenizer may be padded to different numbers of rows; the divergence is
-    over the rows both have.
-    """
-    student_logits = logits_under(student_hidden, student_head)
-    teacher_logits = logits_under(teacher_hidden, teacher_head)
-    rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    kd = DIVERGENCES[divergence](student_logits[:, :rows], teacher_logits[:, :rows], temperature)
-    return *against_gold(student_logits, gold), kd
-
-
-def student_space_terms(
-    student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence: str, temperature: float, only_agreeing=False
-):
-    """DSKD in the student's space, per token: both states under the student's head.
-
-    student_hidden (n, d), the student's states, and t2s_hidden (k, d), the teacher's, projected, for the first k ≤ n of
-    them; gold (n,), may be None: no cross-entropy; t2s_label (k,). Returns (ce, gold is arg-max, t2s_ce, t2s_kd,
-    agrees), the first two (n,), the others (k,): t2s_ce teaches the projector (and nothing else: the head is detached)
-    to speak through the student's head; t2s_kd teaches the student (and nothing else: the projected logits are
-    detached); agrees says where the projected teacher's arg-max is its label, that is where it can be trusted. With
-    `only_agreeing`, t2s_kd is 0 elsewhere.
-    """
-    student_logits = logits_under(student_hidden, student_head)
-    t2s_logits = logits_under(t2s_hidden, student_head.detach())
-    t2s_ce, agrees = against_gold(t2s_logits, t2s_label)
-    t2s_kd = DIVERGENCES[divergence](student_logits[: len(t2s_logits)], t2s_logits.detach(), temperature)
-    if only_agreeing:
-        t2s_kd = t2s_kd * agrees
-    return *against_gold(student_logits, gold), t2s_ce, t2s_kd, agrees
-
-
-def teacher_space_terms(s2t_hidden, teacher_hidden, teacher_head, divergence: str, temperature: float) -> Tensor:
-    """DSKD in the teacher's space, per token: both states under the teacher's head.
-
-    s2t_hidden (n, D): the student's states, projected; teacher_hidden (n, D); teacher_head (V, D), which is frozen but
-    passes the gradient on to the student. Returns D(p ‖ q) as (n,).
-    """
-    s2t_logits = logits_under(s2t_hidden, teacher_head)
-    teacher_logits = logits_under(teacher_hidden, teacher_head)
-    return DIVERGENCES[divergence](s2t_logits, teacher_logits, temperature)
-
-
-def uld_terms(student_hidden, gold, teacher_hidden, student_head, teacher_head):
-    """Universal logit distillation (arXiv 2402.12030), per token: (ce, gold is arg-max, Σ_k |p_k − q_k|), each (n,).
-
-    p_k, q_k: the k-th largest probability of the student and of the teacher, without temperature, 0 beyond the end of
-    a vocabulary. (n, d), (n,), (n, D), (V_s, d), (V_t, D).
-    """
-    student_logits = logits_under(student_hidden, student_head)
-    teacher_logits = logits_under(teacher_hidden, teacher_head).detach()
-    p, q = (z.softmax(-1).sort(-1, descending=True).values for z in (student_logits, teacher_logits))
-    larger = max(p.shape[-1], q.shape[-1])
-    p, q = (pad(x, (0, larger - x.shape[-1])) for x in (p, q))
-    ce = cross_entropy(student_logits, gold, reduction="none")
-    return ce, student_logits.argmax(-1) == gold, (p - q).abs().sum(-1)
-
-
-def mined_terms(
-    student_hidden, gold, teacher_hidden, student_head, teacher_head, student_ids, teacher_ids, temperature: float
-):
-    """MinED (arXiv 2401.10491), per aligned token: (ce, gold is arg-max, Σ q (log q − log p)), each (n,).
-
-    q is the teacher's distribution in the student's vocabulary: student token student_ids[k] has the logit of the
-    teacher token teacher_ids[k], and a token that is not among them no probability. (S,) both, no student id twice.
-    """
-    student_logits = logits_under(student_hidden, student_head)
-    teacher_logits = logits_under(teacher_hidden, teacher_head).detach()
-    log_p = log_softmax(student_logits / temperature, -1)[:, student_ids]
-    log_q = log_softmax(teacher_logits[:, teacher_ids] / temperature, -1)
-    ce = cross_entropy(student_logits, gold, reduction="none")
-    return ce, student_logits.argmax(-1) == gold, forward_kl(log_p, log_q)
-
-
-def one_hot_terms(student_hidden, gold, student_head, temperature: float):
-    """MinED, per token that is not aligned: the same with q = 1 at the gold token, so that the last is −log p(gold)."""
-    student_logits = logits_under(student_hidden, student_head)
-    ce, kd = (cross_entropy(z, gold, reduction="none") for z in (student_logits, student_logits / temperature))
-    return ce, student_logits.argmax(-1) == gold, kd
-
-
-def weighted(per_token: Callable) -> Callable:
-    """One of the functions above, called with `weights`, a number for each term it returns (but what is true or false):
-    returns (loss, *what it returns), loss being Σ weight · term over its terms and all tokens."""
-
-    def with_loss(*arguments, weights: tuple[float, ...]):
-        found = per_token(*arguments)
-        found = (found,) if isinstance(found, Tensor) else found
-        terms = [term.sum() for term in found if term.is_floating_point()]
-        return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *found
-
-    return with_loss
-
-
-class Terms(NamedTuple):
-    """The functions above, `weighted`, or others that equal them: what the objectives below are made of.
-
-    A loss whose weights are known beforehand can have its gradient made while its logits are there (fused.py).
-    """
-
-    gold: Callable = weighted(gold_terms)
-    kd: Callable = weighted(kd_terms)
-    student_space: Callable = weighted(student_space_terms)
-    teacher_space: Callable = weighted(teacher_space_terms)
-    uld: Callable = weighted(uld_terms)
-    mined: Callable = weighted(mined_terms)
-    one_hot: Callable = weighted(one_hot_terms)
-
-
-PLAIN = Terms()
+        return {**terms, "loss": kd_rate * terms["kd"]}
+    ce = cross_entropy(logits, gold, reduction="sum") / tokens
+    correct = (logits.argmax(-1) == gold).sum()
+    return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objectives. `tokens` normalises: the number of student response tokens of the whole batch that one update is made of,
-# so that a batch may come in parts whose losses add up. Each returns a dict of scalars: the terms, counts to log, and
-# loss = (1 − kd_rate)·ce + kd_rate·kd, which is what to go back from. gold None, for responses that are not gold
-# (on-policy: the student's own): the distillation terms alone, no ce.
+# The losses. Each returns a dict of scalars: the terms, counts for the log, and "loss", on which to call backward().
 
 
-def sft_loss(
-    student_hidden: Tensor,  # (N, d)
-    gold: Tensor,  # (N,)
-    student_head: Tensor,  # (V, d)
-    tokens: float,
-    terms: Terms = PLAIN,
-    kd_rate: float = 0.0,  # where this is one part of the loss
-) -> dict[str, Tensor]:
-    """Supervised fine-tuning: cross-entropy with the gold tokens. {ce, correct, loss}"""
-    loss, ce, correct = terms.gold(student_hidden, gold, student_head, weights=((1 - kd_rate) / tokens,))
-    return {"ce": ce.sum() / tokens, "correct": correct.sum(), "loss": loss}
+def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0) -> dict:
+    """Supervised fine-tuning: L_gold, cross-entropy with the gold tokens. {ce, correct, loss}
+
+    student_hidden (N, d), gold (N,), student_head (V_s, d). `kd_rate` is that of the loss of which this is the gold
+    part: its weight is 1 − kd_rate.
+    """
+    return add_gold({}, logits_under(student_hidden, student_head), gold, counts.tokens, kd_rate)
 
 
 def kd_loss(
     student_hidden: Tensor,  # (N, d)
-    gold: Tensor | None,  # (N,)
+    gold: Tensor | None,  # (N,) gold tokens; None: the student sampled this response
     teacher_hidden: Tensor,  # (N, D)
-    student_head: Tensor,  # (V, d)
-    teacher_head: Tensor,  # (V, D)
-    tokens: float,
+    student_head: Tensor,  # (V_s, d)
+    teacher_head: Tensor,  # (V_t, D)
+    counts: Counts,
     divergence: str = "fkl",
     temperature: float = 2.0,
-    terms: Terms = PLAIN,
     kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Vanilla KD: every student token against the teacher's distribution at the same place. {ce, kd, correct, loss}"""
-    states, weights = (student_hidden, gold, teacher_hidden), ((1 - kd_rate) / tokens, kd_rate / tokens)
-    loss, ce, correct, kd = terms.kd(*states, student_head, teacher_head, divergence, temperature, weights=weights)
-    on_gold = {} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}
-    return {**on_gold, "kd": kd.sum() / tokens, "loss": loss}
+    """Vanilla KD: D(p ‖ q) of each student token and the teacher's distribution at the same place. {ce, kd, loss, ...}
 
-
-def all_but(rows: Tensor, gold: Tensor) -> Tensor:
-    """Mask (N,) of the tokens that are not among `rows`."""
-    alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
-    alone[rows] = False
-    return alone
-
-
-def uld_loss(
-    student_hidden: Tensor,  # (N, d)
-    gold: Tensor,  # (N,)
-    teacher_hidden: Tensor,  # (K, D)
-    student_rows: Tensor,  # (K,) the student token each of them is compared with
-    student_head: Tensor,  # (V_s, d)
-    teacher_head: Tensor,  # (V_t, D)
-    tokens: float,
-    terms: Terms = PLAIN,
-    kd_rate: float = 0.5,
-) -> dict[str, Tensor]:
-    """ULD: the sorted probabilities of both, position by position until the shorter response ends.
-    {ce, kd, correct, loss}
-
-    Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0.
+    Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows that both have.
     """
-    heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
-    paired = student_hidden[student_rows], gold[student_rows], teacher_hidden
-    weights = (1 - kd_rate) / tokens, kd_rate / tokens
-    loss, ce, correct, kd = terms.uld(*paired, *heads, weights=weights)
-    rest = terms.gold(student_hidden[alone], gold[alone], student_head, weights=weights[:1])
-    loss, ce, correct = loss + rest[0], ce.sum() + rest[1].sum(), correct.sum() + rest[2].sum()
-    return {"ce": ce / tokens, "kd": kd.sum() / tokens, "correct": correct, "loss": loss}
-
-
-def mined_loss(
-    student_hidden: Tensor,  # (N, d)
-    gold: Tensor,  # (N,)
-    teacher_hidden: Tensor,  # (K, D)
-    student_rows: Tensor,  # (K,) the student token each of them is aligned with
-    student_head: Tensor,  # (V_s, d)
-    teacher_head: Tensor,  # (V_t, D)
-    student_ids: Tensor,  # (S,) student tokens that a teacher token maps to
-    teacher_ids: Tensor,  # (S,) that teacher token
-    tokens: float,
-    temperature: float = 2.0,
-    terms: Terms = PLAIN,
-    kd_rate: float = 0.5,
-) -> dict[str, Tensor]:
-    """MinED: forward KL from the teacher where a token is aligned, from the gold token elsewhere.
-    {ce, kd, correct, loss}
-
-    The student's logits are only read (in float32 the official code overwrites them with the target: no gradient).
-    """
-    heads, alone = (student_head, teacher_head), all_but(student_rows, gold)
-    aligned = student_hidden[student_rows], gold[student_rows], teacher_hidden
-    weights = (1 - kd_rate) / tokens, kd_rate / tokens
-    columns = zip(
-        terms.mined(*aligned, *heads, student_ids, teacher_ids, temperature, weights=weights),
-        terms.one_hot(student_hidden[alone], gold[alone], student_head, temperature, weights=weights),
-        strict=True,
-    )
-    loss, ce, correct, kd = (part.sum() + rest.sum() for part, rest in columns)
-    return {"ce": ce / tokens, "kd": kd / tokens, "correct": correct, "loss": loss}
+    student_logits = logits_under(student_hidden, student_head)
+    teacher_logits = logits_under(teacher_hidden, teacher_head)
+    shared = min(len(student_head), len(teacher_head))
+    kd = DIVERGENCES[divergence](student_logits[:, :shared], teacher_logits[:, :shared].detach(), temperature)
+    return add_gold({"kd": kd.sum() / counts.tokens}, student_logits, gold, counts.tokens, kd_rate)
 
 
 def dskd_loss(
     student_hidden: Tensor,  # (N, d)
-    gold: Tensor | None,  # (N,)
-    t2s_hidden: Tensor,  # (K, d) the teacher's states in the student's space
-    t2s_label: Tensor,  # (K,) what they should predict there: gold tokens (v1), the teacher's own predictions (v2)
-    s2t_hidden: Tensor,  # (J, D) the student's states in the teacher's space
-    teacher_hidden: Tensor,  # (J, D)
+    gold: Tensor | None,  # (N,) gold tokens; None: the student sampled this response
+    rows: Tensor | slice,  # (K,) the student token of each pair; slice(None): all N, in order
+    t2s_hidden: Tensor,  # (K, d) the teacher's states, projected into the student's space
+    label: Tensor,  # (K,) what they should predict there: `recipe.labels`, as tokens of the student
+    s2t_hidden: Tensor,  # (J, D) the student's states, projected into the teacher's space
+    teacher_hidden: Tensor,  # (J, D) the teacher's own
     student_head: Tensor,  # (V_s, d)
     teacher_head: Tensor,  # (V_t, D)
-    tokens: float,
-    student_rows: Tensor | None = None,  # (K,) which student tokens t2s_hidden stands for; None: all N, in order
-    recipe: str = "v2",
-    align: str = "none",
+    counts: Counts,
+    recipe: Recipe,
     divergence: str = "fkl",
     temperature: float = 2.0,
-    pairs: float | None = None,
-    agreeing: float | None = None,
-    terms: Terms = PLAIN,
     kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """DSKD: L_kd = L_stu + L_ce + L_tea, for all four combinations of the papers:
+    """DSKD: loss = (1 − kd_rate)·L_gold + kd_rate·(L_stu + L_ce + L_tea)
 
-    recipe align   t2s_label      L_stu (t2s_kd)                 L_ce (t2s_ce)   L_tea (s2t_kd)
-    v1     none    gold           all tokens / tokens            / tokens        forward KL / tokens
-    v1     cma     gold           agreeing tokens / tokens       / tokens        forward KL / tokens
-    v2     none    teacher's      agreeing tokens / their number / tokens        D / tokens
-    v2     eta     teacher's      agreeing pairs / their number  / pairs         D / pairs
+    L_stu = D(p_s, sg(p_t→s))    L_ce = −log p_t→s(label)    L_tea = D(p_s→t, p_t)
 
-    An agreeing token is one where the projected teacher predicts its label. `pairs` and `agreeing` are those numbers
-    for the whole batch if this is a part of it (`count_agreeing` counts); None: this is all of it. No pair, or no
-    agreeing one: the term is 0. Returns {ce, t2s_ce, t2s_kd, s2t_kd, kd, correct, agreeing, pairs, loss}.
+    J is N without alignment, K with ETA, the teacher's response tokens with CMA. No pair, or no agreeing one: the term
+    is 0. Returns {ce, correct, t2s_ce, t2s_kd, s2t_kd, kd, agreeing, loss}. Raises ValueError for arguments that cannot
+    belong together, naming one.
     """
-    if (recipe, align) not in {("v1", "none"), ("v1", "cma"), ("v2", "none"), ("v2", "eta")}:
-        raise ValueError(f"recipe {recipe!r} with align {align!r}: v1 goes with none or cma, v2 with none or eta")
-    pairs = len(t2s_label) if pairs is None else pairs
-    if recipe == "v2" and agreeing is None:
-        agreeing = count_agreeing(t2s_hidden, t2s_label, student_head)
-    normaliser = max(pairs, 1) if align == "eta" else tokens
-    t2s_kd_normaliser = max(agreeing, 1) if recipe == "v2" else tokens
+    check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
+    over, over_stu = (max(1, getattr(counts, average)) for average in (recipe.average, recipe.average_stu))
+    D_stu, D_tea = DIVERGENCES[divergence], DIVERGENCES[recipe.divergence or divergence]
 
-    if student_rows is not None:  # tokens without a counterpart come last; they have only their cross-entropy
-        order = student_rows if gold is None else torch.cat([student_rows, all_but(student_rows, gold).nonzero()[:, 0]])
-        student_hidden, gold = student_hidden[order], None if gold is None else gold[order]
-    loss, ce, correct, t2s_ce, t2s_kd, agrees = terms.student_space(
-        student_hidden,
-        gold,
-        t2s_hidden,
-        t2s_label,
-        student_head,
-        divergence,
-        temperature,
-        not (recipe == "v1" and align == "none"),
-        weights=((1 - kd_rate) / tokens, kd_rate / normaliser, kd_rate / t2s_kd_normaliser),
-    )
-    s2t_divergence, weights = "fkl" if recipe == "v1" else divergence, (kd_rate / normaliser,)
-    s2t_loss, s2t_kd = terms.teacher_space(
-        s2t_hidden, teacher_hidden, teacher_head, s2t_divergence, temperature, weights=weights
-    )
-    kd = {
-        "t2s_ce": t2s_ce.sum() / normaliser,
-        "t2s_kd": t2s_kd.sum() / t2s_kd_normaliser,
-        "s2t_kd": s2t_kd.sum() / normaliser,
-    }
-    count = agrees.sum()
-    return {
-        **({} if gold is None else {"ce": ce.sum() / tokens, "correct": correct.sum()}),
-        **kd,
-        "kd": sum(kd.values()),
-        "agreeing": count,
-        "pairs": torch.full_like(count, len(t2s_label)),
-        "loss": loss + s2t_loss,
-    }
+    # Student space: both models under the student's head. L_ce teaches the projector to speak through that head, which
+    # is therefore detached. L_stu teaches the student, and so the projected teacher is.
+    student_logits = logits_under(student_hidden, student_head)  # (N, V_s)
+    t2s_logits = logits_under(t2s_hidden, student_head.detach())  # (K, V_s)
+    t2s_ce = cross_entropy(t2s_logits, label, reduction="sum") / over
+    agrees = t2s_logits.argmax(-1) == label  # (K,)
+    stu = D_stu(student_logits[rows], t2s_logits.detach(), temperature)  # (K,)
+    t2s_kd = (stu * agrees if recipe.only_agreeing else stu).sum() / over_stu
+
+    # Teacher space: both models under the teacher's head, which is frozen and passes the gradient on to the student.
+    s2t_logits = logits_under(s2t_hidden, teacher_head)  # (J, V_t)
+    teacher_logits = logits_under(teacher_hidden, teacher_head)  # (J, V_t)
+    s2t_kd = D_tea(s2t_logits, teacher_logits.detach(), temperature).sum() / over
+
+    terms = {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "kd": t2s_ce + t2s_kd + s2t_kd}
+    return add_gold({**terms, "agreeing": agrees.sum()}, student_logits, gold, counts.tokens, kd_rate)
 
 
-@torch.no_grad()
-def count_agreeing(t2s_hidden: Tensor, t2s_label: Tensor, student_head: Tensor, chunk: int = 1024) -> int:
-    """How many projected teacher states (K, d) predict their label (K,) under the student's head (V, d).
-
-    Neither depends on the student's states, so that a batch in parts can know the normaliser before its first part.
-    """
-    parts = zip(t2s_hidden.split(chunk), t2s_label.split(chunk), strict=True)
-    return sum(int((logits_under(hidden, student_head).argmax(-1) == label).sum()) for hidden, label in parts)
+def check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe: Recipe) -> None:
+    """Raises ValueError for the mistakes that would give a number all the same, naming the argument."""
+    tokens = len(student_hidden)
+    pairs = tokens if isinstance(rows, slice) else len(rows)
+    if not len(t2s_hidden) == len(label) == pairs:
+        raise ValueError(f"dskd_loss: rows names {pairs} student tokens, t2s_hidden has {len(t2s_hidden)} states and "
+                         f"label {len(label)} tokens; rows must give the student token of each of them")  # fmt: skip
+    if len(s2t_hidden) != len(teacher_hidden):
+        raise ValueError(f"dskd_loss: s2t_hidden has {len(s2t_hidden)} states, teacher_hidden {len(teacher_hidden)}")
+    if recipe.average == "tokens" and pairs != tokens:
+        raise ValueError(f"dskd_loss: {pairs} of {tokens} tokens are paired, but this recipe averages over all tokens: "
+                         'with exact alignment it is RECIPES["v2", "eta"]')  # fmt: skip

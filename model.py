@@ -587,6 +587,11 @@ class Decoder(nn.Module):
         return x if packing is None else packing.pad(x)
 
 
+def hidden_at(m: nn.Module, side) -> torch.Tensor:
+    """The hidden states at a batch's response positions (data.ModelBatch): (R, D)."""
+    return m(side.input_ids, real=side.real).flatten(0, 1)[side.positions]
+
+
 def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor | None:
     """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before.
 

@@ -40,14 +40,16 @@ def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
     return torch.cat([(gram_inverse @ part.double().T).to(dtype) for part in head.split(rows)], dim=1)
 
 
-def logit_preserving_weight(source_head: Tensor, target_head: Tensor, inverse: Tensor | None = None) -> Tensor:
+def logit_preserving_weight(
+    source_head: Tensor, target_head: Tensor | None = None, inverse: Tensor | None = None
+) -> Tensor:
     """W = argmin ‖ source_head − target_head · W ‖_F: the projected states give the original logits (v2).
 
     source_head (V, d_in), target_head (V, d_out), rows in the same vocabulary order -> (d_out, d_in), the layout of
-    `nn.Linear(d_in, d_out).weight`, in float32 or better. `inverse` is `pseudo_inverse(target_head)` if the caller has
-    it already: s2t is solved anew at every step, against a teacher head that never changes.
+    `nn.Linear(d_in, d_out).weight`, in float32 or better. `inverse`, in the place of target_head: its `pseudo_inverse`,
+    for whoever solves against the same head again and again.
     """
-    if source_head.shape[0] != target_head.shape[0]:
+    if target_head is not None and len(source_head) != len(target_head):
         raise ValueError(
             f"the heads must list the same tokens: source_head has {source_head.shape[0]} rows, "
             f"target_head {target_head.shape[0]}; take the rows of the shared vocabulary first"
@@ -59,32 +61,44 @@ def logit_preserving_weight(source_head: Tensor, target_head: Tensor, inverse: T
 class Projectors(nn.Module):
     """t2s (D -> d), s2t (d -> D) and CMA's query (2d -> 2D), all linear; `query` is None without CMA.
 
-    v1 has biases. All start at random (as `nn.Linear` does) and are trained, unless `start_t2s` or `solve_s2t` is
-    called.
+    student_head (V, d) and teacher_head (V, D) list the shared vocabulary in the same order, in float32.
+    v1: all start at random, as `nn.Linear` does, with biases, and all are trained.
+    v2: no biases. t2s starts where it preserves the teacher's logits, and is trained; s2t is solved for the current
+    student head by `refresh_s2t`, before every update, and no optimiser touches it.
+    given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
     """
 
-    def __init__(self, student_width: int, teacher_width: int, bias: bool, query: bool = False):
+    def __init__(
+        self,
+        student_head: Tensor,
+        teacher_head: Tensor,
+        recipe: str = "v2",
+        query: bool = False,
+        given: dict[str, Tensor] | None = None,
+    ):
         super().__init__()
-        self.t2s = nn.Linear(teacher_width, student_width, bias=bias)
-        self.s2t = nn.Linear(student_width, teacher_width, bias=bias)
-        self.query = nn.Linear(2 * student_width, 2 * teacher_width, bias=bias) if query else None
-        self.register_buffer("teacher_inverse", None, persistent=False)  # set where s2t is solved, not trained
+        given, d, D = given or {}, student_head.shape[1], teacher_head.shape[1]
 
-    @torch.no_grad()
-    def start_t2s(self, student_head: Tensor, teacher_head: Tensor) -> None:
-        """v2's t2s, a first value to train from: heads (V, d) and (V, D) over the shared vocabulary."""
-        self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
+        def linear(name: str, d_in: int, d_out: int) -> nn.Linear:
+            biased = f"{name}.bias" in given if f"{name}.weight" in given else recipe == "v1"
+            return nn.Linear(d_in, d_out, bias=biased)
 
-    @torch.no_grad()
-    def solve_s2t(self, student_head: Tensor, teacher_head: Tensor) -> None:
-        """v2's s2t, a solution that `refresh_s2t` renews and no optimiser touches; from the same heads."""
-        self.s2t.weight.requires_grad_(False)
-        self.teacher_inverse = pseudo_inverse(teacher_head)
-        self.refresh_s2t(student_head)
+        self.t2s, self.s2t = linear("t2s", D, d), linear("s2t", d, D)
+        self.query = linear("query", 2 * d, 2 * D) if query else None
+        self.register_buffer("teacher_inverse", None, persistent=False)  # (D, V) where s2t is solved, not trained
+        self.load_state_dict(given, strict=False)
+        self.to(student_head.device)
+        if recipe == "v2" and "t2s.weight" not in given:
+            with torch.no_grad():
+                self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
+        if recipe == "v2" and "s2t.weight" not in given:
+            self.s2t.weight.requires_grad_(False)
+            self.teacher_inverse = pseudo_inverse(teacher_head)  # once: the teacher's head never changes
+            self.refresh_s2t(student_head)
 
     @torch.no_grad()
     def refresh_s2t(self, student_head: Tensor) -> None:
-        """s2t for the current student head (V, d), if it is solved; no gradient flows through the solution."""
+        """s2t for the current student head (V, d), where it is solved; no gradient flows through the solution."""
         if self.teacher_inverse is not None:
-            # logit_preserving_weight(student_head, teacher_head), with the inverse at hand: (D, V) x (V, d) -> (D, d)
-            self.s2t.weight.copy_(self.teacher_inverse @ student_head.to(self.teacher_inverse.dtype))
+            solution = logit_preserving_weight(student_head, inverse=self.teacher_inverse)  # (D, V) x (V, d) -> (D, d)
+            self.s2t.weight.copy_(solution)

@@ -28,27 +28,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+import fast.losses
 import lora
-import parallel
-import tiny
-from cache import TeacherCache
-from checkpoint import (
-    Log,
-    Stopped,
-    StopSignals,
-    chat_of,
-    check_directory,
-    hold_directory,
-    random_state,
-    restore_checkpoint,
-    run_of,
-    save_checkpoint,
-    set_random_state,
-    write_text,
+import losses
+from align import (
+    Deviations,
+    ResponseTokens,
+    cross_model_attention,
+    deviations,
+    prediction_map,
+    teacher_moments,
+    vocabulary_overlap,
 )
+from baselines import mined, uld
+from baselines.seqkd import teacher_answers
 from data import (
+    Batch,
     Row,
     TextTokenizer,
     ahead,
@@ -63,13 +61,31 @@ from data import (
     update_order,
     without_responses,
 )
-from distill import Distiller, Totals, choose_alignment
 from eval import held_out_cross_entropy, respond
-from hub import MODELS, data_file, model_directory
-from model import build_model, generate, load_model, read_config, read_json
-from onednn import by_onednn, packed
-from options import Options, check, flags, parse, say_settings, settings, teacher_stage
-from seqkd import teacher_answers
+from experiments import tiny
+from fast.cache import TeacherCache
+from fast.cpu import by_onednn, packed
+from losses import RECIPES, Counts, predict_tokens
+from model import build_model, generate, hidden_at, load_model, read_config, read_json
+from projector import Projectors
+from runtime import parallel
+from runtime.hub import MODELS, data_file, model_directory
+from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
+from runtime.run import (
+    Log,
+    Stopped,
+    StopSignals,
+    chat_of,
+    check_directory,
+    hold_directory,
+    random_state,
+    restore_checkpoint,
+    run_of,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
+from runtime.strict import choose_alignment, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage before distillation
@@ -115,6 +131,175 @@ def say_teacher(given: dict, o: Options) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The method
+
+PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
+
+
+@dataclass
+class TeacherAnswer:
+    """What the frozen teacher says about one batch, at the positions that are compared."""
+
+    hidden: Tensor  # (K, D) its states; of all its response positions where tokens are not paired
+    rows: Tensor | slice  # (K,) the student token that each is compared with; slice(None): all, in order
+    label: Tensor | None = None  # (K,) DSKD: what the projected teacher should predict, as a token of the student
+
+
+@dataclass
+class Totals:
+    """The normalisers of one update, over all its batches and all processes."""
+
+    counts: Counts  # of the responses that L_kd is on
+    gold: Counts  # of the gold ones: the same, unless the student sampled
+    std: Deviations | None = None  # CMA's
+
+
+class Method(nn.Module):
+    """What a method needs beside the student: the frozen teacher, the projectors, and how the two vocabularies relate.
+
+    Its parameters are the projectors' alone: the teacher is neither trained nor saved. `teacher` is None for sft.
+    """
+
+    def __init__(
+        self,
+        o: Options,
+        student: nn.Module,
+        student_tokenizer: TextTokenizer,
+        teacher: nn.Module | None = None,
+        teacher_tokenizer: TextTokenizer | None = None,
+    ):
+        super().__init__()
+        self.o, self.name, self.align, self.projectors, self.recipe = o, o.method, "none", None, None
+        self.objective = fast.losses if o.chunk else losses
+        if o.method == "sft":
+            return
+        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
+        self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
+        device, shared = student.head_weight.device, slice(min(len(student.head_weight), len(teacher.head_weight)))
+        self.teacher_shared = self.student_shared = shared  # rows of both heads; one tokenizer, perhaps padded heads
+        both = teacher_tokenizer.tokenizer, student_tokenizer.tokenizer
+        ends = teacher_tokenizer.eos_id, student_tokenizer.eos_id
+        if self.align == "eta":
+            overlap = vocabulary_overlap(*both, *ends)
+            self.teacher_shared, self.student_shared = (torch.from_numpy(ids).to(device) for ids in overlap)
+            mapped = prediction_map(*both, *ends, size=len(teacher.head_weight))
+            self.register_buffer("student_token", torch.from_numpy(mapped).to(device), persistent=False)
+        elif self.align == "mined":
+            columns = mined.mapped_columns(mined.edit_distance_ids(teacher_tokenizer, student_tokenizer), both[0])
+            self.columns = [torch.from_numpy(ids).to(device) for ids in columns]  # (teacher ids, student ids)
+        if o.method == "dskd":
+            self.recipe = RECIPES[o.recipe, self.align]
+            heads = student.head_weight, teacher.head_weight
+            if o.recipe == "v2":
+                heads = self.shared_head(student), teacher.head_weight[self.teacher_shared].float()
+            widths = [head.shape[1] for head in heads]
+            given = read_projectors(o.projectors, *widths, self.align) if o.projectors else {}
+            self.projectors = Projectors(*heads, o.recipe, query=self.align == "cma", given=given)
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher[0]
+
+    @property
+    def predicting_head(self) -> Tensor | None:
+        """(V, D) the teacher's head over what it may predict; None where the method does not ask for predictions."""
+        if self.recipe is None or self.recipe.labels != "teacher":
+            return None
+        return self.teacher.head_weight if self.align == "eta" else self.teacher.head_weight[self.teacher_shared]
+
+    def shared_head(self, student: nn.Module) -> Tensor:
+        """(V, d) the student's head over the shared vocabulary, in float32."""
+        return student.head_weight.detach()[self.student_shared].float()
+
+    def refresh(self, student: nn.Module) -> None:
+        """Once per update, before its losses: s2t for the student head as it is now, where it is solved (v2)."""
+        if self.projectors is not None and self.projectors.teacher_inverse is not None:
+            self.projectors.refresh_s2t(self.shared_head(student))
+
+    @torch.no_grad()
+    def ask_teacher(self, batch: Batch) -> TeacherAnswer | None:
+        """The teacher's forward pass, or what the batch has of an earlier one (fast/cache.py); None for sft."""
+        if self.name == "sft":
+            return None
+        hidden, predicted = batch.teacher_hidden, batch.teacher_predictions
+        hidden = hidden_at(self.teacher, batch.teacher) if hidden is None else hidden.to(self.teacher.head_weight.dtype)
+        if self.name != "dskd":
+            if self.name in PAIRINGS:
+                return TeacherAnswer(hidden[batch.teacher_index], batch.student_index)
+            return TeacherAnswer(hidden, slice(None))
+        if self.align == "eta":
+            hidden = hidden[batch.teacher_index]
+            predicted = None if predicted is None else predicted[batch.teacher_index]
+        if self.recipe.labels == "gold":
+            return TeacherAnswer(hidden, slice(None), batch.student.labels)
+        predicted = predict_tokens(hidden, self.predicting_head) if predicted is None else predicted
+        if self.align == "none":
+            return TeacherAnswer(hidden, slice(None), predicted)
+        label = self.student_token[predicted]
+        known = label >= 0  # eq. 14: only pairs whose prediction exists in the student's vocabulary
+        return TeacherAnswer(hidden[known], batch.student_index[known], label[known])
+
+    @torch.no_grad()
+    def count(self, student: nn.Module, compared: list[Batch], said: list, gold: list[Batch]) -> Totals:
+        """The normalisers of an update: from the batches that L_kd is on, what the teacher says about each, and the
+        gold batches. Neither the projected teacher nor its label depends on the student's states, so that the agreeing
+        ones can be counted before the first loss."""
+        tokens, gold_tokens = (sum(len(batch.student.labels) for batch in batches) for batches in (compared, gold))
+        pairs = agreeing = 0
+        moments: list[float] = []
+        if self.recipe is not None:
+            pairs = sum(len(answer.label) for answer in said)
+        if self.recipe is not None and self.recipe.average_stu == "agreeing":
+            for answer in said:
+                predicted = predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
+                agreeing += int((predicted == answer.label).sum())
+        if self.align == "cma":
+            each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, said, strict=True)]
+            moments = [sum(column) for column in zip(*each, strict=True)]
+        tokens, gold_tokens, pairs, agreeing, *moments = parallel.add_up(
+            [tokens, gold_tokens, pairs, agreeing, *moments]
+        )
+        return Totals(Counts(tokens, pairs, agreeing), Counts(gold_tokens), deviations(moments) if moments else None)
+
+    def teacher_tokens(self, batch: Batch, answer: TeacherAnswer) -> ResponseTokens:
+        side = batch.teacher
+        return ResponseTokens(side.inputs, side.labels, side.lengths, self.teacher.embed.weight, answer.hidden)
+
+    def loss(self, student, batch: Batch, answer: TeacherAnswer | None, totals: Totals, is_gold=True) -> dict:
+        """{ce, ..., kd, loss}: this batch's part of the update's terms, and the loss, on which to call backward().
+
+        Without the teacher's `answer`: the gold part alone (sft, and the gold side of on-policy distillation). Not
+        `is_gold`: L_kd alone (its sampled side). `student` may be compiled; its head is read from it.
+        """
+        o, side, head = self.o, batch.student, student.head_weight
+        hidden, gold = hidden_at(student, side), side.labels if is_gold else None  # (N, d), (N,)
+        chunk = {"chunk": o.chunk} if o.chunk else {}
+        if answer is None:
+            rate = 0.0 if self.name == "sft" else o.kd_rate
+            return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **chunk)
+        teacher_head, counts = self.teacher.head_weight, totals.counts
+        if self.name == "kd":
+            options = o.divergence, o.temperature, o.kd_rate
+            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, counts, *options, **chunk)
+        states = hidden, gold, answer.rows, answer.hidden, head, teacher_head
+        if self.name == "uld":
+            return uld.uld_loss(*states, counts, o.kd_rate, **chunk)
+        if self.name == "mined":
+            return mined.mined_loss(*states, *self.columns, counts, o.temperature, o.kd_rate, **chunk)
+
+        if self.align == "cma":
+            ours = ResponseTokens(side.inputs, side.labels, side.lengths, student.embed.weight, hidden)
+            theirs = self.teacher_tokens(batch, answer)
+            t2s_hidden, s2t_hidden = cross_model_attention(ours, theirs, self.projectors, totals.std)
+        else:
+            t2s_hidden, s2t_hidden = self.projectors.t2s(answer.hidden), self.projectors.s2t(hidden[answer.rows])
+        return self.objective.dskd_loss(
+            hidden, gold, answer.rows, t2s_hidden, answer.label, s2t_hidden, answer.hidden, head, teacher_head,
+            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **chunk,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -124,7 +309,7 @@ class Pieces:
 
     student: torch.nn.Module
     student_tokenizer: TextTokenizer
-    distiller: Distiller
+    method: Method
     teacher_tokenizer: TextTokenizer | None
     rows: list[Row]
     valid_rows: list[Row]
@@ -218,6 +403,9 @@ def load(o: Options) -> Pieces:
     lengths = o.max_len, o.max_prompt_len
     rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, align)
     print(f"train: {report}", file=sys.stderr)
+    if pair := PAIRINGS.get(method):
+        for row in rows:
+            row.pairs = pair(row, student_tokenizer, teacher_tokenizer)
     if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
         if o.shard in ("teacher", "both"):
             teacher = parallel.load_sharded(teacher_directory, dtype, o.device)
@@ -235,19 +423,16 @@ def load(o: Options) -> Pieces:
     student.to(o.device)
 
     with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
-        distiller = Distiller(
-            student, student_tokenizer, teacher, teacher_tokenizer, method, o.recipe, o.align, o.divergence,
-            o.temperature, o.kd_rate, o.projectors, o.chunk,
-        )  # fmt: skip
-        if o.cache_teacher is not None and distiller.predicting_head is not None:
-            cache.attach_predictions(distiller.predicting_head)
+        made = Method(replace(o, method=method), student, student_tokenizer, teacher, teacher_tokenizer)
+        if o.cache_teacher is not None and made.predicting_head is not None:
+            cache.attach_predictions(made.predicting_head)
     valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
     if valid:
         print(f"valid: {report}", file=sys.stderr)
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     where = [example.where for example in examples]
-    return Pieces(student, student_tokenizer, distiller, teacher_tokenizer, rows, valid_rows, prompts, where)
+    return Pieces(student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,58 +474,54 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
             failure = error
     if parallel.highest(failure is not None):  # all processes have it, or none
         raise failure or FloatingPointError("sample: the logits of another process are not finite")
-    both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.distiller.align
+    both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.method.align
     sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
     return sampled, sum(map(len, responses))
 
 
-def accumulate(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
+def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
     """Loss terms of one update over its batches, with their gradient added up, also over all processes. `sampled`:
-    batches of sampled responses, which L_kd is on instead of the gold ones. Raises FloatingPointError for a term that
-    is not finite, naming it."""
-    distiller = pieces.distiller
-    distilled = sampled or batches
-    distiller.refresh(pieces.student)
+    batches of responses that the student sampled, which L_kd is on instead of the gold ones (v2, eq. 18). Raises
+    FloatingPointError for a term that is not finite, naming it."""
+    method, compared = pieces.method, sampled or batches
+    method.refresh(pieces.student)
     with autocast(o):
-        states = [distiller.teacher_states(batch) for batch in distilled]
-        add_up = parallel.add_up if parallel.world() > 1 else None
-        totals = distiller.totals(pieces.student, distilled, states, batches, add_up)
-    parts = [(batch, state, not sampled) for batch, state in zip(distilled, states, strict=True)]
-    if sampled:
-        parts = [(batch, None, True) for batch in batches] + parts
+        said = [method.ask_teacher(batch) for batch in compared]
+        totals = method.count(pieces.student, compared, said, batches)
+    parts = [(batch, None, True) for batch in batches] if sampled else []
+    parts += [(batch, answer, not sampled) for batch, answer in zip(compared, said, strict=True)]
     names: list[str] = []
     values = []
-    for batch, state, is_gold in parts:
+    for batch, answer, is_gold in parts:
         with autocast(o):
-            terms = distiller.loss(student, batch, state, totals, is_gold)
+            terms = method.loss(student, batch, answer, totals, is_gold)
         terms["loss"].backward()
         names += terms
         values += [value.detach().float() for value in terms.values()]
     sums: dict[str, float] = {}
     for name, value in zip(names, torch.stack(values).tolist(), strict=True):  # the one wait for the device
         sums[name] = sums.get(name, 0.0) + value
-    ratios = [ratio for batch in distilled for ratio in batch.align_ratios]
-    teacher_tokens = sum(len(batch.teacher.labels) for batch in distilled if batch.teacher is not None)
+    ratios = [ratio for batch in compared for ratio in batch.align_ratios]
+    teacher_tokens = sum(len(batch.teacher.labels) for batch in compared if batch.teacher is not None)
     sums |= {"teacher_tokens": teacher_tokens, "ratios": sum(ratios), "examples": len(ratios)}
     sums = dict(zip(sums, parallel.add_up(list(sums.values())), strict=True))
     for name, value in sums.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
-    parallel.add_gradients([*pieces.student.parameters(), *distiller.parameters()])
-    return summarise(sums, totals, distiller)
+    parallel.add_gradients([*pieces.student.parameters(), *method.parameters()])
+    return summarise(sums, totals, method)
 
 
-def summarise(sums: dict[str, float], totals: Totals, distiller: Distiller) -> dict[str, float]:
+def summarise(sums: dict[str, float], totals: Totals, method: Method) -> dict[str, float]:
     """Counts turned into the ratios that are logged."""
-    sums["accuracy"] = sums.pop("correct") / totals.gold_tokens
-    agreeing, pairs = sums.pop("agreeing", None), sums.pop("pairs", None)
-    if agreeing is not None:
-        sums["t2s_agreement"] = agreeing / max(pairs, 1)
+    sums["accuracy"] = sums.pop("correct") / totals.gold.tokens
+    if "agreeing" in sums:
+        sums["t2s_agreement"] = sums.pop("agreeing") / max(totals.counts.pairs, 1)
     ratios, examples, teacher_tokens = (sums.pop(name) for name in ("ratios", "examples", "teacher_tokens"))
-    if distiller.align in ("eta", "mined"):
+    if method.align in ("eta", "mined"):
         sums["align_ratio"] = ratios / examples
-    sums["student_tokens"] = totals.tokens
-    if distiller.method != "sft":
+    sums["student_tokens"] = totals.counts.tokens
+    if method.name != "sft":
         sums["teacher_tokens"] = teacher_tokens
     return sums
 
@@ -353,7 +534,7 @@ def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "lr": o.lr, "weight_decay": 0.0},
     ]
-    projectors = [p for p in pieces.distiller.parameters() if p.requires_grad]
+    projectors = [p for p in pieces.method.parameters() if p.requires_grad]
     if projectors:
         groups.append({"params": projectors, "lr": o.projector_lr, "weight_decay": o.weight_decay})
     groups = [{**group, "params": part} for group in groups for part in parallel.alike(group["params"])]
@@ -438,7 +619,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
                 count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
                 sampled_batches = pieces.batches(sampled, o, count)
-            terms = accumulate(o, pieces, student, batches, sampled_batches)
+            terms = distil(o, pieces, student, batches, sampled_batches)
             grad_norm = parallel.clip_gradients(parameters, o.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"the gradient's norm is {grad_norm}")
@@ -524,7 +705,7 @@ def compilations() -> int:
 
 def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
     """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
-    modules = pieces.student, pieces.distiller
+    modules = pieces.student, pieces.method
     trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
     spoilt = [name for name, parameter in trained if not parallel.local(parameter).isfinite().all()]
     if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
@@ -573,7 +754,7 @@ class Meter:
 def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
     """The loss terms and the student's gradient norm on the first batch; dropout is off, so that others can compare."""
     pieces.student.eval()
-    terms = accumulate(o, pieces, student, [pieces.collate(pieces.rows, o.device)])
+    terms = distil(o, pieces, student, [pieces.collate(pieces.rows, o.device)])
     gradients = [p.grad.flatten() for p in pieces.student.parameters() if p.grad is not None]
     terms["grad_norm"] = float(torch.cat(gradients).norm())
     names = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio student_tokens teacher_tokens grad_norm".split()

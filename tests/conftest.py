@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import model
-import tiny
 import train
+from experiments import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)

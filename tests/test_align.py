@@ -13,7 +13,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import align
-import tiny
 from align import (
     BYTE_LEVEL,
     align_by_programme,
@@ -29,6 +28,7 @@ from align import (
     token_spellings,
     vocabulary_overlap,
 )
+from experiments import tiny
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps.",

@@ -7,16 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import distill
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import analyse
-import distill
 import model
 from align import exact_token_alignment
 from data import Row, TextTokenizer, collate, read_jsonl, tokenise
+from experiments import analyse
 from losses import DIVERGENCES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-import tiny
 import train
+from experiments import tiny
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ import test_distill
 import torch
 from test_distill import tokenizers  # noqa: F401, a fixture
 
-import bench
-import bench_plain
 from align import exact_token_alignment
 from data import TextTokenizer, read_jsonl, tokenise
+from experiments import bench, plain_step
 from model import TRANSPOSED, hugging_face_names
 
 NAMES = {"eta": "dskd v2 eta", "cma": "dskd v1 cma", "same": "dskd v2", "kd": "kd"}
@@ -44,19 +43,19 @@ def text(tmp_path_factory):
 def plain_of(setting, name, how):
     """The plain update of a test_distill.Setting, and the parameters that its gradients arrive at, by our names."""
     student, teacher, distiller = setting.student, setting.teacher, setting.distiller
-    models, states = (student, teacher), bench_plain.our_states
+    models, states = (student, teacher), plain_step.our_states
     heads, embeddings = [m.head_weight for m in models], [m.embed.weight for m in models]
     if how == "transformers":
-        models, states = [bench_plain.as_transformers(m).eval() for m in models], bench_plain.transformers_states
+        models, states = [plain_step.as_transformers(m).eval() for m in models], plain_step.transformers_states
         models[1].requires_grad_(False)
         heads = [m.get_output_embeddings().weight for m in models]
         embeddings = [m.get_input_embeddings().weight for m in models]
     sides = [
-        bench_plain.pad([getattr(row, side) for row in setting.rows], 0, 128, "cpu") for side in ("student", "teacher")
+        plain_step.pad([getattr(row, side) for row in setting.rows], 0, 128, "cpu") for side in ("student", "teacher")
     ]
-    pairs = bench_plain.pair_positions(setting.rows, "cpu") if name == "eta" else None
+    pairs = plain_step.pair_positions(setting.rows, "cpu") if name == "eta" else None
     mapped = distiller.student_token if name == "eta" else None
-    plain = bench_plain.Plain(name, distiller.projectors, mapped, models, heads, embeddings, states, sides, pairs)
+    plain = plain_step.Plain(name, distiller.projectors, mapped, models, heads, embeddings, states, sides, pairs)
     return plain, models[0]
 
 
@@ -79,7 +78,7 @@ def test_the_plain_update_equals_training(tokenizers, name, how):  # noqa: F811
     for parameter in setting.parameters().values():
         parameter.grad = None
     plain, student = plain_of(setting, name, how)
-    loss = bench_plain.plain_loss(plain)
+    loss = plain_step.plain_loss(plain)
     loss.backward()
     torch.testing.assert_close(float(loss.detach()), terms["loss"], rtol=1e-5, atol=1e-6)
     found = {f"student.{key}": gradient for key, gradient in gradients_by_our_names(student, setting.student)}
@@ -185,8 +184,8 @@ def test_unknown_cases_and_half_of_the_data_options(capsys):
 @pytest.mark.slow
 def test_quick(tmp_path):
     file = tmp_path / "quick.json"
-    root = Path(bench.__file__).parent
-    command = [sys.executable, "bench.py", "--quick", "--json", str(file)]
+    root = Path(bench.__file__).parent.parent
+    command = [sys.executable, "-m", "experiments.bench", "--quick", "--json", str(file)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| ratio | target |" in done.stdout

@@ -8,17 +8,17 @@ import threading
 import time
 from types import SimpleNamespace
 
+import distill
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
 
-import cache
-import distill
 import model
 import train
 from data import TextTokenizer, read_jsonl, tokenise
+from fast import cache
 
 METHODS = [
     ({"method": "kd"}, "twin"),

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 import eval as evaluation
 import model
-import seqkd
-import tiny
 import train
-from checkpoint import chat_of
+from baselines import seqkd
 from data import CHATS, CodeTask, Example, TextTokenizer, cut_example, cut_prompt, read_jsonl, tokenise
+from experiments import tiny
+from runtime.run import chat_of
 
 TEMPLATES = {
     "qwen2.5": "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
 
-import checkpoint
-import tiny
 import train
+from experiments import tiny
+from runtime import run as checkpoint
 
 TIMES = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 METHODS = {

@@ -9,7 +9,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import data
-import tiny
 from align import edit_distance_alignment, edit_distance_map, exact_token_alignment
 from data import (
     CutReport,
@@ -25,6 +24,7 @@ from data import (
     tokenise,
     update_order,
 )
+from experiments import tiny
 from model import build_model
 
 TEXTS = [

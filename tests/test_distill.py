@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 
-import tiny
 import train
-from align import edit_distance_alignment, edit_distance_map, exact_token_alignment
+from align import exact_token_alignment
+from baselines.mined import edit_distance_alignment, edit_distance_map, token_spellings
 from data import Example, TextTokenizer, collate, tokenise
-from distill import Distiller, argmax_tokens, choose_alignment
-from losses import DIVERGENCES, PLAIN
+from experiments import tiny
+from losses import DIVERGENCES, predict_tokens
 from model import build_model
+from runtime.strict import choose_alignment
 
 TEXTS = [
     ("Who is the red fox?", "The fox is a friend of the old owl."),
@@ -80,39 +81,39 @@ class Setting:
         if self.method == "sft":
             self.teacher = self.teacher_tokenizer = None
         torch.manual_seed(2)
-        self.distiller = Distiller(
-            self.student, self.tokenizer, self.teacher, self.teacher_tokenizer, self.method, self.recipe, self.align,
-            divergence, projectors_file=projectors, **options,
+        self.o = train.Options(
+            method=self.method, recipe=self.recipe, align=self.align, device="cpu", dtype="fp32", projector_lr=1e-3,
+            divergence=divergence, projectors=projectors, **options,
         )  # fmt: skip
+        both = self.student, self.tokenizer, self.teacher, self.teacher_tokenizer
+        self.made = train.Method(self.o, *both)
         texts = TEXTS if name != "uld" else [*TEXTS[:-1], ("Who?", "The elephants danced, then the zebras danced.")]
         examples = [Example("here", [output], prompt=prompt) for prompt, output in texts]  # ULD: also a longer student
-        self.rows, report = tokenise(
-            examples, self.tokenizer, self.teacher_tokenizer, 128, 64, align=self.distiller.align
-        )
+        both = self.tokenizer, self.teacher_tokenizer
+        self.rows, report = tokenise(examples, *both, 128, 64, align=self.made.align)
         assert report.prompts_cut == report.responses_cut == 0
-        self.o = train.Options(method=self.method, recipe=self.recipe, device="cpu", dtype="fp32", projector_lr=1e-3)
-        self.pieces = train.Pieces(
-            self.student, self.tokenizer, self.distiller, self.teacher_tokenizer, self.rows, [], []
-        )
+        for row in self.rows if self.method in train.PAIRINGS else ():
+            row.pairs = train.PAIRINGS[self.method](row, *both)
+        self.pieces = train.Pieces(self.student, self.tokenizer, self.made, self.teacher_tokenizer, self.rows, [], [])
 
     def batch(self, rows=None):
         return self.pieces.collate(rows or self.rows, "cpu")
 
     def parameters(self):
-        named = [("student", self.student), ("projectors", self.distiller.projectors or torch.nn.Module())]
+        named = [("student", self.student), ("projectors", self.made.projectors or torch.nn.Module())]
         return {f"{kind}.{key}": parameter for kind, module in named for key, parameter in module.named_parameters()}
 
     def update(self, *batches, sampled=None):
         """Terms and gradients of one update."""
         for parameter in self.parameters().values():
             parameter.grad = None
-        terms = train.accumulate(self.o, self.pieces, self.student, list(batches) or [self.batch()], sampled)
+        terms = train.distil(self.o, self.pieces, self.student, list(batches) or [self.batch()], sampled)
         gradients = {name: p.grad.clone() for name, p in self.parameters().items() if p.grad is not None}
         return terms, gradients
 
     def fit_t2s(self, steps=40):
         """Train the projectors a little, so that some projected teacher states agree with their labels and some not."""
-        projectors = [p for p in self.distiller.parameters() if p.requires_grad]
+        projectors = [p for p in self.made.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(projectors, lr=0.02)
         for _ in range(steps):
             agreement = self.update()[0]["t2s_agreement"]
@@ -156,7 +157,7 @@ def test_a_narrower_copy_keeps_its_logits_in_the_teacher(tokenizers):
         setting.teacher.head_weight[:, :16] = setting.student.head_weight
     setting = Setting(tokenizers, "dskd v2", setting.student, setting.teacher)
     hidden = torch.randn(9, 16)
-    projected = setting.distiller.projectors.s2t(hidden) @ setting.teacher.head_weight.T
+    projected = setting.made.projectors.s2t(hidden) @ setting.teacher.head_weight.T
     torch.testing.assert_close(projected, hidden @ setting.student.head_weight.T, rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +173,7 @@ def test_kd_rate_weighs_the_two(tokenizers):
 
 def projectors_of(setting, folder):
     file = folder / "projectors.safetensors"
-    tensors = {name: value.detach().clone() for name, value in setting.distiller.projectors.named_parameters()}
+    tensors = {name: value.detach().clone() for name, value in setting.made.projectors.named_parameters()}
     save_file(tensors, file)
     return str(file)
 
@@ -228,7 +229,7 @@ def test_padding_order_and_splitting_do_not_matter(tokenizers, name):
     if name == "dskd v2 eta":  # pairs are dropped for both reasons
         batch = setting.batch()
         assert len(batch.student_index) < len(batch.student.labels)
-        assert setting.distiller.teacher_states(batch).student_index.numel() < len(batch.student_index)
+        assert setting.made.ask_teacher(batch).rows.numel() < len(batch.student_index)
 
     wide = setting.batch()
     wide.student = padded(wide.student, 7, filler=5)
@@ -246,7 +247,9 @@ def test_padding_order_and_splitting_do_not_matter(tokenizers, name):
         assert found == pytest.approx(terms, rel=1e-5, abs=1e-6), way
         assert found_gradients.keys() == gradients.keys(), way
         torch.testing.assert_close(found_gradients, gradients, **EXACT)
-    setting.distiller.terms = PLAIN  # instead of the fused ones
+    plain = Setting(tokenizers, name, setting.student, setting.teacher, chunk=0)  # instead of the fast losses
+    plain.made.projectors = setting.made.projectors
+    setting = plain
     found, found_gradients = setting.update(*ways["parts"])
     assert found == pytest.approx(terms, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(found_gradients, gradients, **EXACT)
@@ -268,7 +271,7 @@ def test_cma_by_its_definition(tokenizers):
     terms, gradients = setting.update()
     E_s, E_t = setting.student.embed.weight.detach(), setting.teacher.embed.weight
     W_s, W_t = setting.student.head_weight, setting.teacher.head_weight
-    projectors = setting.distiller.projectors
+    projectors = setting.made.projectors
     assert E_t is not W_t
     ours = [states_of(setting.student, row.student) for row in setting.rows]
     theirs = [states_of(setting.teacher, row.teacher) for row in setting.rows]
@@ -324,9 +327,9 @@ def test_eta_by_its_definition(tokenizers):
     head_t, head_s = W_t[[ids_t[b] for b in shared]].double(), W_s[[ids_s[b] for b in shared]].double().detach()
     t2s = torch.linalg.lstsq(head_s, head_t).solution.float()
     s2t = torch.linalg.lstsq(head_t, head_s).solution.float()
-    torch.testing.assert_close(setting.distiller.projectors.t2s.weight, t2s, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(setting.made.projectors.t2s.weight, t2s, rtol=1e-4, atol=1e-5)
     terms, _ = setting.fit_t2s().update()
-    t2s = setting.distiller.projectors.t2s.weight.detach()
+    t2s = setting.made.projectors.t2s.weight.detach()
 
     t2s_ce, t2s_kd, s2t_kd, ratios, dropped = [], [], [], [], 0
     for row in setting.rows:
@@ -386,7 +389,7 @@ def test_mined_by_its_definition(tokenizers):
     total, ratios = 0, []
     for row in setting.rows:
         (h, x, y), (g, x_t, _) = states_of(setting.student, row.student), states_of(setting.teacher, row.teacher)
-        spelt = [teacher_tokenizer.spellings[i] for i in x_t.tolist()], [tokenizer.spellings[i] for i in x.tolist()]
+        spelt = [token_spellings(teacher_tokenizer.tokenizer)[i] for i in x_t.tolist()], [token_spellings(tokenizer.tokenizer)[i] for i in x.tolist()]
         pairs = [(m, n) for m, n in zip(*edit_distance_alignment(*spelt), strict=True) if mapped[x_t[m]] == x[n]]
         ratios.append(len(pairs) / len(y))
         target = torch.full((len(y), len(setting.student.head_weight)), -1e5)
@@ -403,13 +406,13 @@ def test_mined_by_its_definition(tokenizers):
 def test_v2_labels_are_the_teachers_and_v1s_the_gold_tokens(tokenizers):
     setting = Setting(tokenizers, "dskd v2")
     batch = setting.batch()
-    label = setting.distiller.teacher_states(batch).label
+    label = setting.made.ask_teacher(batch).label
     hidden = torch.cat([states_of(setting.teacher, row.teacher)[0] for row in setting.rows])
     assert torch.equal(label, (hidden @ setting.teacher.head_weight.T).argmax(-1))
     assert (label != batch.student.labels).any()
     setting = Setting(tokenizers, "dskd v1")
-    assert setting.distiller.teacher_states(batch).label is None
-    logits = setting.distiller.projectors.t2s(hidden) @ setting.student.head_weight.T
+    assert torch.equal(setting.made.ask_teacher(batch).label, batch.student.labels)
+    logits = setting.made.projectors.t2s(hidden) @ setting.student.head_weight.T
     expected = cross_entropy(logits, batch.student.labels).item()
     assert setting.update()[0]["t2s_ce"] == pytest.approx(expected, rel=1e-5)
 
@@ -417,8 +420,8 @@ def test_v2_labels_are_the_teachers_and_v1s_the_gold_tokens(tokenizers):
 def test_predictions_by_parts():
     hidden, head = torch.randn(7, 4), torch.randn(9, 4)
     for chunk in (1, 3, 7, 100):
-        assert torch.equal(argmax_tokens(hidden, head, chunk), (hidden @ head.T).argmax(-1))
-    assert argmax_tokens(hidden[:0], head).shape == (0,)
+        assert torch.equal(predict_tokens(hidden, head, chunk), (hidden @ head.T).argmax(-1))
+    assert predict_tokens(hidden[:0], head).shape == (0,)
 
 
 # -- on-policy ---------------------------------------------------------------------------------------------------------
@@ -563,10 +566,10 @@ def test_one_step_moves_what_should_move_and_nothing_else(tokenizers, name):
 
     if "v2" in name:  # the next update solves s2t for the student as it is now
         setting.update()
-        after = setting.distiller.projectors.s2t.weight
+        after = setting.made.projectors.s2t.weight
         assert not torch.equal(after, before["projectors.s2t.weight"])
         again = Setting(tokenizers, name, setting.student, setting.teacher)
-        torch.testing.assert_close(after, again.distiller.projectors.s2t.weight)
+        torch.testing.assert_close(after, again.made.projectors.s2t.weight)
 
 
 def test_the_teacher_is_frozen_in_eval_mode_and_no_part_of_the_distiller(tokenizers):
@@ -574,12 +577,12 @@ def test_the_teacher_is_frozen_in_eval_mode_and_no_part_of_the_distiller(tokeniz
     setting = Setting(tokenizers, "dskd v1", teacher=teacher.train())
     assert not setting.teacher.training
     assert not any(parameter.requires_grad for parameter in setting.teacher.parameters())
-    names = {name for name, _ in setting.distiller.named_parameters()}
+    names = {name for name, _ in setting.made.named_parameters()}
     assert names == {f"projectors.{layer}.{part}" for layer in ("t2s", "s2t") for part in ("weight", "bias")}
-    setting.distiller.train()
+    setting.made.train()
     assert not setting.teacher.training
     assert Setting(tokenizers, "sft").update()[0].keys() == {"ce", "loss", "accuracy", "student_tokens"}
-    assert list(Setting(tokenizers, "kd").distiller.parameters()) == []
+    assert list(Setting(tokenizers, "kd").made.parameters()) == []
 
 
 # -- vocabularies padded to different numbers of rows ------------------------------------------------------------------
@@ -598,9 +601,10 @@ def test_differently_padded_vocabularies(tokenizers, name, padding):
     assert all(math.isfinite(value) for value in terms.values())
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert setting.student.head_weight.grad.shape[0] == student_size + padding[0]
-    states = setting.distiller.teacher_states(batch)
+    states = setting.made.ask_teacher(batch)
     if padding[1]:
-        best = (states.hidden @ setting.teacher.head_weight.T).argmax(-1)
+        theirs = torch.cat([states_of(setting.teacher, row.teacher)[0] for row in setting.rows])
+        best = (theirs @ setting.teacher.head_weight.T).argmax(-1)
         assert (best >= teacher_size).any()
     if name == "dskd v2":
         assert states.label.max() < setting.student.head_weight.shape[0]
@@ -682,7 +686,7 @@ def test_projectors_from_a_file_take_the_place_of_the_recipes(tokenizers, tmp_pa
     save_file(tensors, tmp_path / "p.safetensors")
     setting = Setting(tokenizers, name, projectors=str(tmp_path / "p.safetensors"))
     _, gradients = setting.update()
-    projectors = dict(setting.distiller.projectors.named_parameters())
+    projectors = dict(setting.made.projectors.named_parameters())
     for key, value in tensors.items():
         assert torch.equal(projectors[key], value), key
         assert gradients[f"projectors.{key}"].abs().max() > 0, key
@@ -690,7 +694,7 @@ def test_projectors_from_a_file_take_the_place_of_the_recipes(tokenizers, tmp_pa
     assert (f"{given}.bias" in projectors) == bias
     assert (f"{other}.bias" in projectors) == ("v1" in name)
     if "v2" in name:
-        recipe = dict(Setting(tokenizers, name, setting.student, setting.teacher).distiller.named_parameters())
+        recipe = dict(Setting(tokenizers, name, setting.student, setting.teacher).made.named_parameters())
         torch.testing.assert_close(projectors[f"{other}.weight"], recipe[f"projectors.{other}.weight"])
 
 
@@ -712,10 +716,10 @@ def test_a_term_that_is_not_a_number_is_named(tokenizers, name, where, term):
     if where in ("student", "teacher"):
         module = getattr(setting, where).norm
     else:
-        module = getattr(setting.distiller.projectors, where)
+        module = getattr(setting.made.projectors, where)
     with torch.no_grad():
         module.weight.view(-1)[0] = math.nan
-    setting.distiller.refresh = lambda student: None
+    setting.made.projectors is None or setattr(setting.made.projectors, "teacher_inverse", None)  # not solved anew
     with pytest.raises(FloatingPointError, match=rf"\b{term} is nan"):
         setting.update()
 
@@ -739,5 +743,5 @@ def test_a_batch_moves_with_all_its_tensors(tokenizers):
     setting = Setting(tokenizers, "dskd v2 eta")
     batch = collate(setting.rows, 0).to("meta")
     tensors = [batch.teacher_index, batch.student_index]
-    tensors += [getattr(side, key) for side in (batch.student, batch.teacher) for key in vars(side)]
-    assert len(tensors) == 12 and all(tensor.device.type == "meta" for tensor in tensors)
+    tensors += [x for side in (batch.student, batch.teacher) for x in vars(side).values() if torch.is_tensor(x)]
+    assert len(tensors) == 10 and all(tensor.device.type == "meta" for tensor in tensors)

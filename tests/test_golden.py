@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from align import edit_distance_map, exact_token_alignment
+from align import exact_token_alignment
+from baselines.mined import edit_distance_map
 from data import TextTokenizer, read_jsonl, tokenise
-from distill import Distiller
 from losses import DIVERGENCES
 from model import load_model
 
@@ -61,6 +61,8 @@ def golden_rows(teacher, align):
     tokenizer = golden_model("student")[1]
     rows, report = tokenise(examples, tokenizer, teacher_tokenizer, MAX_LEN, MAX_PROMPT_LEN, align=align)
     assert report.prompts_cut == report.responses_cut == 0
+    for row in rows if align in train.PAIRINGS else ():
+        row.pairs = train.PAIRINGS[align](row, tokenizer, teacher_tokenizer)
     return rows
 
 
@@ -93,27 +95,27 @@ def test_every_group_has_all_its_cases():
 
 
 @needs_golden
-@pytest.mark.parametrize(("batch_size", "chunk"), [(6, 1024), (2, 7)], ids=["whole", "parts"])
+@pytest.mark.parametrize(("batch_size", "chunk"), [(6, 1024), (2, 7), (3, 0)], ids=["whole", "parts", "plain"])
 @pytest.mark.parametrize("case", EXPECTED)
 def test_the_update_of_training(case, batch_size, chunk, tmp_path):
-    """`train.accumulate` on the whole batch, and on the same batch in three parts with few logits at a time."""
+    """`train.distil` on the whole batch, and on the same batch in three parts with few logits at a time."""
     group, _, divergence = case.partition("/")
     teacher_name, method, recipe, align, prefix = GROUPS[group]
     student, tokenizer = golden_model("student")
     teacher, teacher_tokenizer = golden_model(teacher_name) if teacher_name else (None, None)
-    distiller = Distiller(
-        student, tokenizer, teacher, teacher_tokenizer, method, recipe, align, divergence or "fkl",
-        projectors_file=write_projectors(prefix, align, tmp_path), chunk=chunk,
+    o = train.Options(
+        method=method, recipe=recipe, align=align, divergence=divergence or "fkl", chunk=chunk, batch_size=batch_size,
+        projectors=write_projectors(prefix, align, tmp_path), device="cpu", dtype="fp32",
     )  # fmt: skip
-    rows = golden_rows(teacher_name, distiller.align)
-    pieces = train.Pieces(student, tokenizer, distiller, teacher_tokenizer, rows, [], [])
-    o = train.Options(method=method, batch_size=batch_size, device="cpu", dtype="fp32")
+    made = train.Method(o, student, tokenizer, teacher, teacher_tokenizer)
+    rows = golden_rows(teacher_name, made.align)
+    pieces = train.Pieces(student, tokenizer, made, teacher_tokenizer, rows, [], [])
     student.train().zero_grad()
     batches = [pieces.collate(rows[i : i + batch_size], "cpu") for i in range(0, len(rows), batch_size)]
-    found = train.accumulate(o, pieces, student, batches)
+    found = train.distil(o, pieces, student, batches)
 
     found["grad_norm"] = float(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm())
-    for name, layer in distiller.projectors.named_children() if distiller.projectors else ():
+    for name, layer in made.projectors.named_children() if made.projectors else ():
         if layer.weight.grad is not None:
             found[f"{name}_grad_norm"] = layer.weight.grad.norm().item()
     expected = EXPECTED[case]

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from grade import (
+from scores.answers import (
     answers_equal,
     boxed,
     final_answer,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import hub
-from hub import DATASETS, MODELS, data_file, model_directory
+from runtime import hub
+from runtime.hub import DATASETS, MODELS, data_file, model_directory
 
-ROOT = Path(hub.__file__).parent
+ROOT = Path(hub.__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -129,7 +129,7 @@ def test_dolly_is_split_without_overlap():
 
 PROBE = """
 import sys, json
-import hub
+from runtime import hub
 for call in json.loads(sys.argv[1]):
     try:
         found = getattr(hub, call[0])(*call[1:])

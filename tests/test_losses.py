@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
-import fused
+from fast import losses as fused
 from losses import (
     DIVERGENCES,
     PLAIN,

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import lora
-import onednn
+from fast import cpu as onednn
+from fast.cpu import by_onednn, packed
 from model import build_model, generate
-from onednn import by_onednn, packed
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

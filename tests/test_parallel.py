@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same
 
 import lora
-import memory
-import parallel
 import train
+from experiments import memory
 from model import load_model, read_json
+from runtime import parallel
 
 ROOT = Path(__file__).parent.parent
 

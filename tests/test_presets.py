@@ -14,7 +14,7 @@ from test_train import arguments, log_of, same, weights_of
 
 import model
 import train
-from hub import MODELS
+from runtime.hub import MODELS
 
 
 def gpt2(width, layers, heads):

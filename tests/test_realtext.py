@@ -8,9 +8,9 @@ from unittest.mock import patch
 import pytest
 
 import eval
-import realtext
 import train
 from data import PROMPT, read_jsonl
+from experiments import realtext
 from model import read_json
 
 

@@ -8,20 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import distill
 import pytest
 import torch
 
 import data
-import distill
-import memory
-import paper
-import reproduce
-import tiny
 import train
 from data import TextTokenizer
 from eval import respond
+from experiments import memory, paper, reproduce, tiny
+from experiments.reproduce import Cell, parse, run_cell
 from model import load_model
-from reproduce import Cell, parse, run_cell
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
 SETTING = "updates=2 labels=12 width=16"
@@ -254,7 +251,8 @@ def test_what_is_left_is_listed_as_commands(tmp_path, capsys):
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 2 * len(rows) - 1
     assert [parse(words[-1]) for words in commands][0] == reproduce.resolve(replace(parse(rows[0]), seed=1))
-    assert all(words[1:] == ["--out", str(tmp_path), "--cell", words[-1]] for _, *words in commands)
+    started = ["-m", "experiments.reproduce", "--out", str(tmp_path)]
+    assert all(words == [*started, "--cell", words[-1]] for _, *words in commands)
 
 
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-import rouge
+from scores import rouge
 
 # Words for every rule, both where its condition holds and where it fails; also the vocabulary of the random sentences.
 WORDS = """

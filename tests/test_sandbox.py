@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import Limits, run_python
+from scores import sandbox
+from scores.sandbox import Limits, run_python
 
 QUICK = Limits(seconds=1.0)
 

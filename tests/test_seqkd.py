@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from test_train import arguments, log_of, same, weights_of
 
 import model
-import seqkd
 import train
+from baselines import seqkd
 from data import TextTokenizer, read_jsonl
 
 

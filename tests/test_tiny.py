@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-import tiny
+from experiments import tiny
 
-ROOT = Path(tiny.__file__).parent
+ROOT = Path(tiny.__file__).parent.parent
 SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80)
 HORRORS = [
     "", " ", "  two leading spaces", "trailing  ", "naïve café, Ærøskøbing ß", "漢字と仮名", "مرحبا بالعالم",
@@ -296,7 +296,7 @@ def test_impossible_sizes_are_named(size):
 
 def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
     code = (
-        "import json, sys, hashlib, tiny\n"
+        "import json, sys, hashlib\nfrom experiments import tiny\n"
         "data = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)\n"
         "texts = [text for e in data['teacher_train'] for text in (e['prompt'], e['output'])]\n"
         "tiny.train_tokenizers(texts, {0!r} + '/teacher', {0!r} + '/student')\n"

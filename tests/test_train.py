@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import model
-import tiny
 import train
 from data import TextTokenizer
+from experiments import tiny
 from losses import DIVERGENCES
 
 

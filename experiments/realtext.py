@@ -1,7 +1,7 @@
 """The methods once on real text: a LLaMA-style chat model of 135M parameters teaches a GPT-2 of 30M with other tokens.
 
-    python realtext.py --teacher DIR --tokenizer DIR --data FILE.jsonl --reading FILE.jsonl --test FILE.jsonl
-    python realtext.py ... --run
+    python -m experiments.realtext --teacher DIR --tokenizer DIR --data FILE.jsonl --reading FILE.jsonl --test FILE
+    python -m experiments.realtext ... --run
 
 prints the commands, and with --run makes what they need and runs them one after the other; what is finished stays, and
 a command that was stopped goes on. The student first reads the answers of `--reading` from scratch, the teacher is
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from data import TextTokenizer, read_jsonl
-from hub import model_directory
+from runtime.hub import model_directory
 
 STUDENT = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 6, "n_head": 6, "n_embd": 384,
@@ -109,7 +109,7 @@ def run(command: str) -> None:
     out = Path(words[-1])
     if words[0] == "train.py" and (out / "args.json").is_file():
         words.append("--resume")
-    subprocess.run([sys.executable, *words], cwd=Path(__file__).parent, check=True)
+    subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent, check=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The papers' own runs as commands, with the memory and the time they need, worked out from the models' configurations.
 
-`python reproduce.py --scale paper` prints them, `--run` starts them. Nothing of this has been measured on a GPU.
+`python -m experiments.reproduce --scale paper` prints them, `--run` starts them. Nothing
+of this has been measured on a GPU.
 """
 
 import shlex
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import memory
+from experiments import memory
 
 CONFIGURED = {  # hub.py's name: memory.py's
     "gpt2": "GPT-2 120M", "gpt2-xl": "GPT-2 1.5B", "qwen": "Qwen1.5 1.8B", "tinyllama": "TinyLlama 1.1B",
@@ -80,6 +81,6 @@ def show(names: list[str], run: bool) -> None:
         for text, about in commands_of(name):
             print(f"python {text}    # {about}", flush=True)
             if run:
-                subprocess.run([sys.executable, *shlex.split(text)], cwd=Path(__file__).parent, check=True)
+                subprocess.run([sys.executable, *shlex.split(text)], cwd=Path(__file__).parent.parent, check=True)
 
 

@@ -1,10 +1,10 @@
 """The papers' claims in miniature: methods trained side by side on the embedded task, over several seeds.
 
-    python reproduce.py                          every table: hours; finished cells are kept, so stop and go on at will
-    python reproduce.py different ablations      some of them: same different ablations why on-policy map
-    python reproduce.py --search                 hyper-parameters of every method, on the validation split
-    python reproduce.py --scale paper            the papers' own runs as commands, with their memory and time
-    python reproduce.py --cell "v2-fkl seed=3" --keep DIR      one run, whose directory is kept, for analyse.py
+    python -m experiments.reproduce             every table: hours; finished cells are kept, so stop and go on at will
+    python -m experiments.reproduce different ablations   some of them: same different ablations why on-policy map
+    python -m experiments.reproduce --search    hyper-parameters of every method, on the validation split
+    python -m experiments.reproduce --scale paper   the papers' own runs as commands, with their memory and time
+    python -m experiments.reproduce --cell "v2-fkl seed=3" --keep DIR   one run, whose directory is kept, for analyse.py
 
 A *cell* is one training run, named by what it is: `v2-fkl+random labels=1000 seed=3` is DSKD v2 with the forward KL,
 from random projectors, with 1000 labels; what is not named is as in `Cell`. Each cell is a process with one thread,
@@ -34,20 +34,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import distill
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 import data
-import distill
-import paper
-import tiny
 import train
 from data import TextTokenizer, read_jsonl, tokenise
 from eval import held_out_cross_entropy, respond, score, table
+from experiments import paper, tiny
+from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
-from onednn import by_onednn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -605,9 +604,9 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
     (root / "logs").mkdir(parents=True, exist_ok=True)
 
     def launch(cell: Cell) -> str:
-        log = root / "logs" / f"{cell}.txt"
+        log, environment = root / "logs" / f"{cell}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as stream:
-            done = subprocess.run(command(cell, root), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stream)
+            done = subprocess.run(command(cell, root), cwd=REPOSITORY, env=environment, stderr=stream)
         return "" if done.returncode == 0 else f"{cell}: failed, see {log}"
 
     with ThreadPoolExecutor(workers) as pool:
@@ -619,8 +618,11 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
         raise RuntimeError("\n".join(failures))
 
 
+REPOSITORY = Path(__file__).parent.parent
+
+
 def command(cell: Cell, root: Path) -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve()), "--out", str(root), "--cell", str(cell)]
+    return [sys.executable, "-m", "experiments.reproduce", "--out", str(root.resolve()), "--cell", str(cell)]
 
 
 def mean_scores(tried: list[Cell], root: Path) -> list[float]:

@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 from data import Row, collate_side, total_length
-from distill import argmax_tokens, hidden_at
-from model import checkpoint_files, load_model, read_config, read_json
+from losses import predict_tokens
+from model import checkpoint_files, hidden_at, load_model, read_config, read_json
 
 RECORD_EVERY = 10.0  # seconds; what a killed fill loses at most
 
@@ -74,7 +74,7 @@ class TeacherCache:
         def compute(rows: list[Row]) -> np.ndarray:
             states = torch.from_numpy(np.concatenate([row.states for row in rows])).view(torch.bfloat16)
             with self.autocast():
-                return argmax_tokens(states.to(self.device, head.dtype), head).int().cpu().numpy()
+                return predict_tokens(states.to(self.device, head.dtype), head).int().cpu().numpy()
 
         parts = self.stored(f"predictions-{len(head)}.bin", np.int32, (), compute)
         for row, predictions in zip(self.rows, parts, strict=True):

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
-import parallel
-from hub import MODELS
 from model import Decoder, read_json, save_model
+from runtime import parallel
+from runtime.hub import MODELS
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -88,7 +88,7 @@ def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Pa
             (out / "student" / file).write_bytes(source.read_bytes())
     if pieces.student_tokenizer.chat != "none":
         pieces.student_tokenizer.write_end(out / "student")
-    trained = [name for name, parameter in pieces.distiller.named_parameters() if parameter.requires_grad]
+    trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
     save_file(tensors, out / "resume" / "state.safetensors", metadata=metadata)
@@ -109,7 +109,7 @@ def set_random_state(device, state: dict[str, torch.Tensor]) -> None:
 def trained_parameters(pieces) -> dict[str, torch.nn.Parameter]:
     """By their names in resume/: student.blocks.0..., projectors.t2s.weight, ...; of a LoRA student the adapters."""
     student = {f"student.{name}": p for name, p in pieces.student.named_parameters() if p.requires_grad}
-    return student | dict(pieces.distiller.named_parameters())
+    return student | dict(pieces.method.named_parameters())
 
 
 def state_tensors(o, pieces, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The terms of losses.py again, fast: same values, same gradients, a fraction of the memory and time.
+"""losses.py again, a chunk of tokens at a time: the same functions, arguments and numbers, less memory and less time.
 
 Written plainly, a divergence over a vocabulary of V makes a dozen (tokens, V) tensors and keeps them for the backward
 pass, where the matrix products that made the logits wait to be undone. Here
@@ -10,16 +10,16 @@ pass, where the matrix products that made the logits wait to be undone. Here
 - each gradient is written over the logits it belongs to;
 - on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache.
 
-`tests/test_fused.py` holds every value and gradient equal to the plain version's.
+`tests/fast/test_losses.py` holds every value and gradient equal to the plain version's.
 """
+
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
-import losses
-from losses import adaptive_weight, log_mixture, weighted
+from losses import Counts, Recipe, adaptive_weight, check_dskd_arguments, log_mixture
 
 # D and dD/du for the student's distribution p = softmax(u) and the teacher's q: p, q, log_p, log_q (n, V) ->
 # (n,), (n, V). Through a softmax, dD/du = p·(g − Σ p g) with g = dD/dp.
@@ -192,56 +192,106 @@ class HeadTerms(torch.autograd.Function):
         return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 8
 
 
-def fused_terms(chunk: int) -> losses.Terms:
-    """The terms of losses.py, weighted, `chunk` tokens at a time."""
+def head_terms(
+    hidden: Tensor,  # (n, d)
+    head: Tensor,  # (V, d)
+    target_hidden: Tensor | None = None,  # (k, D)
+    target_head: Tensor | None = None,  # (V', D)
+    rows: Tensor | slice = slice(None),  # (k,) which of the n each target belongs to
+    gold: Tensor | None = None,  # (n,)
+    label: Tensor | None = None,  # (k,)
+    only_agreeing: bool = False,
+    ce_weight: float = 0.0,
+    target_ce_weight: float = 0.0,
+    kd_weight: float = 0.0,
+    divergence: str = "fkl",
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> SimpleNamespace:
+    """Sums of `HeadTerms` over all tokens: loss, with a gradient; ce, correct, target_ce, agrees and kd, without."""
+    if target_hidden is None:
+        target_hidden, target_head = hidden[:0].detach(), head
+    if not isinstance(rows, slice):  # the kernel wants the tokens that have a target first
+        order = rows
+        if gold is not None:
+            alone = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            alone[rows] = False
+            order = torch.cat([rows, alone.nonzero()[:, 0]])
+            gold = gold[order]
+        hidden = hidden[order]
+    weights = (ce_weight, target_ce_weight, kd_weight)
+    loss, *terms = HeadTerms.apply(
+        hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature, chunk
+    )
+    names = ("ce", "correct", "target_ce", "agrees", "kd")
+    return SimpleNamespace(loss=loss, **{name: term.sum() for name, term in zip(names, terms, strict=True)})
 
-    def gold(student_hidden, gold, student_head, weights):
-        (ce,), empty = weights, student_hidden[:0].detach()
-        states = student_hidden, student_head, empty, student_head
-        return HeadTerms.apply(*states, gold, None, False, (ce, 0, 0), None, None, chunk)[:3]
 
-    def kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, divergence, temperature, weights):
-        (ce, kd), states = weights, (student_hidden, student_head, teacher_hidden, teacher_head)
-        loss, ce, correct, _, _, kd = HeadTerms.apply(
-            *states, gold, None, False, (ce, 0, kd), divergence, temperature, chunk
-        )
-        return loss, ce, correct, kd
+def sft_loss(
+    student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0, chunk: int = 512
+) -> dict[str, Tensor]:
+    """As `losses.sft_loss`."""
+    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=(1 - kd_rate) / counts.tokens, chunk=chunk)
+    return {"ce": found.ce / counts.tokens, "correct": found.correct, "loss": found.loss}
 
-    def uld(student_hidden, gold, teacher_hidden, student_head, teacher_head, weights):
-        return kd(student_hidden, gold, teacher_hidden, student_head, teacher_head, "uld", 1.0, weights)
 
-    def student_space(
-        student_hidden, gold, t2s_hidden, t2s_label, student_head, divergence, temperature, only_agreeing=False,
-        *, weights,
-    ):  # fmt: skip
-        states = student_hidden, student_head, t2s_hidden, student_head
-        loss, ce, correct, t2s_ce, agrees, t2s_kd = HeadTerms.apply(
-            *states, gold, t2s_label, only_agreeing, weights, divergence, temperature, chunk
-        )
-        return loss, ce, correct, t2s_ce, t2s_kd, agrees
-
-    def teacher_space(s2t_hidden, teacher_hidden, teacher_head, divergence, temperature, weights):
-        (kd,), states = weights, (s2t_hidden, teacher_head, teacher_hidden, teacher_head)
-        loss, *_, kd = HeadTerms.apply(*states, None, None, False, (0, 0, kd), divergence, temperature, chunk)
-        return loss, kd
-
-    return losses.Terms(
-        gold, kd, student_space, teacher_space, uld,
-        mined=weighted(in_chunks(losses.mined_terms, chunk)),
-        one_hot=weighted(in_chunks(losses.one_hot_terms, chunk, inputs=2)),
+def kd_loss(
+    student_hidden: Tensor,
+    gold: Tensor | None,
+    teacher_hidden: Tensor,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    counts: Counts,
+    divergence: str = "fkl",
+    temperature: float = 2.0,
+    kd_rate: float = 0.5,
+    chunk: int = 512,
+) -> dict[str, Tensor]:
+    """As `losses.kd_loss`."""
+    found = head_terms(
+        student_hidden, student_head, teacher_hidden, teacher_head, gold=gold,
+        ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens,
+        divergence=divergence, temperature=temperature, chunk=chunk,
     )  # fmt: skip
+    on_gold = {} if gold is None else {"ce": found.ce / counts.tokens, "correct": found.correct}
+    return {**on_gold, "kd": found.kd / counts.tokens, "loss": found.loss}
 
 
-def in_chunks(terms, chunk: int, inputs: int = 3):
-    """The function `terms`, whose first `inputs` arguments have a row per token, `chunk` tokens at a time.
+def dskd_loss(
+    student_hidden: Tensor,
+    gold: Tensor | None,
+    rows: Tensor | slice,
+    t2s_hidden: Tensor,
+    label: Tensor,
+    s2t_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    counts: Counts,
+    recipe: Recipe,
+    divergence: str = "fkl",
+    temperature: float = 2.0,
+    kd_rate: float = 0.5,
+    chunk: int = 512,
+) -> dict[str, Tensor]:
+    """As `losses.dskd_loss`."""
+    check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
+    over, over_stu = (max(1, getattr(counts, average)) for average in (recipe.average, recipe.average_stu))
+    options = {"temperature": temperature, "chunk": chunk}
 
-    What it makes is made again for the backward pass, which is autograd's: the memory of one chunk at a time.
-    """
-
-    def chunked(*arguments):
-        parts = zip(*(argument.split(chunk) for argument in arguments[:inputs]), strict=True)
-        rest, options = arguments[inputs:], {"use_reentrant": False, "preserve_rng_state": False}
-        columns = zip(*(checkpoint(terms, *part, *rest, **options) for part in parts), strict=True)
-        return tuple(torch.cat(column) for column in columns)
-
-    return chunked
+    in_student_space = head_terms(
+        student_hidden, student_head, t2s_hidden, student_head, rows, gold, label, recipe.only_agreeing,
+        ce_weight=(1 - kd_rate) / counts.tokens, target_ce_weight=kd_rate / over, kd_weight=kd_rate / over_stu,
+        divergence=divergence, **options,
+    )  # fmt: skip
+    in_teacher_space = head_terms(
+        s2t_hidden, teacher_head, teacher_hidden, teacher_head,
+        kd_weight=kd_rate / over, divergence=recipe.divergence or divergence, **options,
+    )  # fmt: skip
+    t2s_ce, t2s_kd = in_student_space.target_ce / over, in_student_space.kd / over_stu
+    s2t_kd = in_teacher_space.kd / over
+    on_gold = {} if gold is None else {"ce": in_student_space.ce / counts.tokens, "correct": in_student_space.correct}
+    return {
+        **on_gold, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "kd": t2s_ce + t2s_kd + s2t_kd,
+        "agreeing": in_student_space.agrees, "loss": in_student_space.loss + in_teacher_space.loss,
+    }  # fmt: skip

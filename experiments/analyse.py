@@ -1,10 +1,10 @@
-"""The papers' analyses as pictures, each with its numbers as a markdown table.
+"""The papers' analyses as pictures, each with its numbers as a markdown table: python -m experiments.analyse ...
 
-    python analyse.py simulate                                              why the two models should share a head
-    python analyse.py structure --teacher DIR --student DIR [DIR ...] --data FILE   how alike their hidden states are
-    python analyse.py alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
-        [--projectors FILE]                        and, after a run with --recipe v1 --align cma, where attention looks
-    python analyse.py knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what the projected teacher knows
+    simulate                                                     why the two models should share a head
+    structure --teacher DIR --student DIR [DIR ...] --data FILE   how alike their hidden states are
+    alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
+        [--projectors FILE]                     and, after a run with --recipe v1 --align cma, where attention looks
+    knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what the projected teacher knows
 
 The first three need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name or
 directory.
@@ -39,19 +39,19 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from distill import hidden_at
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from align import cross_model_attention
-from checkpoint import chat_of
 from data import Batch, Row, TextTokenizer, collate, read_jsonl, tokenise
-from distill import hidden_at
 from eval import table
-from hub import data_file, model_directory
 from losses import DIVERGENCES
 from model import load_model
+from runtime.hub import data_file, model_directory
+from runtime.run import chat_of
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"

@@ -13,11 +13,11 @@ from typing import get_args, get_type_hints
 import torch
 from safetensors import SafetensorError, safe_open
 
-import parallel
 from data import CHATS
 from eval import check_device
-from hub import MODELS
 from losses import DIVERGENCES
+from runtime import parallel
+from runtime.hub import MODELS
 
 ALIGNMENTS = ["none", "eta", "cma"]
 DTYPES = ["fp32", "bf16"]

@@ -1,7 +1,7 @@
 """What a run needs on each device, worked out from the two config.json alone, to choose --shard and the processes by.
 
-    python memory.py                                         the table of the README
-    python memory.py --teacher DIR --student DIR --devices 4 --shard teacher
+    python -m experiments.memory                                         the table of the README
+    python -m experiments.memory --teacher DIR --student DIR --devices 4 --shard teacher
 
 Of a teacher (bf16, frozen) 2 bytes per parameter. Of a student 16 bytes per trained parameter (weight, gradient, two
 moments of AdamW, all float32), and 2 more of each block's matrices for autocast's copy in bf16, which the backward pass
@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import torch
 
 import lora
-from hub import model_directory
 from model import Decoder, read_json
 from projector import Projectors
+from runtime.hub import model_directory
 
 GB = 1e9
 _LLAMA = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}

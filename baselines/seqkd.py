@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_text
 from data import Example, TextTokenizer, cut_example, read_jsonl
+from fast.cpu import packed
 from model import generate, load_model
-from onednn import packed
+from runtime.run import write_text
 
 
 def teacher_answers(

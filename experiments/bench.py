@@ -1,14 +1,14 @@
 """How fast and how lean: every hot path beside the straightforward way to write it, in one run, as one table.
 
-    python bench.py                      everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
-    python bench.py --quick              small sizes, few repeats: does it all still work, and roughly how well
-    python bench.py steps alignment      some cases only
-    python bench.py --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR      real text
+    python -m experiments.bench         everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
+    python -m experiments.bench --quick   small sizes, few repeats: does it all still work, and roughly how well
+    python -m experiments.bench steps alignment   some cases only
+    python -m experiments.bench --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR   real text
 
 Cases: steps (one update of four methods), body, generation, alignment, projectors, growth (of a step with batch, length
 and vocabulary, also with `--recompute`), cache (an epoch with `--cache-teacher`). What runs beside ours:
 
-- "plain": the same update with this repository's decoders, written as anyone would write it first (`bench_plain.py`):
+- "plain": the same update with this repository's decoders, written as anyone would write it first (`plain_step.py`):
   padded to --max-len, logits at all positions, autograd, no chunks;
 - "transformers": that plain update with transformers' models, if they are installed.
 
@@ -42,11 +42,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distill import Distiller
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import train
 from align import exact_token_alignment
-from bench_plain import (
+from data import Example, Row, TextTokenizer, read_jsonl, tokenise
+from experiments.plain_step import (
     KD_RATE,
     METHODS,
     TEMPERATURE,
@@ -58,10 +60,8 @@ from bench_plain import (
     plain_loss,
     transformers_states,
 )
-from data import Example, Row, TextTokenizer, read_jsonl, tokenise
-from distill import Distiller
+from fast.cpu import by_onednn, packed
 from model import Decoder, build_model, generate, read_config, save_model
-from onednn import by_onednn, packed
 from projector import logit_preserving_weight
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,8 +346,8 @@ def status_bytes(name: str) -> int:
 
 def fresh_process(job: dict) -> dict:
     """`measure_step` in a new process."""
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "experiments.bench", "--worker", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode:
         what = ", ".join(job[key] for key in ("name", "how", "dtype"))
         raise RuntimeError(f"the step {what} failed with exit status {done.returncode}; its message stands above")

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from checkpoint import write_text
 from data import TextTokenizer, read_jsonl
-from distill import choose_alignment
 from eval import respond, score, table
 from model import load_model
+from runtime.run import write_text
+from runtime.strict import choose_alignment
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words. A group has its words and, for every property, the pool in which each word has favourites of its own.

@@ -1,0 +1,1 @@
+"""What DSKD is compared with, each method whole in its file."""

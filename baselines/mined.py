@@ -1,0 +1,254 @@
+"""Minimum edit distance alignment (MinED, arXiv 2401.10491): tokens that look alike stand for each other.
+
+Positions are paired by dynamic time warping over edit distances (`edit_distance_alignment`); a teacher token becomes
+the student token that is spelt most like it (`edit_distance_map`). Where a student position has a partner that maps to
+its own token, it learns the teacher's distribution, carried over by that map; elsewhere it learns the gold token.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from align import is_byte_fallback, token_bytes
+from data import Row, TextTokenizer
+from losses import Counts, forward_kl, logits_under
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens and which positions stand for each other
+
+
+def pair_by_edit_distance(row: Row, student: TextTokenizer, teacher: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
+    inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
+    spelt = [[spellings(tokenizer)[i] for i in ids] for tokenizer, ids in zip((teacher, student), inputs, strict=True)]
+    teacher_index, student_index = edit_distance_alignment(*spelt)
+    equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
+    return teacher_index[equal], student_index[equal]
+
+
+@functools.lru_cache(maxsize=4)
+def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndarray:
+    """`edit_distance_map` of two tokenizers, kept in the user's cache ($XDG_CACHE_HOME or ~/.cache) under a name made
+    of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
+    """
+    names = json.dumps([sorted(tokenizer.vocabulary().items()) for tokenizer in (teacher, student)])
+    spelt = repr([spellings(tokenizer) for tokenizer in (teacher, student)])
+    key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
+    if file.is_file():
+        try:
+            mapped = np.load(file, allow_pickle=False)
+            if mapped.shape == (teacher.size,) and mapped.dtype == np.int64 and mapped.max() < student.size:
+                return mapped
+            print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
+    options = {"unit": "part", "leave": False, "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+    progress = functools.partial(tqdm, desc="MinED vocabulary map", **options)
+    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer, progress)
+    new = file.with_suffix(f".{os.getpid()}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as stream:
+            np.save(stream, mapped)
+        os.replace(new, file)
+    except OSError as error:
+        print(f"{file}: cannot be written, the map will be made again next time ({error})", file=sys.stderr)
+    return mapped
+
+
+@functools.lru_cache(maxsize=4)
+def spellings(tokenizer: TextTokenizer) -> list[bytes | None]:
+    return token_spellings(tokenizer.tokenizer)
+
+
+def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
+    """`token_bytes`, with special tokens spelt by their names: MinED compares every token. None for unused ids."""
+    names = (tokenizer.id_to_token(i) for i in range(len(token_bytes(tokenizer))))
+    spelt = zip(token_bytes(tokenizer), names, strict=True)
+    return [name.encode() if piece is None and name is not None else piece for piece, name in spelt]
+
+
+def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable = list) -> np.ndarray:
+    """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
+    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use.
+
+    A minute or two for a hundred thousand tokens without an equal, for each is compared with the whole vocabulary.
+    `progress` is put around the parts of that search (tqdm, for instance).
+    """
+    spelt, spelt_student = token_spellings(teacher), token_spellings(student)
+    fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
+    ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
+    for index, key in enumerate(zip(spelt_student, fallback_student, strict=True)):
+        ids.setdefault(key, index)
+    mapped = np.full(len(spelt), -1, dtype=np.int64)
+    unmatched: dict[int, list[int]] = {}  # length -> teacher ids
+    for index, (piece, kind) in enumerate(zip(spelt, fallback, strict=True)):
+        if piece is not None:
+            mapped[index] = ids.get((piece, kind), ids.get((piece, not kind), -1))
+            if mapped[index] < 0:
+                unmatched.setdefault(len(piece), []).append(index)
+
+    student_ids = np.array([index for index, piece in enumerate(spelt_student) if piece is not None])
+    order, table, lengths = _by_length([spelt_student[index] for index in student_ids])
+    student_ids = student_ids[order]
+    parts = [(length, ids[i : i + 16]) for length, ids in sorted(unmatched.items()) for i in range(0, len(ids), 16)]
+    reach, near = -1, 0
+    for length, part in progress(parts):
+        if length > reach:  # any text as short as this is within `length` edits, one longer than twice that is not
+            reach = length
+            near = np.searchsorted(-lengths, -(length + max(length, lengths[-1])))
+            near_table = np.ascontiguousarray(table[:, near:])
+        distance = _edit_distances([spelt[index] for index in part], near_table, lengths[near:])
+        for row, index in zip(distance, part, strict=True):
+            mapped[index] = student_ids[near:][row == row.min()].min()
+    return mapped
+
+
+def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(teacher_ids, student_ids): each student token that some teacher token maps to, and the first one that does.
+
+    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller.
+    """
+    order = np.argsort(np.array(is_byte_fallback(teacher, len(mapped))) | (mapped < 0), kind="stable")
+    student_ids, first = np.unique(mapped[order], return_index=True)  # the first occurrence of each
+    used = student_ids >= 0
+    return order[first[used]], student_ids[used]
+
+
+def edit_distance_alignment(teacher: list[bytes], student: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (teacher_index, student_index) by dynamic time warping: of all ways to walk through both token sequences at
+    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces).
+
+    Only student tokens that meet exactly one teacher token are in a pair; a teacher token may be in several.
+    Of steps that cost the same: both, the teacher, the student, seen from the end.
+    """
+    cost = edit_distances([t.replace(b" ", b"") for t in teacher], [s.replace(b" ", b"") for s in student])
+    total = np.cumsum(cost, axis=1)  # right for the first row: there is only one way
+    for i in range(1, len(teacher)):
+        before = total[i - 1].copy()
+        before[1:] = np.minimum(before[1:], total[i - 1, :-1])  # a step of the teacher, or of both
+        # total[i, j] = cost[i, j] + min(before[j], total[i, j−1]), a loop over j that a running minimum spares us
+        total[i] += np.minimum.accumulate(before - (total[i] - cost[i]))
+    i, j = len(teacher) - 1, len(student) - 1
+    met = [(i, j)]
+    while i > 0 or j > 0:
+        both = total[i - 1, j - 1] if i > 0 and j > 0 else np.inf
+        teacher_step = total[i - 1, j] if i > 0 else np.inf
+        student_step = total[i, j - 1] if j > 0 else np.inf
+        step = int(np.argmin([both, teacher_step, student_step]))
+        i, j = i - (step < 2), j - (step != 1)
+        met.append((i, j))
+    teacher_index, student_index = np.array(met[::-1], dtype=np.int64).T
+    once = np.bincount(student_index)[student_index] == 1
+    return teacher_index[once], student_index[once]
+
+
+def edit_distances(patterns: list[bytes], texts: list[bytes]) -> np.ndarray:
+    """Levenshtein distances (P, n) of P strings to n others."""
+    order, table, lengths = _by_length(texts)
+    distance = np.empty((len(patterns), len(texts)), dtype=np.int64)
+    distance[:, order] = _edit_distances(patterns, table, lengths)
+    return distance
+
+
+def _by_length(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The texts as columns (length, n) of bytes, the longest first: their order, the columns, and their lengths."""
+    lengths = np.array([len(text) for text in texts])
+    order = np.argsort(-lengths, kind="stable")
+    table = np.zeros((lengths.max(), len(texts)), dtype=np.uint8)
+    for column, index in enumerate(order):
+        table[: len(texts[index]), column] = np.frombuffer(texts[index], dtype=np.uint8)
+    return order, table, lengths[order]
+
+
+def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time.
+
+    A column of the usual table of distances is two words per text: bit i of `plus` (of `minus`) says that entry i + 1
+    is one more (one less) than entry i. The narrowest word that holds the patterns is the fastest; for more than 64
+    bytes Python's integers take its place.
+    """
+    longest = max(map(len, patterns))
+    word = np.dtype(next((f"u{bits // 8}" for bits in (8, 16, 32, 64) if longest <= bits), object))
+    where = np.zeros((len(patterns), 256), dtype=word)  # bit i: the pattern has this byte at i
+    for row, pattern in enumerate(patterns):
+        for i, byte in enumerate(pattern):
+            where[row, byte] |= np.array(1 << i, dtype=word)[()]
+    masks = np.array([[(1 << len(pattern)) - 1] for pattern in patterns], dtype=word)
+    plus = np.repeat(masks, len(lengths), axis=1)  # against an empty text, entry i is i
+    minus = np.zeros_like(plus)
+    for position in range(lengths[0]):
+        alive = slice(0, np.searchsorted(-lengths, -position))  # texts that have a byte here; they stand in front
+        p, m = plus[:, alive], minus[:, alive]
+        equal = where.take(table[position, alive], axis=1)
+        diagonal = (((equal & p) + p) ^ p) | equal  # where the distance does not grow down the diagonal
+        up, down = ((m | ~(diagonal | p)) << 1) | 1, (p & diagonal) << 1  # changes along a row; the first row grows
+        keep = equal | m
+        plus[:, alive] = down | ~(keep | up)
+        minus[:, alive] = up & keep
+    ones = np.bitwise_count  # the last entry of the last column: its first entry, and all the steps up and down
+    return lengths + ones(plus & masks).astype(np.int64) - ones(minus & masks).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def mined_loss(
+    student_hidden: Tensor,  # (N, d)
+    gold: Tensor,  # (N,)
+    rows: Tensor,  # (K,) the student token that each teacher state is aligned with
+    teacher_hidden: Tensor,  # (K, D)
+    student_head: Tensor,  # (V_s, d)
+    teacher_head: Tensor,  # (V_t, D)
+    teacher_ids: Tensor,  # (S,) `mapped_columns`: the teacher token whose logit ...
+    student_ids: Tensor,  # (S,) ... each of these student tokens takes
+    counts: Counts,
+    temperature: float = 2.0,
+    kd_rate: float = 0.5,
+    chunk: int = 0,
+) -> dict[str, Tensor]:
+    """loss = (1 − kd_rate)·L_gold + kd_rate·Σ q (log q − log p)/N. {ce, correct, kd, loss}
+
+    q is the teacher's distribution in the student's vocabulary where a token is aligned, elsewhere 1 at the gold token.
+    `chunk`: so many tokens at a time, whose logits are made again in the backward pass; 0: all at once. The student's
+    logits are only read (in float32 the official code overwrites them with the target: no gradient).
+    """
+
+    def of_aligned(hidden, gold, teacher_hidden):
+        logits, teacher_logits = logits_under(hidden, student_head), logits_under(teacher_hidden, teacher_head)
+        log_p = log_softmax(logits / temperature, -1)[:, student_ids]
+        log_q = log_softmax(teacher_logits.detach()[:, teacher_ids] / temperature, -1)
+        ce, correct = cross_entropy(logits, gold, reduction="sum"), (logits.argmax(-1) == gold).sum()
+        return ce, correct, forward_kl(log_p, log_q).sum()
+
+    def of_others(hidden, gold):
+        logits = logits_under(hidden, student_head)
+        ce, kd = (cross_entropy(z, gold, reduction="sum") for z in (logits, logits / temperature))
+        return ce, (logits.argmax(-1) == gold).sum(), kd
+
+    alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
+    alone[rows] = False
+    sums = []
+    for terms, *tensors in (
+        (of_aligned, student_hidden[rows], gold[rows], teacher_hidden),
+        (of_others, student_hidden[alone], gold[alone]),
+    ):
+        for part in zip(*(tensor.split(chunk or max(1, len(tensor))) for tensor in tensors), strict=True):
+            sums.append(checkpoint(terms, *part, use_reentrant=False, preserve_rng_state=False))
+    ce, correct, kd = (sum(column) for column in zip(*sums, strict=True))
+    ce, kd = ce / counts.tokens, kd / counts.tokens
+    return {"ce": ce, "correct": correct, "kd": kd, "loss": (1 - kd_rate) * ce + kd_rate * kd}

@@ -1,0 +1,1 @@
+"""The evidence: runs, tables, pictures and measurements; nothing else imports these files."""

@@ -1,0 +1,1 @@
+"""What a run needs around the method: checkpoints, options, processes, downloads."""
