@@ -129,6 +129,15 @@ def test_names_exist(page):
             source_of(file, name)
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_imports_of_the_snippets_exist(page):
+    for block in re.findall(r"^```python\n(.*?)^```$", TEXTS[page], re.M | re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                for name in node.names:
+                    source_of(node.module.replace(".", "/") + ".py", name.name)
+
+
 def test_the_readme_is_one_page():
     assert len(TEXTS["README.md"].encode()) < 10_000
 
@@ -136,7 +145,7 @@ def test_the_readme_is_one_page():
 def test_every_logged_key_is_explained():
     keys = "step epoch loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio on_policy accuracy student_tokens"
     keys += " teacher_tokens grad_norm lr tokens_per_second compilations generation_share generation_tokens_per_second"
-    for key in f"{keys} sampled_length valid_ce".split():
+    for key in f"{keys} sampled_length valid_ce valid_rouge_l".split():
         assert re.search(rf"^\|.*`{key}`", TEXTS["docs/log.md"], re.M), key
 
 
