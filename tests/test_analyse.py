@@ -1,11 +1,8 @@
 """The analyses: what the simulation converges to, what the structure distance ignores, and what the pictures show."""
 
 import json
-import re
-import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import distill
 import numpy as np
