@@ -13,6 +13,10 @@ rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's r
 math    accuracy: final answers equal to the reference's
 code    pass@1: programs that pass all tests of their task; with several seeds, the mean over one sample each
 All in per cent; mean ± standard deviation over the seeds. The average over sets is taken for each seed first.
+
+A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are. A
+prompt that is longer than --max-prompt-len is cut, and the report says how many were; the official runs drop such
+examples instead, and so average over fewer.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, write_text
+from runtime.strict import check_model
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
 from scores.rouge import exact_match, rouge_l
 
@@ -173,12 +178,15 @@ def evaluate(
     task: str = "rouge",
 ) -> dict:
     """The model's scores, each a list with a value per seed, its `responses` and their `details`, lists per seed of a
-    list per example, and its `cross_entropy` on the first references."""
-    max_len = min(max_len, model.limit)
-    max_prompt_len = min(max_prompt_len, max_len - 1)
+    list per example, and its `cross_entropy` on the first references. For a model that has fewer positions both lengths
+    shrink, in proportion."""
+    if model.limit < max_len:
+        max_len, max_prompt_len = model.limit, max(1, max_prompt_len * model.limit // max_len)
+        print(f"note: the model's {max_len} positions are {max_prompt_len} tokens of a prompt, and the response's "
+              f"{max_len - max_prompt_len}", file=sys.stderr)  # fmt: skip
     prompts = [cut_prompt(example, [tokenizer], max_prompt_len) for example in examples]
     rows, cut = tokenise(examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
-    new_tokens = max_len - max(len(row.student.prompt) for row in rows)
+    new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
     scores: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
     for seed in [None] if greedy else seeds:
         temperature = 0.0 if greedy else 1.0
@@ -236,7 +244,7 @@ def table(rows: list[list[str]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="runs or model directories")
-    parser.add_argument("--data", required=True, nargs="+", help="named sets (their valid split) or JSONL files")
+    parser.add_argument("--data", required=True, nargs="+", help="named sets (their test split) or JSONL files")
     parser.add_argument("--task", choices=list(MEASURES), help="what to score, where it shall not follow from the data")
     parser.add_argument("--run-code", action="store_true", help="run generated programs (pass@1), in a sandbox")
     help = "prompts in this chat format (default: the one that a run was trained with, else none)"
@@ -294,6 +302,7 @@ def run(options: argparse.Namespace) -> None:
     for name in options.directories:  # before anything is loaded: all of them must be there
         student = Path(name) / "student"
         models[name] = model_directory(str(student if student.is_dir() else name))
+        check_model(models[name])
     sets = read_sets(options)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     results: dict[tuple[str, str], dict] = {}
@@ -304,11 +313,10 @@ def run(options: argparse.Namespace) -> None:
             model = load_model(directory, dtype, options.device)
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
-                max_len = options.max_len or MAX_LEN[data.task]
                 with by_onednn(options.device):
                     scores = evaluate(
-                        model, tokenizer, data.examples, options.seeds, options.greedy, max_len,
-                        options.max_prompt_len or max_len // 2, options.batch_size, options.device, data.task,
+                        model, tokenizer, data.examples, options.seeds, options.greedy, *lengths(options, data.task),
+                        options.batch_size, options.device, data.task,
                     )  # fmt: skip
                 results[name, data.name] = scores
                 where = write_report(name, directory, data, options, scores)
@@ -327,8 +335,9 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
     """All sets, before any is evaluated, so that what is wrong with one shows at once."""
     sets = []
     for name in options.data:
-        examples = read_jsonl(*data_file(name, "valid"))[: options.limit]
+        examples = read_jsonl(*data_file(name, "test"))[: options.limit]
         sets.append(DataSet(Path(name).stem, task_of(examples, name, options.task), examples))
+        lengths(options, sets[-1].task)
     repeated = [name for name, count in Counter(data.name for data in sets).items() if count > 1]
     if repeated:
         raise ValueError(f"two sets are named {repeated[0]!r}, and would write the same file; rename one of them")
@@ -343,6 +352,18 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
 
         print(describe_guards(check()), file=sys.stderr)
     return sets
+
+
+def lengths(options: argparse.Namespace, task: str) -> tuple[int, int]:
+    """(tokens of prompt and response together, tokens of the prompt). Raises ValueError if a response has no room."""
+    max_len = options.max_len or MAX_LEN[task]
+    max_prompt_len = options.max_prompt_len or max_len // 2
+    if max_prompt_len >= max_len:
+        raise ValueError(
+            f"--max-prompt-len {max_prompt_len} leaves no token of --max-len {max_len} for the response; make the "
+            "first smaller or the second larger"
+        )
+    return max_len, max_prompt_len
 
 
 def write_report(name: str, directory: Path, data: DataSet, options: argparse.Namespace, scores: dict) -> Path:

@@ -9,7 +9,6 @@ The loop is `run_updates`. The options are in options.py, what one update does i
 losses.py.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -47,6 +46,7 @@ from baselines import mined, uld
 from baselines.seqkd import teacher_answers
 from data import (
     Batch,
+    Example,
     Row,
     TextTokenizer,
     ahead,
@@ -61,10 +61,10 @@ from data import (
     update_order,
     without_responses,
 )
-from eval import held_out_cross_entropy, respond
+from eval import held_out_cross_entropy, respond, score
 from experiments import tiny
-from fast.cache import TeacherCache
-from fast.cpu import by_onednn, packed
+from fast.cache import TeacherCache, model_digest
+from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from losses import RECIPES, Counts, predict_tokens
 from model import build_model, generate, hidden_at, load_model, read_config, read_json
 from projector import Projectors
@@ -72,9 +72,11 @@ from runtime import parallel
 from runtime.hub import MODELS, data_file, model_directory
 from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
 from runtime.run import (
+    KEPT_BY,
     Log,
     Stopped,
     StopSignals,
+    best_checkpoint,
     chat_of,
     check_directory,
     hold_directory,
@@ -85,7 +87,7 @@ from runtime.run import (
     set_random_state,
     write_text,
 )
-from runtime.strict import choose_alignment, read_projectors
+from runtime.strict import check_model, choose_alignment, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage before distillation
@@ -315,6 +317,8 @@ class Pieces:
     valid_rows: list[Row]
     sample_prompts: list[str]
     where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
+    valid: list[Example] = field(default_factory=list)  # whose first references are `valid_rows`
+    frozen: str = ""  # sha256 of the models that are read and not trained, likewise for --resume; in process 0 alone
 
     @cached_property
     def digest(self) -> str:
@@ -341,7 +345,7 @@ class Pieces:
 def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
     """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
     files = {name: path / "config.json" for name, path in directories.items()}
-    limits = {name: read_config(read_json(file), file).limit for name, file in files.items()}
+    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
     if o.max_len is None:
         o.max_len = min(512, *limits.values())
     if o.max_prompt_len is None:
@@ -365,12 +369,14 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
+    check_model(student_directory, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
     student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
     student_tokenizer.say_if_forgotten("--student-chat")
     align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+        check_model(teacher_directory)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
         teacher_tokenizer.say_if_forgotten("--teacher-chat")
@@ -388,9 +394,13 @@ def load(o: Options) -> Pieces:
         student = load_model(student_directory, torch.float32)
     student_tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
-        lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout)
+        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
+        try:
+            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
+            raise ValueError(f"--lora-targets: {error}") from None
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"LoRA: {trained:,} of the student's parameters are trained", file=sys.stderr)
+        print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
     method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
     if o.method == "seqkd":  # from here on it is supervised fine-tuning
         with parallel.main_first():
@@ -418,6 +428,8 @@ def load(o: Options) -> Pieces:
         with parallel.main_first():
             cache.attach_states(o.compile)
     student.recompute = o.recompute
+    if torch.device(o.device).type == "cpu":
+        put_on(student)
     if o.shard in ("student", "both"):
         parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
     student.to(o.device)
@@ -432,7 +444,11 @@ def load(o: Options) -> Pieces:
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
     where = [example.where for example in examples]
-    return Pieces(student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where)
+    untrained = ([teacher_directory] if teacher is not None else []) + ([student_directory] if o.lora else [])
+    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
+    return Pieces(
+        student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid, frozen
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,9 +466,12 @@ def gathered(o: Options, pieces: Pieces) -> Iterator[None]:
         yield
 
 
-def is_on_policy(o: Options, step: int) -> bool:
-    """Whether update `step` distils on sampled responses: with probability --on-policy, and a function of (seed, step)
-    alone, so that a resumed run, and every process of one run, decides alike."""
+def is_on_policy(o: Options, step: int, updates_per_epoch: int) -> bool:
+    """Whether update `step` distils on sampled responses: none of the first --on-policy-after epochs, then with
+    probability --on-policy. A function of its arguments alone, so that a resumed run, and every process of one run,
+    decides alike."""
+    if step < o.on_policy_after * updates_per_epoch:
+        return False
     return random.Random(f"{o.seed} on-policy {step}").random() < o.on_policy
 
 
@@ -527,8 +546,8 @@ def summarise(sums: dict[str, float], totals: Totals, method: Method) -> dict[st
 
 
 def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
-    """AdamW: weight decay on the student's matrices, none on its vectors; the projectors have their own rate. With
-    LoRA the student's matrices are those of its adapters."""
+    """AdamW with weight decay on the student's matrices (with LoRA those of its adapters), none on its vectors, and on
+    all of the projectors, v1's biases too, as in the official code. The projectors have their own rate."""
     parameters = [p for p in pieces.student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
@@ -554,15 +573,6 @@ def schedule(step: int, total: int, warmup: int) -> float:
 # The loop
 
 
-def keep_freed_memory() -> None:
-    """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
-    then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def train(o: Options, description: str = "train") -> dict[str, float]:
     """One run, from options to a run directory; returns the last logged line. See README.md for what is logged.
 
@@ -570,7 +580,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     """
     o = check(o)
     if torch.device(o.device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     else:
         keep_freed_memory()
     if not o.dry_run:
@@ -615,7 +625,7 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
             group["lr"] = group["peak"] * schedule(step, total, o.warmup)
         before = random_state(o.device), meter.counts()
         try:
-            if is_on_policy(o, step):
+            if is_on_policy(o, step, updates_per_epoch):
                 sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
                 count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
                 sampled_batches = pieces.batches(sampled, o, count)
@@ -654,18 +664,25 @@ def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, descript
                 f"update {done}: it left weights that are not finite; those in {o.out} are from before; a lower --lr "
                 "or --weight-decay may help"
             )
+        scores = {}
         if due and pieces.valid_rows:
-            line["valid_ce"] = valid_cross_entropy(o, pieces)
-            log.write({"step": done, "valid_ce": line["valid_ce"]})
+            scores["valid_ce"] = valid_cross_entropy(o, pieces)
+            if o.keep_best == "rouge":
+                scores["valid_rouge_l"] = valid_rouge_l(o, pieces)
+            line |= scores
+            log.write({"step": done, **scores})
             stopping = parallel.highest(stop.number)  # asked meanwhile
         if due or stopping:
-            save_checkpoint(o, pieces, optimizer, done, counts)
+            save_checkpoint(o, pieces, optimizer, done, counts, scores.get(KEPT_BY.get(o.keep_best)))
         meter.since += time.perf_counter() - paused  # not training
         if stopping:
             progress.close()
             raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
     progress.close()
     write_samples(o, pieces)
+    if parallel.rank() == 0 and (best := best_checkpoint(o)):
+        name = KEPT_BY[o.keep_best]
+        print(f"student/ is from update {best['step']}, which has the best {name}: {best[name]:.4f}", file=sys.stderr)
     if stop.number:  # while it wrote them
         raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
     return line
@@ -773,14 +790,29 @@ def valid_cross_entropy(o: Options, pieces: Pieces) -> float:
     return total / tokens
 
 
+def valid_rouge_l(o: Options, pieces: Pieces) -> float:
+    """Held-out Rouge-L in per cent, of responses that are sampled as eval.py does, with one seed; each process answers
+    its share of the prompts."""
+    examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
+    room = min(o.max_prompt_len, o.max_len - 1)
+    prompts = [cut_prompt(example, [tokenizer], room) for example in examples]
+    with gathered(o, pieces):
+        if examples:
+            responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
+            total = len(examples) * score(responses, examples)["rouge_l"]
+    total, count = parallel.add_up([total, len(examples)])
+    return total / count
+
+
 def write_samples(o: Options, pieces: Pieces) -> None:
-    """samples.txt: greedy responses to a few held-out (else training) prompts."""
+    """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer = pieces.student_tokenizer
     room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
     with gathered(o, pieces):
         if parallel.rank() > 0:
             return
-        responses = respond(pieces.student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
+        student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
+        responses = respond(student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
     shown = zip(pieces.sample_prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     write_text(Path(o.out) / "samples.txt", text + "\n")

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data import Example, TextTokenizer, cut_example, read_jsonl
+from fast.cache import model_digest
 from fast.cpu import packed
 from model import generate, load_model
 from runtime.run import write_text
@@ -48,11 +49,14 @@ def teacher_answers(
     asked = [cut_example(example, [student, teacher], limit) for example in examples]
     prompts = [teacher.prompt_text(example) for example in asked]
     recipe = {
-        "teacher": str(teacher_directory.resolve()), "max_len": max_len, "temperature": temperature,
-        "seed": seed if temperature else None, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "teacher": str(teacher_directory.resolve()), "weights": model_digest(teacher_directory), "max_len": max_len,
+        "temperature": temperature, "seed": seed if temperature else None,
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "student_chat": None if student.chat == "none" else student.chat,  # in which the prompts are written down
     }  # fmt: skip
     if file.is_file():
-        before = _recipe(file) or {}
+        unsaid = {"weights": recipe["weights"], "student_chat": None}  # by older files
+        before = unsaid | (_recipe(file) or {})
         changed = [name for name in recipe if before.get(name) != recipe[name]]
         if changed:
             raise ValueError(

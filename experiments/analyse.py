@@ -52,6 +52,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of
+from runtime.strict import check_model
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -329,7 +330,9 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 def find(name: str, weights: bool = True) -> Path:
     """The model directory of a run, preset, hub repository or directory."""
     student = Path(name) / "student"
-    return model_directory(str(student if student.is_dir() else name), weights)
+    directory = model_directory(str(student if student.is_dir() else name), weights)
+    check_model(directory, weights)
+    return directory
 
 
 def run_simulation(o: argparse.Namespace) -> None:
@@ -351,7 +354,7 @@ def run_simulation(o: argparse.Namespace) -> None:
 def aligned(o: argparse.Namespace):
     """(name, teacher, student, their rows, aligned, and padding ids) of each student of the command line."""
     teacher_directory, students = find(o.teacher), {name: find(name) for name in o.student}
-    examples = read_jsonl(*data_file(o.data, "valid"))[: o.limit]
+    examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
     teacher = load_model(teacher_directory, device=o.device).eval()
     teacher_tokenizer = TextTokenizer(teacher_directory, chat_of(teacher_directory))
     teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
@@ -401,7 +404,7 @@ def read_projectors(file) -> dict[str, Tensor]:
 
 
 def run_alignment(o: argparse.Namespace) -> None:
-    path, first, last = data_file(o.data, "valid")
+    path, first, last = data_file(o.data, "test")
     example = next((e for e in read_jsonl(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
@@ -458,7 +461,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     for command in (structures, known, alignment):
         command.add_argument("--teacher", required=True, help="run or model")
-        command.add_argument("--data", required=True, help="named set (its valid split) or JSONL file")
+        command.add_argument("--data", required=True, help="named set (its test split) or JSONL file")
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
     for command in (simulation, structures, alignment):
         command.add_argument("--out", default="figures", help="folder for the pictures (default: figures)")

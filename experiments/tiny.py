@@ -400,8 +400,8 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = (  # options that say nothing about supervised fine-tuning
-    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors "
-    "projector_lr cache_teacher"
+    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
+    "projectors projector_lr cache_teacher"
 ).split()
 TEACHER_STEPS, TEACHER_BATCH = 800, 64
 STUDENT_STEPS, STUDENT_BATCH = 600, 32

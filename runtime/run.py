@@ -9,6 +9,7 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,10 +37,18 @@ TOKENIZER_FILES = (
 ).split()  # what a student's directory hands on to what was trained from it
 
 
-def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float]) -> None:
+KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
+
+
+def save_checkpoint(
+    o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float], score: float | None = None
+) -> None:
     """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
     resume/state.safetensors with all that an exact continuation needs, also `meter`, the counts for the next line of
     the log. With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
+
+    With --keep-best, all but resume/ stays as it is unless this update's `score` (None: it was not scored) is the best
+    so far. args.json then says which update student/ is from, and its score.
 
     All of it is written to checkpoint.new/ first. Raises OSError if that fails; the last checkpoint is then untouched.
 
@@ -50,32 +59,60 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
     tensors = state_tensors(o, pieces, optimizer)
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
+    if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
+        score = None
     if parallel.rank() == 0:
-        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
-        replace_checkpoint(o, pieces, student, tensors, metadata)
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
+        replace_checkpoint(o, pieces, student, tensors, metadata, score)
     parallel.wait_for_all()
 
 
-def replace_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str]) -> None:
+def replace_checkpoint(
+    o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str], score: float | None
+) -> None:
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
     if new.exists():  # of a run that was killed
         shutil.rmtree(new)
     try:
         with explained(new):
-            write_checkpoint(o, pieces, student, tensors, new, metadata)
+            (new / "resume").mkdir(parents=True)
+            if is_best(o, score):
+                write_student(o, pieces, student, tensors, new)
+                if score is not None:
+                    best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
+                    record = {**read_json(out / "args.json"), "best": best}
+                    (new / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+            save_file(tensors, new / "resume" / "state.safetensors", metadata=metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 if path.is_file():
                     shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
                 sync(path)
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "resume"):
+            # args.json names the best student once that is in its place; the updates that led to it may be done again
+            order = {"args.json": 1, "resume": 2}
+            for path in sorted(new.iterdir(), key=lambda path: order.get(path.name, 0)):
                 move(path, out / path.name)
     finally:
         if new.exists():
             shutil.rmtree(new)
 
 
-def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Path, metadata: dict[str, str]) -> None:
-    (out / "resume").mkdir(parents=True)
+def is_best(o, score: float | None) -> bool:
+    """Whether student/ is to be this update's: always without --keep-best. With it, until an update has been scored;
+    from then on where `score` (None: not scored) is better than all before it."""
+    best = best_checkpoint(o)
+    if best is None:
+        return True
+    before = best[KEPT_BY[o.keep_best]]
+    return score is not None and (score > before if o.keep_best == "rouge" else score < before)
+
+
+def best_checkpoint(o) -> dict | None:
+    """{"step": update, name of the score: its value} of the student that --keep-best has kept so far; else None."""
+    return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
+
+
+def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path) -> None:
+    """What the world reads: student/, adapter/ and projectors.safetensors."""
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
         lora.save_adapter(student, out / "adapter", base)
@@ -91,7 +128,6 @@ def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Pa
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
-    save_file(tensors, out / "resume" / "state.safetensors", metadata=metadata)
 
 
 def random_state(device) -> dict[str, torch.Tensor]:
@@ -132,7 +168,7 @@ def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
     with torch.device("meta"):
         copied = Decoder(student.config)
         if o.lora:
-            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout)
+            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     for name, parameter in student.named_parameters():
         tensor = parallel.whole(parameter.detach())
         if parallel.rank() == 0:
@@ -148,7 +184,8 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
+    changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
@@ -158,6 +195,13 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
             "these back, or start again with another --out"
+        )
+    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+        models += [f"--student {o.student}"] if o.lora else []
+        raise ValueError(
+            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
+            "back, or start again with another --out"
         )
     with readable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)
@@ -201,13 +245,17 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        before = {"processes": 1, "on_policy_after": 0, **read_json(out / "args.json")}  # which older runs do not name
+        kinds = get_type_hints(type(o))
+        if before.get("lora"):  # older runs, which do not name their layers, adapted them all
+            before = {"lora_targets": ["all-linear"], **before}
         choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
         wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        counts = {"processes": 1, **before}  # which older runs do not name
         sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
+        wrong += [name for name in sizes if type(before.get(name)) is not int or before[name] < 1]
+        if not wrong and "best" in before and not is_score(before["best"], KEPT_BY.get(before.get("keep_best"))):
+            wrong.append("best")
         if wrong:
             raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
         for name in record:  # what is open in the options is as it was, also where it followed from the models
@@ -240,6 +288,13 @@ def is_kind(value, kind) -> bool:
     if type(value) is bool:
         return kind in (bool, bool | None)
     return value is None or isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
+
+
+def is_score(best, name: str | None) -> bool:
+    """Whether that is what `best_checkpoint` may find, with a score of this name."""
+    if not isinstance(best, dict) or type(best.get("step")) is not int:
+        return False
+    return type(best.get(name)) in (int, float) and math.isfinite(best[name])
 
 
 def check_update_size(o, before: dict) -> None:
@@ -283,7 +338,8 @@ def hold_directory(o) -> Iterator[None]:
     with locked(out):
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
-        write_text(out / "args.json", json.dumps(record_of(o), indent=1) + "\n")
+        best = best_checkpoint(o) if o.resume else None
+        write_text(out / "args.json", json.dumps(record_of(o) | ({"best": best} if best else {}), indent=1) + "\n")
         yield
 
 

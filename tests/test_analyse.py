@@ -159,7 +159,7 @@ def test_knowledge_is_that_of_single_distributions(pair):
 def test_attention_is_what_training_computes(pair, monkeypatch):
     teacher, student, teacher_tokenizer, tokenizer, rows = pair
     given = (student, tokenizer, teacher, teacher_tokenizer)
-    distiller = distill.Distiller(*given, recipe="v1", align="cma")
+    distiller = train.Method(*given, recipe="v1", align="cma")
     projectors = {f"query.{name}": tensor.detach() for name, tensor in distiller.projectors.query.named_parameters()}
     batch = collate(rows[:1], tokenizer.eos_id, teacher_tokenizer.eos_id)
     states, seen = distiller.teacher_states(batch), []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +188,64 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
     assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
     assert report["responses"] == [["    return 1\n"]] * 2 and report["details"][0][0]["status"] == "passed"
     assert json.loads((tmp_path / "run" / "eval-sums.json").read_text())["details"][1][0]["answer"] == "3"
+
+
+def replies_of(run, name):
+    """(report, the greedy responses) of eval-<name>.json"""
+    report = json.loads((Path(run) / f"eval-{name}.json").read_text())
+    return report, report["responses"][0]
+
+
+def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, student):
+    """--max-len minus --max-prompt-len, for short prompts and for one that is cut, and with any --limit."""
+    run, (m, tokenizer) = run_directory(tiny_task, tmp_path), student
+    prompts = ["The fox\n", "Where is the owl?\n", "Where in the garden can I find the fox? " * 9]
+    data = write_lines(tmp_path / "set.jsonl", *({"prompt": prompt, "output": "x"} for prompt in prompts))
+    for limit, cut in (("1", 0), ("2", 0), ("3", 1)):
+        evaluation.main([run, "--data", data, "--greedy", "--limit", limit, "--max-len", "60", "--max-prompt-len", "50",
+                         "--device", "cpu"])  # fmt: skip
+        report, replies = replies_of(run, "set")
+        assert report["new_tokens"] == 10 and report["prompts_cut"] == cut
+        assert replies[:2] == evaluation.respond(m, tokenizer, prompts[:2], max_new_tokens=10)[: int(limit)]
+    evaluation.main([run, "--data", data, "--greedy", "--limit", "1", "--max-len", "60", "--device", "cpu"])
+    assert replies_of(run, "set")[0]["new_tokens"] == 30
+
+
+@pytest.mark.parametrize(
+    "options, new_tokens",
+    [([], 64), (["--max-len", "256"], 64), (["--max-len", "256", "--max-prompt-len", "160"], 48),
+     (["--max-len", "100", "--max-prompt-len", "90"], 10), (["--max-len", "100000", "--max-prompt-len", "1"], 127)],
+)  # fmt: skip
+def test_lengths_shrink_for_a_model_with_fewer_positions(tiny_task, tmp_path, capsys, options, new_tokens):
+    """Of 128 positions: to the same share of them, whatever the prompts."""
+    run, data = run_directory(tiny_task, tmp_path), write_lines(tmp_path / "set.jsonl", {"prompt": "x", "output": "y"})
+    evaluation.main([run, "--data", data, "--greedy", "--device", "cpu", *options])
+    assert replies_of(run, "set")[0]["new_tokens"] == new_tokens
+    note = f"the model's 128 positions are {128 - new_tokens} tokens of a prompt, and the response's {new_tokens}"
+    assert (note in capsys.readouterr().err) == ("100" not in options)
+
+
+def test_prompts_must_leave_room_for_responses(tiny_task, tmp_path, monkeypatch):
+    run, data = run_directory(tiny_task, tmp_path), write_lines(tmp_path / "set.jsonl", SUMS)
+    monkeypatch.setattr(evaluation, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    for options in (["--max-len", "60", "--max-prompt-len", "60"], ["--max-prompt-len", "512", "--task", "rouge"]):
+        with pytest.raises(SystemExit, match="--max-prompt-len .* leaves no token of --max-len .* for the response"):
+            evaluation.main([run, "--data", data, "--device", "cpu", *options])
+
+
+def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = run_directory(tiny_task, tmp_path)
+    write_lines(tmp_path / "raw.jsonl", *({"prompt": f"{n}?", "output": "dev"} for n in range(1003)))
+    write_lines(tmp_path / "valid.jsonl", {"prompt": "a", "output": "test"}, {"prompt": "b", "output": "test"})
+    evaluation.main([run, "--data", "dolly", "--greedy", *SHORT])
+    assert replies_of(run, "dolly")[0]["examples"] == 2
+    (tmp_path / "valid.jsonl").unlink()
+    with pytest.raises(SystemExit, match="'dolly': .* MiniLLM/dolly has valid.jsonl"):
+        evaluation.main([run, "--data", "dolly", "--greedy", *SHORT])
 
 
 def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch):

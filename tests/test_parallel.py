@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same
 
+import eval as evaluation
 import lora
 import train
+from data import TextTokenizer, read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
@@ -70,8 +72,8 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
                 noise = torch.randn(p.shape, generator=generator)
                 parallel.copy_into(p, parallel.whole(p) + (0.1 if o.lora else 0.01) * noise)
     batches = pieces.batches(rows, o, count), pieces.batches(sampled, o, count) if o.on_policy else None
-    terms = train.accumulate(o, pieces, pieces.student, *batches)
-    named = {**dict(pieces.student.named_parameters()), **dict(pieces.distiller.named_parameters())}
+    terms = train.distil(o, pieces, pieces.student, *batches)
+    named = {**dict(pieces.student.named_parameters()), **dict(pieces.method.named_parameters())}
     trained = [p for p in named.values() if p.requires_grad]
     gradients = {name: parallel.whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
     assert len(gradients) == len(trained)
@@ -110,11 +112,11 @@ def bytes_held(task: Path, out: Path) -> dict[str, int]:
     o = train.check(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
     pieces = train.load(o)
     optimizer = train.make_optimizer(o, pieces)
-    train.accumulate(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
+    train.distil(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
     optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     of_student = [*pieces.student.parameters(), *(p.grad for p in pieces.student.parameters()), *moments]
-    tensors = {"student": of_student, "teacher": pieces.distiller.teacher.parameters()}
+    tensors = {"student": of_student, "teacher": pieces.method.teacher.parameters()}
     return {name: sum(parallel.local(x).nbytes for x in part) for name, part in tensors.items()}
 
 
@@ -126,7 +128,8 @@ def runs_of_two(task: Path, out: Path) -> None:
     train.train(options_of(task, out / "whole", **DROPOUT))
     stop_after_one_checkpoint(options_of(task, out / "parts", **DROPOUT))
     train.train(options_of(task, out / "parts", **DROPOUT, resume=True, recompute=True))
-    adapters = {"method": "sft", "lora": 4, "shard": "student", "valid": task / "valid.jsonl"}
+    adapters = {"method": "sft", "lora": 4, "lora_targets": "mlp.c_proj,c_attn", "lr": 1, "shard": "student"}
+    adapters |= {"keep_best": "rouge", "checkpoint_every": 1, "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
@@ -251,9 +254,25 @@ def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
 
 def test_sharded_adapters_are_saved_whole(task, out):
     adapted = lora.load_adapter(load_model(task / "student"), out / "adapters" / "adapter")
+    assert {name.split(".", 2)[2] for name in lora.adapted(adapted)} == {"attn.c_attn", "mlp.c_proj"}
     merged = dict(lora.merge(adapted).named_parameters())
     saved = dict(load_model(out / "adapters" / "student").named_parameters())
     assert same(merged, saved) and not same(saved, dict(load_model(task / "student").named_parameters()))
+
+
+def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
+    """Each process answers every other held-out prompt."""
+    run = out / "adapters"
+    scores = {line["step"]: line["valid_rouge_l"] for line in log_of(run) if "valid_rouge_l" in line}
+    step = max(scores, key=scores.get)
+    assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
+    student, tokenizer = load_model(run / "student"), TextTokenizer(run / "student")
+    examples, total = read_jsonl(task / "valid.jsonl"), 0.0
+    for share in (examples[::2], examples[1::2]):
+        prompts = [example.prompt_text() for example in share]
+        responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
+        total += len(share) * evaluation.score(responses, share)["rouge_l"]
+    assert total / len(examples) == pytest.approx(scores[step])
 
 
 def test_sharded_processes_sample_at_their_own_pace_and_save_float32(task, out):
@@ -299,13 +318,13 @@ def torchrun(*words, **environment) -> subprocess.CompletedProcess:
 
 FAILING = """
 import os, train
-inner, calls = train.accumulate, []
+inner, calls = train.distil, []
 def accumulate(*things):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         raise RuntimeError("the fan has stopped")
     return inner(*things)
-train.accumulate = accumulate
+train.distil = accumulate
 train.main()
 """
 
