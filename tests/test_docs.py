@@ -183,7 +183,10 @@ def test_options_exist(page, command, _):
     words = shlex.split(match[2].replace("...", ""))
     for word, value in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--"):
-            described = re.search(rf"{re.escape(word)}(?![\w-])(?: \{{([^}}]*)\}})?", help_of(match[1]))
+            option = re.compile(rf"{re.escape(word)}(?![\w-])(?: \{{([^}}]*)\}})?")
+            described = option.search(help_of(match[1]))
+            if not described and not words[0].startswith("--"):  # a subcommand's
+                described = option.search(help_of(f"{match[1]} {words[0]}"))
             assert described, f"{page}: {match[1]} has no {word}"
             if described[1]:
                 assert value in re.split(r",\s*", described[1]), f"{page}: {word} {value}"
