@@ -141,7 +141,7 @@ def make_trainer(examples, loaded, rows: list, out: Path, **settings):
     args = transformers.TrainingArguments(
         out, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, max_grad_norm=0.0,
         logging_steps=1, use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False,
-        disable_tqdm=True, **settings,
+        disable_tqdm=True, ddp_find_unused_parameters=False, **settings,
     )  # fmt: skip
     recorder = Recorder()
     trainer = examples["trainer"].DSKDTrainer(
@@ -151,30 +151,43 @@ def make_trainer(examples, loaded, rows: list, out: Path, **settings):
     return trainer, recorder
 
 
+def update_of_loop(examples, loaded, rows: list) -> tuple[dict, dict]:
+    """The terms and the gradient that the loop has on these rows as one batch, named as the Trainer's."""
+    student, teacher, tokenizers, _ = loaded
+    head, teacher_head = student.get_output_embeddings().weight.detach(), teacher.get_output_embeddings().weight
+    student_shared, teacher_shared, token = examples["batch"].compare_vocabularies(*tokenizers, len(teacher_head))
+    student.projectors = Projectors(head[student_shared], teacher_head[teacher_shared])
+    batch = examples["batch"].collate(rows)
+    student.zero_grad()
+    terms = examples["transformers_loop"].compute_terms(
+        student, teacher, student.projectors, student_shared, token, batch
+    )
+    terms["loss"].backward()
+    gradient = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return {name: term.item() for name, term in terms.items()}, gradient
+
+
+def check_gradients(gradient: dict, expected: dict):
+    assert gradient.keys() == expected.keys() and "projectors.t2s.weight" in expected
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("count", [4, 3, 2])
 def test_accumulated_update_equals_one_batch(examples, loaded, tmp_path, count):
     """The Trainer's update over two micro-batches, of which the second may be smaller or missing, has the terms and the
     gradient of the loop's update on all rows as one batch."""
-    student, teacher, tokenizers, rows = loaded
-    rows = rows[:count]
+    rows = loaded[3][:count]
     trainer, recorder = make_trainer(examples, loaded, rows, tmp_path, learning_rate=0.0)
     trainer.train()
-    first, gradient = recorder.gradients  # nothing has moved between the two
-    logged = trainer.state.log_history[1]
-
-    shared = examples["batch"].compare_vocabularies(*tokenizers, len(teacher.lm_head.weight))
-    student.zero_grad()
-    batch = examples["batch"].collate(rows)
-    terms = examples["transformers_loop"].compute_terms(
-        student, teacher, student.projectors, shared[0], shared[2], batch
-    )
-    terms["loss"].backward()
-    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert first.keys() == gradient.keys() == expected.keys() and "projectors.t2s.weight" in gradient
-    for name in expected:
-        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert logged.pop("loss") == pytest.approx(terms.pop("loss").item(), abs=1e-4)  # the Trainer rounds it
-    assert {name: logged[name] for name in terms} == pytest.approx({k: v.item() for k, v in terms.items()}, rel=1e-5)
+    terms, gradient = update_of_loop(examples, loaded, rows)
+    assert len(recorder.gradients) == 2  # nothing moves between the two
+    for step in range(2):
+        check_gradients(recorder.gradients[step], gradient)
+        logged = trainer.state.log_history[step]
+        assert logged["loss"] == pytest.approx(terms["loss"], abs=1e-4)  # the Trainer rounds it
+        for name in terms.keys() - {"loss"}:
+            assert logged[name] == pytest.approx(terms[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -197,3 +210,25 @@ def test_student_and_t2s_are_trained_alone(examples, loaded, tmp_path, name):
     # s2t moves too, but by no gradient: it follows the student's head
     assert not torch.equal(projectors.s2t.weight, start.s2t.weight)
     assert projectors.s2t.weight.grad is None and not projectors.s2t.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_batch(examples, options, loaded, tmp_path):
+    """Two processes of the Trainer, started by torchrun, have the gradient of the loop on all their rows at once."""
+    code = f"""
+        import sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "examples"), str(ROOT)]}
+        import batch, test_examples, torch, trainer
+        loaded = batch.load(batch.parse_options("", {[*map(str, options)]}, out=""))
+        trainer, recorder = test_examples.make_trainer(
+            {{"batch": batch, "trainer": trainer}}, loaded, loaded[3][:8], ".", learning_rate=0.0,
+        )
+        trainer.train()
+        torch.save(recorder.gradients[0], f"{{trainer.args.process_index}}.pt")
+    """
+    (tmp_path / "process.py").write_text("\n".join(line[8:] for line in code.splitlines()))
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "process.py"], tmp_path)
+    _, expected = update_of_loop(examples, loaded, loaded[3][:8])
+    for process in range(2):
+        gradient = torch.load(tmp_path / f"{process}.pt")
+        check_gradients({name.removeprefix("module."): value for name, value in gradient.items()}, expected)
