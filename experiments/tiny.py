@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from data import TextTokenizer, read_jsonl
 from eval import respond, score, table
 from model import load_model
-from runtime.run import write_text
+from runtime.run import tokenizer_of, write_text
 from runtime.strict import choose_alignment
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,8 +400,8 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = (  # options that say nothing about supervised fine-tuning
-    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors "
-    "projector_lr cache_teacher"
+    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
+    "projectors projector_lr cache_teacher"
 ).split()
 TEACHER_STEPS, TEACHER_BATCH = 800, 64
 STUDENT_STEPS, STUDENT_BATCH = 600, 32
@@ -502,7 +502,7 @@ def run_stage(o, train, name: str) -> float:
 
 def score_on_test(directory: Path, test_file: Path, device: str = "cpu") -> dict:
     """Greedy answers to the test prompts: per cent that the grammar allows, and Rouge-L against five references."""
-    model, tokenizer, examples = load_model(directory, device=device), TextTokenizer(directory), read_jsonl(test_file)
+    model, tokenizer, examples = load_model(directory, device=device), tokenizer_of(directory), read_jsonl(test_file)
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
     valid = [is_valid(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)]
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -67,13 +67,16 @@ def packed(model: nn.Module) -> Iterator[None]:
     a CPU. A few rows meet all weights at every token there, and laying them out takes longer than the product.
 
     Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient. On other
-    devices, in other dtypes than float32 and bfloat16, and above LARGEST nothing changes.
+    devices, in other dtypes than float32 and bfloat16, in bfloat16 on a processor without instructions for it (AVX512
+    or AVX-NE-CONVERT), where oneDNN refuses and PyTorch's own products work, and above LARGEST nothing changes.
     """
     put_on(model)
     layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
     layers.append((model, "logits", model.head_weight, None))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.head_weight.dtype
-    known = torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    known = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
     on_cpu = all(type(weight.data) is Tensor and weight.device.type == "cpu" for _, _, weight, _ in layers)
     if not known or not on_cpu or sum(weight.numel() for _, _, weight, _ in layers) * dtype.itemsize > LARGEST:
         yield

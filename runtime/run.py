@@ -7,7 +7,6 @@ files resume/state.safetensors is moved last, so that the others are never older
 In all functions `o` holds the options of a run, `pieces` its models and data: `Options` and `Pieces` of train.py.
 """
 
-import copy
 import json
 import math
 import os
@@ -16,20 +15,24 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import lora
+from data import TextTokenizer
 from model import Decoder, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
+from runtime.peft import save_adapter
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -55,34 +58,35 @@ def save_checkpoint(
     Process 0 writes, but all processes call this, and go on when it is written. Nothing in the files depends on how the
     student was sharded, or on the number of processes; but random.*, which has a row for each.
     """
-    student = whole_copy(o, pieces.student) if parallel.is_sharded(pieces.student) else pieces.student
-    tensors = state_tensors(o, pieces, optimizer)
+    tensors = parallel.gather_state(name_modules(pieces), optimizer)
+    tensors |= {f"random.{name}": parallel.gather(state) for name, state in random_state(o.device).items()}
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
     if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
         score = None
     if parallel.rank() == 0:
-        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
-        replace_checkpoint(o, pieces, student, tensors, metadata, score)
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
+        replace_checkpoint(o, pieces, tensors, metadata, score)
     parallel.wait_for_all()
 
 
-def replace_checkpoint(
-    o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str], score: float | None
-) -> None:
+def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str, str], score: float | None) -> None:
+    """Write all files of `save_checkpoint` beside their places, and then move them there."""
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
     if new.exists():  # of a run that was killed
         shutil.rmtree(new)
     try:
-        with explained(new):
+        with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
             if is_best(o, score):
-                write_student(o, pieces, student, tensors, new)
+                write_student(o, pieces, tensors, new)
                 if score is not None:
                     best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
                     record = {**read_json(out / "args.json"), "best": best}
                     (new / "args.json").write_text(json.dumps(record, indent=1) + "\n")
-            save_file(tensors, new / "resume" / "state.safetensors", metadata=metadata)
+            frozen = {f"student.{name}" for name, p in pieces.student.named_parameters() if not p.requires_grad}
+            kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in frozen}
+            save_file(kept, new / "resume" / "state.safetensors", metadata=metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 if path.is_file():
                     shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
@@ -92,8 +96,7 @@ def replace_checkpoint(
             for path in sorted(new.iterdir(), key=lambda path: order.get(path.name, 0)):
                 move(path, out / path.name)
     finally:
-        if new.exists():
-            shutil.rmtree(new)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def is_best(o, score: float | None) -> bool:
@@ -111,96 +114,74 @@ def best_checkpoint(o) -> dict | None:
     return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
 
 
-def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path) -> None:
-    """What the world reads: student/, adapter/ and projectors.safetensors."""
+def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
+    """What the world reads: student/, adapter/ and projectors.safetensors. The student that is trained, and may be
+    sharded, stays as it is: the gathered weights are put into another one."""
+    with torch.device("meta"):
+        student = Decoder(pieces.student.config)
+        if o.lora:
+            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+    student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
-        lora.save_adapter(student, out / "adapter", base)
-        save_model(merged_copy(student), out / "student")
-    else:
-        save_model(student, out / "student")
+        save_adapter(student, out / "adapter", base)
+        lora.merge(student)
+    save_model(student, out / "student")
     for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    if pieces.student_tokenizer.chat != "none":
-        pieces.student_tokenizer.write_end(out / "student")
+    pieces.student_tokenizer.write_as_trained(out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
-        save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
+        weights = {name.removeprefix("projectors."): tensors[name].contiguous() for name in trained}
+        save_file(weights, out / "projectors.safetensors")
 
 
-def random_state(device) -> dict[str, torch.Tensor]:
+def random_state(device) -> dict[str, Tensor]:
     """State of torch's random number generators: "cpu", and "cuda" if that is the device."""
     on_cuda = {"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **on_cuda}
 
 
-def set_random_state(device, state: dict[str, torch.Tensor]) -> None:
+def set_random_state(device, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.device(device).type == "cuda":
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def trained_parameters(pieces) -> dict[str, torch.nn.Parameter]:
-    """By their names in resume/: student.blocks.0..., projectors.t2s.weight, ...; of a LoRA student the adapters."""
-    student = {f"student.{name}": p for name, p in pieces.student.named_parameters() if p.requires_grad}
-    return student | dict(pieces.method.named_parameters())
-
-
-def state_tensors(o, pieces, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """What resume/ holds, whole and on the CPU of process 0: what is trained, the optimiser's state of it, and random
-    states."""
-    placed = trained_parameters(pieces)
-    for name, parameter in list(placed.items()):
-        state = optimizer.state.get(parameter, {})  # a projector that is solved has none
-        placed |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-    tensors = {}
-    for name, value in placed.items():
-        value = parallel.whole(value.detach())
-        if parallel.rank() == 0:
-            tensors[name] = value.cpu().contiguous().clone()
-    return tensors | {f"random.{name}": parallel.gather(value) for name, value in random_state(o.device).items()}
-
-
-def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
-    """A sharded student put together on the CPU of process 0; other processes get a model without weights."""
-    with torch.device("meta"):
-        copied = Decoder(student.config)
-        if o.lora:
-            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-    for name, parameter in student.named_parameters():
-        tensor = parallel.whole(parameter.detach())
-        if parallel.rank() == 0:
-            copied.load_state_dict({name: tensor.cpu()}, strict=False, assign=True)
-    return copied
-
-
-def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
-    """The student with its adapters merged, on the CPU. In place would round the weights that training goes on from."""
-    on_cpu = {id(p): torch.nn.Parameter(p.detach().cpu(), requires_grad=False) for p in student.parameters()}
-    return lora.merge(copy.deepcopy(student, on_cpu))  # deepcopy takes its copies of the parameters from there
+def name_modules(pieces) -> nn.ModuleDict:
+    """What is trained, under its names in resume/: student.blocks.0..., projectors.t2s.weight, ..."""
+    return nn.ModuleDict({"student": pieces.student, "projectors": pieces.method.projectors})
 
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
+    changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
-    with readable(path), safe_open(path, "pt") as file:
+    with name_file_if_unreadable(path), safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     if metadata.get("examples", pieces.digest) != pieces.digest:
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
             "these back, or start again with another --out"
         )
-    with readable(path):
+    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+        models += [f"--student {o.student}"] if o.lora else []
+        raise ValueError(
+            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
+            "back, or start again with another --out"
+        )
+    with name_file_if_unreadable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def name_file_if_unreadable(path: Path) -> Iterator[None]:
     """Says of an error while a checkpoint is read or taken up which file it is about: ValueError."""
     try:
         yield
@@ -208,18 +189,21 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
 
 
-def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: dict) -> tuple[int, dict[str, float]]:
+@torch.no_grad()
+def take_up(
+    o, pieces, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[int, dict[str, float]]:
     """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
-    moments = ("step", "exp_avg", "exp_avg_sq")
-    with torch.no_grad():
-        for name, parameter in trained_parameters(pieces).items():
-            parallel.copy_into(parameter, tensors[name])
-            if not any(f"optimizer.{name}.{key}" in tensors for key in moments):
-                continue  # a projector that is solved, or before the first update
-            for key in moments:
-                value = tensors[f"optimizer.{name}.{key}"]  # copied: not a view of the file, which is soon replaced
-                placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
-                optimizer.state[parameter][key] = placed
+    for name, parameter in name_modules(pieces).named_parameters():
+        if name.startswith("student.") and not parameter.requires_grad:
+            continue  # a layer under an adapter, which is as it was loaded
+        parallel.copy_into(parameter, tensors[name])
+        state = {key: f"optimizer.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+        if not tensors.keys() & state.values():
+            continue  # a projector that is solved, or before the first update
+        for key, saved in state.items():  # copied: not a view of the file, which is soon replaced
+            place = torch.empty((), device=o.device) if key == "step" else torch.empty_like(parameter)
+            optimizer.state[parameter][key] = parallel.copy_into(place, tensors[saved])
     step, processes = int(metadata["step"]), len(tensors["random.cpu"])
     if processes == parallel.world():
         own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
@@ -230,43 +214,55 @@ def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: di
     return step, meter if parallel.rank() == 0 else {}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose directory it is
+
+
 def check_directory(o) -> None:
     """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
     then take the value of that run."""
-    out, record = Path(o.out), record_of(o)
-    if o.resume and not (out / "args.json").is_file():
-        raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
+    out = Path(o.out)
     if o.resume:
-        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
-        if before.get("lora"):  # older runs, which do not name their layers, adapted them all
-            before = {"lora_targets": ["all-linear"], **before}
-        choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
-        wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
-        wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        counts = {"processes": 1, **before}  # which older runs do not name
-        sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
-        if not wrong and "best" in before and not is_score(before["best"], KEPT_BY.get(before.get("keep_best"))):
-            wrong.append("best")
-        if wrong:
-            raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
-        for name in record:  # what is open in the options is as it was, also where it followed from the models
-            if record[name] is None and name != "shard":
-                setattr(o, name, before.get(name))
-        check_update_size(o, before)
-        free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}  # where updates stay the same
-        changed = {name for name in record.keys() - free if record[name] not in (None, before.get(name))}
-        if changed:
-            name = sorted(changed)[0]
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume: {flag} is {record[name]!r}, but {out} was started with {before.get(name)!r}")
+        check_resumed(o)
     elif out.is_file():
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
     if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
-        with locked(out):
+        with lock_directory(out):
             pass
+
+
+def check_resumed(o) -> None:
+    """Raises unless the options are those of the run in --out, but for what leaves its updates as they were."""
+    asked, before = record_of(o), read_record(o)
+    for name, value in asked.items():  # what is left open is as it was, also where it followed from the models
+        if value is None and name != "shard":
+            setattr(o, name, before.get(name))
+    check_update_size(o, before)
+    free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}
+    for name in sorted(asked.keys() - free):
+        if asked[name] not in (None, before.get(name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {flag} is {asked[name]!r}, but {o.out} was started with {before.get(name)!r}")
+
+
+def read_record(o) -> dict:
+    """args.json of the run in --out. Raises FileNotFoundError if there is none, ValueError for what it cannot say."""
+    file = Path(o.out) / "args.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: {o.out} holds no run; start without --resume")
+    record = {"processes": 1, "on_policy_after": 0, **read_json(file)}  # which older runs do not name
+    if record.get("lora"):  # older runs, which do not name their layers, adapted them all
+        record = {"lora_targets": ["all-linear"], **record}
+    wrong = [entry.name for entry in fields(o) if not is_value(record.get(entry.name), entry)]
+    sizes = "batch_size", "grad_accum", "processes"
+    wrong += [name for name in sizes if type(record.get(name)) is not int or record[name] < 1]
+    if not wrong and "best" in record and not is_score(record["best"], KEPT_BY.get(record.get("keep_best"))):
+        wrong.append("best")
+    if wrong:
+        raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
+    return record
 
 
 def record_of(o) -> dict:
@@ -275,11 +271,15 @@ def record_of(o) -> dict:
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
 
 
-def is_kind(value, kind) -> bool:
-    """Whether the value is of that type; None always is, a whole number is a float too, but no truth value a number."""
+def is_value(value, entry: Field) -> bool:
+    """Whether an option may have this value. None is one of every option, a whole number one of those that are floats,
+    but a truth value is no number."""
+    choices = entry.metadata["choices"]
+    if value is None or choices:
+        return value is None or value in choices
     if type(value) is bool:
-        return kind in (bool, bool | None)
-    return value is None or isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
+        return entry.type in (bool, bool | None)
+    return isinstance(value, entry.type) or (type(value) is int and isinstance(1.0, entry.type))
 
 
 def is_score(best, name: str | None) -> bool:
@@ -292,7 +292,7 @@ def is_score(best, name: str | None) -> bool:
 def check_update_size(o, before: dict) -> None:
     """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
     over the same ones, however they are split over processes and forward passes."""
-    asked, size = (x["batch_size"] * x["grad_accum"] * x.get("processes", 1) for x in (record_of(o), before))
+    asked, size = (x["batch_size"] * x["grad_accum"] * x["processes"] for x in (record_of(o), before))
     each, rest = divmod(size, parallel.world())
     if asked == size:
         return
@@ -318,6 +318,15 @@ def chat_of(directory: str | Path) -> str:
     return (run_of(directory) or {}).get("student_chat") or "none"
 
 
+def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
+    """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
+    are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    if bos is None:
+        bos = "bos" in (run_of(directory) or {})
+    return TextTokenizer(directory, chat or chat_of(directory), bos)
+
+
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
     """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
@@ -327,7 +336,7 @@ def hold_directory(o) -> Iterator[None]:
         return
     out = Path(o.out)
     (out / "resume").mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with lock_directory(out):
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
         best = best_checkpoint(o) if o.resume else None
@@ -336,7 +345,7 @@ def hold_directory(o) -> Iterator[None]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def lock_directory(out: Path) -> Iterator[None]:
     """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
     does. Only on Unix; where a file system has no locks, a warning says so."""
     if os.name != "posix":
@@ -369,7 +378,7 @@ def write_text(path: Path, text: str) -> None:
     if parallel.rank() > 0:
         return
     new = path.with_name(f"{path.name}.new")
-    with explained(path):
+    with name_file_in_errors(path):
         try:
             new.write_text(text, encoding="utf-8")
             sync(new)
@@ -379,7 +388,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Says of an error while writing which file it is about, and what to do."""
     try:
         yield
@@ -437,7 +446,7 @@ class Log:
     def write(self, line: dict) -> None:
         if parallel.rank() > 0:
             return
-        with explained(self.path), open(self.path, "a") as file:
+        with name_file_in_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -477,3 +486,163 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run while it trains
+
+
+class Meter:
+    """What the time since the last logged line brought; all processes read it together."""
+
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
+
+    def count_generation(self, seconds: float, tokens: int, responses: int) -> None:
+        self.generating += seconds
+        self.generated += tokens
+        self.responses += responses
+
+    def read(self, on_policy: bool) -> dict[str, float]:
+        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
+        seconds = time.perf_counter() - self.since
+        self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
+        line = {"tokens_per_second": round(self.tokens / seconds, 1)}
+        if on_policy:
+            line["generation_share"] = round(self.generating / seconds, 4)
+        if self.responses:
+            line["generation_tokens_per_second"] = round(self.generated / self.generating, 1)
+            line["sampled_length"] = self.generated / self.responses
+        self.__init__()
+        return line
+
+
+class RunDirectory:
+    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C.
+
+    `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
+    """
+
+    def __init__(self, o, pieces, optimizer: torch.optim.AdamW, total: int, per_epoch: int, description: str):
+        self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
+        self.description, self.every, self.line = description, o.checkpoint_every or per_epoch, {}
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(hold_directory(self.o))
+            self.stop = stack.enter_context(StopSignals())
+            self.start, self.counts = 0, {}
+            if self.o.resume:
+                self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
+            if parallel.highest(self.start) != self.start:
+                raise ValueError(
+                    f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
+                )
+            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start)
+            parallel.start_alike(self.parameters)
+            if not self.start and parallel.rank() > 0:  # dropout of its own
+                parallel.seed_process(self.o.seed, self.start)
+            every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+            bar = {"desc": self.description, "unit": "update", "dynamic_ncols": True, "mininterval": every}
+            self.progress = tqdm(total=self.total, initial=self.start, **bar)
+            self.meter, self.compiled_before = Meter(**self.counts), count_compilations()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        self.progress.close()
+        self.stack.close()
+        if kind is not None:
+            return
+        if parallel.rank() == 0 and (best := best_checkpoint(self.o)):
+            name = KEPT_BY[self.o.keep_best]
+            about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
+            print(f"student/ is from {about}", file=sys.stderr)
+        if self.stop.number:  # while the samples were written
+            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", self.stop.number)
+
+    def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
+        """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""
+        self.meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
+        if self.o.on_policy:  # a response that could not be used left the gold one in its place
+            used = sum(new is not row for new, row in zip(sampled, rows, strict=False))
+            used, examples = parallel.add_up([used, len(rows)])
+            terms["on_policy"] = used / examples
+        if done % self.o.log_every == 0 or done == self.total or done == 1:
+            self.line = {"step": done, "epoch": round(done / self.per_epoch, 3), **terms}
+            self.line |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.read(self.o.on_policy > 0)}
+            if self.o.compile:
+                self.line["compilations"] = count_compilations() - self.compiled_before
+            speed = f"{self.line['tokens_per_second']:,.0f} tokens/s"
+            self.progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
+            self.log_file.write(self.line)
+        self.progress.update()
+        self.paused, self.counts = time.perf_counter(), self.meter.counts()
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after this update."""
+        return done % self.every == 0 or done == self.total
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that any process was given; 0 for none."""
+        return parallel.highest(self.stop.number)
+
+    def check_weights(self, done: int) -> None:
+        """Raises FloatingPointError where update `done` left a weight that is not finite."""
+        if not parallel.all_finite(self.parameters):
+            raise FloatingPointError(
+                f"update {done}: it left weights that are not finite; those in {self.o.out} are from before; a lower "
+                "--lr or --weight-decay may help"
+            )
+
+    def save(self, done: int, scores: dict[str, float]) -> None:
+        """A checkpoint, after logging the held-out scores. Raises Stopped if the run was asked to stop."""
+        if scores:
+            self.line |= scores
+            self.log_file.write({"step": done, **scores})
+        score = scores.get(KEPT_BY.get(self.o.keep_best))
+        save_checkpoint(self.o, self.pieces, self.optimizer, done, self.counts, score)
+        self.meter.since += time.perf_counter() - self.paused  # not training
+        if number := self.asked_to_stop():
+            raise Stopped(f"stopped after update {done} of {self.total}, which is saved in {self.o.out}", number)
+
+    @contextmanager
+    def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
+        """Around an update: a FloatingPointError is raised again with the update's examples, and what is saved."""
+        before = random_state(self.o.device), self.meter.counts()
+        try:
+            yield
+        except FloatingPointError as error:
+            about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
+            places = [self.pieces.where[i] for i in indices[:8]]
+            lines = ", ".join(place.rpartition("line ")[2] for place in places)
+            more = ", ..." if len(indices) > 8 else ""
+            examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
+
+
+def count_compilations() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.method
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parallel.local_part(parameter).isfinite().all()]
+    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+        name = spoilt[0] if spoilt else "a parameter"
+        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"

@@ -364,10 +364,10 @@ def test_without_leak_the_gold_token_is_not_in_the_values(root):
     def attend(self, student, batch, student_hidden, teacher_hidden, totals):
         calls.append(totals)
 
-    with patch.object(distill.Distiller, "_attend", attend):
+    with patch.object(train.Method, "_attend", attend):
         for one in reproduce.CHANGES["no-leak"]():
             with one:
-                distill.Distiller._attend(None, None, None, None, None, distill.Totals(3, 3, label_std=2.0))
+                train.Method._attend(None, None, None, None, None, distill.Totals(3, 3, label_std=2.0))
     assert torch.equal(torch.randn(5) / calls[0].label_std, torch.zeros(5)) and calls[0].key_std == 1.0
 
 

@@ -1,10 +1,15 @@
 """Float32 products by oneDNN: equal to PyTorch's own, in place only meanwhile, never in the place of anything else."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import arguments, log_of
 
 import lora
 from fast import cpu
@@ -137,6 +142,8 @@ def states(decoder):
 
 @pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
 def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
+    if (autocast or dtype == "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("a processor without instructions for bf16, where it is not packed")
     decoder.to(getattr(torch, dtype))
     linear_layers = sum(type(m) is torch.nn.Linear for m in decoder.blocks.modules())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -154,6 +161,41 @@ def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
         torch.testing.assert_close(a, b, rtol=1e-4 if exact else 0.1, atol=1e-5 if exact else 0.1)
     if not autocast and dtype == "float32":
         assert again == generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("bfloat16", False), ("float32", True), ("float32", False)])
+def test_without_instructions_for_bf16_only_float32_is_packed(calls, decoder, monkeypatch, dtype, autocast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    decoder.to(getattr(torch, dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = states(decoder)
+        with packed(decoder):
+            found = states(decoder)
+    if dtype == "float32" and not autocast:
+        assert calls
+    else:
+        assert not calls and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tmp_path):
+    """oneDNN is told that there is AVX2 alone, which it reads when first used; on processors other than x86 that says
+    nothing."""
+    common = {"dtype": "bf16", "max_steps": 1, "max_len": 60}
+    seqkd = arguments(tiny_task, tmp_path / "seqkd", method="seqkd", **common)
+    sampled = arguments(tiny_task, tmp_path / "sampled", on_policy=1, **common)
+    scored = [str(tmp_path / "sampled"), "--data", str(tiny_task / "test.jsonl"), "--dtype", "bf16", "--max-len", "64",
+              "--greedy", "--limit", "4", "--device", "cpu"]  # fmt: skip
+    code = (
+        "import platform, torch, eval, train\n"
+        "assert 'x86' not in platform.machine() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()\n"
+        f"train.main({seqkd})\ntrain.main({sampled})\neval.main({scored})\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    folder = Path(cpu.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path / "sampled")[-1]["sampled_length"] > 0
+    assert (tmp_path / "seqkd" / "seqkd.jsonl").is_file() and (tmp_path / "sampled" / "eval-test.json").is_file()
 
 
 def test_packed_ends_with_an_error_too(decoder):
