@@ -58,7 +58,7 @@ def read_rows(
     for line in Path(file).read_text(encoding="utf-8").strip().split("\n"):
         example, row, spelt = json.loads(line), {}, {}
         for model, tokenizer in tokenizers.items():
-            # as in train.py, nothing is put before the prompt, and "</s>" inside a response is text
+            # as in train.py without --bos, nothing is put before the prompt; and "</s>" inside a response is text
             prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
             response = tokenizer(example["output"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
             response = response + [tokenizer.eos_token_id]
