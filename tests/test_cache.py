@@ -8,7 +8,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import distill
 import numpy as np
 import pytest
 import torch
@@ -38,14 +37,14 @@ def terms_of(out) -> list[dict]:
 
 def round_states(monkeypatch):
     """From here on a teacher that is beside the student has its states rounded to bfloat16."""
-    teacher_states = distill.Distiller.teacher_states
+    ask_teacher = train.Method.ask_teacher
 
     @torch.no_grad()
     def rounded(self, batch):
-        batch.teacher_hidden = distill.hidden_at(self.teacher, batch.teacher).bfloat16()
-        return teacher_states(self, batch)
+        batch.teacher_hidden = model.hidden_at(self.teacher, batch.teacher).bfloat16()
+        return ask_teacher(self, batch)
 
-    monkeypatch.setattr(distill.Distiller, "teacher_states", rounded)
+    monkeypatch.setattr(train.Method, "ask_teacher", rounded)
 
 
 @every_method
@@ -81,9 +80,10 @@ def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypat
     def refuse(*things, **_):
         raise AssertionError("computed again")
 
-    for name in ("load_model", "hidden_at", "argmax_tokens"):
+    for name in ("load_model", "hidden_at", "predict_tokens"):
         monkeypatch.setattr(cache, name, refuse)
-    monkeypatch.setattr(distill, "argmax_tokens", refuse)
+    predict = train.predict_tokens  # whether the projected teacher agrees is asked under the student's head, not frozen
+    monkeypatch.setattr(train, "predict_tokens", lambda *x: predict(*x) if x[1].requires_grad else refuse())
     loaded, load_model = [], train.load_model
 
     def load_and_note(path, *things, **options):

@@ -374,7 +374,7 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     assert trained_names == {name for name, p in fresh.named_parameters() if p.requires_grad} > set()
     state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
     assert {name.removeprefix("student.") for name in state if name.startswith("student.")} == trained_names
-    projectors = [name for name, p in pieces.distiller.named_parameters() if p.requires_grad]
+    projectors = [name for name, p in pieces.method.named_parameters() if p.requires_grad]
     assert len([name for name in state if name.endswith("exp_avg")]) == len(trained_names) + len(projectors)
     assert len(projectors) == {"eta": 1, "cma": 6}.get(method, 0)
 

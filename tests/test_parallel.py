@@ -70,8 +70,8 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
                 noise = torch.randn(p.shape, generator=generator)
                 parallel.copy_into(p, parallel.whole(p) + (0.1 if o.lora else 0.01) * noise)
     batches = pieces.batches(rows, o, count), pieces.batches(sampled, o, count) if o.on_policy else None
-    terms = train.accumulate(o, pieces, pieces.student, *batches)
-    named = {**dict(pieces.student.named_parameters()), **dict(pieces.distiller.named_parameters())}
+    terms = train.distil(o, pieces, pieces.student, *batches)
+    named = {**dict(pieces.student.named_parameters()), **dict(pieces.method.named_parameters())}
     trained = [p for p in named.values() if p.requires_grad]
     gradients = {name: parallel.whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
     assert len(gradients) == len(trained)
@@ -110,11 +110,11 @@ def bytes_held(task: Path, out: Path) -> dict[str, int]:
     o = train.check(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
     pieces = train.load(o)
     optimizer = train.make_optimizer(o, pieces)
-    train.accumulate(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
+    train.distil(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
     optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     of_student = [*pieces.student.parameters(), *(p.grad for p in pieces.student.parameters()), *moments]
-    tensors = {"student": of_student, "teacher": pieces.distiller.teacher.parameters()}
+    tensors = {"student": of_student, "teacher": pieces.method.teacher.parameters()}
     return {name: sum(parallel.local(x).nbytes for x in part) for name, part in tensors.items()}
 
 
@@ -299,13 +299,13 @@ def torchrun(*words, **environment) -> subprocess.CompletedProcess:
 
 FAILING = """
 import os, train
-inner, calls = train.accumulate, []
-def accumulate(*things):
+inner, calls = train.distil, []
+def distil(*things):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         raise RuntimeError("the fan has stopped")
     return inner(*things)
-train.accumulate = accumulate
+train.distil = distil
 train.main()
 """
 
