@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -62,7 +62,6 @@ from data import (
     without_responses,
 )
 from eval import held_out_cross_entropy, respond
-from experiments import tiny
 from fast.cache import TeacherCache
 from fast.cpu import by_onednn, packed
 from losses import RECIPES, Counts, predict_tokens
@@ -105,14 +104,44 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
     print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
-    tiny.run_stage(Options(**stage), train, "teacher")
+    run_stage(Options(**stage), "teacher")
     return after
+
+
+def run_stage(o: Options, name: str) -> float:
+    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
+    directory, asked = Path(o.out), asdict(replace(o, resume=False))
+    if (directory / "finished.json").is_file():
+        finished = read_json(directory / "finished.json")
+        before = finished["options"]
+        changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
+        if changed:
+            raise ValueError(
+                f"{directory} was trained with --{changed[0].replace('_', '-')} {before[changed[0]]!r}; "
+                "give another --out, or remove it to train it again"
+            )
+        return finished["seconds"]
+    o.resume = (directory / "args.json").is_file()  # interrupted: it goes on
+    start = time.perf_counter()
+    train(o, description=f"{name:8}")
+    seconds = time.perf_counter() - start
+    write_text(directory / "finished.json", json.dumps({"seconds": seconds, "options": asked}) + "\n")
+    return seconds
+
+
+def of_embedded_task(name: str | None, role: str) -> Path | None:
+    """What the name "tiny" stands for as a student, teacher or data; None for other names."""
+    if name != "tiny":
+        return None
+    from experiments import tiny  # which imports this file
+
+    return tiny.find(role)
 
 
 def say_teacher(given: dict, o: Options) -> None:
     """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
     data, the command for it."""
-    directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+    directory = of_embedded_task(o.teacher, "teacher") or model_directory(o.teacher)
     run = run_of(directory)
     if run:
         line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
@@ -364,13 +393,13 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
-    student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
+    student_directory = of_embedded_task(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
     student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
     student_tokenizer.say_if_forgotten("--student-chat")
     align = "none"
     if o.method != "sft":
-        teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
+        teacher_directory = of_embedded_task(o.teacher, "teacher") or model_directory(o.teacher)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
         teacher_tokenizer.say_if_forgotten("--teacher-chat")
@@ -378,7 +407,7 @@ def load(o: Options) -> Pieces:
             align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
     first_lines = o.batch_size if o.dry_run else None
-    examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
+    examples = read_jsonl(*data_file(of_embedded_task(o.data, "data") or o.data, "train"))
     valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
 
     torch.manual_seed(o.seed)
@@ -807,9 +836,9 @@ def run(given: dict) -> None:
             raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
         if parallel.by_torchrun():
             raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
-        names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
-        check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
-        tiny.run(given, Options, train)
+        from experiments import tiny  # which imports this file
+
+        tiny.run(given)
         return
     o = check(Options(**settings(given)))
     say_settings(given)
