@@ -446,10 +446,11 @@ def free_memory(device: str) -> int:
 def needed_memory(job: dict) -> int:
     """Bytes that a plain step's process takes, roughly: weights, gradients, the tensors of (B, T, V), activations."""
     student, teacher = (memory.counts(job[side]) for side in ("student", "teacher"))
-    weights = 8 * (student.matrices + student.rest) + (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
+    weights = 8 * (student.matrices + student.rest)
+    weights += (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
     of_student, of_teacher = LOGIT_TENSORS[job["name"]]
-    logits = 4 * job["batch"] * job["max_len"] * (of_student * student.vocabulary + of_teacher * teacher.vocabulary)
-    return weights + logits + 2**31
+    per_token = 4 * (of_student * student.vocabulary + of_teacher * teacher.vocabulary)
+    return weights + job["batch"] * job["max_len"] * per_token + 2**31
 
 
 def add_step(bench: Bench, what: str, job: dict) -> None:
@@ -726,7 +727,7 @@ def run(size: dict, text: dict[str, str], device: str, dtypes: list[str], cases:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=CASES, help="default: all")
+    parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose steps")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both, with --quick fp32")
@@ -744,7 +745,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = given if o.data else stand_in(size, 200, Path(folder))
         if o.data:
             size = size | fitting_vocabularies(size, text)
-        results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES), methods=o.methods)
+        cases = list(CASES) if "all" in o.cases else o.cases
+        results = run(size, text, o.device, o.dtype or size["dtypes"], cases, methods=o.methods)
     print(f"{machine(o.device)}\n\n{report(results)}")
     if o.json:
         record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}

@@ -312,6 +312,9 @@ def test_the_string_rule_by_hand():
     # "é" against its two bytes' names: never equal again, not even the equal end
     pairs = reproduce.string_alignment(["a", "é", "b", None], ["a", "Ã©", "b", None])
     assert [x.tolist() for x in pairs] == [[0], [0]]
+    # "barn" is cut differently: the pairs go on after it
+    pairs = reproduce.string_alignment(["The", "barn", "is", None], ["The", "ba", "rn", "is", None])
+    assert [x.tolist() for x in pairs] == [[0, 2, 3], [0, 3, 4]]
     assert [len(x) for x in reproduce.string_alignment([], ["a"])] == [0, 0]
 
 
