@@ -101,7 +101,7 @@ def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float
 
 
 def logits_bytes(vocabulary: int, chunk: int) -> float:
-    """Two logits per token and row of the larger head, some eight float32 numbers of each at a time (fast/losses.py)."""
+    """Two logits per token and row of the larger head, eight float32 numbers of each at a time (fast/losses.py)."""
     return 32 * chunk * vocabulary
 
 
