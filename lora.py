@@ -1,11 +1,13 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train W + (alpha/rank)·B·A in place of W, and save it as peft does.
 
-    attach                           freeze a model and give its linear layers an adapter each
+    attach                           freeze a model and give some of its linear layers an adapter each
     merge                            fold the adapters into the weights: a plain model again, with the same logits
     save_adapter / load_adapter      peft's files, adapter_config.json and adapter_model.safetensors, out and in
 
-A layer's weight and bias keep their names and values, so the model around it notices nothing. Embeddings, norms and
-the prediction head stay as they are. Not here: DoRA, rsLoRA, biases, a rank per layer; files with these are refused.
+Which layers: where none are named, those that peft then adapts, as the papers' runs do: q_proj and v_proj, or GPT-2's
+c_attn. A layer's weight and bias keep their names and values, so the model around it notices nothing. Embeddings, norms
+and the prediction head (lm_head) stay as they are. Not here: DoRA, rsLoRA, biases, a rank per layer; files with these
+are refused.
 
     >>> class MLP(nn.Module):
     ...     def __init__(self):
@@ -15,7 +17,7 @@ the prediction head stay as they are. Not here: DoRA, rsLoRA, biases, a rank per
     ...         return self.down_proj(self.up_proj(x).relu())
     >>> m, x = MLP(), torch.randn(5, 8)
     >>> before = m(x)
-    >>> torch.equal(attach(m, rank=2, alpha=4)(x), before)                        # B starts at 0: nothing has changed
+    >>> torch.equal(attach(m, rank=2, alpha=4, targets="all-linear")(x), before)  # B starts at 0: nothing has changed
     True
     >>> [(name, tuple(p.shape)) for name, p in m.named_parameters() if p.requires_grad]
     [('up_proj.lora_A', (2, 8)), ('up_proj.lora_B', (9, 2)), ('down_proj.lora_A', (2, 9)), ('down_proj.lora_B', (8, 2))]
@@ -36,9 +38,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-# The linear layers that get an adapter: all of attention and MLP, as GPT-2 and as LLaMA-style models call them.
-TARGETS = ("c_attn", "c_proj", "c_fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoraLinear(nn.Linear):
@@ -73,24 +72,45 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def attach(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS) -> nn.Module:
-    """Freeze all of the model and give every linear layer whose path ends in one of `targets` an adapter. In place;
-    returns the model, whose outputs have not changed yet.
+def attach(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=None) -> nn.Module:
+    """Freeze all of the model and give each linear layer that `targets` chooses (see `choose_layers`) an adapter. In
+    place; returns the model, whose outputs have not changed yet.
 
     Seed with torch.manual_seed. A rank above a layer's width is allowed, and wasteful. Raises ValueError for values out
-    of range, for a model that has adapters already, and if no layer is called so.
+    of range, for a model that has adapters already, and for a target that is no layer's name.
     """
     check_values("LoRA", rank, alpha, dropout)
     if adapted(model):
         raise ValueError("LoRA: the model has adapters already: merge them first")
-    endings = tuple(f".{target}" for target in targets)
-    chosen = [name for name in linear_layers(model) if f".{name}".endswith(endings)]
-    if not chosen:
-        raise ValueError(f"LoRA: the model has no linear layer called {', '.join(targets)}")
+    chosen = choose_layers(model, targets)
     model.requires_grad_(False)
     for name in chosen:
         replace(model, name, LoraLinear(model.get_submodule(name), rank, alpha, dropout))
     return model
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """What peft adapts where nothing is named: the projections to queries and values. GPT-2 has one layer for queries,
+    keys and values."""
+    return ["c_attn"] if is_gpt2(model) else ["q_proj", "v_proj"]
+
+
+def choose_layers(model: nn.Module, targets=None) -> list[str]:
+    """Paths of the linear layers to adapt, in the model's order.
+
+    targets: as peft's target_modules. A list of names, or of ends of the path in transformers' model ("mlp.c_proj");
+    "all-linear" for every linear layer but the head; None for `default_targets`. Raises ValueError for a name that no
+    layer has, with those that there are.
+    """
+    paths = {name: f".{peft_path(model, name)}" for name in linear_layers(model)}
+    targets = default_targets(model) if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    endings = {target: "" if target == "all-linear" else f".{target}" for target in targets}  # "" ends every path
+    unknown = [target for target in targets if not any(path.endswith(endings[target]) for path in paths.values())]
+    if unknown or not targets:
+        names = dict.fromkeys(path.rpartition(".")[2] for path in paths.values())
+        raise ValueError(f"LoRA: the model has no linear layer called {', '.join(map(repr, unknown))}; give some of "
+                         f"{', '.join(names)}, or all-linear for all of them")  # fmt: skip
+    return [name for name, path in paths.items() if path.endswith(tuple(endings.values()))]
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -111,7 +131,9 @@ def check_values(where: str, rank, alpha, dropout) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """{module path: layer} of those that may have an adapter: not the head, whose weight the losses use as it is."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: layer for name, layer in layers.items() if name != "lm_head"}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -191,14 +213,14 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
-    layers = {peft_path(model, name): (name, layer) for name, layer in linear_layers(model).items()}
-    found: dict[str, dict[str, torch.Tensor]] = {}  # {our path: {"A": ..., "B": ...}}
+    layers = {peft_path(model, name): layer for name, layer in linear_layers(model).items()}
+    found: dict[str, dict[str, torch.Tensor]] = {}  # {path in transformers' model: {"A": ..., "B": ...}}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None or match[1] not in layers:
             raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
                              "is it an adapter of another model?")  # fmt: skip
-        name, layer = layers[match[1]]
+        layer = layers[match[1]]
         expected = [rank, layer.in_features] if match[2] == "A" else [layer.out_features, rank]
         if list(tensor.shape) != expected:
             raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}, the model and rank {rank} of "
@@ -206,18 +228,17 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
         whole = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         if not whole or not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{file}: tensor {key!r} is quantised ({tensor.dtype}), or has values that are not finite")
-        found.setdefault(name, {})[match[2]] = tensor
+        found.setdefault(match[1], {})[match[2]] = tensor
     for name, pair in found.items():
         if len(pair) < 2:
-            raise ValueError(f"{file}: {peft_path(model, name)} has only lora_{min(pair)} of lora_A and lora_B")
+            raise ValueError(f"{file}: {name} has only lora_{min(pair)} of lora_A and lora_B")
     if not found:
         raise ValueError(f"{file}: no tensors")
     attach(model, rank, alpha, dropout, targets=found)
     with torch.no_grad():
-        for name, pair in found.items():
-            layer = model.get_submodule(name)
-            layer.lora_A.copy_(pair["A"])
-            layer.lora_B.copy_(pair["B"])
+        for name, layer in adapted(model).items():
+            layer.lora_A.copy_(found[peft_path(model, name)]["A"])
+            layer.lora_B.copy_(found[peft_path(model, name)]["B"])
     return model
 
 

@@ -53,8 +53,8 @@ from eval import table
 from losses import DIVERGENCES
 from model import Decoder, hidden_at, load_model
 from runtime.hub import data_file, model_directory
-from runtime.run import chat_of
-from runtime.strict import read_projectors
+from runtime.run import tokenizer_of
+from runtime.strict import check_model, read_projectors
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -310,12 +310,14 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 def find(name: str, weights: bool = True) -> Path:
     """The model directory of a run, preset, hub repository or directory."""
     student = Path(name) / "student"
-    return model_directory(str(student if student.is_dir() else name), weights)
+    directory = model_directory(str(student if student.is_dir() else name), weights)
+    check_model(directory, weights)
+    return directory
 
 
 def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
     directory = find(name)
-    model, tokenizer = load_model(directory, device=device).eval(), TextTokenizer(directory, chat_of(directory))
+    model, tokenizer = load_model(directory, device=device).eval(), tokenizer_of(directory)
     tokenizer.check_model(model.embed.weight.shape[0])
     return model, tokenizer
 
@@ -343,7 +345,7 @@ def run_simulation(o: argparse.Namespace) -> None:
 
 def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
     """Each student of the command line, by its name there, with the teacher and the examples."""
-    examples = read_jsonl(*data_file(o.data, "valid"))[: o.limit]
+    examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
     teacher, teacher_tokenizer = load(o.teacher, o.device)
     for name in o.student:
         student, tokenizer = load(name, o.device)
@@ -375,12 +377,12 @@ def run_knowledge(o: argparse.Namespace) -> None:
 
 
 def run_alignment(o: argparse.Namespace) -> None:
-    path, first, last = data_file(o.data, "valid")
+    path, first, last = data_file(o.data, "test")
     example = next((e for e in read_jsonl(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
-    directories = [find(name, weights=False) for name in (o.teacher, o.student)]
-    teacher, student = (TextTokenizer(directory, chat_of(directory)) for directory in directories)
+    directories = [find(name, bool(o.projectors)) for name in (o.teacher, o.student)]
+    teacher, student = map(tokenizer_of, directories)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
     theirs, ours = teacher.spelt(row.teacher.response), student.spelt(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
@@ -427,7 +429,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--teacher", required=True, help="run or model")
         several = None if command is alignment else "+"
         command.add_argument("--student", nargs=several, required=True, help="run or model")
-        command.add_argument("--data", required=True, help="named set (its valid split) or JSONL file")
+        command.add_argument("--data", required=True, help="named set (its test split) or JSONL file")
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
     for command in (structures, known):
         command.add_argument("--limit", type=int, help="only the first LIMIT examples")

@@ -60,19 +60,19 @@ TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, 
 ]
 
 
-def decoder(config: dict, rank: int, dropout: float = 0.0) -> Decoder:
-    """Without weights, with LoRA's adapters unless `rank` is 0."""
+def decoder(config: dict, rank: int, targets, dropout: float = 0.0) -> Decoder:
+    """Without weights. rank, targets: of LoRA, as `lora.attach` has them; rank 0 for none."""
     with torch.device("meta"):
         m = Decoder(config)
         if rank:
-            lora.attach(m, rank, 8.0, dropout)
+            lora.attach(m, rank, 8.0, dropout, targets)
     return m
 
 
-def counts(config: dict, rank: int = 0) -> SimpleNamespace:
+def counts(config: dict, rank: int = 0, targets=None) -> SimpleNamespace:
     """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`, in the `head`; and of the
     trained ones."""
-    m = decoder(config, rank)
+    m = decoder(config, rank, targets)
     sharded = {p for p in m.blocks.parameters() if p.dim() >= 2}  # as in parallel.shard
     rest = set(m.parameters()) - sharded
     trained = {p for p in m.parameters() if p.requires_grad}
@@ -105,16 +105,17 @@ def logits_bytes(vocabulary: int, chunk: int) -> float:
     return 32 * chunk * vocabulary
 
 
-def kept_per_token(config: dict, rank: int = 0) -> float:
+def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
     """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on the CPU, where it
     is asked for two lengths, since the difference is without the weights; and without attention's dropout, for which a
     CPU keeps what CUDA's fused kernel makes again."""
     gpt2 = config["model_type"] == "gpt2"
     one = {**config, "vocab_size": 8, "n_layer" if gpt2 else "num_hidden_layers": 1}
     one["attn_pdrop" if gpt2 else "attention_dropout"] = 0.0
-    m = decoder(one, rank, dropout=0.1).to_empty(device="cpu").train()
+    m = decoder(one, rank, targets, dropout=0.1).to_empty(device="cpu").train()
     for p in m.parameters():
         torch.nn.init.zeros_(p)
+    m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
 
     def kept(length: int) -> int:
         storages: dict[int, int] = {}
@@ -132,11 +133,11 @@ def kept_per_token(config: dict, rank: int = 0) -> float:
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
-          recompute: bool = False, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
+          recompute: bool = False, targets=None, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
     """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning. teacher and student:
-    their config.json; rank: LoRA's, 0 for none; the rest as the options of train.py."""
-    t, s = counts(teacher) if teacher else None, counts(student, rank)
-    of_block, of_input = kept_per_token(student, rank), 4 * s.width
+    their config.json; rank and targets: LoRA's, 0 for none; the rest as the options of train.py."""
+    t, s = counts(teacher) if teacher else None, counts(student, rank, targets)
+    of_block, of_input = kept_per_token(student, rank, targets), 4 * s.width
     return {
         "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1) if t else 0.0,
         "student": student_bytes(s, devices if shard in ("student", "both") else 1),
@@ -157,6 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, default=1, help="over which a model is sharded")
     parser.add_argument("--shard", choices=["teacher", "student", "both"], help="as of train.py")
     parser.add_argument("--lora", type=int, default=0, help="as of train.py")
+    parser.add_argument("--lora-targets", nargs="+", help="names of linear layers, or all-linear")
     parser.add_argument("--batch-size", type=int, default=32, help="as of train.py")
     parser.add_argument("--recompute", action="store_true", help="as of train.py")
     o = parser.parse_args(arguments)
@@ -166,7 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
           "| logits | GB each |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for teacher, student, rank, batch_size, shard, devices, recompute in asked if o.teacher else TABLE:
-        parts = needs(config_of(teacher), config_of(student), rank, batch_size, shard, devices, recompute)
+        models = config_of(teacher), config_of(student)
+        try:
+            parts = needs(*models, rank, batch_size, shard, devices, recompute, o.lora_targets)
+        except ValueError as error:  # of LoRA's rank or targets
+            parser.error(str(error))
         pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0) + ", `--recompute`" * recompute
         figures = " | ".join(f"{value / GB:.1f}" for value in [*parts.values(), sum(parts.values())])
         print(f"| {pair} | {devices} | {shard or '–'} | {batch_size} | {figures} |")

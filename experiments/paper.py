@@ -32,7 +32,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple
 
     Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Operations:
     two per weight and token forward, four backward (two where the weight is frozen); of the heads, products with
-    response tokens only, as fused.py makes them.
+    response tokens only, as fused.py makes them. Without the scores on the dev set after each epoch.
     """
     config, taught_by = memory.CONFIGS[CONFIGURED[student]], teacher and memory.CONFIGS[CONFIGURED[teacher]]
     parts = memory.needs(taught_by, config, rank, 1, None, 1)
@@ -57,7 +57,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple
 def commands_of(name: str) -> list[tuple[str, str]]:
     """(command, what it needs) for the teacher, SFT, each recipe, and the evaluation of all."""
     teacher, teacher_recipe, student, recipe = PAIRS[name]
-    home = f"runs/paper/{name}"
+    home, data = f"runs/paper/{name}", "--data dolly --valid dolly --keep-best rouge"
     jobs = [("teacher", teacher, None, teacher_recipe, "--method sft"), ("sft", student, None, recipe, "--method sft")]
     methods = {version: f"--method dskd --recipe {version}" for version in ("v1", "v2")}
     if name == "gpt2-xl-gpt2":
@@ -69,7 +69,7 @@ def commands_of(name: str) -> list[tuple[str, str]]:
         examples, memory, hours = estimate(model, taught_by, rank, epochs)
         batch = f"--batch-size {examples}" + (f" --grad-accum {32 // examples}" if examples < 32 else "")
         about = f"{memory / 1e9:.0f} GB, {hours:.1f} h" + (" (does not fit)" if memory > GPU_BYTES else "")
-        commands.append((f"train.py {how} --student {model} --data dolly {options} {batch} --out {home}/{key}", about))
+        commands.append((f"train.py {how} --student {model} {data} {options} {batch} --out {home}/{key}", about))
     runs = " ".join(f"{home}/{key}" for key, *_ in jobs)
     return [*commands, (f"eval.py {runs} --data dolly self-inst vicuna sinst uinst", "not estimated")]
 

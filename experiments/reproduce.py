@@ -53,6 +53,7 @@ from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
+from runtime.run import tokenizer_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -436,7 +437,7 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
 @by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
     """{rouge_l, exact_match, valid, cross_entropy, ...} of greedy answers; cross-entropy over all references."""
-    model, tokenizer, examples = load_model(model_directory), TextTokenizer(model_directory), read_jsonl(file)
+    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_jsonl(file)
     scores = tiny.score_answers(model, tokenizer, examples, plain if text == "accents" else str)
     references = [replace(example, outputs=[output]) for example in examples for output in example.outputs]
     rows, _ = tokenise(references, tokenizer, max_len=96, max_prompt_len=48)

@@ -27,7 +27,7 @@ import train
 from data import Example, TextTokenizer, read_jsonl
 from eval import respond, score, table
 from model import load_model
-from runtime.run import TOKENIZER_FILES, write_text
+from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,8 +401,8 @@ DEFAULTS = {  # of options; what is not named here is as on the command line
     "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = (  # options that say nothing about supervised fine-tuning
-    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy seqkd_temperature projectors "
-    "projector_lr cache_teacher"
+    "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
+    "projectors projector_lr cache_teacher"
 ).split()
 TEACHER_STAGE = {"max_steps": 800, "batch_size": 64}
 STUDENT_STAGE = {"max_steps": 600, "batch_size": 32}
@@ -453,7 +453,7 @@ def run(given: dict) -> None:
         directory = root / name / "student"
         model = load_model(directory, device=o.device or "cpu")
         scores = {"examples": len(examples), "parameters": sum(p.numel() for p in model.parameters()),
-                  **score_answers(model, TextTokenizer(directory), examples)}  # fmt: skip
+                  **score_answers(model, tokenizer_of(directory), examples)}  # fmt: skip
         write_text(root / name / "scores.json", json.dumps(scores, indent=1) + "\n")
         figures = f"{scores['parameters'] / 1e6:.2f} M", f"{scores['valid']:.1f} %", f"{scores['rouge_l']:.1f}"
         rows.append([name, *figures, f"{seconds[name]:.0f} s"])

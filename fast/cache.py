@@ -4,13 +4,14 @@ Of a frozen teacher, distillation needs the hidden states at the response positi
 head and the embeddings are small; the states never change. So they are computed before the first update, while the
 teacher has the device to itself, and every epoch and every later run reads them. Under the given directory, in KEY/:
 
-    states.bin         M tokens × D, bfloat16, one example after the other, the longest examples first
+    states.bin         M tokens × D, bfloat16, one example after the other, the teacher's longest first
     predictions-V.bin  M tokens, int32: the arg-max over V rows of the head, for methods that ask for it (DSKD v2)
     *.json             how many examples of that file are done, and the SHA-256 of what they are
 
 KEY is the SHA-256 of all that the states depend on: the teacher's config.json and weights, the arithmetic (fp32 or
 bf16), and the ids of every example as the teacher reads them, which say all that matters of its tokenizer, the data,
-the template and the length limits. Whatever else a run is, student, method, alignment or learning rate, it shares them.
+the template and the length limits. Whatever else a run is, student, method, alignment or learning rate, it shares them;
+so the order of the examples in the files must follow from these ids alone.
 
 bfloat16 is what a bf16 run computes with anyway. A float32 run gets the numbers of a teacher whose states are rounded
 to bfloat16 (8 significant bits); predictions are taken from the rounded states, so that the two belong together.
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Row, collate_side, total_length
+from data import Row, collate_side
 from losses import predict_tokens
 from model import checkpoint_files, hidden_at, load_model, read_config, read_json
 
@@ -45,7 +46,9 @@ class TeacherCache:
     def __init__(self, root: str | Path, teacher: Path, rows: list[Row], dtype: torch.dtype, device, batch_size: int):
         """dtype: of the teacher's weights; with bfloat16 it runs under autocast, as in training."""
         self.teacher, self.dtype, self.device, self.batch_size = teacher, dtype, device, batch_size
-        self.rows = sorted(rows, key=total_length, reverse=True)  # little padding, and the most memory is needed first
+        # Little padding, and the most memory is needed first. The student's lengths have no say, since another student
+        # reads the same file. Rows of equal length stay in the order of the data, which the key covers.
+        self.rows = sorted(rows, key=lambda row: len(row.teacher.prompt) + len(row.teacher.response), reverse=True)
         self.folder = Path(root) / cache_key(teacher, rows, dtype)
 
     def attach_states(self, compiled: bool = False) -> None:
@@ -153,17 +156,24 @@ class TeacherCache:
 
 def cache_key(teacher: Path, rows: list[Row], dtype: torch.dtype) -> str:
     """The name under which the teacher's states on these rows are kept; reads the whole weights."""
-    hasher = hashlib.sha256(f"teacher states, version 1, {dtype}".encode())
-    for file in [teacher / "config.json", *checkpoint_files(teacher)]:
+    # Version 2: the order of the rows no longer depends on the student. Files of version 1 are not believed.
+    hasher = hashlib.sha256(f"teacher states, version 2, {dtype}, {model_digest(teacher)}".encode())
+    for row in rows:
+        ids = [len(row.teacher.prompt), len(row.teacher.response), *row.teacher.prompt, *row.teacher.response]
+        hasher.update(np.array(ids, np.int64).tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def model_digest(*directories: Path) -> str:
+    """sha256 of what these models are, wherever they lie: config.json and the weights, all of which it reads."""
+    hasher = hashlib.sha256()
+    for file in (file for path in directories for file in (path / "config.json", *checkpoint_files(path))):
         content = hashlib.sha256()
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):
                 content.update(block)
         hasher.update(content.digest())
-    for row in rows:
-        ids = [len(row.teacher.prompt), len(row.teacher.response), *row.teacher.prompt, *row.teacher.response]
-        hasher.update(np.array(ids, np.int64).tobytes())
-    return hasher.hexdigest()[:32]
+    return hasher.hexdigest()
 
 
 def wait_for_lock(stream, file: Path) -> None:

@@ -5,13 +5,16 @@ uses for bf16 only. Values are the same up to the order of summation. There is n
 PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, below autograd.
 """
 
+import ctypes
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What is compiled for a shape is kept, twice: by oneDNN, and by the layer between it and PyTorch, 1,024 of each. Where
@@ -64,12 +67,16 @@ def packed(model: nn.Module) -> Iterator[None]:
     a CPU. A few rows meet all weights at every token there, and laying them out takes longer than the product.
 
     Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient. On other
-    devices, in other dtypes than float32 and bfloat16, and above LARGEST nothing changes.
+    devices, in other dtypes than float32 and bfloat16, in bfloat16 on a processor without instructions for it (AVX512
+    or AVX-NE-CONVERT), where oneDNN refuses and PyTorch's own products work, and above LARGEST nothing changes.
     """
+    put_on(model)
     layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
     layers.append((model, "logits", model.head_weight, None))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.head_weight.dtype
-    known = torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    known = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
     on_cpu = all(type(weight.data) is Tensor and weight.device.type == "cpu" for _, _, weight, _ in layers)
     if not known or not on_cpu or sum(weight.numel() for _, _, weight, _ in layers) * dtype.itemsize > LARGEST:
         yield
@@ -88,3 +95,99 @@ def packed(model: nn.Module) -> Iterator[None]:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """F.linear with a weight that is laid out already: x (..., in) -> (..., out), in the weight's dtype."""
     return torch.ops.mkldnn._linear_pointwise(x.detach().to(dtype), weight, bias, "none", [], "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def put_on(model: nn.Module) -> None:
+    """Give a decoder that runs on a CPU the layers below, in place; on other devices nothing changes."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
+        if hasattr(module, "scaled_dot_product_attention"):
+            module.scaled_dot_product_attention = scaled_dot_product_attention
+
+
+def keep_mask(x: Tensor, p: float) -> Tensor:
+    """What dropout keeps of x: True with probability 1 − p, to 1/65536. 16 random bits an element take a tenth of the
+    time of `bernoulli_`, which is several per cent of a training step."""
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with that mask."""
+
+    def forward(self, x):
+        if self.training and 0 < self.p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return x * keep_mask(x, self.p) * (1 / (1 - self.p))
+        return super().forward(x)
+
+
+def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False) -> Tensor:
+    """F.scaled_dot_product_attention, whose kernels for CPUs know no dropout, and are made for many queries: with the
+    few of decoding, and in bf16, they take four times as long as two products."""
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if 0 < dropout_p < 1 and is_causal and not enable_gqa:
+            return DropoutAttention.apply(q, k, v, dropout_p)
+        if attn_mask is not None and q.size(2) < 8 and not enable_gqa and not dropout_p:
+            scores = (q * q.size(-1) ** -0.5 @ k.mT).masked_fill(~attn_mask, -torch.inf)
+            return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+    )
+
+
+class DropoutAttention(torch.autograd.Function):
+    """Causal attention with dropout: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
+
+    SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half the memory of a training
+    GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal. q, k, v
+    (B, heads, T, head_dim) -> the same.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout, rows=128):
+        q = q * q.size(-1) ** -0.5
+        y, blocks, saved, T = torch.empty_like(v), [], [], q.size(2)
+        for start in range(0, T, rows):
+            at, seen = slice(start, min(start + rows, T)), slice(0, min(start + rows, T))
+            scores = q[:, :, at] @ k[:, :, seen].mT  # (B, heads, rows, seen)
+            later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + start)
+            p = scores.masked_fill_(later, -torch.inf).softmax(-1)
+            keep = keep_mask(p, dropout)
+            y[:, :, at] = (p * keep) @ v[:, :, seen]
+            blocks.append((at, seen))
+            saved += p, keep
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.blocks, ctx.kept = blocks, 1 / (1 - dropout)
+        return y.mul_(ctx.kept)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, *saved = ctx.saved_tensors
+        dy = dy * ctx.kept
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (at, seen), p, keep in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
+            dv[:, :, seen] += (p * keep).mT @ dy[:, :, at]
+            dp = (dy[:, :, at] @ v[:, :, seen].mT).mul_(keep)
+            dp -= (p * dp).sum(-1, keepdim=True)
+            ds = dp.mul_(p)  # through the softmax: p·(dp − Σ p dp)
+            dq[:, :, at] = ds @ k[:, :, seen]
+            dk[:, :, seen] += ds.mT @ q[:, :, at]
+        return dq * q.size(-1) ** -0.5, dk, dv, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def keep_freed_memory() -> None:
+    """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
+    then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -36,11 +36,19 @@ class Options:
     data: str | None = option(None, "named set or JSONL file to train on")
     cache_teacher: str | None = option(None, "directory for the teacher's hidden states, which are then computed once")
     valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
+    keep_best: str | None = option(
+        None, "leave in student/ not the last checkpoint but the one with the best score on --valid: Rouge-L of a "
+        "response sampled to each prompt, or cross-entropy", ["rouge", "ce"],
+    )  # fmt: skip
     student_chat: str | None = option(
         None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
         ["none", *CHATS],
     )  # fmt: skip
     teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one", ["none", *CHATS])
+    bos: bool | None = option(
+        None, "begin each prompt as the model's own tokenizer begins a text, with <s> for instance (default: as in the "
+        "run which trained the model here, else not)",
+    )  # fmt: skip
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option("auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", *ALIGNMENTS])
@@ -48,10 +56,15 @@ class Options:
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
     temperature: float = option(2.0, "divides all logits inside the divergence")
     on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
+    on_policy_after: int = option(0, "epochs before the first on-policy update (the official run: 3)")
     seqkd_temperature: float = option(0.0, "of the teacher's answers with --method seqkd; 0 is greedy")
     projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     lora: int = option(0, "rank of the student's LoRA adapters, which alone are trained (0: train all of it)")
+    lora_targets: list | None = option(  # of str
+        None, "linear layers that get an adapter: names as in peft, or all-linear for all but the head (default: "
+        "peft's and so the papers', q_proj v_proj or GPT-2's c_attn)",
+    )  # fmt: skip
     lora_alpha: float | None = option(None, "the adapters are scaled by alpha / rank (default: the papers' 8)")
     lora_dropout: float | None = option(None, "dropout on the adapters' input (default: the papers' 0.1)")
     epochs: int = option(20, "passes over the data")
@@ -62,7 +75,7 @@ class Options:
     tokens_per_batch: int = option(0, "split updates by length into passes of at most so many tokens (0: --batch-size)")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
-    weight_decay: float = option(1e-2, "AdamW's, on matrices only")
+    weight_decay: float = option(1e-2, "AdamW's: on the student's matrices, and on all of the projectors")
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
     clip: float = option(1.0, "largest norm of the whole gradient")
     max_len: int | None = option(None, "tokens of a whole example, per model (default: 512, or all a model has)")
@@ -70,7 +83,10 @@ class Options:
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     recompute: bool = option(False, "less memory, more time: keep only the inputs of the student's blocks for backward")
     seed: int = option(42, "of initialisation, data order and dropout")
-    dtype: str | None = option(None, "bf16: autocast; weights and losses stay float32 (default on CUDA)", DTYPES)
+    dtype: str | None = option(
+        None, "bf16: autocast (default on CUDA). Weights and losses stay float32; on CUDA, also with fp32, products of "
+        "float32 are TF32's, whose factors have 10 bits instead of 23", DTYPES,
+    )  # fmt: skip
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     shard: str | None = option(
         None, "with torchrun: split a model's weights over all processes (FSDP2)", ["teacher", "student", "both"]
@@ -94,6 +110,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
         if kind is bool:  # a switch that may be left open has a --no- form too
             action = argparse.BooleanOptionalAction if entry.default is None else "store_true"
             parser.add_argument(flag, action=action, **common)
+        elif kind is list:
+            parser.add_argument(flag, nargs="+", **common)
         else:
             parser.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)
     about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
@@ -118,8 +136,8 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
     "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
-    "data valid max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk recompute seed "
-    "dtype device compile checkpoint_every log_every"
+    "data valid bos keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
+    "recompute seed dtype device compile checkpoint_every log_every"
 ).split()
 
 
@@ -186,7 +204,7 @@ def check(o: Options) -> Options:
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
                 "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0,
-                "tokens_per_batch": 0}  # fmt: skip
+                "tokens_per_batch": 0, "on_policy_after": 0}  # fmt: skip
     below = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
              "seed": 2**32}  # it is multiplied into the seeds of epochs # fmt: skip
     for name, least in at_least.items():
@@ -206,8 +224,15 @@ def check(o: Options) -> Options:
         raise ValueError(f"--on-policy belongs to --method kd and dskd; --method {o.method} {why}")
     if o.on_policy and o.dry_run:
         raise ValueError("--dry-run is on the gold responses, so that others can compare: leave out --on-policy")
+    if o.on_policy_after and not o.on_policy:
+        raise ValueError(f"--on-policy-after {o.on_policy_after} belongs to --on-policy, which is not given")
+    if o.on_policy_after >= o.epochs and not o.max_steps:
+        why = f"the run ends after --epochs {o.epochs}, so that no update would be on-policy"
+        raise ValueError(f"--on-policy-after {o.on_policy_after}: {why}")
     if o.teacher_chat not in (None, "none") and o.method == "sft":
         raise ValueError("--teacher-chat belongs to a teacher; --method sft has none, its model is the --student")
+    if o.keep_best and o.valid is None:
+        raise ValueError(f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid")
     if o.cache_teacher is not None:
         check_cache(o)
     o = check_lora(o)
@@ -279,10 +304,12 @@ def check_cache(o: Options) -> None:
 
 
 def check_lora(o: Options) -> Options:
-    alpha, dropout = o.lora_alpha, o.lora_dropout
+    alpha, dropout, targets = o.lora_alpha, o.lora_dropout, o.lora_targets
     if not o.lora:
-        if alpha is not None or dropout is not None:
-            raise ValueError("--lora-alpha and --lora-dropout belong to --lora RANK, which is not given")
+        if alpha is not None or dropout is not None or targets is not None:
+            raise ValueError(
+                "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"
+            )
         return o
     alpha, dropout = 8.0 if alpha is None else alpha, 0.1 if dropout is None else dropout
     if not 0 < alpha < math.inf:
@@ -293,4 +320,6 @@ def check_lora(o: Options) -> Options:
         raise ValueError(
             f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded task) starts without one"
         )
-    return replace(o, lora_alpha=alpha, lora_dropout=dropout)
+    if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
+        targets = sorted(set(" ".join(targets).replace(",", " ").split()))
+    return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)

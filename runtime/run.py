@@ -9,14 +9,16 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -24,8 +26,10 @@ from typing import get_type_hints
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import lora
+from data import TextTokenizer
 from model import Decoder, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
@@ -36,10 +40,18 @@ TOKENIZER_FILES = (
 ).split()  # what a student's directory hands on to what was trained from it
 
 
-def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float]) -> None:
+KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
+
+
+def save_checkpoint(
+    o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float], score: float | None = None
+) -> None:
     """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
     resume/state.safetensors with all that an exact continuation needs, also `meter`, the counts for the next line of
     the log. With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
+
+    With --keep-best, all but resume/ stays as it is unless this update's `score` (None: it was not scored) is the best
+    so far. args.json then says which update student/ is from, and its score.
 
     All of it is written to checkpoint.new/ first. Raises OSError if that fails; the last checkpoint is then untouched.
 
@@ -50,32 +62,60 @@ def save_checkpoint(o, pieces, optimizer: torch.optim.AdamW, step: int, meter: d
     tensors = state_tensors(o, pieces, optimizer)
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
+    if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
+        score = None
     if parallel.rank() == 0:
-        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest}
-        replace_checkpoint(o, pieces, student, tensors, metadata)
+        metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
+        replace_checkpoint(o, pieces, student, tensors, metadata, score)
     parallel.wait_for_all()
 
 
-def replace_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str]) -> None:
+def replace_checkpoint(
+    o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str], score: float | None
+) -> None:
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
     if new.exists():  # of a run that was killed
         shutil.rmtree(new)
     try:
         with explained(new):
-            write_checkpoint(o, pieces, student, tensors, new, metadata)
+            (new / "resume").mkdir(parents=True)
+            if is_best(o, score):
+                write_student(o, pieces, student, tensors, new)
+                if score is not None:
+                    best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
+                    record = {**read_json(out / "args.json"), "best": best}
+                    (new / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+            save_file(tensors, new / "resume" / "state.safetensors", metadata=metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 if path.is_file():
                     shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
                 sync(path)
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "resume"):
+            # args.json names the best student once that is in its place; the updates that led to it may be done again
+            order = {"args.json": 1, "resume": 2}
+            for path in sorted(new.iterdir(), key=lambda path: order.get(path.name, 0)):
                 move(path, out / path.name)
     finally:
         if new.exists():
             shutil.rmtree(new)
 
 
-def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Path, metadata: dict[str, str]) -> None:
-    (out / "resume").mkdir(parents=True)
+def is_best(o, score: float | None) -> bool:
+    """Whether student/ is to be this update's: always without --keep-best. With it, until an update has been scored;
+    from then on where `score` (None: not scored) is better than all before it."""
+    best = best_checkpoint(o)
+    if best is None:
+        return True
+    before = best[KEPT_BY[o.keep_best]]
+    return score is not None and (score > before if o.keep_best == "rouge" else score < before)
+
+
+def best_checkpoint(o) -> dict | None:
+    """{"step": update, name of the score: its value} of the student that --keep-best has kept so far; else None."""
+    return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
+
+
+def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path) -> None:
+    """What the world reads: student/, adapter/ and projectors.safetensors."""
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
         lora.save_adapter(student, out / "adapter", base)
@@ -86,12 +126,10 @@ def write_checkpoint(o, pieces, student: torch.nn.Module, tensors: dict, out: Pa
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    if pieces.student_tokenizer.chat != "none":
-        pieces.student_tokenizer.write_end(out / "student")
+    pieces.student_tokenizer.write_as_trained(out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
-    save_file(tensors, out / "resume" / "state.safetensors", metadata=metadata)
 
 
 def random_state(device) -> dict[str, torch.Tensor]:
@@ -132,7 +170,7 @@ def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
     with torch.device("meta"):
         copied = Decoder(student.config)
         if o.lora:
-            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout)
+            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     for name, parameter in student.named_parameters():
         tensor = parallel.whole(parameter.detach())
         if parallel.rank() == 0:
@@ -148,7 +186,8 @@ def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples have changed since."""
+    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
+    changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
@@ -158,6 +197,13 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
         raise ValueError(
             f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
             "these back, or start again with another --out"
+        )
+    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+        models += [f"--student {o.student}"] if o.lora else []
+        raise ValueError(
+            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
+            "back, or start again with another --out"
         )
     with readable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)
@@ -201,13 +247,17 @@ def check_directory(o) -> None:
     if o.resume and not (out / "args.json").is_file():
         raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
     if o.resume:
-        before, kinds = read_json(out / "args.json"), get_type_hints(type(o))
+        before = {"processes": 1, "on_policy_after": 0, **read_json(out / "args.json")}  # which older runs do not name
+        kinds = get_type_hints(type(o))
+        if before.get("lora"):  # older runs, which do not name their layers, adapted them all
+            before = {"lora_targets": ["all-linear"], **before}
         choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
         wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
         wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        counts = {"processes": 1, **before}  # which older runs do not name
         sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(counts.get(name)) is not int or counts[name] < 1]
+        wrong += [name for name in sizes if type(before.get(name)) is not int or before[name] < 1]
+        if not wrong and "best" in before and not is_score(before["best"], KEPT_BY.get(before.get("keep_best"))):
+            wrong.append("best")
         if wrong:
             raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
         for name in record:  # what is open in the options is as it was, also where it followed from the models
@@ -242,6 +292,13 @@ def is_kind(value, kind) -> bool:
     return value is None or isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
 
 
+def is_score(best, name: str | None) -> bool:
+    """Whether that is what `best_checkpoint` may find, with a score of this name."""
+    if not isinstance(best, dict) or type(best.get("step")) is not int:
+        return False
+    return type(best.get(name)) in (int, float) and math.isfinite(best[name])
+
+
 def check_update_size(o, before: dict) -> None:
     """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
     over the same ones, however they are split over processes and forward passes."""
@@ -271,6 +328,15 @@ def chat_of(directory: str | Path) -> str:
     return (run_of(directory) or {}).get("student_chat") or "none"
 
 
+def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
+    """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
+    are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    if bos is None:
+        bos = "bos" in (run_of(directory) or {})
+    return TextTokenizer(directory, chat or chat_of(directory), bos)
+
+
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
     """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
@@ -283,7 +349,8 @@ def hold_directory(o) -> Iterator[None]:
     with locked(out):
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
-        write_text(out / "args.json", json.dumps(record_of(o), indent=1) + "\n")
+        best = best_checkpoint(o) if o.resume else None
+        write_text(out / "args.json", json.dumps(record_of(o) | ({"best": best} if best else {}), indent=1) + "\n")
         yield
 
 
@@ -429,3 +496,163 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run while it trains
+
+
+class Meter:
+    """What the time since the last logged line brought; all processes read it together."""
+
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
+
+    def count_generation(self, seconds: float, tokens: int, responses: int) -> None:
+        self.generating += seconds
+        self.generated += tokens
+        self.responses += responses
+
+    def read(self, on_policy: bool) -> dict[str, float]:
+        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
+        seconds = time.perf_counter() - self.since
+        self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
+        line = {"tokens_per_second": round(self.tokens / seconds, 1)}
+        if on_policy:
+            line["generation_share"] = round(self.generating / seconds, 4)
+        if self.responses:
+            line["generation_tokens_per_second"] = round(self.generated / self.generating, 1)
+            line["sampled_length"] = self.generated / self.responses
+        self.__init__()
+        return line
+
+
+class RunDirectory:
+    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C.
+
+    `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
+    """
+
+    def __init__(self, o, pieces, optimizer: torch.optim.AdamW, total: int, per_epoch: int, description: str):
+        self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
+        self.description, self.every, self.line = description, o.checkpoint_every or per_epoch, {}
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(hold_directory(self.o))
+            self.stop = stack.enter_context(StopSignals())
+            self.start, self.counts = 0, {}
+            if self.o.resume:
+                self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
+            if parallel.highest(self.start) != self.start:
+                raise ValueError(
+                    f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
+                )
+            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start)
+            parallel.start_alike(self.parameters)
+            if not self.start and parallel.rank() > 0:  # dropout of its own
+                parallel.seed_process(self.o.seed, self.start)
+            every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+            bar = {"desc": self.description, "unit": "update", "dynamic_ncols": True, "mininterval": every}
+            self.progress = tqdm(total=self.total, initial=self.start, **bar)
+            self.meter, self.compiled_before = Meter(**self.counts), count_compilations()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        self.progress.close()
+        self.stack.close()
+        if kind is not None:
+            return
+        if parallel.rank() == 0 and (best := best_checkpoint(self.o)):
+            name = KEPT_BY[self.o.keep_best]
+            about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
+            print(f"student/ is from {about}", file=sys.stderr)
+        if self.stop.number:  # while the samples were written
+            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", self.stop.number)
+
+    def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
+        """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""
+        self.meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
+        if self.o.on_policy:  # a response that could not be used left the gold one in its place
+            used = sum(new is not row for new, row in zip(sampled, rows, strict=False))
+            used, examples = parallel.add_up([used, len(rows)])
+            terms["on_policy"] = used / examples
+        if done % self.o.log_every == 0 or done == self.total or done == 1:
+            self.line = {"step": done, "epoch": round(done / self.per_epoch, 3), **terms}
+            self.line |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.read(self.o.on_policy > 0)}
+            if self.o.compile:
+                self.line["compilations"] = count_compilations() - self.compiled_before
+            speed = f"{self.line['tokens_per_second']:,.0f} tokens/s"
+            self.progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
+            self.log_file.write(self.line)
+        self.progress.update()
+        self.paused, self.counts = time.perf_counter(), self.meter.counts()
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after this update."""
+        return done % self.every == 0 or done == self.total
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that any process was given; 0 for none."""
+        return parallel.highest(self.stop.number)
+
+    def check_weights(self, done: int) -> None:
+        """Raises FloatingPointError where update `done` left a weight that is not finite."""
+        if not parallel.all_finite(self.parameters):
+            raise FloatingPointError(
+                f"update {done}: it left weights that are not finite; those in {self.o.out} are from before; a lower "
+                "--lr or --weight-decay may help"
+            )
+
+    def save(self, done: int, scores: dict[str, float]) -> None:
+        """A checkpoint, after logging the held-out scores. Raises Stopped if the run was asked to stop."""
+        if scores:
+            self.line |= scores
+            self.log_file.write({"step": done, **scores})
+        score = scores.get(KEPT_BY.get(self.o.keep_best))
+        save_checkpoint(self.o, self.pieces, self.optimizer, done, self.counts, score)
+        self.meter.since += time.perf_counter() - self.paused  # not training
+        if number := self.asked_to_stop():
+            raise Stopped(f"stopped after update {done} of {self.total}, which is saved in {self.o.out}", number)
+
+    @contextmanager
+    def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
+        """Around an update: a FloatingPointError is raised again with the update's examples, and what is saved."""
+        before = random_state(self.o.device), self.meter.counts()
+        try:
+            yield
+        except FloatingPointError as error:
+            about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
+            places = [self.pieces.where[i] for i in indices[:8]]
+            lines = ", ".join(place.rpartition("line ")[2] for place in places)
+            more = ", ..." if len(indices) > 8 else ""
+            examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
+
+
+def count_compilations() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.method
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parallel.local(parameter).isfinite().all()]
+    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+        name = spoilt[0] if spoilt else "a parameter"
+        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"

@@ -1,11 +1,232 @@
-"""What can be wrong with the input of a run, found once, before any long work starts."""
+"""What can be wrong with the input of a run: found once, before any long work starts, and said in one sentence.
 
+The files of the method trust what they are given. Whoever opens a model directory asks `check_model` first, which reads
+config.json and the headers of the weights, no weight itself.
+"""
+
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data import TextTokenizer
+from model import (
+    ACTIVATIONS,
+    FIELDS,
+    GPT2_NAMES,
+    LLAMA_NAMES,
+    REQUIRED,
+    TRANSPOSED,
+    Decoder,
+    checkpoint_files,
+    hugging_face_names,
+    read_config,
+    read_json,
+    read_rope,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json: every field is either used, known to be harmless, or required to have the one value that we implement
+
+# What the value of a field must be: a type, and the least and the most of a number. The most is far above any real
+# model's; it keeps a slip of the pen from asking for terabytes or hours.
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list",
+         dict: "an object"}  # fmt: skip
+VALUES = {field: rule for fields, *rule in [
+    ("n_layer num_hidden_layers", int, 1, 2**10),
+    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+     "max_window_layers", int, 1, 2**20),
+    ("vocab_size n_positions max_position_embeddings original_max_position_embeddings sliding_window", int, 1, 2**24),
+    ("embd_pdrop attn_pdrop resid_pdrop attention_dropout layer_norm_epsilon rms_norm_eps", float, 0, 1),
+    ("initializer_range", float, 0, 100),
+    ("rope_theta factor low_freq_factor high_freq_factor", float, 1e-3, 1e15),
+    ("tie_word_embeddings attention_bias mlp_bias use_sliding_window", bool, 0, 1),
+    ("activation_function hidden_act", str), ("layer_types", list), ("rope_scaling rope_parameters", dict),
+] for field in fields.split()}  # fmt: skip
+NULLABLE = {"attention_dropout", "num_key_value_heads", "head_dim", "sliding_window"}  # and those with the default None
+
+# Fields that would change the computation, with the only values implemented (unless the family's table has the field).
+ONLY = {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
+        "add_cross_attention": [False], "is_encoder_decoder": [False], "is_decoder": [False, True],
+        "attention_bias": [False], "mlp_bias": [False], "sliding_window": [None], "use_sliding_window": [False],
+        "rope_interleaved": [False], "use_mrope": [False], "pruned_heads": [None, {}], "partial_rotary_factor": [1.0],
+        "chunk_size_feed_forward": [0], "tie_encoder_decoder": [False]}  # fmt: skip
+
+# Fields about other software, other heads or defaults of generation: they do not touch the hidden states or the head.
+HARMLESS = set("""model_type architectures _name_or_path name_or_path transformers_version torch_dtype dtype use_cache
+    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 pretraining_tp
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id tokenizer_class prefix
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
+    output_attentions output_hidden_states output_past return_dict id2label label2id num_labels _num_labels problem_type
+    finetuning_task n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config transformers.js_config
+    max_length min_length do_sample temperature top_k top_p repetition_penalty max_sequence_length
+    transformers_weights""".split())  # fmt: skip
+
+
+def check_config(config: dict, file="config.json") -> SimpleNamespace:
+    """`read_config` of a config that can be trusted. Raises ValueError, naming `file` and the field."""
+    family = config.get("model_type")
+    if family not in list(FIELDS):
+        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
+    where = f"{file} (model_type {family})"
+    for field, default in FIELDS[family].items():
+        value = config.get(field, "missing" if default is REQUIRED else default)
+        if value is not None or not (default is None or field in NULLABLE):
+            check_value(field, value, where)
+    for field in sorted(config.keys() - FIELDS[family].keys() - HARMLESS):
+        if field not in ONLY:
+            raise ValueError(f"{where}: field {field!r} (= {config[field]!r}) is not known; it may change the model")
+        if config[field] not in ONLY[field]:
+            raise ValueError(f"{where}: {field} = {config[field]!r} is not supported, only {ONLY[field][0]!r}")
+
+    f = SimpleNamespace(**{**FIELDS[family], **config})
+    if family != "gpt2":
+        check_rope(f, where)
+    if family in ("qwen2", "qwen3"):
+        check_windows(f, where)
+    heads = f.n_head if family == "gpt2" else f.num_attention_heads
+    if family == "gpt2" and f.n_embd % heads:
+        raise ValueError(f"{where}: n_embd {f.n_embd} does not divide into {heads} heads")
+    c = read_config(config)
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    if c.heads % c.kv_heads:
+        raise ValueError(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key-value heads")
+    if family != "gpt2" and c.head_dim % 2:
+        raise ValueError(f"{where}: head_dim {c.head_dim} is odd, rotary embedding turns pairs")
+    return c
+
+
+def check_value(field: str, value, where: str) -> None:
+    """Raises ValueError unless the value is what VALUES says of the field."""
+    kind, *bounds = VALUES[field]
+    right = type(value) in ((int, float) if kind is float else (kind,))
+    if not right or bounds and not bounds[0] <= value <= bounds[1]:
+        between = f" from {bounds[0]} to {bounds[1]}" if bounds and kind is not bool else ""
+        raise ValueError(f"{where}: {field} must be {NAMES[kind]}{between}, it is {value!r:.60}")
+
+
+def check_windows(f: SimpleNamespace, where: str) -> None:
+    types = f.layer_types
+    if types is None:
+        slides = f.use_sliding_window and f.num_hidden_layers > f.max_window_layers
+        types = ["sliding_attention" if slides else "full_attention"] * f.num_hidden_layers
+    if len(types) != f.num_hidden_layers or any(t not in ("full_attention", "sliding_attention") for t in types):
+        raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
+    if "sliding_attention" in types and not (f.use_sliding_window and f.sliding_window):
+        raise ValueError(f"{where}: layer_types has sliding_attention, but use_sliding_window or sliding_window is off")
+
+
+def check_rope(f: SimpleNamespace, where: str) -> None:
+    if f.rope_scaling and f.rope_parameters and f.rope_scaling != f.rope_parameters:
+        raise ValueError(f"{where}: rope_scaling and rope_parameters contradict each other; keep one")
+    given = f.rope_parameters or f.rope_scaling or {}
+    rope = read_rope(f)
+    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+    check_value("rope_theta", theta, where)
+    if f.rope_theta is not None and f.rope_theta != theta:
+        raise ValueError(f"{where}: rope_theta {f.rope_theta} and {theta} contradict each other; keep one")
+    if given.get("type") == kind:  # the older name of rope_type
+        rope.pop("type", None)
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    fields = {"default": (), "linear": ("factor",), "llama3": llama3}.get(str(kind))
+    if fields is None:
+        raise ValueError(f"{where}: rotary scaling rope_type {kind!r} is not supported, only default, linear, llama3")
+    if set(rope) != set(fields):
+        raise ValueError(f"{where}: rotary scaling {kind!r} needs the fields {list(fields)}, got {sorted(rope)}")
+    for field in fields:
+        check_value(field, rope[field], where)
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ValueError(f"{where}: rotary scaling 'llama3' needs a low_freq_factor below its high_freq_factor")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+# Constants that older versions of transformers saved with the weights: causal masks and rotary frequencies.
+CONSTANTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
+
+
+def check_model(path: str | Path, weights: bool = True) -> None:
+    """Raises FileNotFoundError for a file that a model directory lacks, ValueError for a config, a tensor or a file
+    that is not understood, incomplete or damaged. Without `weights` they need not be there."""
+    path, file = Path(path), Path(path) / "config.json"
+    config = read_json(file)
+    check_config(config, file)
+    if not weights:
+        return
+    check_index(path)
+    with torch.device("meta"):
+        m = Decoder(config)
+    family = config["model_type"]
+    gpt2 = family == "gpt2"
+    prefix, shapes = (GPT2_NAMES if gpt2 else LLAMA_NAMES)[0], {}
+    for ours, theirs in hugging_face_names(m).items():
+        shape = list(m.get_parameter(ours).shape)
+        shapes[theirs] = shape[::-1] if gpt2 and TRANSPOSED.search(ours) else shape
+    missing, places = set(shapes), {}
+    for file in checkpoint_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if CONSTANTS.search(name):
+                        continue
+                    theirs = name if name in shapes or name == "lm_head.weight" else prefix + name
+                    if theirs == "lm_head.weight" and m.lm_head is None:
+                        places["head"] = file, name  # compared below: the embedding may come later
+                        continue
+                    if theirs not in missing:
+                        why = "came twice" if theirs in shapes else f"is not known for model_type {family}"
+                        raise ValueError(f"{file}: tensor {name!r} {why}")
+                    missing.discard(theirs)
+                    check_tensor(tensors.get_slice(name), shapes[theirs], f"{file}: {name}")
+                    if theirs == hugging_face_names(m)["embed.weight"]:
+                        places["embedding"] = file, name
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    if missing:
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
+    if "head" in places and not equal_tensors(*places.values()):
+        raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
+                         "tie_word_embeddings to false")  # fmt: skip
+
+
+def check_index(path: Path) -> None:
+    """Raises unless the weights are there, in one file or in all the shards that the index lists."""
+    index = path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").is_file() and index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{index}: expected a weight_map of tensor names to file names")
+        for shard in sorted(set(weight_map.values())):
+            if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+                raise ValueError(f"{index}: shard {shard!r} is not a plain file name; it would be read from elsewhere")
+            if not (path / shard).is_file():
+                raise FileNotFoundError(f"{path / shard} not found, but {index.name} lists it as a shard")
+
+
+def check_tensor(header, shape: list[int], where: str) -> None:
+    if header.get_shape() != shape:
+        raise ValueError(f"{where}: shape {header.get_shape()} in the file, {shape} by config.json")
+    if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{where}: {header.get_dtype()} weights (a quantised checkpoint?) are not supported")
+
+
+def equal_tensors(*places: tuple[Path, str]) -> bool:
+    tensors = []
+    for file, name in places:
+        with safe_open(file, framework="pt") as opened:
+            tensors.append(opened.get_tensor(name))
+    return torch.equal(tensors[0].to(tensors[1].dtype), tensors[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alignment and projectors
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:

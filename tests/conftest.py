@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import model
-import train
 from experiments import tiny
+from runtime import run as checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,14 +54,14 @@ def stopped_by_ctrl_c():
 
     @contextmanager
     def stopped():
-        save = train.save_checkpoint
+        save = checkpoint.save_checkpoint
 
         def save_and_stop(*things):
             save(*things)
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(train, "save_checkpoint", save_and_stop)
+            patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
             yield
 
     return stopped

@@ -67,7 +67,7 @@ def die_at(count: int, out: str, report: Path) -> None:
     for module in (checkpoint, lora, model):
         module.save_file = torn
     checkpoint.Log.write = half_a_line
-    for name in ("accumulate", "held_out_cross_entropy", "sample_rows", "write_samples"):
+    for name in ("distil", "held_out_cross_entropy", "sample_rows", "write_samples"):
         setattr(train, name, first(getattr(train, name)))
 
 

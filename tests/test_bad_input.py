@@ -30,7 +30,7 @@ def command(tiny_task, tmp_path, capsys, monkeypatch):
     def refused(**changes):
         before = sorted(tmp_path.rglob("*"))
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-            patch.setattr(train, "accumulate", lambda *arguments: pytest.fail("an update was begun"))
+            patch.setattr(train, "distil", lambda *arguments: pytest.fail("an update was begun"))
             run(**changes)
         assert sorted(tmp_path.rglob("*")) == before  # nothing made, not even an empty --out
         if caught.value.code == 2:  # argparse
@@ -232,7 +232,8 @@ def test_examples_that_do_not_fit(command, tmp_path):
      ("lr", 0), ("lr", "nan"), ("lr", "inf"), ("clip", 0), ("weight_decay", -1), ("weight_decay", "nan"),
      ("weight_decay", "inf"), ("projector_lr", "nan"), ("projector_lr", -1), ("warmup", -1), ("max_len", 1),
      ("max_prompt_len", 0), ("chunk", -1), ("seed", -1), ("seed", 2**32), ("log_every", 0), ("checkpoint_every", -1),
-     ("lora", -1), ("lora", 2**16), ("epochs", 2**31), ("batch_size", 10**30), ("seqkd_temperature", 1e-300)],
+     ("lora", -1), ("lora", 2**16), ("epochs", 2**31), ("batch_size", 10**30), ("seqkd_temperature", 1e-300),
+     ("on_policy_after", -1), ("on_policy_after", 2**31)],
 )  # fmt: skip
 def test_values_out_of_range(command, nothing_loaded, option, value):
     flag = "--" + option.replace("_", "-")

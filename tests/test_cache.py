@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
+from tokenizers import Tokenizer
 
 import model
 import train
 from data import TextTokenizer, read_jsonl, tokenise
+from experiments import tiny
 from fast import cache
 
 METHODS = [
@@ -113,6 +115,64 @@ def test_embedding_and_head_alone_are_read(tiny_task, monkeypatch, name):
     assert torch.equal(ends.head_weight, whole.head_weight.bfloat16())
     with pytest.raises(ValueError):
         ends(torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def two_students(tiny_task, tmp_path_factory):
+    """A teacher, a first student, two that read the same texts in other tokens, each of 512 positions; and data of
+    three forms, whose prompts are longer by different numbers of tokens in each format."""
+    root = tmp_path_factory.mktemp("students")
+    lines = [json.loads(line) for line in (tiny_task / "train.jsonl").read_text().splitlines()]
+    forms = [
+        lambda x, y: {"prompt": " ".join(7 * [x["prompt"]]), "output": x["output"]},
+        lambda x, y: {"instruction": x["prompt"], "output": x["output"]},
+        lambda x, y: {"instruction": x["prompt"], "input": y["output"] * 2, "output": x["output"]},
+    ]
+    lines = [forms[i % 3](line, lines[i - 1]) for i, line in enumerate(lines)]
+    (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [text for line in lines for text in line.values()]
+    tiny.train_tokenizers(texts[:10], str(root / "unused"), str(root / "other"), student_vocabulary=270)
+    for name in ("teacher", "student"):
+        shutil.copytree(tiny_task / name, root / name)
+    shutil.copytree(tiny_task / "student", root / "chatting")
+    for seed, name in enumerate(("teacher", "student", "other", "chatting")):
+        tokenizer = Tokenizer.from_file(str(root / name / "tokenizer.json"))
+        if name == "chatting":
+            tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+            tokenizer.save(str(root / name / "tokenizer.json"))
+        small = {"n_embd": 32, "n_layer": 1, "n_positions": 512}
+        if name == "teacher":
+            small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 512}
+        config = {**(tiny.TEACHER if name == "teacher" else tiny.STUDENT), **small}
+        torch.manual_seed(seed)
+        model.save_model(model.build_model({**config, "vocab_size": tokenizer.get_vocab_size()}), root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "recipe, second, entries",
+    [
+        ("v2", {"student": "other"}, 1),
+        ("v1", {"student": "other"}, 1),
+        ("v2", {"student": "chatting", "student_chat": "smollm2"}, 1),
+        ("v2", {"student": "other", "max_len": 300}, 2),  # what is cut for the student is cut for the teacher
+        ("v2", {"student": "chatting", "student_chat": "smollm2", "max_len": 140}, 2),
+    ],
+)
+def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_path, capsys, recipe, second, entries):
+    """Bit for bit, however it cuts and wraps the same texts."""
+    lengths = {"max_len": 500, "max_prompt_len": 400}
+    options = {"data": two_students / "train.jsonl", "recipe": recipe, "max_steps": 10, **lengths}
+    train.main(arguments(two_students, tmp_path / "first", cache_teacher=tmp_path / "shared", **options))
+    second = {**options, **second, "student": two_students / second["student"]}
+    second["max_prompt_len"] = min(400, second["max_len"] - 30)
+    for directory in ("shared", "fresh"):
+        train.main(arguments(two_students, tmp_path / f"{directory}-run", cache_teacher=tmp_path / directory, **second))
+    assert len(list((tmp_path / "shared").iterdir())) == entries
+    assert ("cut to fit" in capsys.readouterr().err) == (entries == 2)
+    assert terms_of(tmp_path / "shared-run") == terms_of(tmp_path / "fresh-run")
+    states = [load_file(tmp_path / f"{name}-run" / "resume" / "state.safetensors") for name in ("shared", "fresh")]
+    assert same(*states)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------

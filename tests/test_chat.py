@@ -273,6 +273,17 @@ def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, mo
     assert [(e.prompt, e.instruction, e.input) for e in answers] == [(e.prompt, e.instruction, e.input) for e in gold]
 
 
+def test_answers_for_another_format_are_not_reused(chatting, tmp_path):
+    """The prompts beside them are written down as the student's format takes them, whatever the teacher has read."""
+    options = {"method": "seqkd", "max_steps": 1, **LONG}
+    train.main(arguments(chatting, tmp_path / "run", **options))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
+    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other student_chat: give another --out"):
+        train.main(arguments(chatting, tmp_path / "again", student_chat="smollm2", **options))
+    train.main(arguments(chatting, tmp_path / "again", **options))
+
+
 def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypatch):
     asked = []
 

@@ -17,7 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
 
+import eval as evaluation
+import lora
+import model
 import train
+from data import TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
 from runtime import run as checkpoint
 
@@ -28,6 +32,7 @@ METHODS = {
     "kd": {"method": "kd", "teacher": "twin", "grad_accum": 2},
     "lora": {"lora": 4, "lora_dropout": 0.2},
     "seqkd": {"method": "seqkd", "seqkd_temperature": 1.0},
+    "best": {"keep_best": "ce", "lr": 0.1, "warmup": 15},  # the learning rate rises until the student is spoilt
 }
 
 
@@ -59,7 +64,12 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
     logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_of(run)] for run in (one, other)]
     assert logs[0] == logs[1]
+    assert best_of(one) == best_of(other)
     assert step_of(one) == step_of(other)
+
+
+def best_of(out) -> dict | None:
+    return json.loads((out / "args.json").read_text()).get("best")
 
 
 def step_of(out) -> int:
@@ -90,6 +100,98 @@ def test_a_run_killed_again_and_again(task, tmp_path, method):
     kill_again_and_again(task, tmp_path, kills, seed=2, max_steps=15, **METHODS[method])
 
 
+def test_a_killed_run_keeps_its_best_student(task, tmp_path):
+    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["best"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best checkpoint
+
+SPOILT = {"max_steps": 6, "lr": 1.0, "warmup": 6}  # the learning rate rises until the student is spoilt
+
+
+@pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {}), ("rouge", {"lora": 4, "lr": 1})], ids=str)
+def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, keep_best, more):
+    """Of the three checkpoints not the last one, as scored here again; resume/ is of the last one."""
+    run, name = tmp_path / "run", {"ce": "valid_ce", "rouge": "valid_rouge_l"}[keep_best]
+    train.main(command(task, run, keep_best=keep_best, **{**SPOILT, **more}))
+    scores = {line["step"]: line[name] for line in log_of(run) if name in line}
+    step = (min if keep_best == "ce" else max)(scores, key=scores.get)
+    assert step < 6 or keep_best == "rouge"  # of which the first scores are chance
+    assert list(scores) == [2, 4, 6] and best_of(run) == {"step": step, name: scores[step]}
+    assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
+
+    student, tokenizer = model.load_model(run / "student"), TextTokenizer(run / "student")
+    examples = read_jsonl(task / "valid.jsonl")
+    rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
+    prompts = [example.prompt_text() for example in examples]
+    if keep_best == "ce":
+        again = evaluation.held_out_cross_entropy(student, rows, tokenizer.eos_id)
+    else:  # sampled as eval.py does
+        responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
+        again = evaluation.score(responses, examples)["rouge_l"]
+    assert again == pytest.approx(scores[step], rel=1e-5)
+    greedy = evaluation.respond(student, tokenizer, prompts[:5], 80)
+    samples = (run / "samples.txt").read_text()
+    assert all(f"{prompt}\n### response\n{reply}" in samples for prompt, reply in zip(prompts, greedy, strict=False))
+
+    assert step_of(run) == 6
+    projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
+    assert torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"]) == (step == 6)  # they go with student/
+    if "lora" in more:
+        adapted = lora.merge(lora.load_adapter(model.load_model(task / "student"), run / "adapter"))
+        assert same(dict(adapted.named_parameters()), dict(student.named_parameters()))
+    before = snapshot(run)
+    train.main([*command(task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("update, kept", [(1, None), (3, 2), (5, 2)])
+def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
+    task, tmp_path, stopping_at, monkeypatch, update, kept
+):
+    """Between two scores: student/ is the best one so far or, before the first score, the last one."""
+    train.main(command(task, tmp_path / "whole", keep_best="ce", **SPOILT))
+    stopping_at("distil", update, signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        train.main(command(task, tmp_path / "run", keep_best="ce", **SPOILT))
+    monkeypatch.undo()
+    best = best_of(tmp_path / "run")
+    assert step_of(tmp_path / "run") == update and (best and best["step"]) == kept
+    if kept == best_of(tmp_path / "whole")["step"]:
+        assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+    train.main([*command(task, tmp_path / "run", **SPOILT), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_scores_that_are_no_numbers_are_not_the_best(task, tmp_path, monkeypatch):
+    scores = iter([math.nan, 6.0, math.inf])
+    monkeypatch.setattr(train, "held_out_cross_entropy", lambda *arguments: next(scores))
+    train.main(command(task, tmp_path / "run", keep_best="ce", max_steps=6))
+    assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
+
+
+def test_the_best_checkpoint_needs_held_out_examples(task, tmp_path):
+    words = arguments(task, tmp_path / "run", keep_best="rouge")
+    with pytest.raises(SystemExit, match="--keep-best rouge is by the scores on held-out examples: give them with --v"):
+        train.main(words)
+    with pytest.raises(SystemExit, match="--keep-best ce is by the scores on held-out examples"):
+        train.main(["--keep-best", "ce", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_best_may_not_change_between_two_parts_of_a_run(task, tmp_path):
+    run = tmp_path / "run"
+    train.main(command(task, run, keep_best="ce"))
+    with pytest.raises(SystemExit, match="--resume: --keep-best is 'rouge', but .* was started with 'ce'"):
+        train.main([*command(task, run, keep_best="rouge"), "--resume"])
+    record = json.loads((run / "args.json").read_text())
+    for spoilt in (3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}):
+        (run / "args.json").write_text(json.dumps({**record, "best": spoilt}))
+        with pytest.raises(SystemExit, match="args.json: .* is no value of best"):
+            train.main([*command(task, run), "--resume"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Asked to stop
 
@@ -100,7 +202,8 @@ def stopping_at(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' own is ignored
 
     def arrange(name, call, *signals):
-        function, count = getattr(train, name), []
+        module = train if hasattr(train, name) else checkpoint
+        function, count = getattr(module, name), []
 
         def wrapper(*things, **options):
             count.append(1)
@@ -109,7 +212,7 @@ def stopping_at(monkeypatch):
                     os.kill(os.getpid(), number)
             return function(*things, **options)
 
-        monkeypatch.setattr(train, name, wrapper)
+        monkeypatch.setattr(module, name, wrapper)
 
     yield arrange
     signal.signal(signal.SIGINT, before)
@@ -117,7 +220,7 @@ def stopping_at(monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
-    "name, call, step", [("accumulate", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 5)]
+    "name, call, step", [("distil", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 4)]
 )
 def test_asked_to_stop_a_run_saves_first(
     task, tmp_path, stopping_at, monkeypatch, capsys, name, call, step, number, code
@@ -147,7 +250,7 @@ def test_asked_to_stop_while_it_writes_samples_a_run_is_complete(task, tmp_path,
 
 def test_asked_twice_a_run_stops_at_once(task, tmp_path, stopping_at, monkeypatch, capsys):
     train.main(command(task, tmp_path / "whole", max_steps=5))
-    stopping_at("accumulate", 4, signal.SIGINT, signal.SIGINT)
+    stopping_at("distil", 4, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         train.main(command(task, tmp_path / "run", max_steps=5))
     monkeypatch.undo()
@@ -172,15 +275,15 @@ def test_the_embedded_task_goes_on_where_it_was_stopped(tmp_path, stopping_at, m
     words = ["--max-steps", "2", "--method", "sft", "--device", "cpu", "--out"]
     train.main([*words, str(tmp_path / "whole")])
     with monkeypatch.context() as patch:
-        count, accumulate = [], train.accumulate
+        count, distil = [], train.distil
 
         def stop(*things):
             count.append(1)
             if len(count) == 3:  # the first of the second stage
                 os.kill(os.getpid(), signal.SIGINT)
-            return accumulate(*things)
+            return distil(*things)
 
-        patch.setattr(train, "accumulate", stop)
+        patch.setattr(train, "distil", stop)
         with pytest.raises(SystemExit, match="130"):
             train.main([*words, str(tmp_path / "parts")])
     assert "stopped after update 1 of 2" in capsys.readouterr().err
@@ -204,15 +307,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
     options = {"max_steps": 5, "log_every": 1}
     train.main(command(task, tmp_path / "whole", **options))
     student = (tmp_path / "whole" / "student" / "model.safetensors").stat().st_size
-    run, save, before, limits = tmp_path / "run", train.save_checkpoint, {}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, save, before = tmp_path / "run", checkpoint.save_checkpoint, {}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def with_little_room(o, pieces, optimizer, step, meter):
+    def with_little_room(o, pieces, optimizer, step, *things):
         if step > 2:
             before.update(snapshot(run))
             resource.setrlimit(resource.RLIMIT_FSIZE, (student + 1000, limits[1]))
-        save(o, pieces, optimizer, step, meter)
+        save(o, pieces, optimizer, step, *things)
 
-    monkeypatch.setattr(train, "save_checkpoint", with_little_room)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", with_little_room)
     try:
         with pytest.raises(SystemExit) as caught:
             train.main(command(task, run, **options))
@@ -255,9 +359,12 @@ def test_the_first_checkpoint_appears_with_all_its_files(task, tmp_path, monkeyp
         monkeypatch.setattr(os, name, noted)
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("needs /proc")
-    train.main(command(task, run, lora=2))
+    train.main(command(task, run, lora=2, keep_best="ce"))
     moved = order.index(("replace", "resume/state.safetensors"))
-    for place in ("student", "adapter", "projectors.safetensors"):
+    named = [at for at, what in enumerate(order) if what == ("replace", "args.json")][-1]  # the best student
+    places = "student", "adapter", "projectors.safetensors"
+    assert max(order.index(("replace", place)) for place in places) < named < moved
+    for place in places:
         assert order.index(("replace", place)) < order.index(("fsync", "."), order.index(("replace", place))) < moved
     for file in ("student/model", "adapter/adapter_model", "projectors", "resume/state"):
         synced = order.index(("fsync", f"checkpoint.new/{file}.safetensors"))
@@ -327,10 +434,10 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
     """On disk, exactly: without the cause, the run goes on as if there had been none (dropout's random state too)."""
     options = {"max_steps": 7, "checkpoint_every": 4, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
     train.main(command(task, tmp_path / "whole", **options))
-    accumulate, count, run = train.accumulate, [], tmp_path / "run"
+    distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
-        terms = accumulate(o, pieces, *things)
+        terms = distil(o, pieces, *things)
         count.append(1)
         if len(count) == 4 and what == "loss":
             raise FloatingPointError("t2s_ce is nan")
@@ -338,7 +445,7 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
             next(iter(pieces.student.parameters())).grad[0] = math.inf
         return terms
 
-    monkeypatch.setattr(train, "accumulate", spoilt)
+    monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit) as caught:
         train.main(command(task, run, **options))
     monkeypatch.undo()
@@ -351,15 +458,15 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
-    accumulate, count, run = train.accumulate, [], tmp_path / "run"
+    distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
         count.append(1)
         if len(count) == 4:
             pieces.student.blocks[0].ln_2.weight.data[0] = math.nan
-        return accumulate(o, pieces, *things)
+        return distil(o, pieces, *things)
 
-    monkeypatch.setattr(train, "accumulate", spoilt)
+    monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
         train.main(command(task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
@@ -403,13 +510,13 @@ def live_tensors() -> int:
 @pytest.mark.parametrize("method", ["eta", "cma"])
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
     """As many tensors are alive before update 45 as before update 20, checkpoints and sampled responses included."""
-    accumulate, counts = train.accumulate, []
+    distil, counts = train.distil, []
 
     def counting(*things):
         counts.append(live_tensors() if len(counts) in (20, 44) else None)
-        return accumulate(*things)
+        return distil(*things)
 
-    monkeypatch.setattr(train, "accumulate", counting)
+    monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
     train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
@@ -421,14 +528,14 @@ def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
 def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
     """2,000 updates: over the second half the process grows by less than 10 MB. On-policy it grows by some 35 MB in the
     first 600, while sampling meets new lengths, then no more (measured to 4,000)."""
-    accumulate, sizes = train.accumulate, []
+    distil, sizes = train.distil, []
 
     def measuring(*things):
         pages = Path("/proc/self/statm")
         sizes.append(int(pages.read_text().split()[1]) * resource.getpagesize() / 1e6 if pages.is_file() else 0)
-        return accumulate(*things)
+        return distil(*things)
 
-    monkeypatch.setattr(train, "accumulate", measuring)
+    monkeypatch.setattr(train, "distil", measuring)
     settings = {"max_steps": 2000, "checkpoint_every": 500, "max_len": 60, "on_policy": on_policy}
     train.main(arguments(tiny_task, tmp_path / "run", **settings))
     print(f"{sizes[200]:.0f} MB after 200 updates, {sizes[1000]:.0f} after 1,000, {sizes[-1]:.0f} after 2,000")

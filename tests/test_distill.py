@@ -387,9 +387,10 @@ def test_mined_by_its_definition(tokenizers):
             if names[index].startswith("<0x") != plain:
                 first.setdefault(student_id, index)
     total, ratios = 0, []
+    spellings_t, spellings_s = (token_spellings(both.tokenizer) for both in tokenizers)
     for row in setting.rows:
         (h, x, y), (g, x_t, _) = states_of(setting.student, row.student), states_of(setting.teacher, row.teacher)
-        spelt = [token_spellings(teacher_tokenizer.tokenizer)[i] for i in x_t.tolist()], [token_spellings(tokenizer.tokenizer)[i] for i in x.tolist()]
+        spelt = [spellings_t[i] for i in x_t.tolist()], [spellings_s[i] for i in x.tolist()]
         pairs = [(m, n) for m, n in zip(*edit_distance_alignment(*spelt), strict=True) if mapped[x_t[m]] == x[n]]
         ratios.append(len(pairs) / len(y))
         target = torch.full((len(y), len(setting.student.head_weight)), -1e5)
@@ -531,14 +532,37 @@ def test_a_sampled_end_of_text_is_trained_on(tokenizers, name, monkeypatch):
 def test_the_share_of_on_policy_updates():
     for share in (0.0, 0.25, 1.0):
         o = train.Options(on_policy=share)
-        drawn = [train.is_on_policy(o, step) for step in range(2000)]
+        drawn = [train.is_on_policy(o, step, 100) for step in range(2000)]
         assert sum(drawn) / 2000 == pytest.approx(share, abs=0.04)
-        assert drawn == [train.is_on_policy(o, step) for step in range(2000)]
-    other = [train.is_on_policy(train.Options(on_policy=0.5, seed=1), step) for step in range(50)]
-    assert other != [train.is_on_policy(train.Options(on_policy=0.5, seed=2), step) for step in range(50)]
+        assert drawn == [train.is_on_policy(o, step, 100) for step in range(2000)]
+        later = train.Options(on_policy=share, on_policy_after=3)
+        assert [train.is_on_policy(later, step, 100) for step in range(2000)] == [False] * 300 + drawn[300:]
+    other = [train.is_on_policy(train.Options(on_policy=0.5, seed=1), step, 100) for step in range(50)]
+    assert other != [train.is_on_policy(train.Options(on_policy=0.5, seed=2), step, 100) for step in range(50)]
 
 
 # -- who moves ---------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_what_weight_decay_takes_from(tokenizers, name):
+    """With no gradient at all, a step shrinks the student's matrices and all of the projectors that are trained."""
+    setting = Setting(tokenizers, name)
+    setting.o.weight_decay = 0.1
+    optimizer = train.make_optimizer(setting.o, setting.pieces)
+    before = {key: parameter.detach().clone() for key, parameter in setting.parameters().items()}
+    for parameter in setting.parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in setting.parameters().items():
+        if key.startswith("projectors."):
+            rate = setting.o.projector_lr if parameter.requires_grad else 0.0
+        else:
+            rate = setting.o.lr if parameter.dim() >= 2 else 0.0
+        torch.testing.assert_close(parameter.detach(), before[key] * (1 - 0.1 * rate), rtol=1e-6, atol=0)
+        assert torch.equal(parameter, before[key]) == (rate == 0), key
+    if "v1" in name:
+        assert "projectors.t2s.bias" in before
 
 
 @every_method

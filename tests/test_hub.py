@@ -108,20 +108,35 @@ def test_unknown_data_lists_the_sets(name):
 @pytest.mark.parametrize("name", hub.BY_HAND)
 def test_sets_that_the_hub_has_as_parquet_only(name, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.*fetch the original.*--data FILE.jsonl"):
-        data_file(name, "valid")
+        data_file(name, "test")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("{}")
-    assert data_file(name, "valid") == (Path(name), 0, None)
+    assert data_file(name, "test") == (Path(name), 0, None)
 
 
 def test_split_that_a_set_does_not_have():
-    with pytest.raises(ValueError, match="'vicuna' has no train split, only valid"):
-        data_file("vicuna", "train")
+    for split in ("train", "valid"):
+        with pytest.raises(ValueError, match=f"'vicuna' has no {split} split, only test"):
+            data_file("vicuna", split)
 
 
-def test_dolly_is_split_without_overlap():
-    (_, first, last), (_, valid_first, valid_last) = (DATASETS["dolly"][1][split] for split in ("train", "valid"))
-    assert (valid_first, valid_last, first, last) == (0, 1000, 1000, None)
+def test_named_sets_are_split_as_in_the_papers(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "raw.jsonl", "valid.jsonl")
+    put(tmp_path / "11_", "valid.jsonl")
+    raw, valid, long = (tmp_path / file for file in ("raw.jsonl", "valid.jsonl", "11_/valid.jsonl"))
+    assert data_file("dolly", "train") == (raw, 1000, None)
+    assert data_file("dolly", "valid") == (raw, 0, 1000)
+    assert data_file("dolly", "test") == (valid, 0, None)
+    assert data_file("self-inst", "test") == data_file("vicuna", "test") == (valid, 0, None)
+    assert data_file("sinst", "test") == (long, 0, None) and data_file("uinst", "test") == (long, 0, 10_000)
+    valid.unlink()
+    with pytest.raises(FileNotFoundError, match="'dolly': .* MiniLLM/dolly has valid.jsonl; give the path"):
+        data_file("dolly", "test")
+    assert data_file("dolly", "train") == (raw, 1000, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +179,7 @@ def snapshot(home, repository, kind="model"):
 def test_offline_with_an_empty_cache(tmp_path):
     models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("runs/b@d",)]
     full, unweighted, other, invalid = probe(tmp_path, *(("model_directory", *arguments) for arguments in models))
-    dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "valid"))
+    dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "test"))
     for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
         assert line.startswith(f"FileNotFoundError '{name}' is no directory, it is not in the local cache, and the hub")
         assert "config.json, tokenizer.json, tokenizer_config.json" in line and "model.safetensors" in line
@@ -199,7 +214,7 @@ def test_cached_snapshot_is_found_offline(tmp_path):
         ("model_directory", "qwen", False): unweighted,
         ("model_directory", "llama2"): sharded,
         ("data_file", "dolly", "valid"): dolly / "raw.jsonl",
-        ("data_file", "uinst", "valid"): uinst / "valid.jsonl",
+        ("data_file", "uinst", "test"): uinst / "valid.jsonl",
     }
     assert probe(tmp_path, *expected) == [f"found {path}" for path in expected.values()]
 

@@ -13,8 +13,11 @@ from test_train import arguments, log_of, same, weights_of
 import lora
 import model
 import train
+from runtime import run as checkpoint
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
+EVERY_CONFIG = {**CONFIGS, "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
+                "qwen2": {**QWEN, "model_type": "qwen2"}}  # fmt: skip
 GPT2_LAYERS = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 LLAMA_LAYERS = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
 every_family = pytest.mark.parametrize("family", CONFIGS)
@@ -52,13 +55,17 @@ def close(a, b, limit=1e-5):
 
 
 @every_family
-def test_attached_model_starts_as_the_base_and_has_gradient_in_adapters_only(family):
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_attached_model_starts_as_the_base_and_has_gradient_in_adapters_only(family, targets):
     m = random_model(CONFIGS[family])
     before, names = logits_of(m), {name for name, _ in m.named_parameters()}
-    assert lora.attach(m, 4, 8) is m
+    assert lora.attach(m, 4, 8, targets=targets) is m
     assert torch.equal(logits_of(m), before)
 
-    layers = GPT2_LAYERS if family == "gpt2" else LLAMA_LAYERS
+    if targets:
+        layers = GPT2_LAYERS if family == "gpt2" else LLAMA_LAYERS
+    else:
+        layers = {"attn.c_attn"} if family == "gpt2" else {"self_attn.q_proj", "self_attn.v_proj"}
     adapters = {f"blocks.{i}.{name}.lora_{X}" for i in range(2) for name in layers for X in "AB"}
     assert {name for name, _ in m.named_parameters()} == names | adapters
     m.logits(m(random_batch()[0])).square().mean().backward()
@@ -72,7 +79,7 @@ def test_a_layer_is_its_formula():
     torch.manual_seed(0)
     m = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(6, 5)})
     plain, x = copy.deepcopy(m.c_fc), torch.randn(7, 6)
-    layer = trained(m, rank=2, alpha=3.0, dropout=0.5).eval().c_fc
+    layer = trained(m, rank=2, alpha=3.0, dropout=0.5, targets="all-linear").eval().c_fc
     assert float(layer.lora_A.detach().abs().max()) <= 1 / 6**0.5  # uniform in ±1/√in, as peft starts it
     weight = plain.weight + 3.0 / 2 * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, plain.bias))
@@ -97,7 +104,7 @@ def test_merged_logits_equal_adapted_ones(family):
 
 def test_merging_rounds_once_in_half_precision():
     """W + update is summed in float32 and is then within half a unit of bf16's last place, 2⁻⁹ of its power of two."""
-    layer = trained(random_model(LLAMA).bfloat16()).blocks[0].mlp.up_proj
+    layer = trained(random_model(LLAMA).bfloat16(), targets=["up_proj"]).blocks[0].mlp.up_proj
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
     with torch.no_grad():
         exact = layer.weight.double() + 5 / 3 * layer.lora_B.double() @ layer.lora_A.double()
@@ -151,11 +158,15 @@ def test_compiled_equals_eager():
         ((4, float("nan")), "alpha nan"),
         ((4, 8.0, 1.0), "dropout 1.0"),
         ((4, 8.0, -0.1), "dropout -0.1"),
-        ((4, 8.0, 0.1, ["lm_head", "fc"]), "no linear layer called lm_head, fc"),  # c_fc does not end in ".fc"
+        # c_fc does not end in ".fc"; the head, here an own layer, gets no adapter
+        ((4, 8.0, 0.1, ["lm_head", "c_fc", "fc"]), "no linear layer called 'lm_head', 'fc'; give some of "
+         "c_attn, c_proj, c_fc, or all-linear"),
+        ((4, 8.0, 0.1, "q_proj"), "no linear layer called 'q_proj'; give some of c_attn, c_proj, c_fc"),
+        ((4, 8.0, 0.1, []), "give some of c_attn, c_proj, c_fc"),
     ],
-)
+)  # fmt: skip
 def test_impossible_values_leave_the_model_alone(values, message):
-    m = random_model(GPT2)
+    m = random_model({**GPT2, "tie_word_embeddings": False})
     with pytest.raises(ValueError, match=message):
         lora.attach(m, *values)
     assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
@@ -172,15 +183,74 @@ def test_a_rank_above_the_width_and_a_second_adapter():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which layers
+
+TINYLLAMA = {**LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+             "num_attention_heads": 32, "num_key_value_heads": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "targets, parameters",
+    [
+        (None, 22 * 256 * ((2048 + 2048) + (2048 + 256))),  # 36,044,800: q_proj, v_proj
+        ("all-linear", 22 * 256 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632))),  # 201,850,880
+    ],
+)
+def test_trained_parameters_of_the_papers_student(targets, parameters):
+    with torch.device("meta"):
+        m = lora.attach(model.Decoder(TINYLLAMA), 256, 8.0, targets=targets)
+    assert sum(p.numel() for p in m.parameters() if p.requires_grad) == parameters
+
+
+def test_all_linear_is_every_layer_but_a_head_of_its_own():
+    m = lora.attach(random_model({**GPT2, "tie_word_embeddings": False}), 4, 8, targets="all-linear")
+    assert set(lora.adapted(m)) == {f"blocks.{i}.{name}" for i in range(2) for name in GPT2_LAYERS}
+
+
+@pytest.mark.parametrize("family", model.FIELDS)
+def test_the_default_is_what_peft_adapts_in_every_family(peft, family):
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
+
+    assert lora.default_targets(random_model(EVERY_CONFIG[family])) == theirs[family]
+
+
+@pytest.mark.parametrize("family", model.FIELDS)
+@pytest.mark.parametrize("targets", [None, "all-linear", ["mlp.c_proj", "o_proj"]])
+def test_names_logits_and_gradients_are_pefts(peft, recwarn, family, targets, tmp_path):
+    if isinstance(targets, list):
+        targets = [name for name in targets if ("c_" in name) == (family == "gpt2")]
+    m = random_model(EVERY_CONFIG[family])
+    theirs = in_transformers(m, tmp_path)
+    config = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=targets, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(theirs, config).eval()
+    trained(m, rank=3, alpha=5.0, targets=targets)
+    assert peft.get_peft_model_state_dict(theirs).keys() == lora.adapter_state(m).keys()
+    peft.set_peft_model_state_dict(theirs, lora.adapter_state(m))
+
+    ids = random_batch()[0]
+    logits, their_logits = m.logits(m(ids)), theirs(ids).logits
+    assert close(logits, their_logits)
+    logits.square().mean().backward()
+    their_logits.square().mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    ours = {lora.peft_path(m, name): p.grad for name, p in m.named_parameters() if p.grad is not None}
+    assert len(ours) == len(gradients) == len(lora.adapter_state(m))
+    for name, gradient in ours.items():
+        theirs_of = gradients[f"base_model.model.{name}.default.weight"]
+        torch.testing.assert_close(gradient, theirs_of, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 @every_family
-def test_saved_adapter_comes_back(family, tmp_path):
-    m = trained(random_model(CONFIGS[family]), dropout=0.1)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_saved_adapter_comes_back(family, targets, tmp_path):
+    m = trained(random_model(CONFIGS[family]), dropout=0.1, targets=targets)
     lora.save_adapter(m, tmp_path)
     again = lora.load_adapter(random_model(CONFIGS[family]), tmp_path)
-    assert torch.equal(logits_of(again), logits_of(m))
+    assert torch.equal(logits_of(again), logits_of(m)) and set(lora.adapted(again)) == set(lora.adapted(m))
     assert same(lora.adapter_state(again), lora.adapter_state(m))
     settings = [{(x.rank, x.alpha, x.dropout, x.training) for x in lora.adapted(y).values()} for y in (m, again)]
     assert settings[0] == settings[1] == {(3, 5.0, 0.1, False)}
@@ -203,9 +273,13 @@ def their_logits(m):
 
 
 @every_family
-@pytest.mark.parametrize("targets", [lora.TARGETS, ["blocks.1.attn.c_proj", "blocks.1.self_attn.q_proj", "down_proj"]])
+@pytest.mark.parametrize("targets", [None, "all-linear", "some"])
 def test_peft_loads_our_adapter(peft, recwarn, family, targets, tmp_path):
     m = random_model(CONFIGS[family])
+    if targets == "some" and family == "gpt2":
+        targets = ["transformer.h.1.attn.c_proj", "c_attn"]
+    elif targets == "some":
+        targets = ["model.layers.1.self_attn.q_proj", "down_proj"]
     theirs = in_transformers(m, tmp_path / "base")
     lora.save_adapter(trained(m, targets=targets, dropout=0.1), tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
@@ -220,7 +294,7 @@ def test_peft_loads_our_adapter(peft, recwarn, family, targets, tmp_path):
 def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     m = random_model(CONFIGS[family])
     base, theirs = logits_of(m), in_transformers(m, tmp_path / "base")
-    targets = ["c_attn", "q_proj", "v_proj"] if part else list(lora.TARGETS)
+    targets = ["c_attn", "q_proj", "v_proj"] if part else "all-linear"
     config = peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.2, target_modules=targets, layers_to_transform=[1] if part else None,
         task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2",
@@ -243,7 +317,7 @@ def saved(tmp_path):
     """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""
 
     def make(edit_config=lambda config: None, edit_tensors=lambda tensors: None):
-        lora.save_adapter(trained(random_model(GPT2)), tmp_path)
+        lora.save_adapter(trained(random_model(GPT2), targets="all-linear"), tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         edit_config(config)
@@ -291,6 +365,7 @@ def test_adapters_of_another_kind(saved, field, value, message):
         (FIRST.replace(".0.", ".2."), [3, 24], r"no linear layer for tensor .*h\.2.* \[3, 24\]"),
         (FIRST.replace("lora_A", "lora_magnitude"), [72], "no linear layer for tensor .*lora_magnitude"),
         ("base_model.model.lm_head.weight", [61, 24], "no linear layer for tensor .*lm_head"),
+        ("base_model.model.lm_head.lora_A.weight", [3, 24], "no linear layer for tensor .*lm_head"),
         (FIRST, None, r"h\.0\.attn\.c_attn has only lora_B"),
     ],
 )
@@ -299,7 +374,7 @@ def test_adapters_of_another_model(saved, key, shape, message):
         tensors.pop(key, None)
         tensors.update({key: torch.ones(shape)} if shape else {})
 
-    m, path = random_model(GPT2), saved(edit_tensors=edit)
+    m, path = random_model({**GPT2, "tie_word_embeddings": False}), saved(edit_tensors=edit)
     with pytest.raises(ValueError, match=message):
         lora.load_adapter(m, path)
     assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
@@ -349,13 +424,13 @@ def command(task, out, method="eta", **changed):
 @pytest.fixture
 def at_save(monkeypatch):
     """A list to which every checkpoint appends the pieces of the run that it saved."""
-    seen, save = [], train.save_checkpoint
+    seen, save = [], checkpoint.save_checkpoint
 
     def save_and_tell(o, pieces, *others):
         save(o, pieces, *others)
         seen.append(pieces)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_tell)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_tell)
     return seen
 
 
@@ -386,6 +461,22 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     }
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (record["lora"], record["lora_alpha"], record["lora_dropout"]) == (4, 8.0, 0.1)
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    targets = ["c_attn"] if METHODS[method].get("student", "student") == "student" else ["q_proj", "v_proj"]
+    assert record["lora_targets"] == adapter["target_modules"] == targets
+
+
+@pytest.mark.parametrize("method", ["eta", "cma"])
+def test_the_distillation_term_reaches_the_adapters(tiny_task, tmp_path, method):
+    """With --kd-rate 1 nothing else is in the loss. AdamW's first moment of an adapter is zero as long as its gradient
+    was: A's after the first update, whose B is zero, and nothing's after the second."""
+    for steps in (1, 2):
+        out = tmp_path / str(steps)
+        train.main(command(tiny_task, out, method, max_steps=steps, kd_rate=1, lora_targets="all-linear"))
+        state = load_file(out / "resume" / "state.safetensors")
+        moments = {name: value for name, value in state.items() if "lora_" in name and name.endswith(".exp_avg")}
+        assert len(moments) == 2 * len(GPT2_LAYERS)  # A and B in each layer of the one block
+        assert all((value != 0).any() == ("lora_B" in name or steps == 2) for name, value in moments.items())
 
 
 def test_projectors_move_with_adapters(tiny_task, tmp_path):
@@ -443,6 +534,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_
     assert logs[0] == logs[1] and len(logs[0]) == 5
 
 
+@pytest.mark.parametrize(
+    "words, targets, layers",
+    [
+        (["c_proj", "c_attn"], ["c_attn", "c_proj"], {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}),
+        (["mlp.c_proj,c_fc"], ["c_fc", "mlp.c_proj"], {"mlp.c_fc", "mlp.c_proj"}),
+        (["all-linear"], ["all-linear"], GPT2_LAYERS),
+    ],
+)
+def test_layers_that_the_command_line_names(tiny_task, tmp_path, capsys, words, targets, layers):
+    train.main(command(tiny_task, tmp_path / "run") + ["--lora-targets", *words])
+    m = lora.load_adapter(model.load_model(tiny_task / "student"), tmp_path / "run" / "adapter")
+    assert {name.split(".", 2)[2] for name in lora.adapted(m)} == layers
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["lora_targets"] == targets
+    assert f"LoRA on {', '.join(targets)}: " in capsys.readouterr().err
+
+
+def test_a_run_from_before_layers_could_be_named_goes_on_with_all_of_them(tiny_task, tmp_path, stopped_by_ctrl_c):
+    options = {"max_steps": 5, "checkpoint_every": 2}
+    train.main(command(tiny_task, tmp_path / "whole", lora_targets="all-linear", **options))
+    with stopped_by_ctrl_c():
+        train.main(command(tiny_task, tmp_path / "parts", lora_targets="all-linear", **options))
+    record = json.loads((tmp_path / "parts" / "args.json").read_text())
+    del record["lora_targets"]
+    (tmp_path / "parts" / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=r"--resume: --lora-targets is \['c_attn'\], but .* with \['all-linear'\]"):
+        train.main(command(tiny_task, tmp_path / "parts", lora_targets="c_attn", **options, resume=True))
+    train.main(command(tiny_task, tmp_path / "parts", **options, resume=True))
+    for file in ("resume/state", "student/model", "adapter/adapter_model"):
+        assert same(*(load_file(tmp_path / name / f"{file}.safetensors") for name in ("whole", "parts"))), file
+
+
 def test_learning_from_a_trained_student_in_bf16(tiny_task, tmp_path):
     """A model that has learned from the first examples learns the rest with adapters, under autocast."""
     lines = (tiny_task / "train.jsonl").read_text().splitlines()
@@ -483,6 +605,9 @@ def test_compiled_training(tiny_task, tmp_path):
         ({"lora": 4, "from_scratch": True}, "--lora 4 adapts a trained student"),
         ({"lora": None, "lora_alpha": 8}, "belong to --lora RANK"),
         ({"lora": None, "lora_dropout": 0}, "belong to --lora RANK"),
+        ({"lora": None, "lora_targets": "all-linear"}, "--lora-targets, .* belong to --lora RANK"),
+        ({"lora_targets": "c_attn q_proj"}, "--lora-targets: .* no linear layer called 'q_proj'; give some of c_attn"),
+        ({"lora_targets": ","}, "--lora-targets"),
     ],
 )
 def test_options_that_make_no_sense(tiny_task, tmp_path, options, message):

@@ -260,7 +260,7 @@ def test_position_limit():
     outputs = generate(m, [[1] * 38, [2] * 40, [3] * 5, [4], [5], [6]], 10, None, temperature=0)
     assert [len(new) for new in outputs] == [2, 0, 10, 10, 10, 10]
     assert outputs[2] == generate(m, [[3] * 5], 10, None, temperature=0)[0]
-    with pytest.raises(ValueError, match="prompt 1 has 41 tokens, the model 40 positions"):
+    with pytest.raises(ValueError, match="prompt 1 has 41 tokens; it needs 1 to 40"):
         generate(m, [[1], [1] * 41], 1, None)
     with pytest.raises(ValueError, match="41 tokens is longer than the model's 40 positions"):
         m(torch.ones(1, 41, dtype=torch.long))
@@ -272,7 +272,7 @@ def test_a_budget_for_each_prompt():
     budgets = [max(12 - 6 * i, 0) for i in range(len(PROMPTS))]  # 12, 6, 0, ...
     expected = [new[:budget] for new, budget in zip(whole, budgets, strict=True)]
     assert generate(m, PROMPTS, budgets, None, temperature=0) == expected
-    with pytest.raises(ValueError, match="2 max_new_tokens for 1 prompts"):
+    with pytest.raises(ValueError, match="one per prompt"):
         generate(m, [[1]], [1, 2], None)
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(m, [[1], [2]], [1, -1], None)
@@ -299,9 +299,9 @@ def test_generate_restores_the_mode_and_refuses_nonsense():
     assert m.training and m.blocks[0].training
     assert generate(m, [], 3, None) == [] and generate(m, [[1]], 0, None) == [[]]
     for arguments, message in (
-        ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [[61]]}, "prompt 0 has a token id outside the vocabulary of 61"),
-        ({"prompts": [[-1]]}, "outside the vocabulary"),
+        ({"prompts": [[1], []]}, "prompt 1 has 0 tokens"),
+        ({"prompts": [[61]]}, "prompt 0 has 1 tokens; .* below the vocabulary's 61"),
+        ({"prompts": [[-1]]}, "below the vocabulary"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
@@ -384,94 +384,6 @@ def test_dropout_is_active_in_training_only():
     m = random_model({**GPT2, "embd_pdrop": 0.5}).train()
     mean = torch.stack([m.dropout(m.embed.weight) for _ in range(2000)]).mean(0)
     torch.testing.assert_close(mean, m.embed.weight, atol=0.15, rtol=0)
-
-# -- dropout on a CPU --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_keep_mask_keeps_one_minus_p(p):
-    torch.manual_seed(0)
-    keep = model.keep_mask(torch.empty(3, 5, 40_001), p)
-    assert keep.dtype == torch.bool and keep.shape == (3, 5, 40_001)
-    n = keep.numel()
-    for part in (keep, *keep.flatten()[: n // 4 * 4].view(-1, 4).T):  # also each of the four lanes of a random word
-        assert part.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / part.numel()) ** 0.5)
-    pairs = keep.flatten()[: n // 2 * 2].view(-1, 2).float()
-    assert torch.corrcoef(pairs.T)[0, 1].abs() < 5 / len(pairs) ** 0.5  # neighbours know nothing of each other
-    torch.manual_seed(0)
-    assert torch.equal(keep, model.keep_mask(torch.empty(3, 5, 40_001), p))  # torch's generator, so runs can be resumed
-
-
-def test_dropout_keeps_the_mean_and_scales_the_gradient():
-    x = torch.ones(1000, 10, requires_grad=True)
-    layer = model.Dropout(0.25)
-    y = layer(x)
-    y.sum().backward()
-    assert y.detach().unique().tolist() == pytest.approx([0, 4 / 3])
-    torch.testing.assert_close(x.grad, y.detach())
-    assert layer.eval()(x) is x
-    assert model.Dropout(0.0)(x) is x and not model.Dropout(1.0)(x).any()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
-)
-@pytest.mark.parametrize(("lengths", "rows"), [([7, 7], 128), ([8, 3], 4), ([2, 11, 1], 4), ([1], 3)])
-def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(lengths, rows, dtype, tolerance, monkeypatch):
-    torch.manual_seed(0)
-    q, k, v, g = (torch.randn(sum(lengths), 3, 4, dtype=dtype).requires_grad_() for _ in range(4))
-    kept = []
-
-    def recorded(x, p, keep_mask=model.keep_mask):
-        kept.append(keep_mask(x, p))
-        return kept[-1]
-
-    monkeypatch.setattr(model, "keep_mask", recorded)
-    y = model.DropoutAttention.apply(q, k, v, lengths, 0.3, rows)
-    gradients = torch.autograd.grad(y, (q, k, v), g)
-    keep, seen = torch.zeros(3, sum(lengths), sum(lengths), dtype=dtype), torch.zeros(sum(lengths), sum(lengths))
-    blocks, first = iter(kept), 0
-    for length in lengths:
-        for start in range(0, length, rows):
-            part = next(blocks)
-            at = first + start
-            keep[:, at : at + part.shape[1], first : first + part.shape[2]] = part
-        seen[first : first + length, first : first + length] = 1
-        first += length
-    causal = seen.tril().bool()
-    assert next(blocks, None) is None
-    assert sum(lengths) < 5 or not keep.bool()[causal.expand_as(keep)].all()
-    scores = (torch.einsum("nhd,mhd->hnm", q, k) / 2).masked_fill(~causal, -torch.inf)
-    expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1) * keep / 0.7, v)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-    for ours, plain in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=4 * tolerance)
-
-
-def test_training_with_attention_dropout_goes_by_blocks(monkeypatch):
-    """What a model calls is that function, with its dropout, and never in eval mode; also under autocast."""
-    calls = []
-    apply = model.DropoutAttention.apply
-    monkeypatch.setattr(model.DropoutAttention, "apply", lambda *a: calls.append(a[3:]) or apply(*a))
-    dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 0, "embd_pdrop": 0}  # rounds to 1/65536: hardly anything is dropped
-    m = random_model({**GPT2, **dropout})
-    ids = torch.randint(m.config["vocab_size"], (2, 9))
-    expected = m(ids)
-    assert calls == []
-    m.train()
-    torch.testing.assert_close(m(ids), expected, rtol=1e-4, atol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = m(ids)
-    hidden.sum().backward()  # outside of autocast, as in training
-    torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
-    assert calls == [([9, 9], 1e-5)] * 2 * m.config["n_layer"]
-    del calls[:]
-    real = torch.tensor([*range(9), *range(9, 13)])
-    packed, padded = (hidden.flatten(0, 1)[real] for hidden in (m(ids, real=real), expected))
-    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
-    assert calls == [([9, 4], 1e-5)] * m.config["n_layer"]
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [[6, 1, 9], [9, 9], [4], [2, 2, 5]])
@@ -570,9 +482,9 @@ def test_attention_mask_must_be_right_padding():
     m(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
     m(ids, torch.tensor([[True, True, True, False]] * 2))
     for rows in ([[1, 1, 1, 1], [0, 0, 1, 1]], [[1, 0, 1, 1], [1, 1, 1, 1]]):
-        with pytest.raises(ValueError, match="pad on the right"):
+        with pytest.raises(ValueError, match="padding on the right"):
             m(ids, torch.tensor(rows))
-    with pytest.raises(ValueError, match=r"attention_mask \(2, 3\), input_ids \(2, 4\)"):
+    with pytest.raises(ValueError, match="the shape of input_ids"):
         m(ids, torch.ones(2, 3))
 
 
@@ -628,165 +540,6 @@ def test_dtypes(tmp_path):
     assert {p.dtype for p in load_model(tmp_path, torch.bfloat16).parameters()} == {torch.bfloat16}
     save_model(again, tmp_path)  # from here on it is a float32 checkpoint and says so
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
-
-
-def test_names_of_older_checkpoints(tmp_path):
-    """GPT-2 on the hub: no prefix, causal-mask constants, sometimes the tied head again. LLaMA: rotary frequencies."""
-    ids, _ = random_batch()
-    for config, prefix, constants in (
-        (GPT2, "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
-        ({**LLAMA, "tie_word_embeddings": True}, "model.", ["layers.0.self_attn.rotary_emb.inv_freq"]),
-    ):
-        path = tmp_path / prefix
-        saved, tensors = save_random(path, config)
-        expected = load_model(path)(ids)
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        tensors |= {name: torch.ones(3) for name in constants} | {"lm_head.weight": expected.new_zeros(61, 24)}
-        with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
-            write(path, saved, tensors)
-            load_model(path)
-        tensors["lm_head.weight"] = load_model_embedding(tensors)
-        write(path, saved, tensors)
-        assert torch.equal(load_model(path)(ids), expected)
-
-
-def load_model_embedding(tensors):
-    return tensors["wte.weight" if "wte.weight" in tensors else "embed_tokens.weight"].clone()
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json not found; expected a Hugging Face directory"):
-        load_model(tmp_path / "absent")
-    save_random(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="expected model.safetensors, or model.safetensors.index.json"):
-        load_model(tmp_path)
-
-
-def test_damaged_files(tmp_path):
-    save_random(tmp_path)
-    good = (tmp_path / "model.safetensors").read_bytes()
-    for bad in (good[:-100], good[:50], b"", b"\xff" * 200, b"PK\x03\x04 a zip file, as torch.save writes"):
-        (tmp_path / "model.safetensors").write_bytes(bad)
-        with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file"):
-            load_model(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2",')
-    with pytest.raises(ValueError, match="config.json: not valid JSON"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object"):
-        load_model(tmp_path)
-
-
-def test_wrong_tensors(tmp_path):
-    config, tensors = save_random(tmp_path)
-    key = "transformer.h.0.mlp.c_fc.weight"  # [in, out] in the file: 24, 96
-    for name, tensor, message in (
-        (key, torch.zeros(24, 95), rf"{key}: shape \[24, 95\] in the file, \[24, 96\] by config.json"),
-        (key, tensors[key].T.contiguous(), r"shape \[96, 24\] in the file, \[24, 96\]"),
-        ("transformer.ln_f.bias", torch.zeros(25), r"ln_f.bias: shape \[25\] in the file, \[24\] by"),
-        ("transformer.ln_f.bias", torch.zeros(24, dtype=torch.int8), "ln_f.bias: torch.int8 weights"),
-        ("transformer.h.2.ln_1.bias", torch.zeros(24), "tensor 'transformer.h.2.ln_1.bias' is not known"),
-        ("score.weight", torch.zeros(2, 24), "tensor 'score.weight' is not known for model_type gpt2"),
-        (key, None, rf"lacks 1 tensors: {key}"),
-    ):
-        changed = {**tensors, name: tensor}
-        write(tmp_path, config, {n: t for n, t in changed.items() if t is not None})
-        with pytest.raises(ValueError, match=message):
-            load_model(tmp_path)
-    write(tmp_path, {**config, "tie_word_embeddings": False}, tensors)
-    with pytest.raises(ValueError, match="lacks 1 tensors: lm_head.weight"):
-        load_model(tmp_path)
-
-
-def test_shards(tmp_path):
-    config, tensors = save_random(tmp_path)
-    expected = load_model(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    weight_map = {name: shards[i % 2] for i, name in enumerate(tensors)}
-    for shard in shards:
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, tmp_path / shard)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    again = load_model(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), again.parameters(), strict=True))
-
-    twice = tensors["transformer.wte.weight"]
-    save_file({"wte.weight": twice, "transformer.wte.weight": twice.clone()}, tmp_path / "twice.safetensors")
-    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "twice.safetensors"}}))
-    with pytest.raises(ValueError, match="tensor 'wte.weight' came twice"):
-        load_model(tmp_path)
-    for escape in ("../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "a\\b", ""):
-        index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": escape}}))
-        with pytest.raises(ValueError, match="is not a plain file name"):
-            load_model(tmp_path)
-    for broken in ({}, {"weight_map": []}, {"weight_map": {"transformer.wte.weight": 1}}):
-        index.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="expected a weight_map"):
-            load_model(tmp_path)
-    index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": "model-3.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="model-3.safetensors not found, but .*index.json lists"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({**GPT2, "model_type": "bert"}, "model_type 'bert' is not supported, only gpt2, llama"),
-        ({"n_embd": 4}, "model_type None is not supported"),
-        ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
-        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
-        ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, it is 0"),
-        ({**GPT2, "n_head": 5}, "n_embd 24 does not divide into 5 heads"),
-        ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
-        ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
-        ({**GPT2, "flash": 1}, "field 'flash' .= 1. is not known"),
-        ({**GPT2, "hidden_size": 24}, "field 'hidden_size'"),
-        ({**LLAMA, "quantization_config": {"bits": 4}}, "field 'quantization_config'"),
-        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
-        ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
-        ({**GPT2, "scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
-        ({**GPT2, "add_cross_attention": True}, "add_cross_attention = True"),
-        ({**GPT2, "activation_function": "tanh"}, "activation 'tanh' is not supported"),
-        ({**LLAMA, "hidden_act": "mish"}, "activation 'mish' is not supported"),
-        ({**LLAMA, "sliding_window": 8}, "sliding_window = 8 is not supported"),
-        ({**LLAMA, "rope_interleaved": True}, "rope_interleaved = True"),
-        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
-        ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "got .'factor', 'type'."),
-        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, it is '8'"),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
-        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "'linear' needs the fields .'factor'., got .."),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "beta_fast": 32}}, "'llama3' needs the fields .*beta_fast"),
-        ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta.*contradict"),
-        ({**LLAMA, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e6}}, "contradict"),
-        ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
-        ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types must"),
-        ({**QWEN, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
-        ({**LLAMA, "model_type": "mistral", "attention_bias": True}, "attention_bias = True"),
-    ],
-)
-def test_configs_not_understood(config, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(config)
-
-
-def test_configs_of_the_hub_are_understood():
-    """The fields of well-known checkpoints' config.json; their sizes cut down."""
-    old_gpt2 = {"n_ctx": 1024, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None,
-                "task_specific_params": {"text-generation": {"max_length": 50}}, "n_special": 0, "output_past": True,
-                "predict_special_tokens": True, "architectures": ["GPT2LMHeadModel"], "_num_labels": 1}  # fmt: skip
-    build_model({**GPT2, **old_gpt2})
-    build_model({**LLAMA, "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16", "use_cache": True})
-    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "rope_theta": 1e5}
-    assert build_model({**LLAMA, **smollm2, "tie_word_embeddings": True}).lm_head is None
-    llama32 = {"rope_theta": 5e5, "eos_token_id": [1, 2], "rope_scaling": {**LLAMA3, "factor": 32.0}, "mlp_bias": False}
-    build_model({**LLAMA, **llama32, "head_dim": 64})
-    qwen = {"use_mrope": False, "attention_dropout": 0.0, "rope_theta": 1e6}
-    assert build_model({**QWEN, **qwen, "model_type": "qwen2"}).windows == [None, None]
 
 
 def test_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):

@@ -18,11 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same
 
+import eval as evaluation
 import lora
 import train
+from data import TextTokenizer, read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
+from runtime import run as checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,18 +94,18 @@ def options_of(task: Path, out: Path, **changed) -> train.Options:
 
 def stop_after_one_checkpoint(o: train.Options) -> None:
     """Both processes are interrupted, right after update 2."""
-    save = train.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def save_and_stop(*things):
         save(*things)
         raise KeyboardInterrupt
 
-    train.save_checkpoint = save_and_stop
+    checkpoint.save_checkpoint = save_and_stop
     try:
         with pytest.raises(KeyboardInterrupt):
             train.train(o)
     finally:
-        train.save_checkpoint = save
+        checkpoint.save_checkpoint = save
 
 
 def bytes_held(task: Path, out: Path) -> dict[str, int]:
@@ -126,7 +129,8 @@ def runs_of_two(task: Path, out: Path) -> None:
     train.train(options_of(task, out / "whole", **DROPOUT))
     stop_after_one_checkpoint(options_of(task, out / "parts", **DROPOUT))
     train.train(options_of(task, out / "parts", **DROPOUT, resume=True, recompute=True))
-    adapters = {"method": "sft", "lora": 4, "shard": "student", "valid": task / "valid.jsonl"}
+    adapters = {"method": "sft", "lora": 4, "lora_targets": "mlp.c_proj,c_attn", "lr": 1, "shard": "student"}
+    adapters |= {"keep_best": "rouge", "checkpoint_every": 1, "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
@@ -251,9 +255,25 @@ def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
 
 def test_sharded_adapters_are_saved_whole(task, out):
     adapted = lora.load_adapter(load_model(task / "student"), out / "adapters" / "adapter")
+    assert {name.split(".", 2)[2] for name in lora.adapted(adapted)} == {"attn.c_attn", "mlp.c_proj"}
     merged = dict(lora.merge(adapted).named_parameters())
     saved = dict(load_model(out / "adapters" / "student").named_parameters())
     assert same(merged, saved) and not same(saved, dict(load_model(task / "student").named_parameters()))
+
+
+def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
+    """Each process answers every other held-out prompt."""
+    run = out / "adapters"
+    scores = {line["step"]: line["valid_rouge_l"] for line in log_of(run) if "valid_rouge_l" in line}
+    step = max(scores, key=scores.get)
+    assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
+    student, tokenizer = load_model(run / "student"), TextTokenizer(run / "student")
+    examples, total = read_jsonl(task / "valid.jsonl"), 0.0
+    for share in (examples[::2], examples[1::2]):
+        prompts = [example.prompt_text() for example in share]
+        responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
+        total += len(share) * evaluation.score(responses, share)["rouge_l"]
+    assert total / len(examples) == pytest.approx(scores[step])
 
 
 def test_sharded_processes_sample_at_their_own_pace_and_save_float32(task, out):

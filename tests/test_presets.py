@@ -216,6 +216,12 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
         train.main(arguments(tiny_task, again, **options, seed=1, teacher_sft=True))
 
 
+def test_the_teachers_stage_keeps_its_best_checkpoint_too():
+    given = train.parse(shlex.split("--teacher qwen --student gpt2 --data dolly --valid dolly --keep-best rouge"))
+    stage = train.teacher_stage(given, "runs/a")
+    assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
+
+
 def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stopped_by_ctrl_c):
     options = {"teacher": "qwen", "student": "gpt2", "checkpoint_every": 1, "teacher_sft": True}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fast.losses
+import lora
 import losses
 import train
 from baselines import mined
@@ -20,7 +21,7 @@ from data import TextTokenizer
 from eval import respond
 from experiments import memory, paper, reproduce, tiny
 from experiments.reproduce import Cell, parse, run_cell
-from model import load_model
+from model import build_model, load_model
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
 SETTING = "updates=2 labels=12 width=16"
@@ -327,8 +328,10 @@ def random_dskd():
     gold, label = torch.randint(V, (2, n), generator=generator)
     for x in (student, t2s, s2t):
         x.requires_grad_()
-    return {"student_hidden": student, "gold": gold, "rows": slice(None), "t2s_hidden": t2s, "label": label,
-            "s2t_hidden": s2t, "teacher_hidden": teacher, "student_head": heads[0], "teacher_head": heads[1]}  # fmt: skip
+    return {
+        "student_hidden": student, "gold": gold, "rows": slice(None), "t2s_hidden": t2s, "label": label,
+        "s2t_hidden": s2t, "teacher_hidden": teacher, "student_head": heads[0], "teacher_head": heads[1],
+    }  # fmt: skip
 
 
 def loss_and_gradients(change, objective=losses, recipe=("v2", "none"), **options):
@@ -405,6 +408,7 @@ def test_the_papers_commands_are_accepted(name):
         assert file == "train.py"
         options = train.check(train.Options(**train.parse(arguments)))
         assert options.batch_size * options.grad_accum == 32
+        assert (options.valid, options.keep_best) == ("dolly", "rouge")
         assert options.teacher is None or Path(options.teacher).parent.as_posix() in made
         made.append(options.out)
     assert commands[-1][: 1 + len(made)] == ["eval.py", *made]
@@ -415,9 +419,36 @@ def test_sizes_are_those_of_the_published_models():
                  "llama2": 6_738_415_616, "mistral": 7_241_732_096}  # fmt: skip
     counted = {name: memory.counts(memory.CONFIGS[paper.CONFIGURED[name]]) for name in published}
     assert {name: count.matrices + count.rest for name, count in counted.items()} == published
-    # rank 1 adds in + out of every linear layer: attention's four of width 4096, the MLP's three
-    adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1)
-    assert adapted.trained_matrices + adapted.trained_rest == 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    # rank 1 adds in + out of every linear layer that is adapted: attention's of width 4096, the MLP's three
+    queries_and_values, every = 2 * 2 * 4096, 4 * 2 * 4096 + 3 * (4096 + 11008)
+    for targets, each in [(None, queries_and_values), ("all-linear", every)]:
+        adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1, targets)
+        assert adapted.trained_matrices + adapted.trained_rest == 32 * each
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_what_a_block_with_adapters_keeps_is_that_of_a_block_in_the_middle(targets):
+    """Of a frozen embedding the first block's input has no gradient, and the first block keeps less than the others."""
+
+    def kept(layers: int, length: int) -> int:
+        m = lora.attach(build_model({**config, "num_hidden_layers": layers}), 4, 8.0, 0.1, targets).train()
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu"):
+            hidden = m(torch.zeros((1, length), dtype=torch.long))
+        assert hidden.requires_grad
+        return sum(storages.values())
+
+    config = {"model_type": "llama", "vocab_size": 8, "max_position_embeddings": 64, "hidden_size": 32,
+              "intermediate_size": 64, "num_attention_heads": 4}  # fmt: skip
+    middle = [(kept(3, length) - kept(2, length)) for length in (16, 32)]
+    middle = (middle[1] - middle[0]) / 16
+    final_norm = 16 * 32  # bytes; counted with every block
+    assert middle <= memory.kept_per_token(config, 4, targets) <= middle + final_norm
 
 
 def test_estimates_grow_with_what_is_asked():

@@ -1,10 +1,11 @@
 """seqkd.py and `--method seqkd`: the teacher's answers are generated once, written whole, reused, and trained on."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import arguments, log_of, same, weights_of
 
 import model
@@ -52,7 +53,7 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
     for options, changed in [
-        ({"teacher": tiny_task / "twin"}, "teacher"),
+        ({"teacher": tiny_task / "twin"}, "teacher and weights"),
         ({"max_len": 95}, "max_len"),
         ({"seqkd_temperature": 0.5}, "temperature and seed"),
         ({"data": tiny_task / "test.jsonl"}, "prompts"),
@@ -60,6 +61,18 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=f"was made with other {changed}: give another --out"):
             train.main(arguments(tiny_task, tmp_path / "other", **{"method": "seqkd", **options}))
     assert list((tmp_path / "other").iterdir()) == [tmp_path / "other" / "seqkd.jsonl"]
+
+
+def test_answers_of_other_weights_in_the_same_place_are_not_reused(tiny_task, tmp_path):
+    shutil.copytree(tiny_task / "teacher", tmp_path / "teacher")
+    options = {"method": "seqkd", "teacher": tmp_path / "teacher", "max_steps": 1}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    save_file({name: weight + 2**-10 for name, weight in weights.items()}, tmp_path / "teacher" / "model.safetensors")
+    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other weights: give another --out"):
+        train.main(arguments(tiny_task, tmp_path / "again", **options))
 
 
 def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, stopped_by_ctrl_c):
@@ -92,9 +105,9 @@ def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
-    def generate(model, prompts, room, eos_id, *rest):
+    def generate(model, prompts, room, *rest):
         ids = [teacher.encode(words[tuple(prompt)]) for prompt in prompts]
-        return [new[:room] if len(new) >= room else [*new, eos_id] for new in ids]
+        return [new[:room] if len(new) >= room else [*new, teacher.eos_id] for new in ids]
 
     monkeypatch.setattr(seqkd, "generate", generate)
     return seqkd.teacher_answers(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import model
@@ -103,6 +103,8 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe,
         ({"method": "sft", "on_policy": 0.5}, "--on-policy belongs to --method kd and dskd; --method sft has"),
         *[({"method": name, "on_policy": 0.5}, "--on-policy belongs") for name in ("uld", "mined", "seqkd")],
         ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
+        ({"on_policy_after": 3}, "--on-policy-after 3 belongs to --on-policy, which is not given"),
+        ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so that no update would be"),
     ],
 )
 def test_combinations_that_are_not_allowed_say_why(tiny_task, tmp_path, options, message):
@@ -168,6 +170,28 @@ def with_dropout(tiny_task, tmp_path):
     return student
 
 
+@pytest.mark.parametrize(
+    "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
+                         ("teacher", {"lora": 2}), (None, {})]
+)  # fmt: skip
+def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctrl_c, changed, options):
+    """What is read again from where it was must be what it was; a student that is trained itself is not read again."""
+    for name in ("teacher", "student"):
+        shutil.copytree(tiny_task / name, tmp_path / name)
+    options = {"teacher": tmp_path / "teacher", "student": tmp_path / "student", "checkpoint_every": 1, **options}
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "run", **options))
+    file = tmp_path / (changed or "student") / "model.safetensors"
+    written, weights = file.read_bytes(), load_file(file)
+    save_file({name: weight + 2**-10 for name, weight in weights.items()}, file)
+    if changed:
+        with pytest.raises(SystemExit, match=f"--resume: the weights of --{changed} .*are not .* bring these back"):
+            train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+        file.write_bytes(written)
+    train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
+    assert log_of(tmp_path / "run")[-1]["step"] == 2
+
+
 @pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
     """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
@@ -230,13 +254,49 @@ def test_sampled_responses_change_the_update_and_mix_with_gold_ones(tiny_task, t
         assert (line["generation_share"] > 0) == (line["on_policy"] > 0)
 
 
+def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path, stopped_by_ctrl_c):
+    """Also where the run was interrupted before, by options that older runs did not have, and in other batches."""
+    data = tmp_path / "seven.jsonl"
+    data.write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:7]))
+    options = {"data": data, "epochs": 3, "max_steps": 0, "checkpoint_every": 1, "max_len": 60}
+    after = {"on_policy": 1, "on_policy_after": 1}
+    train.main(arguments(tiny_task, tmp_path / "never", **options))
+    train.main(arguments(tiny_task, tmp_path / "whole", **options, **after))
+    never, whole = log_of(tmp_path / "never"), log_of(tmp_path / "whole")
+    assert [(line["epoch"], line["on_policy"]) for line in whole] == [
+        (0.5, 0), (1.0, 0), (1.5, 1), (2.0, 1), (2.5, 1), (3.0, 1)
+    ]  # fmt: skip
+    assert [line["kd"] for line in whole[:2]] == [line["kd"] for line in never[:2]]
+    for name, changed in {"parts": {}, "split": {"batch_size": 2, "grad_accum": 2}}.items():
+        with stopped_by_ctrl_c():
+            train.main(arguments(tiny_task, tmp_path / name, **options, **after))
+        train.main(arguments(tiny_task, tmp_path / name, **{**options, **after, **changed}, resume=True))
+        assert [line["on_policy"] for line in log_of(tmp_path / name)] == [0, 0, 1, 1, 1, 1]
+    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")))
+    with pytest.raises(SystemExit, match="--resume: --on-policy-after is 2, but .* was started with 1"):
+        train.main(arguments(tiny_task, tmp_path / "parts", **{**options, **after, "on_policy_after": 2}, resume=True))
+
+
+def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped_by_ctrl_c):
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "run", checkpoint_every=1, on_policy=1, max_len=60))
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    del record["on_policy_after"]
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    options = {"checkpoint_every": 1, "on_policy": 1, "max_len": 60, "resume": True}
+    with pytest.raises(SystemExit, match="--resume: --on-policy-after is 1, but .* was started with 0"):
+        train.main(arguments(tiny_task, tmp_path / "run", **options, on_policy_after=1))
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    assert log_of(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_the_log_sums_up_the_updates_since_the_last_line():
     meter = train.Meter()
     for tokens in (20, 40):
-        assert meter.time_generation(lambda n: ([None] * 4, n), tokens) == [None] * 4
+        meter.count_generation(1e-9, tokens, 4)
     meter.tokens += 100
     line = meter.read(on_policy=True)
-    assert line["sampled_length"] == 60 / 8 and 0 < line["generation_share"] < 1
+    assert line["sampled_length"] == 60 / 8 and 0 <= line["generation_share"] < 1
     assert line["tokens_per_second"] > 0 and line["generation_tokens_per_second"] > 0
     assert meter.read(on_policy=True).keys() == {"tokens_per_second", "generation_share"}
     assert meter.read(on_policy=False).keys() == {"tokens_per_second"}
@@ -257,7 +317,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_p
         raise KeyboardInterrupt
 
     train.main(arguments(tiny_task, tmp_path / "whole"))
-    monkeypatch.setattr(train, "accumulate", stop)
+    monkeypatch.setattr(train, "distil", stop)
     with pytest.raises(SystemExit, match="130"):
         train.main(arguments(tiny_task, tmp_path / "again"))
     monkeypatch.undo()

@@ -1,14 +1,19 @@
 """Float32 products by oneDNN: equal to PyTorch's own, in place only meanwhile, never in the place of anything else."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import arguments, log_of
 
 import lora
-from fast import cpu as onednn
-from fast.cpu import by_onednn, packed
+from fast import cpu
+from fast.cpu import by_onednn, keep_mask, packed, put_on
 from model import build_model, generate
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -137,6 +142,8 @@ def states(decoder):
 
 @pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
 def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
+    if (autocast or dtype == "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("a processor without instructions for bf16, where it is not packed")
     decoder.to(getattr(torch, dtype))
     linear_layers = sum(type(m) is torch.nn.Linear for m in decoder.blocks.modules())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -156,6 +163,41 @@ def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
         assert again == generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
 
 
+@pytest.mark.parametrize("dtype, autocast", [("bfloat16", False), ("float32", True), ("float32", False)])
+def test_without_instructions_for_bf16_only_float32_is_packed(calls, decoder, monkeypatch, dtype, autocast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    decoder.to(getattr(torch, dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = states(decoder)
+        with packed(decoder):
+            found = states(decoder)
+    if dtype == "float32" and not autocast:
+        assert calls
+    else:
+        assert not calls and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tmp_path):
+    """oneDNN is told that there is AVX2 alone, which it reads when first used; on processors other than x86 that says
+    nothing."""
+    common = {"dtype": "bf16", "max_steps": 1, "max_len": 60}
+    seqkd = arguments(tiny_task, tmp_path / "seqkd", method="seqkd", **common)
+    sampled = arguments(tiny_task, tmp_path / "sampled", on_policy=1, **common)
+    scored = [str(tmp_path / "sampled"), "--data", str(tiny_task / "test.jsonl"), "--dtype", "bf16", "--max-len", "64",
+              "--greedy", "--limit", "4", "--device", "cpu"]  # fmt: skip
+    code = (
+        "import platform, torch, eval, train\n"
+        "assert 'x86' not in platform.machine() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()\n"
+        f"train.main({seqkd})\ntrain.main({sampled})\neval.main({scored})\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    folder = Path(cpu.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path / "sampled")[-1]["sampled_length"] > 0
+    assert (tmp_path / "seqkd" / "seqkd.jsonl").is_file() and (tmp_path / "sampled" / "eval-test.json").is_file()
+
+
 def test_packed_ends_with_an_error_too(decoder):
     with pytest.raises(KeyError):
         with packed(decoder):
@@ -173,7 +215,7 @@ def test_what_cannot_be_packed_is_left_as_it_is(calls, decoder, monkeypatch):
     with packed(decoder.to("meta")):
         assert not any("forward" in vars(m) for m in decoder.modules())
     decoder.to_empty(device="cpu")
-    monkeypatch.setattr(onednn, "LARGEST", 1000)
+    monkeypatch.setattr(cpu, "LARGEST", 1000)
     with packed(decoder):
         states(decoder)
     assert not calls
@@ -189,3 +231,96 @@ def test_adapted_layers_keep_their_adapters(calls, decoder):
         found = states(decoder)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert calls  # of the head at least
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_keep_mask_keeps_one_minus_p(p):
+    torch.manual_seed(0)
+    keep = keep_mask(torch.empty(3, 5, 40_001), p)
+    assert keep.dtype == torch.bool and keep.shape == (3, 5, 40_001)
+    n = keep.numel()
+    for part in (keep, *keep.flatten()[: n // 4 * 4].view(-1, 4).T):  # also each of the four lanes of a random word
+        assert part.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / part.numel()) ** 0.5)
+    pairs = keep.flatten()[: n // 2 * 2].view(-1, 2).float()
+    assert torch.corrcoef(pairs.T)[0, 1].abs() < 5 / len(pairs) ** 0.5  # neighbours know nothing of each other
+    torch.manual_seed(0)
+    assert torch.equal(keep, keep_mask(torch.empty(3, 5, 40_001), p))  # torch's generator, so runs can be resumed
+
+
+def test_dropout_keeps_the_mean_and_scales_the_gradient():
+    x = torch.ones(1000, 10, requires_grad=True)
+    layer = cpu.Dropout(0.25)
+    y = layer(x)
+    y.sum().backward()
+    assert y.detach().unique().tolist() == pytest.approx([0, 4 / 3])
+    torch.testing.assert_close(x.grad, y.detach())
+    assert layer.eval()(x) is x
+    assert cpu.Dropout(0.0)(x) is x and not cpu.Dropout(1.0)(x).any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize(("length", "rows"), [(7, 128), (8, 4), (11, 4), (1, 3)])
+def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(length, rows, dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, length, 4, dtype=dtype).requires_grad_() for _ in range(4))
+    kept = []
+
+    def recorded(x, p):
+        kept.append(keep_mask(x, p))
+        return kept[-1]
+
+    monkeypatch.setattr(cpu, "keep_mask", recorded)
+    y = cpu.DropoutAttention.apply(q, k, v, 0.3, rows)
+    gradients = torch.autograd.grad(y, (q, k, v), g)
+    keep = torch.zeros(2, 3, length, length, dtype=dtype)
+    for start, part in zip(range(0, length, rows), kept, strict=True):
+        keep[:, :, start : start + part.shape[2], : part.shape[3]] = part
+    causal = torch.ones(length, length).tril().bool()
+    assert length < 5 or not keep.bool()[causal.expand_as(keep)].all()
+    scores = (torch.einsum("bhnd,bhmd->bhnm", q, k) / 2).masked_fill(~causal, -torch.inf)
+    expected = torch.einsum("bhnm,bhmd->bhnd", scores.softmax(-1) * keep / 0.7, v)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    for ours, plain in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_a_model_with_the_layers_on_is_the_same_model():
+    """Where hardly anything is dropped: states and gradients in training, packed and under autocast too; generation."""
+    dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 1e-5, "embd_pdrop": 1e-5}  # rounds to 1/65536
+    torch.manual_seed(0)
+    m = build_model({"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3,
+                     **dropout})  # fmt: skip
+    ids, real = torch.randint(61, (2, 9)), torch.tensor([*range(9), *range(9, 13)])
+    expected, text = m.eval()(ids, real=real), generate(m, [[1, 2, 3], [4]], 9, None, seed=0)
+    expected.sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in m.named_parameters()}
+    m.zero_grad()
+    put_on(m)
+    assert {type(layer) for layer in m.modules() if isinstance(layer, torch.nn.Dropout)} == {cpu.Dropout}
+    assert all(block.attn.scaled_dot_product_attention is cpu.scaled_dot_product_attention for block in m.blocks)
+    assert generate(m, [[1, 2, 3], [4]], 9, None, seed=0) == text
+    found = m.train()(ids, real=real)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    for name, parameter in m.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = m(ids, real=real)
+    hidden.sum().backward()  # outside of autocast, as in training
+    torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_dropout_of_attention_is_active_with_the_layers_on():
+    torch.manual_seed(0)
+    m = build_model({"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 1, "n_head": 3,
+                     "attn_pdrop": 0.5, "resid_pdrop": 0, "embd_pdrop": 0})  # fmt: skip
+    put_on(m)
+    ids = torch.randint(61, (2, 9))
+    with torch.no_grad():
+        assert not torch.equal(m.train()(ids), m(ids)) and torch.equal(m.eval()(ids), m(ids))

@@ -1,0 +1,170 @@
+"""runtime/strict.py: what can be wrong with a config and a checkpoint, and that what is right is let through."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_model import GPT2, LLAMA, LLAMA3, QWEN, random_batch, save_random, write
+
+from model import load_model
+from runtime.strict import check_config, check_model
+
+
+def test_names_of_older_checkpoints(tmp_path):
+    """GPT-2 on the hub: no prefix, causal-mask constants, sometimes the tied head again. LLaMA: rotary frequencies."""
+    ids, _ = random_batch()
+    for config, prefix, constants in (
+        (GPT2, "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ({**LLAMA, "tie_word_embeddings": True}, "model.", ["layers.0.self_attn.rotary_emb.inv_freq"]),
+    ):
+        path = tmp_path / prefix
+        saved, tensors = save_random(path, config)
+        expected = load_model(path)(ids)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        tensors |= {name: torch.ones(3) for name in constants} | {"lm_head.weight": expected.new_zeros(61, 24)}
+        with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+            write(path, saved, tensors)
+            check_model(path)
+        tensors["lm_head.weight"] = load_model_embedding(tensors)
+        write(path, saved, tensors)
+        assert torch.equal(load_model(path)(ids), expected)
+
+
+def load_model_embedding(tensors):
+    return tensors["wte.weight" if "wte.weight" in tensors else "embed_tokens.weight"].clone()
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json not found; expected a Hugging Face directory"):
+        check_model(tmp_path / "absent")
+    save_random(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="expected model.safetensors, or model.safetensors.index.json"):
+        check_model(tmp_path)
+
+
+def test_damaged_files(tmp_path):
+    save_random(tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    for bad in (good[:-100], good[:50], b"", b"\xff" * 200, b"PK\x03\x04 a zip file, as torch.save writes"):
+        (tmp_path / "model.safetensors").write_bytes(bad)
+        with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file"):
+            check_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2",')
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        check_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        check_model(tmp_path)
+
+
+def test_wrong_tensors(tmp_path):
+    config, tensors = save_random(tmp_path)
+    key = "transformer.h.0.mlp.c_fc.weight"  # [in, out] in the file: 24, 96
+    for name, tensor, message in (
+        (key, torch.zeros(24, 95), rf"{key}: shape \[24, 95\] in the file, \[24, 96\] by config.json"),
+        (key, tensors[key].T.contiguous(), r"shape \[96, 24\] in the file, \[24, 96\]"),
+        ("transformer.ln_f.bias", torch.zeros(25), r"ln_f.bias: shape \[25\] in the file, \[24\] by"),
+        ("transformer.ln_f.bias", torch.zeros(24, dtype=torch.int8), "ln_f.bias: I8 weights"),
+        ("transformer.h.2.ln_1.bias", torch.zeros(24), "tensor 'transformer.h.2.ln_1.bias' is not known"),
+        ("score.weight", torch.zeros(2, 24), "tensor 'score.weight' is not known for model_type gpt2"),
+        (key, None, rf"lacks 1 tensors: {key}"),
+    ):
+        changed = {**tensors, name: tensor}
+        write(tmp_path, config, {n: t for n, t in changed.items() if t is not None})
+        with pytest.raises(ValueError, match=message):
+            check_model(tmp_path)
+    write(tmp_path, {**config, "tie_word_embeddings": False}, tensors)
+    with pytest.raises(ValueError, match="lacks 1 tensors: lm_head.weight"):
+        check_model(tmp_path)
+
+
+def test_shards(tmp_path):
+    config, tensors = save_random(tmp_path)
+    expected = load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    for shard in shards:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    again = load_model(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), again.parameters(), strict=True))
+
+    twice = tensors["transformer.wte.weight"]
+    save_file({"wte.weight": twice, "transformer.wte.weight": twice.clone()}, tmp_path / "twice.safetensors")
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "twice.safetensors"}}))
+    with pytest.raises(ValueError, match="tensor 'wte.weight' came twice"):
+        check_model(tmp_path)
+    for escape in ("../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "a\\b", ""):
+        index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": escape}}))
+        with pytest.raises(ValueError, match="is not a plain file name"):
+            check_model(tmp_path)
+    for broken in ({}, {"weight_map": []}, {"weight_map": {"transformer.wte.weight": 1}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="expected a weight_map"):
+            check_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": "model-3.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="model-3.safetensors not found, but .*index.json lists"):
+        check_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({**GPT2, "model_type": "bert"}, "model_type 'bert' is not supported, only gpt2, llama"),
+        ({"n_embd": 4}, "model_type None is not supported"),
+        ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
+        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
+        ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, it is 0"),
+        ({**GPT2, "n_head": 5}, "n_embd 24 does not divide into 5 heads"),
+        ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
+        ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
+        ({**GPT2, "flash": 1}, "field 'flash' .= 1. is not known"),
+        ({**GPT2, "hidden_size": 24}, "field 'hidden_size'"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "field 'quantization_config'"),
+        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
+        ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
+        ({**GPT2, "scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
+        ({**GPT2, "add_cross_attention": True}, "add_cross_attention = True"),
+        ({**GPT2, "activation_function": "tanh"}, "activation 'tanh' is not supported"),
+        ({**LLAMA, "hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ({**LLAMA, "sliding_window": 8}, "sliding_window = 8 is not supported"),
+        ({**LLAMA, "rope_interleaved": True}, "rope_interleaved = True"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "got .'factor', 'type'."),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, it is '8'"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
+        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "'linear' needs the fields .'factor'., got .."),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "beta_fast": 32}}, "'llama3' needs the fields .*beta_fast"),
+        ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta.*contradict"),
+        ({**LLAMA, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e6}}, "contradict"),
+        ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
+        ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types must"),
+        ({**QWEN, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
+        ({**LLAMA, "model_type": "mistral", "attention_bias": True}, "attention_bias = True"),
+    ],
+)
+def test_configs_not_understood(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+
+
+def test_configs_of_the_hub_are_understood():
+    """The fields of well-known checkpoints' config.json; their sizes cut down."""
+    old_gpt2 = {"n_ctx": 1024, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None,
+                "task_specific_params": {"text-generation": {"max_length": 50}}, "n_special": 0, "output_past": True,
+                "predict_special_tokens": True, "architectures": ["GPT2LMHeadModel"], "_num_labels": 1}  # fmt: skip
+    check_config({**GPT2, **old_gpt2})
+    check_config({**LLAMA, "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16", "use_cache": True})
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "rope_theta": 1e5}
+    assert check_config({**LLAMA, **smollm2, "tie_word_embeddings": True}).tied
+    llama32 = {"rope_theta": 5e5, "eos_token_id": [1, 2], "rope_scaling": {**LLAMA3, "factor": 32.0}, "mlp_bias": False}
+    check_config({**LLAMA, **llama32, "head_dim": 64})
+    qwen = {"use_mrope": False, "attention_dropout": 0.0, "rope_theta": 1e6}
+    assert check_config({**QWEN, **qwen, "model_type": "qwen2"}).windows == [None, None]
