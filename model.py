@@ -458,8 +458,10 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
         m = Decoder(read_json(Path(path) / "config.json"))
     if not body:
         m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
-    # a copy on purpose: what safetensors returns is mapped from the file and would change with it
-    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(m, path)}
+    # a copy on purpose: what safetensors returns is mapped from the file and would change with it; row by row in
+    # memory, also where the file has the transposed matrix (FSDP2 shards no other)
+    layout = {"copy": True, "memory_format": torch.contiguous_format}
+    weights = {name: tensor.to(device, dtype, **layout) for name, tensor in read_tensors(m, path)}
     try:
         m.load_state_dict(weights, assign=True)
     except RuntimeError as error:

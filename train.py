@@ -378,7 +378,7 @@ def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
         raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
+def compile_model(model: torch.nn.Module) -> torch.nn.Module:
     """The model compiled; a sharded one block by block, as its weights come and go between them."""
     if not parallel.is_sharded(model):
         return torch.compile(model, dynamic=True)
@@ -443,7 +443,7 @@ def load(o: Options) -> Pieces:
         else:
             teacher = load_model(teacher_directory, dtype, o.device, body=o.cache_teacher is None)
         teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-        teacher = compiled(teacher.requires_grad_(False)) if o.compile else teacher
+        teacher = compile_model(teacher.requires_grad_(False)) if o.compile else teacher
     if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
         cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
         with parallel.main_first():
@@ -481,9 +481,10 @@ def autocast(o: Options) -> torch.autocast:
 
 
 @contextmanager
-def gathered(o: Options, pieces: Pieces) -> Iterator[None]:
+def gather_parameters(o: Options, pieces: Pieces) -> Iterator[None]:
     """For scores and samples: the student as it is, in float32; a sharded one in the dtype it is trained in."""
-    with parallel.gathered(pieces.student), autocast(o) if parallel.is_sharded(pieces.student) else nullcontext():
+    sharded = parallel.is_sharded(pieces.student)
+    with parallel.gather_parameters(pieces.student), autocast(o) if sharded else nullcontext():
         yield
 
 
@@ -507,7 +508,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
     room = [o.max_len - len(prompt) for prompt in prompts]
     responses, failure = [], None
-    with autocast(o), parallel.gathered(pieces.student), packed(pieces.student):
+    with autocast(o), parallel.gather_parameters(pieces.student), packed(pieces.student):
         try:
             responses = generate(pieces.student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:
@@ -586,7 +587,7 @@ def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
     projectors = [p for p in pieces.method.parameters() if p.requires_grad]
     if projectors:
         groups.append({"params": projectors, "lr": o.projector_lr, "weight_decay": o.weight_decay})
-    groups = [{**group, "params": part} for group in groups for part in parallel.alike(group["params"])]
+    groups = [{**group, "params": part} for group in groups for part in parallel.split_by_placement(group["params"])]
     for group in groups:
         group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.device(o.device).type in ("cuda", "cpu"))
@@ -617,7 +618,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         check_directory(o)
     with by_onednn(o.device):
         pieces = load(o)
-        student = compiled(pieces.student) if o.compile else pieces.student
+        student = compile_model(pieces.student) if o.compile else pieces.student
         return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
 
 
@@ -719,7 +720,7 @@ def valid_cross_entropy(o: Options, pieces: Pieces) -> float:
     """Of all held-out rows, of which each process scores its share."""
     rows, total = parallel.share(pieces.valid_rows, parallel.rank()), 0.0
     tokens = sum(len(row.student.response) for row in rows)
-    with gathered(o, pieces):
+    with gather_parameters(o, pieces):
         if rows:
             eos_id = pieces.student_tokenizer.eos_id
             total = tokens * held_out_cross_entropy(pieces.student, rows, eos_id, o.device)
@@ -733,7 +734,7 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
     examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
     room = min(o.max_prompt_len, o.max_len - 1)
     prompts = [cut_prompt(example, [tokenizer], room) for example in examples]
-    with gathered(o, pieces):
+    with gather_parameters(o, pieces):
         if examples:
             responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
             total = len(examples) * score(responses, examples)["rouge_l"]
@@ -745,7 +746,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer = pieces.student_tokenizer
     room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
-    with gathered(o, pieces):
+    with gather_parameters(o, pieces):
         if parallel.rank() > 0:
             return
         student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student

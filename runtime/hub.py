@@ -60,19 +60,20 @@ def model_directory(name: str, weights: bool = True) -> Path:
     if os.path.isdir(name):
         directory = Path(name)
     elif name in MODELS or (name.count("/") == 1 and not name.startswith((".", "/"))):
-        directory = _snapshot(MODELS.get(name, name), "model", [*MODEL_FILES, *(WEIGHT_FILES if weights else ())], name)
+        files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
+        directory = find_snapshot(MODELS.get(name, name), "model", files, name)
     else:
         raise FileNotFoundError(
             f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
         )
-    missing = _missing(directory, weights)
+    missing = missing_files(directory, weights)
     if missing:
         hint = "; a student --from-scratch needs no weights" if missing[0] not in MODEL_FILES else ""
         raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{hint}")
     return directory
 
 
-def _missing(directory: Path, weights: bool) -> list[str]:
+def missing_files(directory: Path, weights: bool) -> list[str]:
     """The files a model directory lacks: configuration, tokenizer, and the weights in one file or in all the shards."""
     missing = [file for file in MODEL_FILES[:2] if not (directory / file).is_file()]
     single, index = (directory / file for file in WEIGHT_FILES[:2])
@@ -107,7 +108,7 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     if split not in splits:
         raise ValueError(f"data set {name!r} has no {split} split, only {', '.join(splits)}")
     file, first, last = splits[split]
-    path = _snapshot(repository, "dataset", [file], name) / file
+    path = find_snapshot(repository, "dataset", [file], name) / file
     if not path.is_file():
         raise FileNotFoundError(
             f"{name!r}: neither the cache nor the repository {repository} has {file}; give the path of a JSONL file"
@@ -115,10 +116,10 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     return path, first, last
 
 
-def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
+def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
     """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars.
 
-    The hub's client compares the sizes of what it downloads; `_verify` the contents.
+    The hub's client compares the sizes of what it downloads; `verify_checksums` compares the contents.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -128,37 +129,35 @@ def _snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    where = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
+    request = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
     try:
-        cached = Path(snapshot_download(**where, local_files_only=True))
-        lacking = _missing(cached, WEIGHT_FILES[0] in files) if kind == "model" else []
+        cached = Path(snapshot_download(**request, local_files_only=True))
+        lacking = missing_files(cached, WEIGHT_FILES[0] in files) if kind == "model" else []
         if not lacking and (cached / files[0]).is_file():
             return cached
     except LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
     except HFValidationError as error:
         raise FileNotFoundError(f"{name!r} is neither a directory nor a repository's name: {error}") from error
-    option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
-    by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
     try:
-        downloaded = Path(snapshot_download(**where))
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{name!r}: the repository {repository} is gated: accept its licence on the hub and run `hf auth login`, "
-            f"or: {by_hand}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{name!r}: there is no public {kind} repository {repository}. {by_hand}") from error
+        downloaded = Path(snapshot_download(**request))
     except Exception as error:  # the names of the HTTP library's exceptions differ from version to version
-        offline = isinstance(error, LocalEntryNotFoundError)
-        why = "the hub cannot be reached" if offline else f"fetching it failed ({type(error).__name__}: {error})"
-        what = "file" if kind == "dataset" else "directory"
-        raise FileNotFoundError(f"{name!r} is no {what}, it is not in the local cache, and {why}. {by_hand}") from error
-    _verify(downloaded)
+        if isinstance(error, GatedRepoError):
+            why = f": the repository {repository} is gated: accept its licence on the hub and run `hf auth login`, or:"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = f": there is no public {kind} repository {repository}."
+        else:
+            why = f" is no {'file' if kind == 'dataset' else 'directory'}, it is not in the local cache, and "
+            offline = isinstance(error, LocalEntryNotFoundError)
+            why += "the hub cannot be reached." if offline else f"fetching it failed ({type(error).__name__}: {error})."
+        option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
+        by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
+        raise FileNotFoundError(f"{name!r}{why} {by_hand}") from error
+    verify_checksums(downloaded)
     return downloaded
 
 
-def _verify(folder: Path) -> None:
+def verify_checksums(folder: Path) -> None:
     """Raises ValueError for a file of a snapshot whose content is not what its name in the cache says: the SHA-256 of a
     large file, the git hash of a small one (the client names it by what the hub has announced, not by what came)."""
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_file()):

@@ -1,15 +1,15 @@
 """Several processes, one per device: what `torchrun --nproc_per_node=N train.py ...` adds to a run of one.
 
-Every process holds the student, takes its share of each update's examples, and makes its part of the loss, which is
-normalised by the totals of all. So the parts of the gradient *add up* to the gradient of one process with the same
-examples: they are summed after the last backward pass, and nothing is averaged anywhere.
+Every process holds the student, takes its share of each update's examples and computes its part of the loss, which is
+normalised by the totals of all processes. So the parts of the gradient *add up* to the gradient of one process with the
+same examples: they are summed after the last backward pass, and nothing is averaged anywhere.
 
-A model too large for that is sharded (FSDP2): of the matrices of each block, their gradients and optimiser state, a
-process holds its 1/N, and gets the rest of the one block that is being computed, for as long as that takes. Embedding
-and head stay whole on every process, since the losses and projectors read them outside the forward pass; so do norms
-and biases, which are small, and float32 under autocast.
+A model too large for that is sharded (FSDP2): each process keeps 1/N of the matrices of every block, of their gradients
+and of their optimiser state, and holds the whole matrices only of the block that is being computed. Embedding and head
+stay whole on every process, since the losses and projectors read them outside the forward pass; so do norms and biases,
+which are small, and float32 under autocast.
 
-With one process, and no torchrun, every function here does nothing, or what one process would do.
+Without torchrun every function here does nothing, or what one process would do.
 """
 
 import os
@@ -23,15 +23,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import Decoder, read_json, read_tensors
 
-# Some waits are long and in order: for the teacher's answers of SeqKD, for a checkpoint. A process that has died is
-# noticed by torchrun, not by this.
+# Some waits are long and in order: for the teacher's answers of SeqKD, for a checkpoint. torchrun notices a process
+# that has died, whatever this limit is.
 LONGEST_WAIT = timedelta(days=2)
 
 
@@ -52,8 +54,8 @@ def by_torchrun() -> bool:
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did. Only process 0 prints; of an error only the first process
-    that has it tells, for what the others then meet is that this one has gone."""
+    """Join the processes that torchrun started, if it did. Only process 0 prints. Of an error only the first process
+    that has it tells: all that the others can say is that this one is gone."""
     if not by_torchrun():
         yield
         return
@@ -76,10 +78,10 @@ def session() -> Iterator[None]:
             leave(error.code)  # all of them were told to stop, and have said so
         try:
             first = store.add("failed", 1) == 1
-        except dist.DistError:  # whoever kept the store has gone already
+        except dist.DistError:  # the process that kept the store is gone already
             first = False
         if not first:
-            # torchrun repeats at its end the error of the process that it finds dead first, and ends the others then.
+            # torchrun ends the others as soon as it finds one process dead, and repeats that one's error last.
             time.sleep(20)
             sys.exit(1)
         get_error_handler().record_exception(error)
@@ -89,8 +91,8 @@ def session() -> Iterator[None]:
 
 
 def leave(status: int = 0) -> None:
-    """End a process of torchrun at once, without taking the interpreter apart: a thread of gloo that then lets go of a
-    tensor wants the interpreter for it, and aborts the process. (It cannot be waited for: FSDP keeps the group.)"""
+    """End a process of torchrun at once, without finalising the interpreter: a thread of gloo that lets go of a tensor
+    then would need the interpreter, and abort the process. (FSDP keeps the group, so that it cannot be waited for.)"""
     if by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -115,6 +117,15 @@ def wait_for_all() -> None:
     add_up([0])
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """A CPU tensor of each process, stacked: (N, *shape)."""
+    parts = [tensor] * world()
+    if world() > 1:
+        parts = [torch.empty_like(tensor) for _ in parts]
+        dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Process 0 does this before all others: what it leaves in a file, they find there."""
@@ -128,15 +139,6 @@ def main_first() -> Iterator[None]:
 def seed_process(seed: int, step: int) -> None:
     """Random draws of this process's own, from update `step` on."""
     torch.manual_seed(random.Random(f"{seed} process {rank()} {step}").getrandbits(63))
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """A CPU tensor of each process, stacked: (N, *shape)."""
-    parts = [torch.empty_like(tensor) for _ in range(world())]
-    if world() == 1:
-        return tensor[None]
-    dist.all_gather(parts, tensor)
-    return torch.stack(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,9 +160,9 @@ def start_alike(parameters: list[nn.Parameter]) -> None:
 def add_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place, once per update. (Those of sharded weights are summed already.)
 
-    Plain all-reduce in place of the DistributedDataParallel wrapper: that one averages, wants the whole loss in a
-    module's forward pass and the same parameters used by every micro-batch of every process, for hiding the
-    communication behind the last backward pass. Here processes may have fewer examples, and a loss is a function.
+    Plain all-reduce, not DistributedDataParallel: to hide the communication behind the last backward pass, that wrapper
+    averages, needs the whole loss in a module's forward pass, and needs every micro-batch of every process to use the
+    same parameters. Here a loss is a function, and some processes may have fewer examples.
     """
     if world() == 1:
         return
@@ -171,29 +173,28 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was."""
-    if not any(isinstance(p, DTensor) for p in parameters):
-        return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
     norm = gradient_norm(parameters)
-    for p in parameters:
-        if p.grad is not None:
-            local(p.grad).mul_(min(1.0, largest / (norm + 1e-6)))
-    return norm
+    for part in split_by_placement(parameters):
+        clip_grads_with_norm_(part, largest, norm)
+    return float(norm)
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> float:
-    """Of whole gradients, which are the same everywhere, and of the parts of sharded ones, which are added up."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    squares = [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]  # whole, sharded
-    for gradient in gradients:
-        norm = torch.linalg.vector_norm(local(gradient), dtype=torch.float64)
-        squares[isinstance(gradient, DTensor)] = squares[isinstance(gradient, DTensor)].to(norm.device) + norm**2
-    whole, sharded = (float(square) for square in squares)
-    return (whole + add_up([sharded])[0]) ** 0.5
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Of whole gradients, which are the same everywhere, and of sharded ones, whose parts are added up."""
+    parts = split_by_placement(parameters)
+    norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    return get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+
+
+def split_by_placement(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Whole and sharded parameters apart, as fused and foreach kernels need them; no empty list."""
+    parts = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [part for part in parts if part]
 
 
 def all_finite(parameters: list[nn.Parameter]) -> bool:
     """Whether no parameter has a NaN or an infinity on any process."""
-    parts = [local(p.detach()) for p in parameters]
+    parts = [local_part(p.detach()) for p in parameters]
     spoilt = any(not torch.stack(part.aminmax()).isfinite().all() for part in parts if part.numel())
     return not highest(spoilt)
 
@@ -223,7 +224,7 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn
 
 
 def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
-    """`load_model` for a sharded model: of every tensor of the checkpoint only this process's part is ever kept."""
+    """`load_model` for a sharded model: of every tensor of the checkpoint only this process's part is kept."""
     with torch.device("meta"):
         m = Decoder(read_json(path / "config.json")).to(dtype)
     shard(m, device).to_empty(device=device)
@@ -237,33 +238,32 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that is here; a whole one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on all processes: all of them have to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def copy_into(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Copy a whole tensor into a parameter, or this process's part of it into a sharded one; returns the parameter."""
+    if isinstance(parameter, DTensor):  # every process has the whole tensor, so nothing need be sent
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return parameter.copy_(tensor)
 
 
-def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this process's part of it into a sharded one."""
-    if isinstance(parameter, DTensor):
-        parts = tensor.chunk(world())  # by rows, as FSDP2 does; there may be fewer rows than processes
-        tensor = parts[rank()] if rank() < len(parts) else tensor[:0]
-    local(parameter).copy_(tensor)
-
-
-def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, on the CPU, placed as a parameter of its shape is."""
-    placed = torch.empty_like(parameter, dtype=tensor.dtype)
-    copy_into(placed, tensor)
-    return placed
+def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The weights of a module by their names, and the optimiser's state of them as "optimizer.NAME.KEY". All of it is
+    put together on the CPU of process 0; the others get nothing, but all have to call this."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = get_model_state_dict(module, options=options)
+    if optimizer.state:  # before the first update it would be made up, by an update with gradients of 0
+        states = get_optimizer_state_dict(module, optimizer, options=options).get("state", {})
+        for name, state in states.items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return tensors
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gather_parameters(model: nn.Module) -> Iterator[None]:
     """Meanwhile every process has all weights of a sharded model, in the dtype of `shard`, and its forward pass waits
     for nobody: to generate, each at its own pace, and to score. Needs room for them; must not change them."""
     if not is_sharded(model):
@@ -279,9 +279,3 @@ def gathered(model: nn.Module) -> Iterator[None]:
         model.set_reshard_after_forward(True)
         for block in model.blocks:
             block.reshard()
-
-
-def alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Whole and sharded parameters apart, as fused optimisers want them; no empty list."""
-    parts = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
-    return [part for part in parts if part]

@@ -7,7 +7,6 @@ files resume/state.safetensors is moved last, so that the others are never older
 In all functions `o` holds the options of a run, `pieces` its models and data: `Options` and `Pieces` of train.py.
 """
 
-import copy
 import json
 import math
 import os
@@ -19,13 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
@@ -33,6 +32,7 @@ from data import TextTokenizer
 from model import Decoder, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
+from runtime.peft import save_adapter
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -58,34 +58,35 @@ def save_checkpoint(
     Process 0 writes, but all processes call this, and go on when it is written. Nothing in the files depends on how the
     student was sharded, or on the number of processes; but random.*, which has a row for each.
     """
-    student = whole_copy(o, pieces.student) if parallel.is_sharded(pieces.student) else pieces.student
-    tensors = state_tensors(o, pieces, optimizer)
+    tensors = parallel.gather_state(name_modules(pieces), optimizer)
+    tensors |= {f"random.{name}": parallel.gather(state) for name, state in random_state(o.device).items()}
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
     if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
         score = None
     if parallel.rank() == 0:
         metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
-        replace_checkpoint(o, pieces, student, tensors, metadata, score)
+        replace_checkpoint(o, pieces, tensors, metadata, score)
     parallel.wait_for_all()
 
 
-def replace_checkpoint(
-    o, pieces, student: torch.nn.Module, tensors: dict, metadata: dict[str, str], score: float | None
-) -> None:
+def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str, str], score: float | None) -> None:
+    """Write all files of `save_checkpoint` beside their places, and then move them there."""
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
     if new.exists():  # of a run that was killed
         shutil.rmtree(new)
     try:
-        with explained(new):
+        with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
             if is_best(o, score):
-                write_student(o, pieces, student, tensors, new)
+                write_student(o, pieces, tensors, new)
                 if score is not None:
                     best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
                     record = {**read_json(out / "args.json"), "best": best}
                     (new / "args.json").write_text(json.dumps(record, indent=1) + "\n")
-            save_file(tensors, new / "resume" / "state.safetensors", metadata=metadata)
+            frozen = {f"student.{name}" for name, p in pieces.student.named_parameters() if not p.requires_grad}
+            kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in frozen}
+            save_file(kept, new / "resume" / "state.safetensors", metadata=metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 if path.is_file():
                     shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
@@ -95,8 +96,7 @@ def replace_checkpoint(
             for path in sorted(new.iterdir(), key=lambda path: order.get(path.name, 0)):
                 move(path, out / path.name)
     finally:
-        if new.exists():
-            shutil.rmtree(new)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def is_best(o, score: float | None) -> bool:
@@ -114,14 +114,19 @@ def best_checkpoint(o) -> dict | None:
     return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
 
 
-def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path) -> None:
-    """What the world reads: student/, adapter/ and projectors.safetensors."""
+def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
+    """What the world reads: student/, adapter/ and projectors.safetensors. The student that is trained, and may be
+    sharded, stays as it is: the gathered weights are put into another one."""
+    with torch.device("meta"):
+        student = Decoder(pieces.student.config)
+        if o.lora:
+            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+    student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
         base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
-        lora.save_adapter(student, out / "adapter", base)
-        save_model(merged_copy(student), out / "student")
-    else:
-        save_model(student, out / "student")
+        save_adapter(student, out / "adapter", base)
+        lora.merge(student)
+    save_model(student, out / "student")
     for file in TOKENIZER_FILES:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
@@ -129,59 +134,25 @@ def write_student(o, pieces, student: torch.nn.Module, tensors: dict, out: Path)
     pieces.student_tokenizer.write_as_trained(out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
-        save_file({name.removeprefix("projectors."): tensors[name] for name in trained}, out / "projectors.safetensors")
+        weights = {name.removeprefix("projectors."): tensors[name].contiguous() for name in trained}
+        save_file(weights, out / "projectors.safetensors")
 
 
-def random_state(device) -> dict[str, torch.Tensor]:
+def random_state(device) -> dict[str, Tensor]:
     """State of torch's random number generators: "cpu", and "cuda" if that is the device."""
     on_cuda = {"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **on_cuda}
 
 
-def set_random_state(device, state: dict[str, torch.Tensor]) -> None:
+def set_random_state(device, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.device(device).type == "cuda":
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def trained_parameters(pieces) -> dict[str, torch.nn.Parameter]:
-    """By their names in resume/: student.blocks.0..., projectors.t2s.weight, ...; of a LoRA student the adapters."""
-    student = {f"student.{name}": p for name, p in pieces.student.named_parameters() if p.requires_grad}
-    return student | dict(pieces.method.named_parameters())
-
-
-def state_tensors(o, pieces, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """What resume/ holds, whole and on the CPU of process 0: what is trained, the optimiser's state of it, and random
-    states."""
-    placed = trained_parameters(pieces)
-    for name, parameter in list(placed.items()):
-        state = optimizer.state.get(parameter, {})  # a projector that is solved has none
-        placed |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-    tensors = {}
-    for name, value in placed.items():
-        value = parallel.whole(value.detach())
-        if parallel.rank() == 0:
-            tensors[name] = value.cpu().contiguous().clone()
-    return tensors | {f"random.{name}": parallel.gather(value) for name, value in random_state(o.device).items()}
-
-
-def whole_copy(o, student: torch.nn.Module) -> torch.nn.Module:
-    """A sharded student put together on the CPU of process 0; other processes get a model without weights."""
-    with torch.device("meta"):
-        copied = Decoder(student.config)
-        if o.lora:
-            lora.attach(copied, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-    for name, parameter in student.named_parameters():
-        tensor = parallel.whole(parameter.detach())
-        if parallel.rank() == 0:
-            copied.load_state_dict({name: tensor.cpu()}, strict=False, assign=True)
-    return copied
-
-
-def merged_copy(student: torch.nn.Module) -> torch.nn.Module:
-    """The student with its adapters merged, on the CPU. In place would round the weights that training goes on from."""
-    on_cpu = {id(p): torch.nn.Parameter(p.detach().cpu(), requires_grad=False) for p in student.parameters()}
-    return lora.merge(copy.deepcopy(student, on_cpu))  # deepcopy takes its copies of the parameters from there
+def name_modules(pieces) -> nn.ModuleDict:
+    """What is trained, under its names in resume/: student.blocks.0..., projectors.t2s.weight, ..."""
+    return nn.ModuleDict({"student": pieces.student, "projectors": pieces.method.projectors})
 
 
 def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
@@ -191,7 +162,7 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
-    with readable(path), safe_open(path, "pt") as file:
+    with name_file_if_unreadable(path), safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     if metadata.get("examples", pieces.digest) != pieces.digest:
         raise ValueError(
@@ -205,12 +176,12 @@ def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, di
             f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
             "back, or start again with another --out"
         )
-    with readable(path):
+    with name_file_if_unreadable(path):
         return take_up(o, pieces, optimizer, tensors, metadata)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def name_file_if_unreadable(path: Path) -> Iterator[None]:
     """Says of an error while a checkpoint is read or taken up which file it is about: ValueError."""
     try:
         yield
@@ -218,18 +189,21 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
 
 
-def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: dict) -> tuple[int, dict[str, float]]:
+@torch.no_grad()
+def take_up(
+    o, pieces, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[int, dict[str, float]]:
     """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
-    moments = ("step", "exp_avg", "exp_avg_sq")
-    with torch.no_grad():
-        for name, parameter in trained_parameters(pieces).items():
-            parallel.copy_into(parameter, tensors[name])
-            if not any(f"optimizer.{name}.{key}" in tensors for key in moments):
-                continue  # a projector that is solved, or before the first update
-            for key in moments:
-                value = tensors[f"optimizer.{name}.{key}"]  # copied: not a view of the file, which is soon replaced
-                placed = value.to(o.device, copy=True) if key == "step" else parallel.like(parameter, value)
-                optimizer.state[parameter][key] = placed
+    for name, parameter in name_modules(pieces).named_parameters():
+        if name.startswith("student.") and not parameter.requires_grad:
+            continue  # a layer under an adapter, which is as it was loaded
+        parallel.copy_into(parameter, tensors[name])
+        state = {key: f"optimizer.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+        if not tensors.keys() & state.values():
+            continue  # a projector that is solved, or before the first update
+        for key, saved in state.items():  # copied: not a view of the file, which is soon replaced
+            place = torch.empty((), device=o.device) if key == "step" else torch.empty_like(parameter)
+            optimizer.state[parameter][key] = parallel.copy_into(place, tensors[saved])
     step, processes = int(metadata["step"]), len(tensors["random.cpu"])
     if processes == parallel.world():
         own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
@@ -240,43 +214,55 @@ def take_up(o, pieces, optimizer: torch.optim.AdamW, tensors: dict, metadata: di
     return step, meter if parallel.rank() == 0 else {}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose directory it is
+
+
 def check_directory(o) -> None:
     """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
     then take the value of that run."""
-    out, record = Path(o.out), record_of(o)
-    if o.resume and not (out / "args.json").is_file():
-        raise FileNotFoundError(f"--resume: {out} holds no run; start without --resume")
+    out = Path(o.out)
     if o.resume:
-        before = {"processes": 1, "on_policy_after": 0, **read_json(out / "args.json")}  # which older runs do not name
-        kinds = get_type_hints(type(o))
-        if before.get("lora"):  # older runs, which do not name their layers, adapted them all
-            before = {"lora_targets": ["all-linear"], **before}
-        choices = {entry.name: entry.metadata["choices"] for entry in fields(o) if entry.metadata["choices"]}
-        wrong = [name for name in kinds if not is_kind(before.get(name), kinds[name])]
-        wrong += [name for name in choices if before.get(name) not in (None, *choices[name])]
-        sizes = "batch_size", "grad_accum", "processes"
-        wrong += [name for name in sizes if type(before.get(name)) is not int or before[name] < 1]
-        if not wrong and "best" in before and not is_score(before["best"], KEPT_BY.get(before.get("keep_best"))):
-            wrong.append("best")
-        if wrong:
-            raise ValueError(f"{out / 'args.json'}: {before.get(wrong[0])!r:.60} is no value of {wrong[0]}")
-        for name in record:  # what is open in the options is as it was, also where it followed from the models
-            if record[name] is None and name != "shard":
-                setattr(o, name, before.get(name))
-        check_update_size(o, before)
-        free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}  # where updates stay the same
-        changed = {name for name in record.keys() - free if record[name] not in (None, before.get(name))}
-        if changed:
-            name = sorted(changed)[0]
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume: {flag} is {record[name]!r}, but {out} was started with {before.get(name)!r}")
+        check_resumed(o)
     elif out.is_file():
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
     if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
-        with locked(out):
+        with lock_directory(out):
             pass
+
+
+def check_resumed(o) -> None:
+    """Raises unless the options are those of the run in --out, but for what leaves its updates as they were."""
+    asked, before = record_of(o), read_record(o)
+    for name, value in asked.items():  # what is left open is as it was, also where it followed from the models
+        if value is None and name != "shard":
+            setattr(o, name, before.get(name))
+    check_update_size(o, before)
+    free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}
+    for name in sorted(asked.keys() - free):
+        if asked[name] not in (None, before.get(name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {flag} is {asked[name]!r}, but {o.out} was started with {before.get(name)!r}")
+
+
+def read_record(o) -> dict:
+    """args.json of the run in --out. Raises FileNotFoundError if there is none, ValueError for what it cannot say."""
+    file = Path(o.out) / "args.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: {o.out} holds no run; start without --resume")
+    record = {"processes": 1, "on_policy_after": 0, **read_json(file)}  # which older runs do not name
+    if record.get("lora"):  # older runs, which do not name their layers, adapted them all
+        record = {"lora_targets": ["all-linear"], **record}
+    wrong = [entry.name for entry in fields(o) if not is_value(record.get(entry.name), entry)]
+    sizes = "batch_size", "grad_accum", "processes"
+    wrong += [name for name in sizes if type(record.get(name)) is not int or record[name] < 1]
+    if not wrong and "best" in record and not is_score(record["best"], KEPT_BY.get(record.get("keep_best"))):
+        wrong.append("best")
+    if wrong:
+        raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
+    return record
 
 
 def record_of(o) -> dict:
@@ -285,11 +271,15 @@ def record_of(o) -> dict:
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
 
 
-def is_kind(value, kind) -> bool:
-    """Whether the value is of that type; None always is, a whole number is a float too, but no truth value a number."""
+def is_value(value, entry: Field) -> bool:
+    """Whether an option may have this value. None is one of every option, a whole number one of those that are floats,
+    but a truth value is no number."""
+    choices = entry.metadata["choices"]
+    if value is None or choices:
+        return value is None or value in choices
     if type(value) is bool:
-        return kind in (bool, bool | None)
-    return value is None or isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
+        return entry.type in (bool, bool | None)
+    return isinstance(value, entry.type) or (type(value) is int and isinstance(1.0, entry.type))
 
 
 def is_score(best, name: str | None) -> bool:
@@ -302,7 +292,7 @@ def is_score(best, name: str | None) -> bool:
 def check_update_size(o, before: dict) -> None:
     """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
     over the same ones, however they are split over processes and forward passes."""
-    asked, size = (x["batch_size"] * x["grad_accum"] * x.get("processes", 1) for x in (record_of(o), before))
+    asked, size = (x["batch_size"] * x["grad_accum"] * x["processes"] for x in (record_of(o), before))
     each, rest = divmod(size, parallel.world())
     if asked == size:
         return
@@ -346,7 +336,7 @@ def hold_directory(o) -> Iterator[None]:
         return
     out = Path(o.out)
     (out / "resume").mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with lock_directory(out):
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
         best = best_checkpoint(o) if o.resume else None
@@ -355,7 +345,7 @@ def hold_directory(o) -> Iterator[None]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def lock_directory(out: Path) -> Iterator[None]:
     """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
     does. Only on Unix; where a file system has no locks, a warning says so."""
     if os.name != "posix":
@@ -388,7 +378,7 @@ def write_text(path: Path, text: str) -> None:
     if parallel.rank() > 0:
         return
     new = path.with_name(f"{path.name}.new")
-    with explained(path):
+    with name_file_in_errors(path):
         try:
             new.write_text(text, encoding="utf-8")
             sync(new)
@@ -398,7 +388,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Says of an error while writing which file it is about, and what to do."""
     try:
         yield
@@ -456,7 +446,7 @@ class Log:
     def write(self, line: dict) -> None:
         if parallel.rank() > 0:
             return
-        with explained(self.path), open(self.path, "a") as file:
+        with name_file_in_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -649,7 +639,7 @@ def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, c
     """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
     modules = pieces.student, pieces.method
     trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
-    spoilt = [name for name, parameter in trained if not parallel.local(parameter).isfinite().all()]
+    spoilt = [name for name, parameter in trained if not parallel.local_part(parameter).isfinite().all()]
     if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
         name = spoilt[0] if spoilt else "a parameter"
         return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"

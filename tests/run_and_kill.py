@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import safetensors.torch
 import torch
 
-import lora
 import model
 import train
 from data import TextTokenizer
+from runtime import peft
 from runtime import run as checkpoint
 
 WRITES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}  # Python's audit events
@@ -64,7 +64,7 @@ def die_at(count: int, out: str, report: Path) -> None:
         return wrapper
 
     sys.addaudithook(audit)
-    for module in (checkpoint, lora, model):
+    for module in (checkpoint, peft, model):
         module.save_file = torn
     checkpoint.Log.write = half_a_line
     for name in ("distil", "held_out_cross_entropy", "sample_rows", "write_samples"):

@@ -24,6 +24,7 @@ import train
 from data import TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
 from runtime import run as checkpoint
+from runtime.peft import load_adapter
 
 TIMES = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 METHODS = {
@@ -139,7 +140,7 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
     assert torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"]) == (step == 6)  # they go with student/
     if "lora" in more:
-        adapted = lora.merge(lora.load_adapter(model.load_model(task / "student"), run / "adapter"))
+        adapted = lora.merge(load_adapter(model.load_model(task / "student"), run / "adapter"))
         assert same(dict(adapted.named_parameters()), dict(student.named_parameters()))
     before = snapshot(run)
     train.main([*command(task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
@@ -392,12 +393,12 @@ def test_one_process_at_a_time(task, tmp_path):
     run = tmp_path / "run"
     train.main(command(task, run))
     held = f"{run} is in use by process {os.getpid()} on "
-    with checkpoint.locked(run), pytest.raises(SystemExit, match=held):
+    with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
         train.main([*command(task, run), "--resume"])
     train.main([*command(task, run), "--resume"])
     (run / "args.json").unlink()
     shutil.rmtree(run / "student")
-    with checkpoint.locked(run), pytest.raises(SystemExit, match=held):
+    with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
         train.main(command(task, run))
 
 

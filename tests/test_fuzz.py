@@ -26,6 +26,7 @@ import model
 import train
 from model import load_model
 from runtime import hub, strict
+from runtime.peft import load_adapter, save_adapter
 from scores import answers as grade
 
 SEED = os.environ.get("FUZZ_SEED", "0")
@@ -280,7 +281,7 @@ def test_shards(count, checkpoints, spoilt, tmp_path):
             shard.write_bytes(shard.read_bytes()[: rng.randrange(100)])
         print(family, kind)
         (directory / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        result(lambda d=directory: hub._missing(d, True), directory)
+        result(lambda d=directory: hub.missing_files(d, True), directory)
         loaded = result(lambda d=directory: open_model(d), directory)
         assert loaded is not None or kind != "none"
         assert loaded is None or kind not in ("place", "twice", "absent", "weights")
@@ -604,9 +605,9 @@ def test_adapters(count, checkpoints, tmp_path):
         family = rng.choice(["gpt2", "llama"])
         torch.manual_seed(0)
         trained = lora.attach(load_model(checkpoints / family), 2, 4.0)
-        for layer in lora.adapted(trained).values():
+        for layer in lora.adapted_layers(trained).values():
             torch.nn.init.normal_(layer.lora_B)
-        lora.save_adapter(trained, tmp_path)
+        save_adapter(trained, tmp_path)
         file = tmp_path / rng.choice(["adapter_config.json", "adapter_model.safetensors"])
         if file.suffix == ".json":
             if rng.random() < 0.5:
@@ -631,7 +632,7 @@ def test_adapters(count, checkpoints, tmp_path):
                 tensors[name.replace("lora_", "dora_")] = tensor.clone()
             save_file(tensors, file)
         print(family, file.name, kind)
-        loaded = result(lambda f=family: lora.load_adapter(load_model(checkpoints / f), tmp_path), tmp_path)
+        loaded = result(lambda f=family: load_adapter(load_model(checkpoints / f), tmp_path), tmp_path)
         assert loaded is None or kind not in ("nan", "int", "float8", "shape", "missing", "extra")
         if loaded is not None and file.suffix != ".json":
             assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))

@@ -14,6 +14,7 @@ import lora
 import model
 import train
 from runtime import run as checkpoint
+from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
 EVERY_CONFIG = {**CONFIGS, "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
@@ -36,7 +37,7 @@ def trained(m, rank=3, alpha=5.0, dropout=0.0, **options):
     """m with adapters as after some training: B is no longer zero."""
     torch.manual_seed(1)
     lora.attach(m, rank, alpha, dropout, **options)
-    for layer in lora.adapted(m).values():
+    for layer in lora.adapted_layers(m).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return m
 
@@ -97,7 +98,7 @@ def test_merged_logits_equal_adapted_ones(family):
     base, weights = logits_of(m), [p for p in m.parameters()]
     values = [p.clone() for p in weights]
     adapted = logits_of(trained(m))
-    assert lora.merge(m) is m and not lora.adapted(m)
+    assert lora.merge(m) is m and not lora.adapted_layers(m)
     assert close(logits_of(m), adapted) and not close(adapted, base, 0.1)
     assert all(torch.equal(p, value) for p, value in zip(weights, values, strict=True))  # old tensors are left alone
 
@@ -108,7 +109,7 @@ def test_merging_rounds_once_in_half_precision():
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
     with torch.no_grad():
         exact = layer.weight.double() + 5 / 3 * layer.lora_B.double() @ layer.lora_A.double()
-    merged = layer.merged().weight
+    merged = layer.merge().weight
     assert merged.dtype == torch.bfloat16
     assert ((merged.double() - exact).abs() <= 1.001 * 2**-9 * 2 ** exact.abs().log2().ceil()).all()
 
@@ -169,7 +170,7 @@ def test_impossible_values_leave_the_model_alone(values, message):
     m = random_model({**GPT2, "tie_word_embeddings": False})
     with pytest.raises(ValueError, match=message):
         lora.attach(m, *values)
-    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
 def test_a_rank_above_the_width_and_a_second_adapter():
@@ -204,7 +205,7 @@ def test_trained_parameters_of_the_papers_student(targets, parameters):
 
 def test_all_linear_is_every_layer_but_a_head_of_its_own():
     m = lora.attach(random_model({**GPT2, "tie_word_embeddings": False}), 4, 8, targets="all-linear")
-    assert set(lora.adapted(m)) == {f"blocks.{i}.{name}" for i in range(2) for name in GPT2_LAYERS}
+    assert set(lora.adapted_layers(m)) == {f"blocks.{i}.{name}" for i in range(2) for name in GPT2_LAYERS}
 
 
 @pytest.mark.parametrize("family", model.FIELDS)
@@ -224,8 +225,8 @@ def test_names_logits_and_gradients_are_pefts(peft, recwarn, family, targets, tm
     config = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=targets, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(theirs, config).eval()
     trained(m, rank=3, alpha=5.0, targets=targets)
-    assert peft.get_peft_model_state_dict(theirs).keys() == lora.adapter_state(m).keys()
-    peft.set_peft_model_state_dict(theirs, lora.adapter_state(m))
+    assert peft.get_peft_model_state_dict(theirs).keys() == adapter_state(m).keys()
+    peft.set_peft_model_state_dict(theirs, adapter_state(m))
 
     ids = random_batch()[0]
     logits, their_logits = m.logits(m(ids)), theirs(ids).logits
@@ -233,8 +234,8 @@ def test_names_logits_and_gradients_are_pefts(peft, recwarn, family, targets, tm
     logits.square().mean().backward()
     their_logits.square().mean().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    ours = {lora.peft_path(m, name): p.grad for name, p in m.named_parameters() if p.grad is not None}
-    assert len(ours) == len(gradients) == len(lora.adapter_state(m))
+    ours = {peft_path(m, name): p.grad for name, p in m.named_parameters() if p.grad is not None}
+    assert len(ours) == len(gradients) == len(adapter_state(m))
     for name, gradient in ours.items():
         theirs_of = gradients[f"base_model.model.{name}.default.weight"]
         torch.testing.assert_close(gradient, theirs_of, rtol=1e-4, atol=1e-6)
@@ -248,15 +249,16 @@ def test_names_logits_and_gradients_are_pefts(peft, recwarn, family, targets, tm
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_saved_adapter_comes_back(family, targets, tmp_path):
     m = trained(random_model(CONFIGS[family]), dropout=0.1, targets=targets)
-    lora.save_adapter(m, tmp_path)
-    again = lora.load_adapter(random_model(CONFIGS[family]), tmp_path)
-    assert torch.equal(logits_of(again), logits_of(m)) and set(lora.adapted(again)) == set(lora.adapted(m))
-    assert same(lora.adapter_state(again), lora.adapter_state(m))
-    settings = [{(x.rank, x.alpha, x.dropout, x.training) for x in lora.adapted(y).values()} for y in (m, again)]
+    save_adapter(m, tmp_path)
+    again = load_adapter(random_model(CONFIGS[family]), tmp_path)
+    assert torch.equal(logits_of(again), logits_of(m))
+    assert set(lora.adapted_layers(again)) == set(lora.adapted_layers(m))
+    assert same(adapter_state(again), adapter_state(m))
+    settings = [{(x.rank, x.alpha, x.dropout, x.training) for x in lora.adapted_layers(y).values()} for y in (m, again)]
     assert settings[0] == settings[1] == {(3, 5.0, 0.1, False)}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with pytest.raises(ValueError, match="has no adapters"):
-        lora.save_adapter(random_model(CONFIGS[family]), tmp_path / "none")
+        save_adapter(random_model(CONFIGS[family]), tmp_path / "none")
 
 
 def in_transformers(m, directory):
@@ -281,10 +283,10 @@ def test_peft_loads_our_adapter(peft, recwarn, family, targets, tmp_path):
     elif targets == "some":
         targets = ["model.layers.1.self_attn.q_proj", "down_proj"]
     theirs = in_transformers(m, tmp_path / "base")
-    lora.save_adapter(trained(m, targets=targets, dropout=0.1), tmp_path / "adapter")
+    save_adapter(trained(m, targets=targets, dropout=0.1), tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
     assert close(their_logits(theirs), logits_of(m))
-    assert peft.get_peft_model_state_dict(theirs).keys() == lora.adapter_state(m).keys()
+    assert peft.get_peft_model_state_dict(theirs).keys() == adapter_state(m).keys()
     assert not [str(w.message) for w in recwarn if "adapter" in str(w.message) or "fan_in" in str(w.message)]
     assert close(their_logits(theirs.merge_and_unload()), logits_of(lora.merge(m)))
 
@@ -304,12 +306,12 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path / "adapter")
-    lora.load_adapter(m, tmp_path / "adapter")
+    load_adapter(m, tmp_path / "adapter")
     assert close(logits_of(m), their_logits(theirs)) and not close(logits_of(m), base, 1e-2)
-    ours = len(lora.adapted(m))
+    ours = len(lora.adapted_layers(m))
     assert ours == sum("lora_A" in name for name, _ in theirs.named_parameters())
-    lora.save_adapter(m, tmp_path / "again")  # the same layers go back
-    assert len(lora.adapted(lora.load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
+    save_adapter(m, tmp_path / "again")  # the same layers go back
+    assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
 @pytest.fixture
@@ -317,7 +319,7 @@ def saved(tmp_path):
     """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""
 
     def make(edit_config=lambda config: None, edit_tensors=lambda tensors: None):
-        lora.save_adapter(trained(random_model(GPT2), targets="all-linear"), tmp_path)
+        save_adapter(trained(random_model(GPT2), targets="all-linear"), tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         edit_config(config)
@@ -352,9 +354,9 @@ FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 def test_adapters_of_another_kind(saved, field, value, message):
     m, path = random_model(GPT2), saved(lambda config: config.update({field: value}))
     with pytest.raises(ValueError, match=message) as caught:
-        lora.load_adapter(m, path)
+        load_adapter(m, path)
     assert str(path) in str(caught.value)
-    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
 @pytest.mark.parametrize(
@@ -376,31 +378,31 @@ def test_adapters_of_another_model(saved, key, shape, message):
 
     m, path = random_model({**GPT2, "tie_word_embeddings": False}), saved(edit_tensors=edit)
     with pytest.raises(ValueError, match=message):
-        lora.load_adapter(m, path)
-    assert not lora.adapted(m) and all(p.requires_grad for p in m.parameters())
+        load_adapter(m, path)
+    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
 def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):
     with pytest.raises(ValueError, match="no tensors"):
-        lora.load_adapter(random_model(GPT2), saved(edit_tensors=lambda tensors: tensors.clear()))
+        load_adapter(random_model(GPT2), saved(edit_tensors=lambda tensors: tensors.clear()))
     with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model"):
-        lora.load_adapter(random_model(LLAMA), saved())
+        load_adapter(random_model(LLAMA), saved())
 
 
 def test_missing_and_damaged_files(saved):
     path = saved()
     (path / "adapter_model.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes()[:-20])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        lora.load_adapter(random_model(GPT2), path)
+        load_adapter(random_model(GPT2), path)
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors not found"):
-        lora.load_adapter(random_model(GPT2), path)
+        load_adapter(random_model(GPT2), path)
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        lora.load_adapter(random_model(GPT2), path)
+        load_adapter(random_model(GPT2), path)
     (path / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_config.json not found"):
-        lora.load_adapter(random_model(GPT2), path)
+        load_adapter(random_model(GPT2), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +444,7 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     before, after = dict(start.named_parameters()), dict(pieces.student.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     fresh = lora.attach(copy.deepcopy(start), 4, 8.0)
-    for name, layer in lora.adapted(pieces.student).items():
+    for name, layer in lora.adapted_layers(pieces.student).items():
         assert layer.lora_B.abs().max() > 0 and layer.lora_A.shape == fresh.get_submodule(name).lora_A.shape
 
     trained_names = {name for name, p in pieces.student.named_parameters() if p.requires_grad}
@@ -457,7 +459,7 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     old, new = load_file(source / "model.safetensors"), weights_of(tmp_path / "run")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and changed == {
-        lora.peft_path(fresh, name) + ".weight" for name in lora.adapted(fresh)
+        peft_path(fresh, name) + ".weight" for name in lora.adapted_layers(fresh)
     }
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (record["lora"], record["lora_alpha"], record["lora_dropout"]) == (4, 8.0, 0.1)
@@ -544,8 +546,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_
 )
 def test_layers_that_the_command_line_names(tiny_task, tmp_path, capsys, words, targets, layers):
     train.main(command(tiny_task, tmp_path / "run") + ["--lora-targets", *words])
-    m = lora.load_adapter(model.load_model(tiny_task / "student"), tmp_path / "run" / "adapter")
-    assert {name.split(".", 2)[2] for name in lora.adapted(m)} == layers
+    m = load_adapter(model.load_model(tiny_task / "student"), tmp_path / "run" / "adapter")
+    assert {name.split(".", 2)[2] for name in lora.adapted_layers(m)} == layers
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lora_targets"] == targets
     assert f"LoRA on {', '.join(targets)}: " in capsys.readouterr().err
 

@@ -1,0 +1,139 @@
+"""Adapter files as peft has them, adapter_config.json and adapter_model.safetensors, out and in.
+
+Plain LoRA only: files with DoRA, rsLoRA, biases or a rank per layer are refused. peft itself is not needed.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora import adapted_layers, attach, check_values, default_targets, linear_layers
+
+# What peft's configuration may say without changing the computation: used, about other software, or about training.
+KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out init_lora_weights task_type
+    inference_mode base_model_name_or_path revision peft_version auto_mapping layers_to_transform layers_pattern
+    exclude_modules megatron_core qalora_group_size""".split())
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # A (rank, in), B (out, rank)
+
+
+def is_gpt2(model: nn.Module) -> bool:
+    return default_targets(model) == ["c_attn"]
+
+
+def peft_path(model: nn.Module, name: str) -> str:
+    """The path of a layer in transformers' model. model.py calls the stack `blocks`, and has the same names inside."""
+    return re.sub(r"^blocks\.", "transformer.h." if is_gpt2(model) else "model.layers.", name)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """{name in peft's file: tensor} of all A and B."""
+    state = {}
+    for name, layer in adapted_layers(model).items():
+        path = f"base_model.model.{peft_path(model, name)}"
+        state |= {f"{path}.lora_A.weight": layer.lora_A.detach(), f"{path}.lora_B.weight": layer.lora_B.detach()}
+    return state
+
+
+def save_adapter(model: nn.Module, path, base: str | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, which peft loads on transformers' model.
+
+    base: name or directory of the model underneath, for those who want to load both at once. Each file is written
+    beside its place and moved there. Raises ValueError for a model without adapters.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("save_adapter: the model has no adapters")
+    layer = next(iter(layers.values()))
+    plain = {name.rpartition(".")[2] for name in linear_layers(model).keys() - layers.keys()}
+    endings = {name: name.rpartition(".")[2] for name in layers}  # the whole path, where not all of one ending have one
+    targets = {peft_path(model, name) if ending in plain else ending for name, ending in endings.items()}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "target_modules": sorted(targets),
+        "fan_in_fan_out": is_gpt2(model),  # transformers keeps GPT-2's weights as (in, out)
+        "bias": "none", "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(tensors, path / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+    (path / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        os.replace(path / f"{name}.tmp", path / name)
+
+
+def load_adapter(model: nn.Module, path) -> nn.Module:
+    """Attach the adapter of such a directory, written here or by peft, to the plain model it was made for. In place;
+    returns the model, frozen but for the adapters.
+
+    Raises FileNotFoundError for missing files and ValueError, with the model as it was, for an adapter of another model
+    (naming tensor and shapes), another kind than plain LoRA, or a damaged file.
+    """
+    file = Path(path) / "adapter_model.safetensors"
+    rank, alpha, dropout = read_adapter_config(Path(path) / "adapter_config.json")
+    adapters = read_adapters(model, file, rank)
+    attach(model, rank, alpha, dropout, targets=list(adapters))
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            layer.lora_A.copy_(adapters[name]["A"])
+            layer.lora_B.copy_(adapters[name]["B"])
+    return model
+
+
+def read_adapter_config(file: Path) -> tuple[int, float, float]:
+    """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for what is more than plain LoRA."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; expected adapter_config.json and adapter_model.safetensors")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: not an adapter of peft_type LORA")
+    # PiSSA, OLoRA and the like also change the weights underneath
+    wrong = [] if config.get("init_lora_weights") in (True, False, None, "gaussian") else ["init_lora_weights"]
+    wrong += [field for field, value in config.items() if field not in KNOWN and value and value != "none"]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA")
+    values = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
+    check_values(str(file), *values)
+    return values
+
+
+def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str, Tensor]]:
+    """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}; raises as `load_adapter` does."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found (adapters in pickled .bin files are not read)")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    layers = linear_layers(model)
+    ours = {peft_path(model, name): name for name in layers}
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or match[1] not in ours:
+            raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
+                             "is it an adapter of another model?")  # fmt: skip
+        name, letter = ours[match[1]], match[2]
+        expected = [rank, layers[name].in_features] if letter == "A" else [layers[name].out_features, rank]
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}, the model and rank {rank} of "
+                             f"adapter_config.json need {expected}: is it an adapter of another model?")  # fmt: skip
+        plain = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if not plain or not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{file}: tensor {key!r} is quantised ({tensor.dtype}), or has values that are not finite")
+        adapters.setdefault(name, {})[letter] = tensor
+    for name, pair in adapters.items():
+        if len(pair) < 2:
+            raise ValueError(f"{file}: {peft_path(model, name)} has only lora_{min(pair)} of lora_A and lora_B")
+    if not adapters:
+        raise ValueError(f"{file}: no tensors")
+    return adapters
