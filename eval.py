@@ -40,7 +40,7 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, tokenizer_of, write_text
-from runtime.strict import check_model
+from runtime.strict import check_device, check_model
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
 from scores.rouge import exact_match, rouge_l, tokenize
 
@@ -329,20 +329,6 @@ def check(options: argparse.Namespace) -> None:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: must be at least {least} and below {below}")
     check_device(options.device)
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError unless it is one that can be used here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
-    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
-        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
-    return device
 
 
 def run(options: argparse.Namespace) -> None:

@@ -66,7 +66,8 @@ from model import build_model, generate, hidden_at, load_model, read_json
 from projector import Projectors
 from runtime import parallel
 from runtime.hub import data_file, model_directory
-from runtime.options import Options, check, flags, parse, say_settings, say_teacher, settings, teacher_stage
+from runtime.options import Options, parse
+from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
 from runtime.run import (
     Meter,
     RunDirectory,
@@ -80,7 +81,7 @@ from runtime.run import (
     tokenizer_of,
     write_text,
 )
-from runtime.strict import check_model, choose_alignment, fit_lengths, read_projectors
+from runtime.strict import check_model, check_options, choose_alignment, fit_lengths, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -540,7 +541,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
 
     Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
     """
-    o = check(o)
+    o = check_options(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     else:
@@ -709,7 +710,7 @@ def run(given: dict) -> None:
 
         tiny.run(given)
         return
-    o = check(Options(**settings(given)))
+    o = check_options(Options(**settings(given)))
     say_settings(given)
     if given.get("teacher_sft"):
         o = run_teacher_stage(given, o)

@@ -232,7 +232,7 @@ def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, in
     torch.manual_seed(0)
     student = build_model(job["student"]).to(device)
     teacher = build_model(job["teacher"]).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    o = train.check(train.Options(
+    o = train.check_options(train.Options(
         student="-", teacher="-", data="-", device=device, dtype=dtype, kd_rate=KD_RATE, temperature=TEMPERATURE,
         batch_size=len(rows), compile=False, **METHODS[name][1],
     ))  # fmt: skip

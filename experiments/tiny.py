@@ -425,7 +425,7 @@ def run(given: dict) -> None:
     if "epochs" in given:
         raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
-    train.check(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
+    train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
     if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained

@@ -155,7 +155,7 @@ def test_knowledge_is_that_of_single_distributions(pair):
 def test_attention_is_what_training_computes(pair, tiny_task, monkeypatch):
     """With these weights on the values, the projected teacher states are those that the loss is taken on."""
     tokenizers = TextTokenizer(tiny_task / "student"), TextTokenizer(tiny_task / "teacher")
-    o = train.check(train.Options("-", "-", "-", recipe="v1", align="cma", device="cpu"))
+    o = train.check_options(train.Options("-", "-", "-", recipe="v1", align="cma", device="cpu"))
     method = train.Method(o, pair.student, tokenizers[0], pair.teacher, tokenizers[1])
     batch, seen = collate(pair.rows[:1], *pair.ends), []
     attend = train.cross_model_attention

@@ -14,8 +14,9 @@ import train
 from baselines import seqkd
 from data import CHATS, Example, TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
-from runtime.options import Options, check
+from runtime.options import Options
 from runtime.run import tokenizer_of
+from runtime.strict import check_options
 
 TEXTS = ["The fox", " begins with a space", "  two", "", "\n\nlines", "1,250 and 42", "é 東京 🦊", "a <s> b", "</s>x"]
 BEGIN = "<|begin_of_text|>"
@@ -84,7 +85,7 @@ def test_the_students_files_say_what_it_was_trained_with(kinds, tiny_task, tmp_p
     assert json.loads((student / "tokenizer_config.json").read_text())["add_bos_token"] is bool(begin)
 
     # those are the ids of training
-    o = check(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",
+    o = check_options(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",
                       bos=bos or None, max_len=96, out=str(tmp_path / "other")))  # fmt: skip
     pieces = train.load(o)
     for row, example in zip(pieces.rows, read_jsonl(o.data), strict=True):
@@ -202,7 +203,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
     def prompts(teacher, **more):
         o = Options(student=str(kinds["llama3"]), teacher=str(teacher), data=str(tiny_task / "train.jsonl"),
                     out=str(tmp_path / "next"), device="cpu", max_len=96, **more)  # fmt: skip
-        row = train.load(check(o)).rows[0]
+        row = train.load(check_options(o)).rows[0]
         return row.teacher.prompt[0] == 1, row.student.prompt[0] == 900
 
     begun = tmp_path / "begun" / "student"

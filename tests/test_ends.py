@@ -13,7 +13,8 @@ import model
 import train
 from data import TextTokenizer, read_jsonl, sampled_row, tokenise
 from experiments import tiny
-from runtime.options import Options, check
+from runtime.options import Options
+from runtime.strict import check_options
 
 ANSWER, TURN, STOP = 900, 901, 902  # added to the tiny student's vocabulary, behind its end-of-text, 0
 WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
@@ -120,8 +121,9 @@ def test_what_a_student_samples_ends_with_end_of_text(tiny_task, tmp_path, teach
     """Its gold responses do: another of its ends in their place would teach it to end in two ways."""
     student = speaker(tiny_task, tmp_path / "model", WAYS["one in each"])
     theirs = student if teacher == "same" else tiny_task / teacher
-    o = check(Options(student=str(student), teacher=str(theirs), data=str(tiny_task / "train.jsonl"), on_policy=1.0,
-                      device="cpu", out=str(tmp_path / "run"), max_len=96))  # fmt: skip
+    data = str(tiny_task / "train.jsonl")
+    o = check_options(Options(student=str(student), teacher=str(theirs), data=data, on_policy=1.0, device="cpu",
+                              out=str(tmp_path / "run"), max_len=96))  # fmt: skip
     pieces = train.load(o)
     sampled, tokens = train.sample_rows(o, pieces, pieces.rows[:4], step=0)
     end = pieces.teacher_tokenizer.eos_id

@@ -65,7 +65,7 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
                "max_prompt_len": 48, "batch_size": 2, **CASES[case]}  # fmt: skip
     if options.get("method") != "sft":
         options["teacher"] = str(task / options.get("teacher", "teacher"))
-    o = train.check(train.Options(**options if sharded else options | {"shard": None}))
+    o = train.check_options(train.Options(**options if sharded else options | {"shard": None}))
     pieces = train.load(o)
     indices = list(range(7))
     count = max(map(len, train.split_of_all(o, pieces.rows[:7])))
@@ -116,7 +116,7 @@ def stop_after_one_checkpoint(o: train.Options) -> None:
 
 def bytes_held(task: Path, out: Path) -> dict[str, int]:
     """What this process keeps of both models between two updates."""
-    o = train.check(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
+    o = train.check_options(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
     pieces = train.load(o)
     optimizer = train.make_optimizer(o, pieces)
     train.distil(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
@@ -403,11 +403,11 @@ def test_what_cannot_be_says_why(task, tmp_path, monkeypatch, options, message):
     cards = options.pop("cards", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     with pytest.raises(ValueError, match=message):
-        train.check(options_of(task, tmp_path / "run", **options))
+        train.check_options(options_of(task, tmp_path / "run", **options))
 
 
 def test_an_update_that_cannot_be_split_says_so(task, tmp_path, monkeypatch):
     stop_after_one_checkpoint(options_of(task, tmp_path / "run", batch_size=4))
     monkeypatch.setattr(parallel, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 process.es. makes 12; that number of processes does not divide 4"):
-        train.check_directory(train.check(options_of(task, tmp_path / "run", batch_size=4, resume=True)))
+        train.check_directory(train.check_options(options_of(task, tmp_path / "run", batch_size=4, resume=True)))

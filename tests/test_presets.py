@@ -76,7 +76,7 @@ def test_parameters_are_the_published_number(name):
 
 
 def resolved(line: str) -> train.Options:
-    return train.check(train.Options(**train.settings(train.parse(shlex.split(line)))))
+    return train.check_options(train.Options(**train.settings(train.parse(shlex.split(line)))))
 
 
 FULL = {"lora": 0, "weight_decay": 1e-2, "clip": 1.0, "warmup": 0, "temperature": 2.0, "kd_rate": 0.5, "grad_accum": 1}

@@ -95,7 +95,7 @@ def test_every_cell_has_options_that_train_accepts(root):
             patch.object(reproduce, "answers", lambda root, cell: root / "worlds" / "plain-900-0" / "valid.jsonl"),
         ):
             options = train.Options(**reproduce.options_of(reproduce.resolve(cell), root, root))
-        train.check(options)
+        train.check_options(options)
         assert options.lr == reproduce.resolve(cell).lr and options.seed == cell.seed
 
 
@@ -406,7 +406,7 @@ def test_the_papers_commands_are_accepted(name):
     made = []
     for file, *arguments in commands[:-1]:
         assert file == "train.py"
-        options = train.check(train.Options(**train.parse(arguments)))
+        options = train.check_options(train.Options(**train.parse(arguments)))
         assert options.batch_size * options.grad_accum == 32
         assert (options.valid, options.keep_best) == ("dolly", "rouge")
         assert options.teacher is None or Path(options.teacher).parent.as_posix() in made
