@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from align import exact_token_alignment, token_bytes
 
@@ -225,14 +225,23 @@ def _encodable(text: str, key: str, where: str) -> str:
 
 
 class TextTokenizer:
-    """A tokenizer as training needs it: plain text in, ids out, one end-of-text id, and the format of its prompts."""
+    """A tokenizer as training needs it: plain text in, ids out, its ends, and how its prompts begin.
 
-    def __init__(self, directory: str | Path, chat: str = "none"):
-        """Reads tokenizer.json, and end-of-text from tokenizer_config.json, generation_config.json or config.json.
+    eos_id: end-of-text, which follows every response that the model is trained on.
+    end_ids: all that end a response when the model writes one, end-of-text first: a model may have several.
+    prefix: the ids that begin every prompt, none by default.
+    """
+
+    def __init__(self, directory: str | Path, chat: str = "none", bos: bool = False):
+        """Reads tokenizer.json, and the ends from tokenizer_config.json, generation_config.json and config.json.
 
         chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+        bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in
+        GPT-2's), unless the chat format begins so by itself.
         """
         self.directory, self.chat = Path(directory), chat
+        self.prefix: list[int] = []
+        self.end_ids: list[int] = []
         if chat not in ("none", *CHATS):
             raise ValueError(f"{directory}: no chat format is called {chat!r}, only none, {', '.join(CHATS)}")
         file = self.directory / "tokenizer.json"
@@ -241,6 +250,7 @@ class TextTokenizer:
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             self.decode(self.encode("Größe\n\x00 東京 🦊"))  # some defects show only when it is used
+            self.template = self._template()
         except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
             raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
         ids = self.vocabulary().values()
@@ -248,33 +258,54 @@ class TextTokenizer:
         distinct = len(set(ids))
         if not 0 < self.size <= 2**24 or distinct < len(ids):  # all ids are listed, up to the last
             raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {self.size - 1}: not a vocabulary")
-        self.eos_id = self._end_of_text() if chat == "none" else self._end_of_turn()
+        self.end_ids = self._ends()
+        self.eos_id = self.end_ids[0]
+        if bos:
+            self._begin_prompts(self.template[0])
         try:
             self.bytes = [spelling or b"" for spelling in token_bytes(self.tokenizer)]  # special tokens spell nothing
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
 
-    def _end_of_text(self) -> int:
+    def _template(self) -> tuple[list[int], list[int]]:
+        """The ids that tokenizer.json's post-processor puts before and behind a text."""
+        bare = Tokenizer(models.WordLevel({"text": 0}, unk_token="text"))  # shows them, whatever the vocabulary is
+        if self.tokenizer.post_processor is not None:
+            bare.post_processor = self.tokenizer.post_processor
+        encoding = bare.encode("text")
+        at = encoding.special_tokens_mask.index(0)
+        return encoding.ids[:at], encoding.ids[at + 1 :]
+
+    def _begin_prompts(self, ids: list[int]) -> None:
+        if any(self.tokenizer.id_to_token(index) is None for index in ids):
+            file = self.directory / "tokenizer.json"
+            raise ValueError(f"{file}: its post-processor adds ids {ids}, but the vocabulary lacks one of them")
+        if self.chat != "none" and self.encode_prompt(CHATS[self.chat][0])[: len(ids)] == ids:
+            return
+        self.prefix = ids
+
+    def _ends(self) -> list[int]:
+        """Every id that one of the files calls an end, end-of-text first."""
+        ends = [] if self.chat == "none" else [self._end_of_turn()]
         for file, key in [
             ("tokenizer_config.json", "eos_token"),
             ("generation_config.json", "eos_token_id"),
             ("config.json", "eos_token_id"),
         ]:
             path = self.directory / file
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise ValueError(f"{path}: not a JSON object: {error}") from error
-            value = value.get("content") if isinstance(value, dict) else value
-            value = value[0] if isinstance(value, list) and value else value
-            if value is None:
-                continue
-            index = self.vocabulary().get(value) if isinstance(value, str) else value
-            if type(index) is not int or not 0 <= index < self.size or self.tokenizer.id_to_token(index) is None:
-                raise ValueError(f"{path}: {key} {value!r} is not in tokenizer.json")
-            return index
-        raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+            value = _content(_read_object(path).get(key))
+            for end in value if isinstance(value, list) else [value]:
+                index = self.vocabulary().get(end) if isinstance(end, str) else end
+                if end is None:
+                    continue
+                if type(index) is int and 0 <= index < self.size and self.tokenizer.id_to_token(index) is not None:
+                    ends.append(index)
+                elif not ends or type(index) is not int:  # another id that it does not have is never generated
+                    raise ValueError(f"{path}: {key} {end!r} is not in tokenizer.json")
+        if not ends:
+            raise ValueError(f"{self.directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+        return list(dict.fromkeys(ends))
 
     def _end_of_turn(self) -> int:
         text, end = CHATS[self.chat]
@@ -286,33 +317,83 @@ class TextTokenizer:
                 )
         return self.tokenizer.token_to_id(end)
 
-    def write_end(self, directory: Path) -> None:
-        """Make end-of-text what the files of a copy in `directory` call so: a base model's name another token than the
-        one that ends a turn."""
+    def write_as_trained(self, directory: Path) -> None:
+        """Make the files of a copy in `directory` say what a model was trained with here, so that `transformers` makes
+        the same ids of a prompt, and ends responses at end-of-text too."""
+        if self.template != (self.prefix, []):
+            path = directory / "tokenizer.json"
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["post_processor"] = self._post_processor(content["post_processor"])
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
         token = self.tokenizer.id_to_token(self.eos_id)
-        for file, key, end in [
-            ("tokenizer_config.json", "eos_token", token),
-            ("special_tokens_map.json", "eos_token", token),
-            ("generation_config.json", "eos_token_id", self.eos_id),
-        ]:
-            path = directory / file
-            if not path.is_file() and end is token:
-                continue
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            named = config.get(key)
-            named = named.get("content") if isinstance(named, dict) else named
-            if end not in (named if isinstance(named, list) else [named]):
-                path.write_text(json.dumps({**config, key: end}, indent=2) + "\n", encoding="utf-8")
+        model = _read_object(directory / "config.json")
 
-    def say_if_forgotten(self, option: str) -> None:
-        """A note on standard error where a tokenizer that ends turns is used without the chat format that has them."""
+        config = before = _read_object(directory / "tokenizer_config.json")
+        config = {**config, "add_bos_token": bool(self.prefix), "add_eos_token": False}
+        if _content(config.get("eos_token")) != token:  # in a chat format, or where only an id is given
+            config["eos_token"] = token
+        if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            # From any other class transformers 5 makes the tokenizer anew, of the vocabulary and the class's own rules:
+            # Llama's then cuts a text that begins with a space in another way than tokenizer.json.
+            bos = model.get("bos_token_id")
+            bos = self.tokenizer.id_to_token(bos) if type(bos) is int and 0 <= bos < self.size else None
+            names = {"bos_token": bos, "model_input_names": ["input_ids", "attention_mask"]}  # the class's to know
+            config = {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if config != before:
+            _write_object(directory / "tokenizer_config.json", config)
+
+        special = _read_object(directory / "special_tokens_map.json")
+        if _content(special.get("eos_token", token)) != token:
+            _write_object(directory / "special_tokens_map.json", {**special, "eos_token": token})
+
+        path = directory / "generation_config.json"
+        generation = _read_object(path)
+        named = (generation if path.is_file() else model).get("eos_token_id")
+        if self.eos_id not in (named if isinstance(named, list) else [named]):
+            ends = self.end_ids if len(self.end_ids) > 1 else self.eos_id
+            _write_object(path, {**generation, "eos_token_id": ends})
+
+    def _post_processor(self, before: dict | None) -> dict:
+        """tokenizer.json's post-processor with `prefix` before a text and nothing behind it."""
+        names = {self.tokenizer.id_to_token(index): index for index in self.prefix}
+
+        def piece(sequence: str, type_id: int) -> list[dict]:
+            start = [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
+            return [*start, {"Sequence": {"id": sequence, "type_id": type_id}}]
+
+        template = {
+            "type": "TemplateProcessing", "single": piece("A", 0), "pair": piece("A", 0) + piece("B", 1),
+            "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in names.items()},
+        }  # fmt: skip
+        parts = before["processors"] if before and before["type"] == "Sequence" else [before]
+        offsets = [part for part in parts if part and part["type"] == "ByteLevel"]  # it trims offsets, and adds nothing
+        return {"type": "Sequence", "processors": [*offsets, template]} if offsets else template
+
+    def say_if_forgotten(self, chat_option: str, bos_is_open: bool) -> None:
+        """A note on standard error where a tokenizer that ends turns is used without the chat format that has them, or
+        one that begins texts without what they begin with, if that was not decided."""
         end = self.tokenizer.id_to_token(self.eos_id)
         if self.chat == "none" and end in {end for _, end in CHATS.values()}:
-            print(f"note: {self.directory} ends turns ({end}), but no {option} is given", file=sys.stderr)
+            print(f"note: {self.directory} ends turns ({end}), but no {chat_option} is given", file=sys.stderr)
+        if bos_is_open and self.chat == "none" and self.template[0] and not self.prefix:
+            begin = "".join(self.tokenizer.id_to_token(index) or "" for index in self.template[0])
+            print(
+                f"note: {self.directory}: prompts are read without the {begin} that its tokenizer puts before a text "
+                "(as in the papers' code); --bos adds it",
+                file=sys.stderr,
+            )
 
     def prompt_text(self, example: Example) -> str:
-        """The example's prompt as this tokenizer's model reads it."""
-        return example.prompt_text(self.chat)
+        """The example's prompt as this tokenizer's model reads it, after `prefix`. Raises ValueError if the prefix
+        would come twice."""
+        text = example.prompt_text(self.chat)
+        begin = "".join(map(self.tokenizer.id_to_token, self.prefix))
+        if begin and text.startswith(begin):
+            raise ValueError(
+                f"{example.where}: the prompt begins with {begin}, which would come twice, since {self.directory} adds "
+                "it to each prompt; take it out of the data, or use --no-bos"
+            )
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of a response, where "</s>" is text, not an end."""
@@ -320,18 +401,19 @@ class TextTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, where the name of a special token is that token, as in chat formats; none is added."""
+        """Ids of a prompt: `prefix` and the text, where a special token's name is that token, as in chat formats."""
         self.tokenizer.encode_special_tokens = False
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.prefix + self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str], prompts: bool) -> list[list[int]]:
         """`encode_prompt` or `encode` of each text, on all cores."""
         self.tokenizer.encode_special_tokens = not prompts
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        start = self.prefix if prompts else []
+        return [start + encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of the ids without special tokens, and without ends, special or not."""
+        return self.tokenizer.decode([i for i in ids if i not in self.end_ids], skip_special_tokens=True)
 
     def spelt(self, ids: list[int]) -> list[bytes | None]:
         """The bytes of each id, as `exact_token_alignment` takes them: None is end-of-text alone, the other special
@@ -353,6 +435,26 @@ class TextTokenizer:
                 f"{self.directory}: the model has {rows} embeddings, the tokenizer only {self.size} ids; "
                 "tokenizer.json and model.safetensors do not belong together"
             )
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON file's object, an empty one if there is no such file. Raises ValueError naming a file that is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _write_object(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _content(token):
+    """The text of a token, which these files give as such, or in an object that says more about the token."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 @dataclass
@@ -512,16 +614,20 @@ def sampled_row(
 ) -> Row:
     """The row with a response that the student sampled in the place of the gold one (v2, eq. 18).
 
-    response: the new ids, end-of-text included unless the length cut it. The student keeps these ids, whether or not it
+    response: the new ids, with the end unless the length cut it. The student keeps these ids, whether or not it
     would cut their text into them itself. With `align` "none" the teacher reads the same ids, otherwise their text:
 
     - bytes that are no UTF-8 become U+FFFD in it, as for any reader; such tokens have no exact counterpart, those
       around them do. Where the length cut a character in two, the teacher's text ends before it;
-    - end-of-text stands on both sides or on neither, an empty response is end-of-text alone;
+    - end-of-text stands on both sides or on neither, an empty response is end-of-text alone; where the student ended
+      with another of its ends, end-of-text takes its place, as it follows every gold response;
     - what does not fit into the teacher's `max_len` is cut off both.
 
     Returns `row` itself where one side has no token left (nothing but special tokens before the cut, or no room).
     """
+
+    if response and response[-1] in student.end_ids:
+        response = [*response[:-1], student.eos_id]
 
     def for_teacher(length: int) -> list[int]:
         """The teacher's tokens of the first `length` of the student's."""

@@ -12,7 +12,8 @@ eval-<data>.json beside each scored model's directory, with all responses, as so
 rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
 math    accuracy: final answers equal to the reference's
 code    pass@1: programs that pass all tests of their task; with several seeds, the mean over one sample each
-All in per cent; mean ± standard deviation over the seeds. The average over sets is taken for each seed first.
+All in per cent; mean ± standard deviation over the seeds. The average over sets is taken for each seed first. "Not
+ended" counts the responses of all seeds that the budget of new tokens cut off before the model ended them.
 
 A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are. A
 prompt that is longer than --max-prompt-len is cut, and the report says how many were; the official runs drop such
@@ -38,10 +39,10 @@ from fast.cpu import by_onednn, packed
 from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
-from runtime.run import chat_of, write_text
+from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_model
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
-from scores.rouge import exact_match, rouge_l
+from scores.rouge import exact_match, rouge_l, tokenize
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
 TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "exact_match": "exact match"}
@@ -58,8 +59,12 @@ def respond(
     seed: int | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    unfinished: set[int] | None = None,
 ) -> list[str]:
-    """The model's response to each prompt, without end-of-text; temperature 0 is greedy."""
+    """The model's response to each prompt, without its end; temperature 0 is greedy.
+
+    unfinished: the indices of the responses that did not end within max_new_tokens are added to this set.
+    """
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: little padding
     responses = [""] * len(ids)
@@ -68,11 +73,13 @@ def respond(
             chosen = order[start : start + batch_size]
             batch_seed = None if seed is None else seed * 1_000_003 + start
             new = generate(
-                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.eos_id, temperature, 0, top_p, batch_seed,
+                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, 0, top_p, batch_seed,
                 tokenizer.size,  # not the rows that only pad the head
             )  # fmt: skip
             for i, tokens in zip(chosen, new, strict=True):
                 responses[i] = tokenizer.decode(tokens)
+                if unfinished is not None and (not tokens or tokens[-1] not in tokenizer.end_ids):
+                    unfinished.add(i)
     return responses
 
 
@@ -102,34 +109,42 @@ def score(responses: list[str], examples: list[Example]) -> dict[str, float]:
     }
 
 
-def score_math(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
-    """{accuracy} in per cent, and for each response what was taken as its answer and whether it is right."""
+def score_math(responses: list[str], examples: list[Example], unfinished=()) -> tuple[dict[str, float], list[dict]]:
+    """{accuracy} in per cent, and for each response what was taken as its answer and whether it is right.
+
+    unfinished: the indices of the responses that did not end; their last number is not taken for an answer.
+    """
     details = []
-    for response, example in zip(responses, examples, strict=True):
-        details.append({"answer": final_answer(response), "passed": is_correct(response, example.outputs)})
+    for i, (response, example) in enumerate(zip(responses, examples, strict=True)):
+        ended = i not in unfinished
+        passed = is_correct(response, example.outputs, ended)
+        details.append({"answer": final_answer(response, ended), "passed": passed, "ended": ended})
     return {"accuracy": 100 * statistics.fmean(detail["passed"] for detail in details)}, details
 
 
-def score_code(responses: list[str], examples: list[Example]) -> tuple[dict[str, float], list[dict]]:
+def score_code(responses: list[str], examples: list[Example], unfinished=()) -> tuple[dict[str, float], list[dict]]:
     """{pass_at_1} in per cent, and for each response the program made of it and what became of that. Runs them all."""
     from scores.sandbox import run_python  # here, for it needs a Unix
 
-    def run_one(response: str, example: Example) -> dict:
-        program = program_of(response, example)
+    ends = [i not in unfinished for i in range(len(responses))]
+    programs = list(map(program_of, responses, examples, ends))
+
+    def run_one(program: str, example: Example, ended: bool) -> dict:
         outcome = run_python(program, example.code.tests)
-        return {"passed": outcome.passed, "status": outcome.status, "reason": outcome.reason, "program": program}
+        told = {"passed": outcome.passed, "status": outcome.status, "reason": outcome.reason}
+        return {**told, "program": program, "ended": ended}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        done = pool.map(run_one, responses, examples)
+        done = pool.map(run_one, programs, examples, ends)
         details = list(tqdm(done, desc="run tests", total=len(examples), disable=len(examples) < 20, leave=False))
     return {"pass_at_1": 100 * statistics.fmean(detail["passed"] for detail in details)}, details
 
 
-def program_of(response: str, example: Example) -> str:
+def program_of(response: str, example: Example, ended: bool = True) -> str:
     """The program to be tested: HumanEval's continues the prompt, MBPP's stands alone."""
     if example.code.entry_point:
-        return humaneval_program(example.prompt, example.code.entry_point, response)
-    return mbpp_program(response)
+        return humaneval_program(example.prompt, example.code.entry_point, response, ended)
+    return mbpp_program(response, ended)
 
 
 def task_of(examples: list[Example], name: str, asked: str | None = None) -> str:
@@ -178,8 +193,9 @@ def evaluate(
     task: str = "rouge",
 ) -> dict:
     """The model's scores, each a list with a value per seed, its `responses` and their `details`, lists per seed of a
-    list per example, and its `cross_entropy` on the first references. For a model that has fewer positions both lengths
-    shrink, in proportion."""
+    list per example, how many responses were `not_ended` (per seed), and its `cross_entropy` on the first references;
+    for Rouge-L also how many examples have no reference with a token that it counts (`no_reference_tokens`). For a
+    model that has fewer positions both lengths shrink, in proportion."""
     if model.limit < max_len:
         max_len, max_prompt_len = model.limit, max(1, max_prompt_len * model.limit // max_len)
         print(f"note: the model's {max_len} positions are {max_prompt_len} tokens of a prompt, and the response's "
@@ -188,17 +204,25 @@ def evaluate(
     rows, cut = tokenise(examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
     new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
     scores: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
+    scores["not_ended"] = []
+    if task == "rouge":
+        scores["no_reference_tokens"] = sum(not any(map(tokenize, example.outputs)) for example in examples)
     for seed in [None] if greedy else seeds:
         temperature = 0.0 if greedy else 1.0
-        responses = respond(model, tokenizer, prompts, new_tokens, temperature, 1.0, seed, batch_size, progress=True)
+        unfinished: set[int] = set()
+        responses = respond(
+            model, tokenizer, prompts, new_tokens, temperature, 1.0, seed, batch_size, progress=True,
+            unfinished=unfinished,
+        )  # fmt: skip
         if task == "rouge":
             values, details = score(responses, examples), []
         else:
-            values, details = (score_math if task == "math" else score_code)(responses, examples)
+            values, details = (score_math if task == "math" else score_code)(responses, examples, unfinished)
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
         scores["responses"].append(responses)
         scores["details"].append(details)
+        scores["not_ended"].append(len(unfinished))
     scores["cross_entropy"] = held_out_cross_entropy(model, rows, tokenizer.eos_id, device)
     return scores
 
@@ -209,22 +233,44 @@ def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
     measures = [MEASURES[data.task] for data in sets]
     if len(sets) == 1:
         shown = [name for name in TITLES if all(name in scores for scores in results.values())]
-        rows = [["model", *(TITLES[name] for name in shown), "cross-entropy"]]
+        rows = [["model", *(TITLES[name] for name in shown), "cross-entropy", "not ended"]]
         for model in models:
             scores = results[model, sets[0].name]
-            rows.append([model, *(spread(scores[name]) for name in shown), f"{scores['cross_entropy']:.4f}"])
-        return table(rows)
+            values = [spread(scores[name]) + mark(scores, name) for name in shown]
+            rows.append([model, *values, f"{scores['cross_entropy']:.4f}", not_ended([scores])])
+        return table(rows) + notes(sets, results)
     averaged = len(set(measures)) == 1  # Rouge-L and pass@1 have no common mean
     titles = [f"{data.name} {TITLES[name]}" for data, name in zip(sets, measures, strict=True)]
-    rows = [["model", *titles, *(["average"] if averaged else [])]]
+    rows = [["model", *titles, *(["average"] if averaged else []), "not ended"]]
     for model in models:
         found = [results.get((model, data.name)) for data in sets]
         values = [scores and scores[name] for scores, name in zip(found, measures, strict=True)]
-        row = [model, *(spread(value) if value else "-" for value in values)]
+        marks = [mark(scores or {}, name) for scores, name in zip(found, measures, strict=True)]
+        row = [model, *(spread(value) + star if value else "-" for value, star in zip(values, marks, strict=True))]
         if averaged:
             row.append(spread([statistics.fmean(seed) for seed in zip(*values, strict=True)]) if all(values) else "-")
-        rows.append(row)
-    return table(rows)
+        rows.append([*row, not_ended(list(filter(None, found)))])
+    return table(rows) + notes(sets, results)
+
+
+def not_ended(found: list[dict]) -> str:
+    """How many of all responses, with all seeds, were cut off by the budget of new tokens."""
+    return f"{sum(sum(s['not_ended']) for s in found)} of {sum(len(r) for s in found for r in s['responses'])}"
+
+
+def mark(scores: dict, name: str) -> str:
+    """What stands beside a Rouge-L that some examples make 0 whatever the responses are."""
+    return "*" if name == "rouge_l" and scores.get("no_reference_tokens") else ""
+
+
+def notes(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
+    """What the marks of the table mean."""
+    without = {name: scores["no_reference_tokens"] for (_, name), scores in results.items() if mark(scores, "rouge_l")}
+    return "".join(
+        f"\n* {data.name}: the references of {without[data.name]} of {len(data.examples)} examples have no token that "
+        "Rouge-L counts (a-z, 0-9), so that these examples score 0 whatever the response is"
+        for data in sets if data.name in without
+    )  # fmt: skip
 
 
 def spread(values: list[float]) -> str:
@@ -249,6 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run-code", action="store_true", help="run generated programs (pass@1), in a sandbox")
     help = "prompts in this chat format (default: the one that a run was trained with, else none)"
     parser.add_argument("--chat", choices=["none", *CHATS], help=help)
+    help = "begin prompts as the model's tokenizer begins a text (default: as a run was trained, else not)"
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help=help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="sampling seeds")
     parser.add_argument("--greedy", action="store_true", help="one greedy response instead of sampling")
     parser.add_argument("--limit", type=int, help="only the first LIMIT examples")
@@ -308,8 +356,8 @@ def run(options: argparse.Namespace) -> None:
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
-            tokenizer = TextTokenizer(directory, options.chat or chat_of(directory))
-            tokenizer.say_if_forgotten("--chat")
+            tokenizer = tokenizer_of(directory, options.chat, options.bos)
+            tokenizer.say_if_forgotten("--chat", options.bos is None)
             model = load_model(directory, dtype, options.device)
             tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
@@ -318,9 +366,12 @@ def run(options: argparse.Namespace) -> None:
                         model, tokenizer, data.examples, options.seeds, options.greedy, *lengths(options, data.task),
                         options.batch_size, options.device, data.task,
                     )  # fmt: skip
+                scores["bos"] = tokenizer.prefix
                 results[name, data.name] = scores
                 where = write_report(name, directory, data, options, scores)
                 cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""
+                if any(scores["not_ended"]):
+                    cut += f", {not_ended([scores])} responses did not end within {scores['new_tokens']} tokens"
                 chat = f" in the chat format {tokenizer.chat}" if tokenizer.chat != "none" else ""
                 print(f"{name}, {data.name}: {len(data.examples)} examples{chat}{cut}; {where}", file=sys.stderr)
                 if data.task == "code":

@@ -22,6 +22,7 @@ True
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,20 +63,19 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
     return reverse_kl(log_p, log_mixture(log_p, log_q, skew))
 
 
+@torch.no_grad()
 def adaptive_weight(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
     """g_h/(g_h + g_t), (N,): the share of the teacher's head in the gap between the distributions, without gradient.
 
     Sorted by the teacher's probability, ascending, the tail is what has a cumulative mass ≤ alpha, the head the rest;
     g = Σ |q − p| over each.
     """
-    with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
-        q_ascending, order = q.sort(-1)
-        gap = (q - p).abs().gather(-1, order)
-        tail = q_ascending.cumsum(-1) <= alpha
-        gap_tail, gap_head = (gap * tail).sum(-1), (gap * ~tail).sum(-1)
-        # equal distributions have no gap at all; both divergences are 0 there, whatever the weight
-        return gap_head / (gap_head + gap_tail).clamp_min(torch.finfo(gap.dtype).tiny)
+    p, q = log_p.exp(), log_q.exp()
+    q_ascending, order = q.sort(-1)
+    gap = (q - p).abs().gather(-1, order)
+    tail = q_ascending.cumsum(-1) <= alpha
+    # equal distributions have no gap at all; both divergences are 0 there, whatever the weight
+    return (gap * ~tail).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
 
 
 def adaptive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -84,33 +84,24 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
 
-def _from_logits(divergence):
-    """D over log-probabilities -> D over logits: divided by the temperature, in float32 or better."""
-
-    def from_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        log_p = log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-        log_q = log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-        return divergence(log_p, log_q)
-
-    from_logits.__doc__ = (
-        f"{divergence.__doc__.splitlines()[0]}\n\n"
-        "student_logits (N, V), teacher_logits (N, V), both divided by `temperature` -> (N,) in float32."
-    )
-    return from_logits
+def of_logits(divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """A divergence of logits (N, V), both divided by the temperature -> (N,), in float32 or better."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p, log_q = (log_softmax(z.to(dtype) / temperature, dim=-1) for z in (student_logits, teacher_logits))
+    return divergence(log_p, log_q)
 
 
-DIVERGENCES = {
-    "fkl": _from_logits(forward_kl),
-    "rkl": _from_logits(reverse_kl),
-    "js": _from_logits(jensen_shannon),
-    "skl": _from_logits(skewed_forward_kl),
-    "srkl": _from_logits(skewed_reverse_kl),
-    "akl": _from_logits(adaptive_kl),
+DIVERGENCES = {  # each a function of (student_logits, teacher_logits, temperature)
+    "fkl": partial(of_logits, forward_kl),
+    "rkl": partial(of_logits, reverse_kl),
+    "js": partial(of_logits, jensen_shannon),
+    "skl": partial(of_logits, skewed_forward_kl),
+    "srkl": partial(of_logits, skewed_reverse_kl),
+    "akl": partial(of_logits, adaptive_kl),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the losses share
+# The losses. Each returns a dict of scalars: the terms, counts for the log, and "loss", on which to call backward().
 
 
 @dataclass(frozen=True)
@@ -135,11 +126,18 @@ RECIPES = {  # (recipe, alignment)
 @dataclass
 class Counts:
     """The normalisers of one update: over all its batches, so that the losses of the batches add up to that of the
-    whole. `tokens` may be a mean over processes, and so no whole number."""
+    whole; or their means over processes that average gradients. None: not counted."""
 
     tokens: float  # student response tokens
-    pairs: float = 0  # aligned pairs whose prediction the student can say (ETA)
-    agreeing: float = 0  # pairs or tokens where the projected teacher predicts its label (v2)
+    pairs: float | None = None  # aligned pairs whose prediction the student can say (ETA)
+    agreeing: float | None = None  # pairs or tokens where the projected teacher predicts its label (v2)
+
+    def over(self, what: str) -> float:
+        """What a term is divided by; 1 where there is nothing to count, and the term 0."""
+        count = getattr(self, what)
+        if count is None:
+            raise ValueError(f"counts.{what} is None: the recipe averages over them, count those of the whole update")
+        return count or 1
 
 
 def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
@@ -164,10 +162,6 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     ce = cross_entropy(logits, gold, reduction="sum") / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses. Each returns a dict of scalars: the terms, counts for the log, and "loss", on which to call backward().
 
 
 def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0) -> dict:
@@ -226,7 +220,7 @@ def dskd_loss(
     belong together, naming one.
     """
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
-    over, over_stu = (max(1, getattr(counts, average)) for average in (recipe.average, recipe.average_stu))
+    over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
     D_stu, D_tea = DIVERGENCES[divergence], DIVERGENCES[recipe.divergence or divergence]
 
     # Student space: both models under the student's head. L_ce teaches the projector to speak through that head, which
@@ -252,10 +246,10 @@ def check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, te
     tokens = len(student_hidden)
     pairs = tokens if isinstance(rows, slice) else len(rows)
     if not len(t2s_hidden) == len(label) == pairs:
-        raise ValueError(f"dskd_loss: rows names {pairs} student tokens, t2s_hidden has {len(t2s_hidden)} states and "
-                         f"label {len(label)} tokens; rows must give the student token of each of them")  # fmt: skip
+        raise ValueError(f"dskd_loss: rows names the student tokens of {pairs} pairs, t2s_hidden has the states of "
+                         f"{len(t2s_hidden)}, label the tokens of {len(label)}")  # fmt: skip
     if len(s2t_hidden) != len(teacher_hidden):
         raise ValueError(f"dskd_loss: s2t_hidden has {len(s2t_hidden)} states, teacher_hidden {len(teacher_hidden)}")
     if recipe.average == "tokens" and pairs != tokens:
-        raise ValueError(f"dskd_loss: {pairs} of {tokens} tokens are paired, but this recipe averages over all tokens: "
-                         'with exact alignment it is RECIPES["v2", "eta"]')  # fmt: skip
+        raise ValueError(f"dskd_loss: rows names {pairs} of {tokens} tokens, but recipe averages over all tokens; with "
+                         'exact alignment it is RECIPES["v2", "eta"]')  # fmt: skip

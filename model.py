@@ -623,10 +623,11 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (a non-empty list of token ids, any lengths): the new ids only, a final eos_id included.
 
-    A sequence ends at eos_id (None: never), after max_new_tokens (a number, or one per prompt), or when prompt and new
-    ids fill all positions. Only ids below `vocabulary` are drawn (None: all rows of the head, also those that pad it).
-    temperature 0 is greedy; seed=None draws from torch's global generator. Greedy results do not depend on the batch;
-    sampled ones do, for a seed fixes the draws of the batch as a whole. Raises ValueError for impossible arguments.
+    A sequence ends at eos_id (one id, several any of which ends it, or None: never), after max_new_tokens (a number, or
+    one per prompt), or when prompt and new ids fill all positions. Only ids below `vocabulary` are drawn (None: all
+    rows of the head, also those that pad it). temperature 0 is greedy; seed=None draws from torch's global generator.
+    Greedy results do not depend on the batch; sampled ones do, for a seed fixes the draws of the batch as a whole.
+    Raises ValueError for impossible arguments.
     """
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
@@ -638,6 +639,7 @@ def generate(
     if len(max_new_tokens) != len(prompts) or least < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("generate: max_new_tokens (one number, or one per prompt), temperature and top_k must be >= 0 "
                          f"and 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_k} and {top_p}")  # fmt: skip
+    ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
     device = m.embed.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     outputs = [[] for _ in prompts]
@@ -661,7 +663,7 @@ def generate(
             for i, token in zip(rows, tokens.tolist(), strict=True):
                 if budget[i] > 0:
                     outputs[i].append(token)
-                    budget[i] = 0 if token == eos_id else budget[i] - 1
+                    budget[i] = 0 if token in ends else budget[i] - 1
             alive = [row for row, i in enumerate(rows) if budget[i] > 0]
             if not alive:
                 return outputs

@@ -40,21 +40,16 @@ def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
     return torch.cat([(gram_inverse @ part.double().T).to(dtype) for part in head.split(rows)], dim=1)
 
 
-def logit_preserving_weight(
-    source_head: Tensor, target_head: Tensor | None = None, inverse: Tensor | None = None
-) -> Tensor:
+def logit_preserving_weight(source_head: Tensor, target_head: Tensor) -> Tensor:
     """W = argmin ‖ source_head − target_head · W ‖_F: the projected states give the original logits (v2).
 
     source_head (V, d_in), target_head (V, d_out), rows in the same vocabulary order -> (d_out, d_in), the layout of
-    `nn.Linear(d_in, d_out).weight`, in float32 or better. `inverse`, in the place of target_head: its `pseudo_inverse`,
-    for whoever solves against the same head again and again.
+    `nn.Linear(d_in, d_out).weight`, in float32 or better.
     """
-    if target_head is not None and len(source_head) != len(target_head):
-        raise ValueError(
-            f"the heads must list the same tokens: source_head has {source_head.shape[0]} rows, "
-            f"target_head {target_head.shape[0]}; take the rows of the shared vocabulary first"
-        )
-    inverse = pseudo_inverse(target_head) if inverse is None else inverse
+    if len(source_head) != len(target_head):
+        raise ValueError(f"the heads must list the same tokens: source_head has {len(source_head)} rows, target_head "
+                         f"{len(target_head)}; take the rows of the shared vocabulary first")  # fmt: skip
+    inverse = pseudo_inverse(target_head)
     return inverse @ source_head.detach().to(inverse.dtype)  # (d_out, V) x (V, d_in) -> (d_out, d_in)
 
 
@@ -68,14 +63,8 @@ class Projectors(nn.Module):
     given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
     """
 
-    def __init__(
-        self,
-        student_head: Tensor,
-        teacher_head: Tensor,
-        recipe: str = "v2",
-        query: bool = False,
-        given: dict[str, Tensor] | None = None,
-    ):
+    @torch.no_grad()
+    def __init__(self, student_head: Tensor, teacher_head: Tensor, recipe="v2", query=False, given: dict | None = None):
         super().__init__()
         given, d, D = given or {}, student_head.shape[1], teacher_head.shape[1]
 
@@ -89,8 +78,7 @@ class Projectors(nn.Module):
         self.load_state_dict(given, strict=False)
         self.to(student_head.device)
         if recipe == "v2" and "t2s.weight" not in given:
-            with torch.no_grad():
-                self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
+            self.t2s.weight.copy_(logit_preserving_weight(source_head=teacher_head, target_head=student_head))
         if recipe == "v2" and "s2t.weight" not in given:
             self.s2t.weight.requires_grad_(False)
             self.teacher_inverse = pseudo_inverse(teacher_head)  # once: the teacher's head never changes
@@ -99,6 +87,5 @@ class Projectors(nn.Module):
     @torch.no_grad()
     def refresh_s2t(self, student_head: Tensor) -> None:
         """s2t for the current student head (V, d), where it is solved; no gradient flows through the solution."""
-        if self.teacher_inverse is not None:
-            solution = logit_preserving_weight(student_head, inverse=self.teacher_inverse)  # (D, V) x (V, d) -> (D, d)
-            self.s2t.weight.copy_(solution)
+        if self.teacher_inverse is not None:  # `logit_preserving_weight(student_head, teacher_head)`
+            self.s2t.weight.copy_(self.teacher_inverse @ student_head.to(self.teacher_inverse.dtype))  # (D, V) x (V, d)

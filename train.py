@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fast.losses
 import lora
@@ -72,19 +71,13 @@ from runtime import parallel
 from runtime.hub import MODELS, data_file, model_directory
 from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
 from runtime.run import (
-    KEPT_BY,
-    Log,
+    Meter,
+    RunDirectory,
     Stopped,
-    StopSignals,
-    best_checkpoint,
     chat_of,
     check_directory,
-    hold_directory,
-    random_state,
-    restore_checkpoint,
     run_of,
-    save_checkpoint,
-    set_random_state,
+    tokenizer_of,
     write_text,
 )
 from runtime.strict import check_model, choose_alignment, read_projectors
@@ -102,8 +95,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
     check_directory(after)
     base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
-    tokenizers = [TextTokenizer(base, o.teacher_chat or chat_of(base)),
-                  TextTokenizer(student, o.student_chat or chat_of(student))]  # fmt: skip
+    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
     print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
@@ -371,15 +363,15 @@ def load(o: Options) -> Pieces:
     student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
     check_model(student_directory, weights=not o.from_scratch)
     o.student_chat = o.student_chat or chat_of(student_directory)
-    student_tokenizer, teacher_tokenizer, teacher = TextTokenizer(student_directory, o.student_chat), None, None
-    student_tokenizer.say_if_forgotten("--student-chat")
+    student_tokenizer, teacher_tokenizer, teacher = tokenizer_of(student_directory, o.student_chat, o.bos), None, None
+    student_tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
     align = "none"
     if o.method != "sft":
         teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
         check_model(teacher_directory)
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
-        teacher_tokenizer = TextTokenizer(teacher_directory, o.teacher_chat)
-        teacher_tokenizer.say_if_forgotten("--teacher-chat")
+        teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
+        teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
         if o.method != "seqkd":  # before models are loaded
             align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
@@ -489,7 +481,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     responses, failure = [], None
     with autocast(o), parallel.gather_parameters(pieces.student), packed(pieces.student):
         try:
-            responses = generate(pieces.student, prompts, room, tokenizer.eos_id, seed=seed, vocabulary=tokenizer.size)
+            responses = generate(pieces.student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:
             failure = error
     if parallel.highest(failure is not None):  # all processes have it, or none
@@ -497,6 +489,15 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.method.align
     sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
     return sampled, sum(map(len, responses))
+
+
+def sample_batches(o: Options, pieces: Pieces, rows: list[Row], step: int, meter: Meter) -> tuple[list[Row], list]:
+    """The sampled rows, and the batches of them."""
+    began = time.perf_counter()
+    sampled, tokens = sample_rows(o, pieces, rows, step)
+    meter.count_generation(time.perf_counter() - began, tokens, len(sampled))
+    count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
+    return sampled, pieces.batches(sampled, o, count)
 
 
 def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
@@ -575,7 +576,7 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
-    """One run, from options to a run directory; returns the last logged line. See README.md for what is logged.
+    """One run, from options to a run directory; returns the last logged line. docs/log.md says what is logged.
 
     Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
     """
@@ -589,104 +590,56 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     with by_onednn(o.device):
         pieces = load(o)
         student = compile_model(pieces.student) if o.compile else pieces.student
-        if o.dry_run:
-            return dry_run(o, pieces, student)
-
-        with hold_directory(o), StopSignals() as stop:  # only now, when nothing is wrong with the input
-            return run_updates(o, pieces, student, stop, description)
+        return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
 
 
-def run_updates(o: Options, pieces: Pieces, student, stop: StopSignals, description: str) -> dict[str, float]:
-    """The updates of `train` that are still to be done, and the samples at their end."""
+def run_updates(o: Options, pieces: Pieces, student, description: str = "train") -> dict[str, float]:
+    """The updates that are still to be done; returns the last logged line. `student`: compiled, or the same."""
     optimizer = make_optimizer(o, pieces)
-    updates_per_epoch = -(-len(pieces.rows) // examples_per_update(o))
-    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), updates_per_epoch))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    per_epoch = -(-len(pieces.rows) // examples_per_update(o))
+    total = o.max_steps or o.epochs * per_epoch
+    say_padding(o, pieces, per_epoch)
+
+    with RunDirectory(o, pieces, optimizer, total, per_epoch, description) as run:  # lock, log, checkpoints, Ctrl-C
+        pieces.student.train()
+        for step, (indices, rows, batches) in enumerate(ahead(prepare_updates(o, pieces, run.start, total)), run.start):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, total, o.warmup)
+
+            # One update: forward and backward pass of every batch. The loss is a mean over the tokens of them all.
+            with run.save_state_on_failure(step, indices):  # and name the examples of a term that is not finite
+                sampled, sampled_batches = [], []
+                if is_on_policy(o, step, per_epoch):
+                    sampled, sampled_batches = sample_batches(o, pieces, rows, step, run.meter)
+                terms = distil(o, pieces, student, batches, sampled_batches)
+                terms["grad_norm"] = clip_gradients(parameters, o.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            run.log(done, terms, rows, sampled)
+            if run.is_due(done) or run.asked_to_stop():
+                run.check_weights(done)
+                run.save(done, held_out_scores(o, pieces) if run.is_due(done) else {})  # Stopped, if that was asked
+        run.progress.close()
+        write_samples(o, pieces)
+    return run.line
+
+
+def clip_gradients(parameters: list, largest: float) -> float:
+    """The norm of the whole gradient, which is then scaled down to `largest`. Raises FloatingPointError."""
+    norm = parallel.clip_gradients(parameters, largest)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    return norm
+
+
+def say_padding(o: Options, pieces: Pieces, per_epoch: int) -> None:
+    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), per_epoch))
     parts = [part for rows in first_epoch for share in split_of_all(o, rows) for part in share]
     padding = f"{padding_share(parts):.1%} of their positions are padding, which attention alone computes"
     print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
-    total = o.max_steps or o.epochs * updates_per_epoch
-    checkpoint_every = o.checkpoint_every or updates_per_epoch
-    start, counts = restore_checkpoint(o, pieces, optimizer) if o.resume else (0, {})
-    log = Log(Path(o.out) / "log.jsonl", start)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel.start_alike(parameters)
-    if not start and parallel.rank() > 0:  # dropout of its own
-        parallel.seed_process(o.seed, start)
-    if parallel.highest(start) != start:
-        raise ValueError(f"--resume: {o.out} is not the same directory for all processes; they need a shared one")
-    pieces.student.train()
-    line: dict[str, float] = {}
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
-    progress = tqdm(total=total, initial=start, desc=description, unit="update", dynamic_ncols=True, mininterval=every)
-    order = make_order(o, pieces, start)
-    meter, compiled_before = Meter(**counts), compilations()
-    for step, (indices, rows, batches) in enumerate(ahead(prepared(o, pieces, islice(order, total - start))), start):
-        sampled, sampled_batches = [], []
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, total, o.warmup)
-        before = random_state(o.device), meter.counts()
-        try:
-            if is_on_policy(o, step, updates_per_epoch):
-                sampled = meter.time_generation(sample_rows, o, pieces, rows, step)
-                count = parallel.highest(len(split_update(sampled, o.batch_size, o.tokens_per_batch)))
-                sampled_batches = pieces.batches(sampled, o, count)
-            terms = distil(o, pieces, student, batches, sampled_batches)
-            grad_norm = parallel.clip_gradients(parameters, o.clip)
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient's norm is {grad_norm}")
-        except FloatingPointError as error:
-            progress.close()
-            about = save_if_finite(o, pieces, optimizer, step, *before)
-            file, lines = pieces.where[0].rpartition(", line ")[0], [pieces.where[i].split()[-1] for i in indices[:8]]
-            examples = f"{file}, lines {', '.join(lines)}{', ...' * (len(indices) > 8)}"
-            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
-        if o.on_policy:  # a response that could not be used left the gold one in its place
-            used = parallel.add_up([sum(new is not row for new, row in zip(sampled, rows, strict=False))])[0]
-            terms["on_policy"] = used / len(indices)
-        done = step + 1
-        if done % o.log_every == 0 or done == total or step == 0:
-            line = {"step": done, "epoch": round(done / updates_per_epoch, 3), **terms, "grad_norm": grad_norm}
-            line |= {"lr": optimizer.param_groups[0]["lr"], **meter.read(o.on_policy > 0)}
-            if o.compile:
-                line["compilations"] = compilations() - compiled_before
-            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-            progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
-            log.write(line)
-        progress.update()
-        paused, counts = time.perf_counter(), meter.counts()
-        due = done % checkpoint_every == 0 or done == total
-        stopping = parallel.highest(stop.number)
-        if (due or stopping) and not parallel.all_finite(parameters):
-            raise FloatingPointError(
-                f"update {done}: it left weights that are not finite; those in {o.out} are from before; a lower --lr "
-                "or --weight-decay may help"
-            )
-        scores = {}
-        if due and pieces.valid_rows:
-            scores["valid_ce"] = valid_cross_entropy(o, pieces)
-            if o.keep_best == "rouge":
-                scores["valid_rouge_l"] = valid_rouge_l(o, pieces)
-            line |= scores
-            log.write({"step": done, **scores})
-            stopping = parallel.highest(stop.number)  # asked meanwhile
-        if due or stopping:
-            save_checkpoint(o, pieces, optimizer, done, counts, scores.get(KEPT_BY.get(o.keep_best)))
-        meter.since += time.perf_counter() - paused  # not training
-        if stopping:
-            progress.close()
-            raise Stopped(f"stopped after update {done} of {total}, which is saved in {o.out}", stopping)
-    progress.close()
-    write_samples(o, pieces)
-    if parallel.rank() == 0 and (best := best_checkpoint(o)):
-        name = KEPT_BY[o.keep_best]
-        print(f"student/ is from update {best['step']}, which has the best {name}: {best[name]:.4f}", file=sys.stderr)
-    if stop.number:  # while it wrote them
-        raise Stopped(f"stopped after the last update, which is saved in {o.out}", stop.number)
-    return line
 
 
 def make_order(o: Options, pieces: Pieces, start: int = 0) -> Iterator[list[int]]:
@@ -705,68 +658,13 @@ def split_of_all(o: Options, rows: list[Row]) -> list[list[list[Row]]]:
     return [split_update(share, o.batch_size, o.tokens_per_batch) for share in shares]
 
 
-def prepared(o: Options, pieces: Pieces, order: Iterator[list[int]]) -> Iterator[tuple]:
-    """Each update's indices, and this process's rows and batches of it; all that an update waits for from data that is
-    known beforehand."""
-    for indices in order:
+def prepare_updates(o: Options, pieces: Pieces, start: int, total: int) -> Iterator[tuple]:
+    """Each update's indices, and this process's rows and batches of it: all that is known before the update."""
+    for indices in islice(make_order(o, pieces, start), total - start):
         rows = [pieces.rows[i] for i in indices]
         count = max(map(len, split_of_all(o, rows)))
         rows = parallel.share(rows, parallel.rank())
         yield indices, rows, pieces.batches(rows, o, count)
-
-
-def compilations() -> int:
-    """How many graphs torch.compile has compiled in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def save_if_finite(o: Options, pieces: Pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
-    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
-    modules = pieces.student, pieces.method
-    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
-    spoilt = [name for name, parameter in trained if not parallel.local_part(parameter).isfinite().all()]
-    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
-        name = spoilt[0] if spoilt else "a parameter"
-        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
-    set_random_state(o.device, random)
-    save_checkpoint(o, pieces, optimizer, step, counts)
-    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
-
-
-class Meter:
-    """What the time since the last logged line brought; all processes read it together."""
-
-    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
-        self.since, self.tokens = time.perf_counter() - seconds, tokens
-        self.generating, self.generated, self.responses = generating, generated, responses
-
-    def counts(self) -> dict[str, float]:
-        """For a checkpoint; Meter(**counts) goes on with them."""
-        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
-        del counts["since"]
-        return counts
-
-    def time_generation(self, sample: Callable, *arguments) -> list[Row]:
-        began = time.perf_counter()
-        rows, tokens = sample(*arguments)
-        self.generating += time.perf_counter() - began
-        self.generated += tokens
-        self.responses += len(rows)
-        return rows
-
-    def read(self, on_policy: bool) -> dict[str, float]:
-        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
-        seconds = time.perf_counter() - self.since
-        self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
-        line = {"tokens_per_second": round(self.tokens / seconds, 1)}
-        if on_policy:
-            line["generation_share"] = round(self.generating / seconds, 4)
-        if self.responses:
-            line["generation_tokens_per_second"] = round(self.generated / self.generating, 1)
-            line["sampled_length"] = self.generated / self.responses
-        self.__init__()
-        return line
 
 
 def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
@@ -777,6 +675,16 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
     terms["grad_norm"] = float(torch.cat(gradients).norm())
     names = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio student_tokens teacher_tokens grad_norm".split()
     return {name: terms[name] for name in names if name in terms}
+
+
+def held_out_scores(o: Options, pieces: Pieces) -> dict[str, float]:
+    """{valid_ce, and with --keep-best rouge valid_rouge_l}; {} without --valid."""
+    scores = {}
+    if pieces.valid_rows:
+        scores["valid_ce"] = valid_cross_entropy(o, pieces)
+        if o.keep_best == "rouge":
+            scores["valid_rouge_l"] = valid_rouge_l(o, pieces)
+    return scores
 
 
 def valid_cross_entropy(o: Options, pieces: Pieces) -> float:

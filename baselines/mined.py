@@ -3,6 +3,10 @@
 Positions are paired by dynamic time warping over edit distances (`edit_distance_alignment`); a teacher token becomes
 the student token that is spelt most like it (`edit_distance_map`). Where a student position has a partner that maps to
 its own token, it learns the teacher's distribution, carried over by that map; elsewhere it learns the gold token.
+
+>>> teacher_index, student_index = edit_distance_alignment([b"sun", b" flower"], [b" sun", b"flow", b"er"])
+>>> list(zip(teacher_index.tolist(), student_index.tolist()))
+[(0, 0), (1, 1), (1, 2)]
 """
 
 import functools
@@ -228,27 +232,22 @@ def mined_loss(
     logits are only read (in float32 the official code overwrites them with the target: no gradient).
     """
 
-    def of_aligned(hidden, gold, teacher_hidden):
-        logits, teacher_logits = logits_under(hidden, student_head), logits_under(teacher_hidden, teacher_head)
-        log_p = log_softmax(logits / temperature, -1)[:, student_ids]
-        log_q = log_softmax(teacher_logits.detach()[:, teacher_ids] / temperature, -1)
+    def sums(hidden, gold, teacher_hidden=None):
+        """ce, correct and kd of tokens of which each has a partner, or none has."""
+        logits = logits_under(hidden, student_head)  # (n, V_s)
         ce, correct = cross_entropy(logits, gold, reduction="sum"), (logits.argmax(-1) == gold).sum()
+        if teacher_hidden is None:
+            return ce, correct, cross_entropy(logits / temperature, gold, reduction="sum")
+        teacher_logits = logits_under(teacher_hidden, teacher_head).detach()  # (n, V_t)
+        log_p = log_softmax(logits / temperature, -1)[:, student_ids]  # (n, S)
+        log_q = log_softmax(teacher_logits[:, teacher_ids] / temperature, -1)  # (n, S)
         return ce, correct, forward_kl(log_p, log_q).sum()
-
-    def of_others(hidden, gold):
-        logits = logits_under(hidden, student_head)
-        ce, kd = (cross_entropy(z, gold, reduction="sum") for z in (logits, logits / temperature))
-        return ce, (logits.argmax(-1) == gold).sum(), kd
 
     alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
     alone[rows] = False
-    sums = []
-    for terms, *tensors in (
-        (of_aligned, student_hidden[rows], gold[rows], teacher_hidden),
-        (of_others, student_hidden[alone], gold[alone]),
-    ):
-        for part in zip(*(tensor.split(chunk or max(1, len(tensor))) for tensor in tensors), strict=True):
-            sums.append(checkpoint(terms, *part, use_reentrant=False, preserve_rng_state=False))
-    ce, correct, kd = (sum(column) for column in zip(*sums, strict=True))
+    groups = (student_hidden[rows], gold[rows], teacher_hidden), (student_hidden[alone], gold[alone])
+    parts = [part for group in groups for part in zip(*(x.split(chunk or max(1, len(x))) for x in group), strict=True)]
+    terms = [checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    ce, correct, kd = (sum(column) for column in zip(*terms, strict=True))
     ce, kd = ce / counts.tokens, kd / counts.tokens
     return {"ce": ce, "correct": correct, "kd": kd, "loss": (1 - kd_rate) * ce + kd_rate * kd}

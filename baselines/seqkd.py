@@ -54,10 +54,14 @@ def teacher_answers(
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "student_chat": None if student.chat == "none" else student.chat,  # in which the prompts are written down
     }  # fmt: skip
+    if teacher.prefix:
+        recipe["bos"] = teacher.prefix
+    if len(teacher.end_ids) > 1:
+        recipe["ends"] = sorted(teacher.end_ids)
     if file.is_file():
         unsaid = {"weights": recipe["weights"], "student_chat": None}  # by older files
         before = unsaid | (_recipe(file) or {})
-        changed = [name for name in recipe if before.get(name) != recipe[name]]
+        changed = [name for name in {**recipe, **before} if before.get(name) != recipe.get(name)]
         if changed:
             raise ValueError(
                 f"{file} was made with other {' and '.join(changed)}: give another --out, or remove the file"
@@ -78,9 +82,9 @@ def teacher_answers(
         for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
             chosen = order[start : start + batch_size]
             room = max_len - len(ids[chosen[0]])  # of the longest prompt
-            options = teacher.eos_id, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
+            options = teacher.end_ids, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
             for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
-                ended = new[-1] == teacher.eos_id
+                ended = new[-1] in teacher.end_ids
                 text = teacher.decode(new) if ended else teacher.decode(new).rstrip("\ufffd")  # half a character
                 if text.strip():
                     x = asked[i]  # the prompt as the student's format takes it

@@ -46,12 +46,12 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from align import cross_model_attention
-from data import Batch, Row, TextTokenizer, collate, read_jsonl, tokenise
+from data import Batch, Row, collate, read_jsonl, tokenise
 from eval import table
 from losses import DIVERGENCES
 from model import load_model
 from runtime.hub import data_file, model_directory
-from runtime.run import chat_of
+from runtime.run import tokenizer_of
 from runtime.strict import check_model
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
@@ -356,10 +356,10 @@ def aligned(o: argparse.Namespace):
     teacher_directory, students = find(o.teacher), {name: find(name) for name in o.student}
     examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
     teacher = load_model(teacher_directory, device=o.device).eval()
-    teacher_tokenizer = TextTokenizer(teacher_directory, chat_of(teacher_directory))
+    teacher_tokenizer = tokenizer_of(teacher_directory)
     teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
     for name, directory in students.items():
-        student, tokenizer = load_model(directory, device=o.device).eval(), TextTokenizer(directory, chat_of(directory))
+        student, tokenizer = load_model(directory, device=o.device).eval(), tokenizer_of(directory)
         tokenizer.check_model(student.embed.weight.shape[0])
         max_len = min(o.max_len, teacher.limit, student.limit)
         rows, _ = tokenise(examples, tokenizer, teacher_tokenizer, max_len, max_len // 2, align="eta")
@@ -410,7 +410,7 @@ def run_alignment(o: argparse.Namespace) -> None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
     teacher_directory, student_directory = (find(name, bool(o.projectors)) for name in (o.teacher, o.student))
     both = teacher_directory, student_directory
-    teacher, student = (TextTokenizer(directory, chat_of(directory)) for directory in both)
+    teacher, student = (tokenizer_of(directory) for directory in both)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
     theirs = [teacher.bytes[i] for i in row.teacher.response]
     ours = [student.bytes[i] for i in row.student.response]

@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from data import TextTokenizer, read_jsonl
 from eval import respond, score, table
 from model import load_model
-from runtime.run import write_text
+from runtime.run import tokenizer_of, write_text
 from runtime.strict import choose_alignment
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def run_stage(o, train, name: str) -> float:
 
 def score_on_test(directory: Path, test_file: Path, device: str = "cpu") -> dict:
     """Greedy answers to the test prompts: per cent that the grammar allows, and Rouge-L against five references."""
-    model, tokenizer, examples = load_model(directory, device=device), TextTokenizer(directory), read_jsonl(test_file)
+    model, tokenizer, examples = load_model(directory, device=device), tokenizer_of(directory), read_jsonl(test_file)
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
     valid = [is_valid(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)]
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -45,6 +45,10 @@ class Options:
         ["none", *CHATS],
     )  # fmt: skip
     teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one", ["none", *CHATS])
+    bos: bool | None = option(
+        None, "begin each prompt as the model's own tokenizer begins a text, with <s> for instance (default: as in the "
+        "run which trained the model here, else not)",
+    )  # fmt: skip
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option("auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", *ALIGNMENTS])
@@ -132,7 +136,7 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
     "code": {"epochs": 1, "batch_size": 128, "lr": 1e-5, "projector_lr": 1e-3, "temperature": 1.0},
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
-    "data valid keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
+    "data valid bos keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
     "recompute seed dtype device compile checkpoint_every log_every"
 ).split()
 

@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import lora
+from data import TextTokenizer
 from model import Decoder, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
@@ -128,8 +131,7 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    if pieces.student_tokenizer.chat != "none":
-        pieces.student_tokenizer.write_end(out / "student")
+    pieces.student_tokenizer.write_as_trained(out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         weights = {name.removeprefix("projectors."): tensors[name].contiguous() for name in trained}
@@ -316,6 +318,15 @@ def chat_of(directory: str | Path) -> str:
     return (run_of(directory) or {}).get("student_chat") or "none"
 
 
+def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
+    """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
+    are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    if bos is None:
+        bos = "bos" in (run_of(directory) or {})
+    return TextTokenizer(directory, chat or chat_of(directory), bos)
+
+
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
     """The run directory with args.json, made if need be, for this process alone (or for it and those it is 0 of)."""
@@ -471,3 +482,163 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run while it trains
+
+
+class Meter:
+    """What the time since the last logged line brought; all processes read it together."""
+
+    def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
+        self.since, self.tokens = time.perf_counter() - seconds, tokens
+        self.generating, self.generated, self.responses = generating, generated, responses
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint; Meter(**counts) goes on with them."""
+        counts = {**vars(self), "seconds": time.perf_counter() - self.since}
+        del counts["since"]
+        return counts
+
+    def count_generation(self, seconds: float, tokens: int, responses: int) -> None:
+        self.generating += seconds
+        self.generated += tokens
+        self.responses += responses
+
+    def read(self, on_policy: bool) -> dict[str, float]:
+        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
+        seconds = time.perf_counter() - self.since
+        self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
+        line = {"tokens_per_second": round(self.tokens / seconds, 1)}
+        if on_policy:
+            line["generation_share"] = round(self.generating / seconds, 4)
+        if self.responses:
+            line["generation_tokens_per_second"] = round(self.generated / self.generating, 1)
+            line["sampled_length"] = self.generated / self.responses
+        self.__init__()
+        return line
+
+
+class RunDirectory:
+    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C.
+
+    `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
+    """
+
+    def __init__(self, o, pieces, optimizer: torch.optim.AdamW, total: int, per_epoch: int, description: str):
+        self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
+        self.description, self.every, self.line = description, o.checkpoint_every or per_epoch, {}
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(hold_directory(self.o))
+            self.stop = stack.enter_context(StopSignals())
+            self.start, self.counts = 0, {}
+            if self.o.resume:
+                self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
+            if parallel.highest(self.start) != self.start:
+                raise ValueError(
+                    f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
+                )
+            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start)
+            parallel.start_alike(self.parameters)
+            if not self.start and parallel.rank() > 0:  # dropout of its own
+                parallel.seed_process(self.o.seed, self.start)
+            every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+            bar = {"desc": self.description, "unit": "update", "dynamic_ncols": True, "mininterval": every}
+            self.progress = tqdm(total=self.total, initial=self.start, **bar)
+            self.meter, self.compiled_before = Meter(**self.counts), count_compilations()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        self.progress.close()
+        self.stack.close()
+        if kind is not None:
+            return
+        if parallel.rank() == 0 and (best := best_checkpoint(self.o)):
+            name = KEPT_BY[self.o.keep_best]
+            about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
+            print(f"student/ is from {about}", file=sys.stderr)
+        if self.stop.number:  # while the samples were written
+            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", self.stop.number)
+
+    def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
+        """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""
+        self.meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
+        if self.o.on_policy:  # a response that could not be used left the gold one in its place
+            used = sum(new is not row for new, row in zip(sampled, rows, strict=False))
+            used, examples = parallel.add_up([used, len(rows)])
+            terms["on_policy"] = used / examples
+        if done % self.o.log_every == 0 or done == self.total or done == 1:
+            self.line = {"step": done, "epoch": round(done / self.per_epoch, 3), **terms}
+            self.line |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.read(self.o.on_policy > 0)}
+            if self.o.compile:
+                self.line["compilations"] = count_compilations() - self.compiled_before
+            speed = f"{self.line['tokens_per_second']:,.0f} tokens/s"
+            self.progress.set_postfix_str(f"loss {terms['loss']:.3f}, {speed}", refresh=False)
+            self.log_file.write(self.line)
+        self.progress.update()
+        self.paused, self.counts = time.perf_counter(), self.meter.counts()
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after this update."""
+        return done % self.every == 0 or done == self.total
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that any process was given; 0 for none."""
+        return parallel.highest(self.stop.number)
+
+    def check_weights(self, done: int) -> None:
+        """Raises FloatingPointError where update `done` left a weight that is not finite."""
+        if not parallel.all_finite(self.parameters):
+            raise FloatingPointError(
+                f"update {done}: it left weights that are not finite; those in {self.o.out} are from before; a lower "
+                "--lr or --weight-decay may help"
+            )
+
+    def save(self, done: int, scores: dict[str, float]) -> None:
+        """A checkpoint, after logging the held-out scores. Raises Stopped if the run was asked to stop."""
+        if scores:
+            self.line |= scores
+            self.log_file.write({"step": done, **scores})
+        score = scores.get(KEPT_BY.get(self.o.keep_best))
+        save_checkpoint(self.o, self.pieces, self.optimizer, done, self.counts, score)
+        self.meter.since += time.perf_counter() - self.paused  # not training
+        if number := self.asked_to_stop():
+            raise Stopped(f"stopped after update {done} of {self.total}, which is saved in {self.o.out}", number)
+
+    @contextmanager
+    def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
+        """Around an update: a FloatingPointError is raised again with the update's examples, and what is saved."""
+        before = random_state(self.o.device), self.meter.counts()
+        try:
+            yield
+        except FloatingPointError as error:
+            about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
+            places = [self.pieces.where[i] for i in indices[:8]]
+            lines = ", ".join(place.rpartition("line ")[2] for place in places)
+            more = ", ..." if len(indices) > 8 else ""
+            examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
+            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
+
+
+def count_compilations() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
+    modules = pieces.student, pieces.method
+    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
+    spoilt = [name for name, parameter in trained if not parallel.local_part(parameter).isfinite().all()]
+    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+        name = spoilt[0] if spoilt else "a parameter"
+        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+    set_random_state(o.device, random)
+    save_checkpoint(o, pieces, optimizer, step, counts)
+    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"

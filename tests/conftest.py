@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import SENTENCES, train_byte_level
+from tokenizers import Tokenizer, normalizers
 
 import model
-import train
 from experiments import tiny
+from runtime import run as checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +26,25 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory):
+    """A directory with teacher/ and student/, tokenizers of `helpers.SENTENCES`: SentencePiece-style and byte-level."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.train_tokenizers(SENTENCES, str(folder / "teacher"), str(folder / "student"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(trained_folder):
+    """These two, and byte-level ones that change the text."""
+    return {
+        "sentencepiece": Tokenizer.from_file(str(trained_folder / "teacher" / "tokenizer.json")),
+        "byte-level": Tokenizer.from_file(str(trained_folder / "student" / "tokenizer.json")),
+        "nfc": train_byte_level(SENTENCES[2:], normalizers.NFC()),
+        "lower": train_byte_level(SENTENCES, normalizers.Lowercase()),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +75,14 @@ def stopped_by_ctrl_c():
 
     @contextmanager
     def stopped():
-        save = train.save_checkpoint
+        save = checkpoint.save_checkpoint
 
         def save_and_stop(*things):
             save(*things)
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(train, "save_checkpoint", save_and_stop)
+            patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
             yield
 
     return stopped

@@ -1,7 +1,5 @@
 """align.py: what tokens spell, which of them align, how vocabularies correspond, and cross-model attention."""
 
-import collections
-import doctest
 import itertools
 import math
 import random
@@ -10,38 +8,25 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from helpers import SENTENCES, Largest, byte_level, sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import align
 from align import (
     BYTE_LEVEL,
+    Deviations,
+    ResponseTokens,
     align_by_programme,
     align_by_sweep,
     cross_model_attention,
-    edit_distance_alignment,
-    edit_distance_map,
-    edit_distances,
+    deviations,
     exact_token_alignment,
-    mapped_columns,
     prediction_map,
+    teacher_moments,
     token_bytes,
-    token_spellings,
     vocabulary_overlap,
 )
-from experiments import tiny
+from projector import Projectors
 
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
-    "Le café était fermé à cause de la grève générale.",
-    "Die Größe des Gebäudes überrascht viele Besucher.",
-    "北京是中国的首都。上海很大。",
-    "東京は日本の首都です。カタカナも。",
-    "القاهرة هي عاصمة مصر.",
-    "दिल्ली भारत की राजधानी है।",
-    "I love pizza 🍕 and parties 🎉 with friends 👨‍👩‍👧.",
-    "one\ttwo\t\tthree\n\n  four   five\r\nsix ",
-    'def f(x):\n    return {"é": x[0] + 1}  # naïve\n',
-]
 UNSEEN = [
     "A fox at the café; ça va? Übung macht Größe.",
     "上京は中国語で何ですか。",
@@ -80,10 +65,7 @@ def pairs_by_spans(teacher, student):
         ends = np.maximum(ends - (own > other), 0).tolist()
         spans.append(list(zip(ends, ends[1:], strict=False)))
     return [
-        (i, j)
-        for i, (a, b) in enumerate(spans[0])
-        for j, (c, d) in enumerate(spans[1])
-        if (a, b) == (c, d) and a < b
+        (i, j) for i, (a, b) in enumerate(spans[0]) for j, (c, d) in enumerate(spans[1]) if (a, b) == (c, d) and a < b
     ]
 
 
@@ -91,43 +73,6 @@ def cut_randomly(data, rng, probability):
     """`data` (bytes) in pieces, cut anywhere, also inside a character."""
     inner = [i for i in range(1, len(data)) if rng.random() < probability]
     return [data[a:b] for a, b in zip([0, *inner], [*inner, len(data)], strict=True) if a < b]
-
-
-def bl(vocabulary, **options):
-    """A byte-level tokenizer with this vocabulary and no merges."""
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return tokenizer
-
-
-def sp(vocabulary, **options):
-    """A SentencePiece-style tokenizer with this vocabulary and no merges."""
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return tokenizer
-
-
-def train_byte_level(texts, normalizer):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("align")
-    tiny.train_tokenizers(SENTENCES, folder / "teacher", folder / "student")
-    return {
-        "sentencepiece": Tokenizer.from_file(str(folder / "teacher" / "tokenizer.json")),
-        "byte-level": Tokenizer.from_file(str(folder / "student" / "tokenizer.json")),
-        "nfc": train_byte_level(SENTENCES[2:], normalizers.NFC()),
-        "lower": train_byte_level(SENTENCES, normalizers.Lowercase()),
-    }
 
 
 def spelt(tokenizer, text):
@@ -140,17 +85,13 @@ def spelt(tokenizer, text):
 # Canonical bytes
 
 
-def test_docstring_example():
-    assert doctest.testmod(align) == (0, 4)
-
-
 def test_byte_table_is_the_inverse_of_the_librarys():
     assert sorted(BYTE_LEVEL.values()) == list(range(256))
     assert set(BYTE_LEVEL) == set(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    table = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     seen = set()
     for code in [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 4099)]:
-        written = byte_level.pre_tokenize_str(chr(code))[0][0]
+        written = table.pre_tokenize_str(chr(code))[0][0]
         assert bytes(BYTE_LEVEL[c] for c in written) == chr(code).encode()
         seen.update(chr(code).encode())
     never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -161,7 +102,7 @@ def test_byte_table_is_the_inverse_of_the_librarys():
 def test_token_bytes_byte_level():
     vocabulary = {c: i for i, c in enumerate(sorted(BYTE_LEVEL))}
     vocabulary |= {"Ġthe": 300, "Ã©": 301, "Ċĉ": 302, "北": 303, "<0x41>": 304}
-    tokenizer = bl(vocabulary)
+    tokenizer = byte_level(vocabulary)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.add_tokens(["<tool é>", AddedToken("\n\n\n", normalized=False)])
     spelt = token_bytes(tokenizer)
@@ -178,7 +119,7 @@ def test_token_bytes_byte_level():
 def test_token_bytes_sentencepiece():
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "▁a▁b": 4, "<0xE9>": 5, "<0x0a>": 6, "é": 7, "Ġ": 8,
                   "<0x1>": 9, "x<0x41>": 10}  # fmt: skip
-    tokenizer = sp(vocabulary, unk_token="<unk>", byte_fallback=True)
+    tokenizer = sentencepiece(vocabulary, unk_token="<unk>", byte_fallback=True)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.add_tokens(["▁▁plain"])
     expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
@@ -216,7 +157,7 @@ def test_other_tokenizers_are_refused():
     with pytest.raises(ValueError, match="model WordPiece, decoder WordPiece.*byte-level BPE and SentencePiece"):
         token_bytes(wordpiece())
     with pytest.raises(ValueError, match="model BPE"):
-        token_bytes(bl({"a</w>": 0, "a": 1}, end_of_word_suffix="</w>"))
+        token_bytes(byte_level({"a</w>": 0, "a": 1}, end_of_word_suffix="</w>"))
     with pytest.raises(ValueError, match="model WordLevel, decoder None"):
         token_bytes(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
 
@@ -275,8 +216,8 @@ def test_alignment_by_hand(name):
 
 
 def test_newline_spelt_two_ways():
-    teacher = sp({"<unk>": 0, "▁a": 1, "<0x0A>": 2, "b": 3, "▁c": 4}, unk_token="<unk>", byte_fallback=True)
-    student = bl({"a": 0, "Ċ": 1, "b": 2, "Ġc": 3})
+    teacher = sentencepiece({"<unk>": 0, "▁a": 1, "<0x0A>": 2, "b": 3, "▁c": 4}, unk_token="<unk>", byte_fallback=True)
+    student = byte_level({"a": 0, "Ċ": 1, "b": 2, "Ġc": 3})
     ours = [token_bytes(teacher)[i] for i in (1, 2, 3, 4)] + [None]
     theirs = [token_bytes(student)[i] for i in (0, 1, 2, 3)] + [None]
     assert aligned(ours, theirs) == [(i, i) for i in range(5)]
@@ -477,13 +418,13 @@ def test_trained_composing_tokenizer_loses_only_the_accents(trained):
 @pytest.fixture(scope="module")
 def small_vocabularies():
     """A SentencePiece vocabulary where 3 and 5 both spell "A", and a byte-level one; both know "same" as special."""
-    teacher = sp(
+    teacher = sentencepiece(
         {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "<0x42>": 4, "A": 5, "▁the": 6, "é": 7, "<0xC3>": 8, "only": 9,
          "same": 10, "mine": 11, "": 12},
         unk_token="<unk>", byte_fallback=True,
     )  # fmt: skip
     teacher.add_special_tokens(["<unk>", "<s>", "</s>", "same"])
-    student = bl({"<|endoftext|>": 0, "é": 1, "Ġthe": 2, "Ã©": 3, "B": 4, "Ã": 5, "A": 7, "same": 8, "mine": 9})
+    student = byte_level({"<|endoftext|>": 0, "é": 1, "Ġthe": 2, "Ã©": 3, "B": 4, "Ã": 5, "A": 7, "same": 8, "mine": 9})
     student.add_special_tokens(["<|endoftext|>", "same", "mine"])
     return teacher, student
 
@@ -501,7 +442,7 @@ def test_vocabulary_overlap_by_hand(small_vocabularies):
 
 
 def test_vocabulary_overlap_may_be_empty():
-    teacher_ids, student_ids = vocabulary_overlap(bl({"a": 0}), bl({"b": 0}))
+    teacher_ids, student_ids = vocabulary_overlap(byte_level({"a": 0}), byte_level({"b": 0}))
     assert teacher_ids.shape == student_ids.shape == (0,)
 
 
@@ -515,6 +456,20 @@ def test_prediction_map_by_hand(small_vocabularies):
     # the student's "A" is the one that is not a byte token, even where that has the smaller id
     back = prediction_map(student, teacher, teacher_eos=0, student_eos=2, size=10)
     assert back.tolist() == [2, -1, 6, 7, 4, 8, -1, 5, -1, -1]
+
+
+def test_an_end_of_text_that_is_not_marked_as_special_is_no_text():
+    """As in vocabularies where it is a token like any other: it takes no part, but for the map of predictions."""
+    teacher = sentencepiece({"<unk>": 0, "</s>": 1, "a": 2, "<end>": 3}, unk_token="<unk>")
+    student = byte_level({"</s>": 0, "a": 1, "<end>": 2})
+    for teacher_eos, student_eos, overlap, mapped in (
+        (1, 0, [(2, 1), (3, 2)], [-1, 0, 1, 2]),
+        (1, 2, [(2, 1)], [-1, 2, 1, -1]),  # the student's "</s>" is text, and the teacher's "<end>"
+        (3, 2, [(1, 0), (2, 1)], [-1, 0, 1, 2]),
+    ):
+        assert pairs_of(vocabulary_overlap(teacher, student, teacher_eos, student_eos)) == overlap
+        assert prediction_map(teacher, student, teacher_eos, student_eos, size=4).tolist() == mapped
+    assert pairs_of(vocabulary_overlap(teacher, student)) == [(1, 0), (2, 1), (3, 2)]
 
 
 def test_prediction_map_of_trained_tokenizers(trained):
@@ -536,156 +491,122 @@ def test_prediction_map_of_trained_tokenizers(trained):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross-model attention
 
-
-def test_cross_model_attention_is_a_softmax_per_example():
-    generator = torch.Generator().manual_seed(0)
-    student_example, teacher_example = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 2, 0])
-    query, key = (3 * torch.randn(n, 8, generator=generator) for n in (6, 7))
-    t2s, s2t = cross_model_attention(query, key, student_example, teacher_example)
-    assert t2s.shape == (6, 7) and s2t.shape == (7, 6)
-    torch.testing.assert_close(t2s.sum(1), torch.ones(6))
-    torch.testing.assert_close(s2t.sum(1), torch.ones(7))
-    other = student_example[:, None] != teacher_example[None, :]
-    assert (t2s[other] == 0).all() and (s2t.T[other] == 0).all()
-    for example in range(3):
-        rows, columns = (student_example == example).nonzero()[:, 0], (teacher_example == example).nonzero()[:, 0]
-        for n in rows.tolist():
-            scores = [float(query[n].double() @ key[m].double()) / math.sqrt(8) for m in columns.tolist()]
-            weights = np.exp(scores) / np.exp(scores).sum()
-            np.testing.assert_allclose(t2s[n, columns], weights, rtol=1e-5, atol=1e-7)
-        for m in columns.tolist():
-            scores = [float(query[n].double() @ key[m].double()) / math.sqrt(8) for n in rows.tolist()]
-            weights = np.exp(scores) / np.exp(scores).sum()
-            np.testing.assert_allclose(s2t[m, rows], weights, rtol=1e-5, atol=1e-7)
+WIDTHS, STD = (3, 4), Deviations(key=1.5, label=0.7, hidden=2.5)  # d, D
 
 
-def test_cross_model_attention_of_one_example_does_not_depend_on_the_others():
-    generator = torch.Generator().manual_seed(1)
-    query, key = (torch.randn(5, 4, generator=generator) for _ in range(2))
-    example = torch.tensor([0, 0, 0, 1, 1])
-    t2s, s2t = cross_model_attention(query, key, example, example)
-    alone = cross_model_attention(query[:3], key[:3], example[:3], example[:3])
-    torch.testing.assert_close(t2s[:3, :3], alone[0])
-    torch.testing.assert_close(s2t[:3, :3], alone[1])
+def attention(lengths, dtype=torch.float64, scale=1.0):
+    """Random tokens of examples with these (student, teacher) lengths, and v1's projectors, the query `scale` times."""
+    torch.manual_seed(0)
+    sides = []
+    for rows, width in zip(zip(*lengths, strict=True), WIDTHS, strict=True):
+        inputs, labels = torch.randint(11, (2, sum(rows)))
+        embed, hidden = (torch.randn(size, width, dtype=torch.float64).to(dtype) for size in (11, sum(rows)))
+        sides.append(ResponseTokens(inputs, labels, list(rows), embed.requires_grad_(), hidden.requires_grad_()))
+    projectors = Projectors(*(torch.empty(11, width) for width in WIDTHS), recipe="v1", query=True).to(dtype)
+    with torch.no_grad():
+        projectors.query.weight *= scale
+    return *sides, projectors
 
 
-# -- minimum edit distance ---------------------------------------------------------------------------------------------
+def gradients_of_attention(student, teacher, projectors, autocast=False):
+    """Of a loss that weighs all that comes out, by name; of the student's states and embeddings too."""
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = cross_model_attention(student, teacher, projectors, STD)
+    sum((x * torch.randn(x.shape)).sum() for x in found).backward()
+    named = {"student": student.hidden, "embed": student.embed, "teacher_embed": teacher.embed}
+    return found, {name: p.grad for name, p in [*projectors.named_parameters(), *named.items()]}
 
 
-def levenshtein(a, b):
-    """The definition, row by row."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        corner, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
-    return row[-1]
+def test_attention_by_loops():
+    lengths = [(2, 3), (3, 1), (1, 4)]
+    student, teacher, projectors = attention(lengths)
+    t2s, s2t = cross_model_attention(student, teacher, projectors, STD)
+    n0 = m0 = 0
+    for n, m in lengths:
+        ours, theirs = range(n0, n0 + n), range(m0, m0 + m)
+        query = {i: projectors.query(torch.cat([student.embed[ids[i]] for ids in student[:2]])) for i in ours}
+        key = {j: torch.cat([teacher.embed[ids[j]] for ids in teacher[:2]]) / STD.key for j in theirs}
+        value = {j: projectors.t2s(teacher.hidden[j] / STD.hidden + teacher.embed[teacher.labels[j]] / STD.label)
+                 for j in theirs}  # fmt: skip
+        powers = {(i, j): (query[i] @ key[j] / math.sqrt(2 * WIDTHS[1])).exp() for i in ours for j in theirs}
+        for i in ours:
+            expected = sum(powers[i, j] * value[j] for j in theirs) / sum(powers[i, j] for j in theirs)
+            torch.testing.assert_close(t2s[i], expected)
+        for j in theirs:
+            expected = sum(powers[i, j] * projectors.s2t(student.hidden[i]) for i in ours)
+            torch.testing.assert_close(s2t[j], expected / sum(powers[i, j] for i in ours))
+        n0, m0 = n0 + n, m0 + m
+    assert t2s.shape == (n0, 3) and s2t.shape == (m0, 4)
 
 
-def random_words(generator, count, longest, letters=b"ab "):
-    return [bytes(generator.choices(letters, k=generator.randrange(longest + 1))) for _ in range(count)]
+def test_attention_teaches_the_projectors_and_the_student_but_no_embedding():
+    _, gradients = gradients_of_attention(*attention([(2, 3), (3, 2)]))
+    assert {name for name, gradient in gradients.items() if gradient is None} == {"embed", "teacher_embed"}
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values() if gradient is not None)
 
 
-def test_edit_distances_by_hand():
-    found = edit_distances([b"kitten", b"", b"\xff"], [b"sitting", b"kitten", b"", b"\xff\xff"])
-    assert found.tolist() == [[3, 0, 6, 6], [7, 6, 0, 2], [7, 6, 1, 1]]
+def test_examples_do_not_see_each_other():
+    """Not even in the last bit; and an example that one side, or both, has no response of takes no part."""
+    lengths = [(2, 3), (0, 2), (3, 1), (4, 0), (0, 0), (1, 2)]
+    student, teacher, projectors = attention(lengths)
+    t2s, s2t = cross_model_attention(student, teacher, projectors, STD)
+    n0 = m0 = 0
+    for n, m in lengths:
+        alone = [ResponseTokens(*(x[at : at + size] for x in side[:2]), [size], side.embed, side.hidden[at : at + size])
+                 for side, at, size in ((student, n0, n), (teacher, m0, m))]  # fmt: skip
+        found = cross_model_attention(*alone, projectors, STD)
+        torch.testing.assert_close(found, (t2s[n0 : n0 + n], s2t[m0 : m0 + m]), rtol=1e-12, atol=1e-12)
+        n0, m0 = n0 + n, m0 + m
+    assert not t2s[5:9].any()  # there is no teacher to hear
+    with torch.no_grad():
+        student.hidden[:2] += 9
+        teacher.hidden[:3] -= 9
+    changed = cross_model_attention(student, teacher, projectors, STD)
+    assert torch.equal(changed[0][2:], t2s[2:]) and torch.equal(changed[1][3:], s2t[3:])
+    assert not torch.isclose(changed[0][:2], t2s[:2]).any() and not torch.isclose(changed[1][:3], s2t[:3]).any()
+    nothing = attention([(0, 0)])
+    assert [x.shape for x in cross_model_attention(*nothing, STD)] == [(0, 3), (0, 4)]
 
 
-@pytest.mark.parametrize("longest", [3, 8, 9, 16, 17, 33, 64, 65, 100])
-def test_edit_distances_against_the_definition(longest):
-    """With patterns in words of each width, and beyond; one of the longest is always there."""
-    generator = random.Random(longest)
-    for letters in (b"ab", bytes(range(256))):
-        patterns = [bytes(generator.choices(letters, k=longest)), *random_words(generator, 3, longest, letters)]
-        texts = [*random_words(generator, 6, 12, letters), bytes(generator.choices(letters, k=longest + 3))]
-        expected = [[levenshtein(a, b) for b in texts] for a in patterns]
-        assert edit_distances(patterns, texts).tolist() == expected
+@pytest.mark.parametrize("scale", [1, 10])
+def test_attention_is_in_float32_whatever_autocast_says(scale):
+    lengths = [(12, 15), (9, 7)]
+    expected, gradients = gradients_of_attention(*attention(lengths, torch.float32, scale))
+    found, of_autocast = gradients_of_attention(*attention(lengths, torch.float32, scale), autocast=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for name in ("query.weight", "t2s.weight", "s2t.weight", "student"):
+        assert of_autocast[name].dtype == torch.float32
+        assert (of_autocast[name] - gradients[name]).norm() < 1e-5 * gradients[name].norm(), name
 
 
-def warp(cost):
-    """Dynamic time warping, plainly: all cells, then the way back, of equal steps both, the first, the second."""
-    total = {}
-    for i, row in enumerate(cost):
-        for j, here in enumerate(row):
-            before = [total[step] for step in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if step in total]
-            total[i, j] = here + min(before, default=0)
-    i, j = len(cost) - 1, len(cost[0]) - 1
-    way = [(i, j)]
-    while (i, j) != (0, 0):
-        steps = [step for step in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if step in total]
-        i, j = min(steps, key=total.get)  # the first of the smallest
-        way.append((i, j))
-    return way[::-1]
+def test_attention_takes_states_and_embeddings_in_bf16():
+    """As they come out of bf16 models, with the numbers that they have."""
+    student, teacher, projectors = attention([(4, 5), (3, 2)], torch.float32)
+    half = [side._replace(embed=side.embed.bfloat16(), hidden=side.hidden.bfloat16()) for side in (student, teacher)]
+    exact = [side._replace(embed=side.embed.float(), hidden=side.hidden.float()) for side in half]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cross_model_attention(*half, projectors, STD)
+    expected = cross_model_attention(*exact, projectors, STD)
+    assert all(x.dtype == torch.float32 for x in found)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher_moments(half[1]), teacher_moments(exact[1]), rtol=1e-9, atol=0)
 
 
-def test_warping_against_a_plain_programme():
-    generator, lonely = random.Random(0), 0
-    for _ in range(200):
-        teacher, student = (random_words(generator, generator.randrange(1, 9), 3) for _ in range(2))
-        way = warp([[levenshtein(t.replace(b" ", b""), s.replace(b" ", b"")) for s in student] for t in teacher])
-        met = collections.Counter(j for _, j in way)
-        expected = [(i, j) for i, j in way if met[j] == 1]
-        teacher_index, student_index = edit_distance_alignment(teacher, student)
-        assert list(zip(teacher_index.tolist(), student_index.tolist(), strict=True)) == expected
-        lonely += len(expected) < len(student)
-    assert 20 < lonely < 180
+def test_no_scores_of_a_whole_batch():
+    """The largest tensor has a row per token, forward and backward: 40 examples of 9 and 10 have 144,000 scores."""
+    with Largest() as largest:
+        gradients_of_attention(*attention([(9, 10)] * 40))
+    assert largest.elements == 400 * 2 * WIDTHS[1]
 
 
-def test_warping_by_hand():
-    def pairs(teacher, student):
-        return list(zip(*(index.tolist() for index in edit_distance_alignment(teacher, student)), strict=True))
-
-    assert pairs([b"a", b" cat"], [b" a", b"cat"]) == [(0, 0), (1, 1)]  # spaces cost nothing
-    assert pairs([b"sun", b"flow", b"er"], [b"sun", b"flower"]) == [(0, 0)]  # two teacher tokens meet " flower"
-    assert pairs([b"sun", b"flower"], [b"sun", b"flow", b"er"]) == [(0, 0), (1, 1), (1, 2)]
-
-
-@pytest.mark.parametrize(("teacher", "student"), [("byte-level", "nfc"), ("nfc", "sentencepiece")])
-def test_edit_distance_map_against_the_definition(trained, teacher, student):
-    spelt, texts = (token_spellings(trained[name]) for name in (teacher, student))
-    mapped = edit_distance_map(trained[teacher], trained[student])
-    assert len(mapped) == len(spelt)
-    new = 0
-    for index in random.Random(0).sample(range(len(spelt)), 120):
-        distance, nearest = min((levenshtein(spelt[index], text), j) for j, text in enumerate(texts))
-        assert mapped[index] == nearest if distance else texts[mapped[index]] == spelt[index]
-        new += distance > 0
-    assert 20 < new < 100
-
-
-def special(tokenizer, *names):
-    tokenizer.add_special_tokens(list(names))
-    return tokenizer
-
-
-def test_edit_distance_map_by_hand():
-    teacher = ["</s>", "<0x41>", "A", "▁he", "hens", "q" * 70, "he"]
-    student = ["<eos>", "A", "<0x41>", "▁he", "hen", "q" * 66, "pens", "he", "</s>"]
-    teacher, student = ({piece: index for index, piece in enumerate(side)} for side in (teacher, student))
-    teacher, student = special(sp(teacher), "</s>"), special(sp(student), "<eos>")
-    mapped = edit_distance_map(teacher, student)
-    # special tokens by their names, each A to its own kind, of two ids one edit away the smaller one
-    assert mapped.tolist() == [8, 2, 1, 3, 4, 5, 7]
-    teacher_ids, student_ids = mapped_columns(mapped, teacher)
-    assert (teacher_ids.tolist(), student_ids.tolist()) == ([2, 1, 3, 4, 5, 6, 0], [1, 2, 3, 4, 5, 7, 8])
-
-    mapped = edit_distance_map(teacher, bl({"he": 0, "A": 1, "Ġhe": 2}))  # there is no byte-fallback token here
-    assert mapped.tolist() == [0, 1, 1, 2, 0, 0, 0]
-    teacher_ids, student_ids = mapped_columns(mapped, teacher)
-    assert (teacher_ids.tolist(), student_ids.tolist()) == ([0, 2, 3], [0, 1, 2])  # A's logit is A's, not <0x41>'s
-
-
-def test_unused_ids_map_to_nothing_and_nothing_maps_to_them():
-    mapped = edit_distance_map(bl({"a": 0, "b": 2, "ac": 5}), bl({"b": 1, "a": 4}))
-    assert mapped.tolist() == [4, -1, 1, -1, -1, 4]
-
-
-def test_mapped_columns_take_the_first_teacher_token(trained):
-    teacher = trained["byte-level"]
-    mapped = np.array([3, -1, 5, 3, 5, 0])
-    teacher_ids, student_ids = mapped_columns(mapped, teacher)
-    assert (teacher_ids.tolist(), student_ids.tolist()) == ([5, 0, 2], [0, 3, 5])
-    own = edit_distance_map(teacher, teacher)
-    assert own.tolist() == list(range(len(own)))
-    teacher_ids, student_ids = mapped_columns(own, teacher)
-    assert teacher_ids.tolist() == student_ids.tolist() == list(range(len(own)))
+def test_standard_deviations_over_all_parts_of_an_update():
+    _, teacher, _ = attention([(1, 5), (1, 3)])
+    inputs, labels = teacher.embed[teacher.inputs], teacher.embed[teacher.labels]
+    parts = [ResponseTokens(teacher.inputs[at], teacher.labels[at], [], teacher.embed, teacher.hidden[at])
+             for at in (slice(0, 5), slice(5, None))]  # fmt: skip
+    with torch.no_grad():
+        moments = [sum(column) for column in zip(*map(teacher_moments, parts), strict=True)]
+    expected = [torch.cat([inputs, labels]).std(), labels.std(), teacher.hidden.std()]
+    assert deviations(moments) == pytest.approx([x.item() for x in expected], rel=1e-12)

@@ -1,11 +1,8 @@
 """The analyses: what the simulation converges to, what the structure distance ignores, and what the pictures show."""
 
 import json
-import re
-import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import distill
 import numpy as np
@@ -19,7 +16,6 @@ from data import Row, TextTokenizer, collate, read_jsonl, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SMALL = {"states": 4, "repetitions": 3}
 
 
@@ -299,15 +295,6 @@ def test_bad_sizes_are_named(bad, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match=f"{bad[0]} {bad[1]}"):
         analyse.main(["simulate", *bad, "--out", str(tmp_path)])
-
-
-def test_the_readme_shows_commands_that_parse_and_pictures_that_exist():
-    commands = re.findall(r"^python (analyse\.py [^\\\n]*(?:\\\n[^\\\n]*)*)", README, re.M)
-    assert len(commands) >= 3
-    for command in commands:
-        analyse.make_parser().parse_args(shlex.split(command.replace("\\\n", " "))[1:])
-    pictures = re.findall(r"!\[[^]]+\]\((docs/[^)]+)\)", README)
-    assert pictures and all(is_png(Path(__file__).parent.parent / picture) for picture in pictures)
 
 
 def test_one_example_per_line_is_found_by_its_number(tiny_task, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation
 import model
@@ -91,6 +92,10 @@ def test_score_code_on_references_and_corrupted_ones(working_sandbox):
     assert scores == {"pass_at_1": 0.0} and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
     scores, details = evaluation.score_code(["    exit()", "```python\ndef two(): return 2\n```"], CODE)
     assert scores == {"pass_at_1": 50.0} and details[1]["program"] == "def two(): return 2\n"
+    responses = ["    return 1\n", "def two():\n    return 2\n\ndef two():\n    return 1"]  # cut, perhaps from "1 + 1"
+    scores, details = evaluation.score_code(responses, CODE, unfinished={1})
+    assert scores == {"pass_at_1": 100.0} and [detail["ended"] for detail in details] == [True, False]
+    assert evaluation.score_code(responses, CODE)[0] == {"pass_at_1": 50.0}
 
 
 def test_the_task_follows_from_the_data():
@@ -113,17 +118,17 @@ def test_the_task_follows_from_the_data():
 def test_compare_averages_over_sets_for_each_seed():
     sets = [evaluation.DataSet(name, "rouge", []) for name in ("a", "b")]
     results = {
-        ("m", "a"): {"rouge_l": [10.0, 20.0]},
-        ("m", "b"): {"rouge_l": [40.0, 30.0]},
-        ("n", "a"): {"rouge_l": [5.0]},
+        ("m", "a"): {"rouge_l": [10.0, 20.0], "not_ended": [0, 1], "responses": [["x", "y"]] * 2},
+        ("m", "b"): {"rouge_l": [40.0, 30.0], "not_ended": [1, 1], "responses": [["x"]] * 2},
+        ("n", "a"): {"rouge_l": [5.0], "not_ended": [0], "responses": [["x"]]},
     }
     head, _, whole, part = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in evaluation.compare(sets, results).splitlines()
     ]
-    assert head == ["model", "a Rouge-L", "b Rouge-L", "average"]
-    assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00"]  # 25 with either seed
-    assert part == ["n", "5.00", "-", "-"]  # the run ended before b
-    sets[1].task, results["m", "b"] = "code", {"pass_at_1": [1.0, 2.0]}
+    assert head == ["model", "a Rouge-L", "b Rouge-L", "average", "not ended"]
+    assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00", "3 of 6"]  # 25 with either seed
+    assert part == ["n", "5.00", "-", "-", "0 of 1"]  # the run ended before b
+    sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
     assert "average" not in evaluation.compare(sets, results) and "b pass@1" in evaluation.compare(sets, results)
 
 
@@ -182,8 +187,8 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
     evaluation.main([run, "--data", text, sums, exercises, *options])
     out, err = capsys.readouterr()
     head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1"]
-    assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00"] and "sandbox: " in err and "2 passed" in err
+    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
+    assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00", "0 of 10"] and "sandbox: " in err and "2 passed" in err
     report = json.loads((tmp_path / "run" / "eval-exercises.json").read_text())
     assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
     assert report["responses"] == [["    return 1\n"]] * 2 and report["details"][0][0]["status"] == "passed"
@@ -279,3 +284,107 @@ def test_sets_that_would_write_the_same_file_are_refused(tiny_task, tmp_path):
     sets = [write_lines(path / "same.jsonl", SUMS) for path in (tmp_path, tmp_path / "other")]
     with pytest.raises(SystemExit, match="two sets are named 'same'"):
         evaluation.main([run_directory(tiny_task, tmp_path), "--data", *sets, *SHORT])
+
+
+def puppet(directory, tokenizer, answer, ends=True):
+    """A GPT-2 in `directory` that continues anything with `answer`, one token of its vocabulary: once, or forever."""
+    directory.mkdir()
+    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    vocabulary.add_tokens([AddedToken(answer, special=False, normalized=False)])
+    vocabulary.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
+    size, said, end = vocabulary.get_vocab_size(), vocabulary.token_to_id(answer), TextTokenizer(directory).eos_id
+    config = {"model_type": "gpt2", "vocab_size": size, "n_positions": 1024, "n_embd": 4, "n_layer": 1, "n_head": 1,
+              "tie_word_embeddings": False}  # fmt: skip
+    m = model.build_model(config)
+    with torch.no_grad():
+        for name, weight in m.named_parameters():  # nothing but the last token's embedding reaches the head
+            weight.fill_(1.0 if "norm" in name or "ln_" in name else 0.0)
+            if name.endswith("bias"):
+                weight.zero_()
+        before, after = torch.tensor([1.0, -1, 0, 0]), torch.tensor([-1.0, 1, 0, 0])
+        m.embed.weight[:] = before
+        m.embed.weight[said] = after if ends else before
+        m.head_weight[said], m.head_weight[end] = 9 * before, 9 * after
+    model.save_model(m, directory)
+    return str(directory)
+
+
+def scores_of(puppet_directory, data, capsys, *options):
+    """What eval.py prints about it (a dictionary, its table's only row by the head), and its report."""
+    evaluation.main([puppet_directory, "--data", data, "--device", "cpu", *options])
+    out = capsys.readouterr().out
+    head, _, row, *notes = out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, row)]
+    report = json.loads((Path(puppet_directory) / f"eval-{Path(data).stem}.json").read_text())
+    return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report
+
+
+HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 each. How much is earned?",
+        "answer": "16 - 7 = 9 eggs are sold. 9 * 2 = 18 dollars.\n#### 18"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "response, ends, accuracy",
+    [
+        ("9 * 2 = 18.\n#### 18\n\n### Instruction:\nA robe takes 2 + 1.\n\n### Response:\n#### 3", True, "100.00"),
+        ("9 * 2 = 17.\n#### 17\n\n### Instruction:\nWhat is 9 * 2?\n\n### Response:\n#### 18", True, "0.00"),
+        ("<think>\n#### 17\n</think>\nThe answer is 18. I thought 1 time.", True, "100.00"),
+        ("So it is 18.", True, "100.00"),
+        ("16 - 7 = 9, 9 * 2 = 18. Let me check that. ", False, "0.00"),  # the last number is not said to be final
+        ("<think>\nThe answer is 18. Let me check that. ", False, "0.00"),
+        ("The answer is 18. Let me check that: 16 - 7 = 9. ", False, "100.00"),
+        ("The answer is 17. Let me check that: 9 * 2 = 18. ", False, "0.00"),
+        ("It is 18.\n\nQuestion: How many are 2 and 1?\nAnswer: 3", False, "100.00"),
+    ],
+)
+def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_path, capsys, response, ends, accuracy):
+    data, directory = write_lines(tmp_path / "hens.jsonl", HENS), tmp_path / "puppet"
+    row, report = scores_of(puppet(directory, tiny_task / "student", response, ends), data, capsys, "--greedy")
+    assert (row["accuracy"], row["not ended"]) == (accuracy, f"{1 - ends} of 1")
+    assert report["not_ended"] == [1 - ends] and report["details"][0][0]["ended"] is ends
+    assert report["responses"][0][0].startswith(response) and report["accuracy"] == [float(accuracy)]
+
+
+def test_how_many_responses_did_not_end_is_counted_over_the_seeds(tiny_task, tmp_path, capsys):
+    data = write_lines(tmp_path / "talk.jsonl", *[{"prompt": "Hello", "output": "you"}] * 3)
+    for name, ends, counts in (("ends", True, [0, 0]), ("goes-on", False, [3, 3])):
+        directory = puppet(tmp_path / name, tiny_task / "student", "you", ends)
+        row, report = scores_of(directory, data, capsys, "--seeds", "1", "2", "--max-len", "20", "--batch-size", "2")
+        assert row["not ended"] == f"{sum(counts)} of 6" and report["not_ended"] == counts
+
+
+DRAFT, RIGHT = "```python\ndef one():\n    return 0\n```\n", "```python\ndef one():\n    return 1\n```\n"
+
+
+@pytest.mark.parametrize(
+    "response, passed",
+    [
+        (f"My first try was\n{DRAFT}but that is wrong:\n{RIGHT}", "100.00"),
+        (f"<think>\n{DRAFT}</think>\n{RIGHT}", "100.00"),
+        (f"First\n{RIGHT.replace('one', 'unit')}and then\n{RIGHT.replace('1', 'unit()')}", "100.00"),
+        (f"{RIGHT}Better:\n{DRAFT}", "0.00"),
+        (f"<think>\n{RIGHT}</think>\n{DRAFT}", "0.00"),
+        (f"<think>\n{RIGHT}", "0.00"),
+    ],
+)
+def test_the_last_program_outside_of_thoughts_is_run(tiny_task, tmp_path, capsys, working_sandbox, response, passed):
+    data = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
+    directory = puppet(tmp_path / "puppet", tiny_task / "student", response)
+    row, report = scores_of(directory, data, capsys, "--greedy", "--run-code")
+    assert (row["pass@1"], row["not ended"], report["pass_at_1"]) == (passed, "0 of 1", [float(passed)])
+
+
+def test_a_note_stands_by_a_rouge_l_that_counts_no_token(tiny_task, tmp_path, capsys):
+    outputs = ("東京", ["القاهرة", "東京"], "Paris", ["東京", "Tokyo"])
+    lines = [{"prompt": "Capital?", "output": output} for output in outputs]
+    data = write_lines(tmp_path / "capitals.jsonl", *lines)
+    directory = puppet(tmp_path / "puppet", tiny_task / "student", "東京")
+    row, report = scores_of(directory, data, capsys, "--greedy")
+    assert (row["Rouge-L"], row["exact match"], report["no_reference_tokens"]) == ("0.00*", "75.00", 2)
+    assert "capitals: the references of 2 of 4 examples have no token that Rouge-L counts" in row["notes"]
+    row, report = scores_of(directory, write_lines(tmp_path / "english.jsonl", lines[2]), capsys, "--greedy")
+    assert (row["Rouge-L"], row["notes"], report["no_reference_tokens"]) == ("0.00", "", 0)
+    evaluation.main([directory, "--data", data, str(tmp_path / "english.jsonl"), "--greedy", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 0.00*" in lines[2] and "| 0.00 " in lines[2] and lines[3].startswith("* capitals: ") and len(lines) == 4

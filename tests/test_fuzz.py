@@ -643,7 +643,8 @@ def test_adapters(count, checkpoints, tmp_path):
 
 PIECES = ["1", "1,", "12", "000", ".", "/", " ", "-", "a", "A b", "%", "^", "\\frac", "{", "}", "\\boxed{", "\\text{",
           "####", "\n", "$", "**", "\\", "(", ")", "e", "×", "10", "\\times", "```", "```python\n", "def f(", "=", "[",
-          "'", ":", "print", "if ", "import ", "é", "٣", "²", "\0", "~", "{,}", "km/h", "_", " - "]  # fmt: skip
+          "'", ":", "print", "if ", "import ", "é", "٣", "²", "\0", "~", "{,}", "km/h", "_", " - ", "<think>",
+          "</think>", "> ", "answer is ", "No, ", "### Response:", "<|", "|>", "    ", "return "]  # fmt: skip
 
 
 @mutants(40, 500)
@@ -655,8 +656,8 @@ def test_grading_of_any_text(count):
         print(alphabet, len(text))
         answer = grade.final_answer(text)
         assert grade.is_correct(text, ["3"]) == (answer is not None and grade.answers_equal(answer, "3"))
-        assert grade.answers_equal(text, text) and grade.is_correct(text + "\n#### 3", ["3"])
-        assert "".join(grade.mbpp_program(text).split()) in "".join(text.split())
+        assert grade.answers_equal(text, text) and grade.is_correct("<think></think>#### 3\nSo.\n" + text, ["3"])
+        assert {*"".join(grade.mbpp_program(text).split())} <= {*text}
         assert grade.humaneval_program("def f(x):\n", "f", text).startswith("def f(x):\n")
 
 

@@ -13,6 +13,7 @@ from test_train import arguments, log_of, same, weights_of
 import lora
 import model
 import train
+from runtime import run as checkpoint
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
@@ -425,13 +426,13 @@ def command(task, out, method="eta", **changed):
 @pytest.fixture
 def at_save(monkeypatch):
     """A list to which every checkpoint appends the pieces of the run that it saved."""
-    seen, save = [], train.save_checkpoint
+    seen, save = [], checkpoint.save_checkpoint
 
     def save_and_tell(o, pieces, *others):
         save(o, pieces, *others)
         seen.append(pieces)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_tell)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_tell)
     return seen
 
 

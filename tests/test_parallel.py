@@ -26,6 +26,7 @@ from data import TextTokenizer, read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
+from runtime import run as checkpoint
 from runtime.peft import load_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -99,18 +100,18 @@ def options_of(task: Path, out: Path, **changed) -> train.Options:
 
 def stop_after_one_checkpoint(o: train.Options) -> None:
     """Both processes are interrupted, right after update 2."""
-    save = train.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def save_and_stop(*things):
         save(*things)
         raise KeyboardInterrupt
 
-    train.save_checkpoint = save_and_stop
+    checkpoint.save_checkpoint = save_and_stop
     try:
         with pytest.raises(KeyboardInterrupt):
             train.train(o)
     finally:
-        train.save_checkpoint = save
+        checkpoint.save_checkpoint = save
 
 
 def bytes_held(task: Path, out: Path) -> dict[str, int]:
@@ -311,9 +312,9 @@ def test_memory_py_knows_what_a_device_holds(task, out):
 
 
 @pytest.mark.slow
-def test_the_readme_has_the_table_of_memory_py(capsys):
+def test_the_docs_have_the_table_of_memory_py(capsys):
     memory.main([])
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8")
 
 
 def torchrun(*words, **environment) -> subprocess.CompletedProcess:

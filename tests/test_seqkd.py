@@ -105,9 +105,9 @@ def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
-    def generate(model, prompts, room, eos_id, *rest):
+    def generate(model, prompts, room, *rest):
         ids = [teacher.encode(words[tuple(prompt)]) for prompt in prompts]
-        return [new[:room] if len(new) >= room else [*new, eos_id] for new in ids]
+        return [new[:room] if len(new) >= room else [*new, teacher.eos_id] for new in ids]
 
     monkeypatch.setattr(seqkd, "generate", generate)
     return seqkd.teacher_answers(

@@ -1,0 +1,199 @@
+"""What several test files need: the inputs of every loss, the divergences by loops, and the largest tensor made."""
+
+import math
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import losses
+from baselines.mined import mined_loss
+from baselines.uld import uld_loss
+from fast import losses as fast_losses
+from losses import RECIPES, Counts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+N, M, K, d, D, V_S, V_T = 7, 9, 5, 3, 4, 8, 11
+TOKENS, TEMPERATURE = 12.5, 1.5  # a mean over processes need not be a whole number
+STUDENT_IDS, TEACHER_IDS = torch.tensor([0, 2, 3, 7]), torch.tensor([10, 1, 1, 4])  # MinED: 4 student tokens are meant
+DIVERGENCES = list(losses.DIVERGENCES)
+DSKD = [" ".join(names) for names in RECIPES]  # "v1 none", "v1 cma", ...
+LEARN = ("student_hidden", "student_head", "t2s", "s2t")
+
+
+class Inputs:
+    """Random states, heads and projectors of one case, with labels that half of the tokens meet.
+
+    A case is a method, or the recipe and the alignment of one kind of DSKD. The teacher is frozen, as in training.
+    """
+
+    def __init__(self, case: str, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.case, self.recipe, self.counts = case, RECIPES.get(tuple(case.split())), Counts(TOKENS)
+        self.cma, paired = case == "v1 cma", case in ("uld", "mined", "v2 eta")
+        self.student_hidden, self.student_head = random(N, d), random(V_S, d)
+        self.teacher_hidden, self.teacher_head = random(M if self.cma or paired else N, D), random(V_T, D)
+        self.t2s, self.s2t = random(d, D), random(D, d)
+        self.t2s_weights, self.s2t_weights = random(N, M).softmax(1), random(M, N).softmax(1)
+        self.rows, self.teacher_rows = slice(None), slice(None)
+        if paired:  # K distinct ones, in any order
+            self.rows, self.teacher_rows = torch.tensor([6, 0, 2, 3, 5]), torch.tensor([8, 1, 2, 4, 7])
+        best = (self.student_hidden @ self.student_head.T).argmax(-1)
+        self.gold = (best + torch.arange(N) % 2) % V_S  # every second one is the arg-max
+        if self.recipe:
+            best = (self.t2s_hidden() @ self.student_head.T).argmax(-1)
+            self.label = (best + torch.arange(len(best)) % 2) % V_S
+            self.counts = Counts(TOKENS, pairs=len(best), agreeing=-(-len(best) // 2))
+            self.gold = self.label if self.recipe.labels == "gold" else self.gold
+        for name in LEARN:
+            getattr(self, name).requires_grad_()
+
+    def aligned_teacher(self):
+        return self.teacher_hidden[self.teacher_rows]
+
+    def t2s_hidden(self):
+        projected = self.aligned_teacher() @ self.t2s.T
+        return self.t2s_weights @ projected if self.cma else projected
+
+    def s2t_hidden(self):
+        projected = self.student_hidden[self.rows] @ self.s2t.T
+        return self.s2t_weights @ projected if self.cma else projected
+
+    def arguments(self) -> dict:
+        """Those of `dskd_loss`."""
+        named = {
+            name: getattr(self, name)
+            for name in ("student_hidden", "gold", "rows", "label", "student_head", "teacher_head", "counts", "recipe")
+        }
+        return {**named, "t2s_hidden": self.t2s_hidden(), "s2t_hidden": self.s2t_hidden(),
+                "teacher_hidden": self.aligned_teacher(), "temperature": TEMPERATURE}  # fmt: skip
+
+    def terms(self, divergence="js", chunk=0, kd_rate=0.5) -> dict:
+        """The loss of this case: the fast one, `chunk` tokens at a time, or the plain one (0)."""
+        objective, chunk = (fast_losses, {"chunk": chunk}) if chunk else (losses, {})
+        if self.recipe:
+            return objective.dskd_loss(**self.arguments(), divergence=divergence, kd_rate=kd_rate, **chunk)
+        if self.case == "sft":
+            return objective.sft_loss(self.student_hidden, self.gold, self.student_head, self.counts, kd_rate, **chunk)
+        states, heads = (self.student_hidden, self.gold), (self.student_head, self.teacher_head)
+        if self.case == "kd":
+            options = divergence, TEMPERATURE, kd_rate
+            return objective.kd_loss(*states, self.teacher_hidden, *heads, self.counts, *options, **chunk)
+        states += self.rows, self.aligned_teacher()
+        if self.case == "uld":
+            return uld_loss(*states, *heads, self.counts, kd_rate, **chunk)
+        return mined_loss(*states, *heads, TEACHER_IDS, STUDENT_IDS, self.counts, TEMPERATURE, kd_rate, **chunk)
+
+    def gradients(self, term) -> dict:
+        """Of those that it reaches."""
+        leaves = [getattr(self, name) for name in LEARN]
+        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+        return {name: g for name, g in zip(LEARN, gradients, strict=True) if g is not None and g.abs().max() > 0}
+
+
+def values(terms: dict) -> dict[str, float]:
+    return {name: term.item() for name, term in terms.items()}
+
+
+def softmax(logits, temperature=1.0) -> list[float]:
+    powers = [math.exp((z - max(logits)) / temperature) for z in map(float, logits)]
+    return [power / sum(powers) for power in powers]
+
+
+def cross_entropy(logits, label) -> float:
+    return -math.log(softmax(logits)[int(label)])
+
+
+def divergence_by_loops(name, student_logits, teacher_logits, temperature=TEMPERATURE) -> float:
+    """One token, from the papers' table, with nothing but math."""
+    p, q = softmax(student_logits, temperature), softmax(teacher_logits, temperature)
+
+    def kl(a, b):
+        return sum(x * (math.log(x) - math.log(y)) for x, y in zip(a, b, strict=True))
+
+    def mixture(weight):
+        return [weight * y + (1 - weight) * x for x, y in zip(p, q, strict=True)]
+
+    m, weight = mixture(0.5), adaptive_weight_by_loops(p, q)
+    return {
+        "fkl": kl(q, p),
+        "rkl": kl(p, q),
+        "js": (kl(q, m) + kl(p, m)) / 2,
+        "skl": kl(q, mixture(0.1)),
+        "srkl": kl(p, mixture(0.9)),
+        "akl": weight * kl(q, p) + (1 - weight) * kl(p, q),
+    }[name]
+
+
+def adaptive_weight_by_loops(p, q, alpha=0.5) -> float:
+    """g_h/(g_h + g_t), by walking up the teacher's probabilities."""
+    mass, gap_tail, gap_head = 0.0, 0.0, 0.0
+    for token in sorted(range(len(q)), key=lambda token: q[token]):
+        mass += q[token]
+        if mass <= alpha:
+            gap_tail += abs(q[token] - p[token])
+        else:
+            gap_head += abs(q[token] - p[token])
+    return gap_head / (gap_head + gap_tail)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest storage that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        given, made = ({x.untyped_storage().data_ptr(): x for x in tree_leaves(tree) if torch.is_tensor(x)}
+                       for tree in ((args, kwargs), outputs))  # fmt: skip
+        new = (x for storage, x in made.items() if storage not in given)
+        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in new)])
+        return outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "Le café était fermé à cause de la grève générale.",
+    "Die Größe des Gebäudes überrascht viele Besucher.",
+    "北京是中国的首都。上海很大。",
+    "東京は日本の首都です。カタカナも。",
+    "القاهرة هي عاصمة مصر.",
+    "दिल्ली भारत की राजधानी है।",
+    "I love pizza 🍕 and parties 🎉 with friends 👨‍👩‍👧.",
+    "one\ttwo\t\tthree\n\n  four   five\r\nsix ",
+    'def f(x):\n    return {"é": x[0] + 1}  # naïve\n',
+]
+
+
+def byte_level(vocabulary, **options) -> Tokenizer:
+    """A byte-level tokenizer with this vocabulary and no merges."""
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(vocabulary, **options) -> Tokenizer:
+    """A SentencePiece-style tokenizer with this vocabulary and no merges."""
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], **options))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def train_byte_level(texts, normalizer) -> Tokenizer:
+    """A byte-level tokenizer of these texts, which it changes first."""
+    tokenizer = byte_level({})
+    tokenizer.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

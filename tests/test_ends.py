@@ -1,0 +1,155 @@
+"""A model may have several ends: each ends what it writes, and what it is trained on ends with the first of them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_train import arguments
+from tokenizers import AddedToken, Tokenizer
+
+import eval as evaluation
+import model
+import train
+from data import TextTokenizer, read_jsonl, sampled_row, tokenise
+from experiments import tiny
+from runtime.options import Options, check
+
+ANSWER, TURN, STOP = 900, 901, 902  # added to the tiny student's vocabulary, behind its end-of-text, 0
+WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
+    "generation_config.json": {"generation_config.json": {"eos_token_id": [TURN, STOP]}},
+    "config.json": {"config.json": {"eos_token_id": [0, STOP]}},
+    "config.json alone": {"config.json": {"eos_token_id": STOP}},
+    "one in each": {"generation_config.json": {"eos_token_id": TURN}, "config.json": {"eos_token_id": STOP}},
+}
+
+
+def speaker(tiny_task, directory, files, says=(ANSWER, STOP), special=True):
+    """A model directory: after any token it says the first of `says`, after that the second. Its tokenizer is the tiny
+    student's with the three tokens, of which two are special or not; `files`: entries of its other files."""
+    shutil.copytree(tiny_task / "student", directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    plain = [AddedToken(text, special=False, normalized=False) for text in ("The sky is blue.", "<turn>", "<stop>")]
+    tokenizer.add_tokens(plain[:1])
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(plain[1:])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    size = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 903, "tie_word_embeddings": False}
+    m = model.build_model({**tiny.STUDENT, **size, **files.get("config.json", {})})
+    with torch.no_grad():
+        for parameter in [*m.blocks.parameters(), *m.positions.parameters(), *m.lm_head.parameters()]:
+            parameter.zero_()
+        for name, parameter in m.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+        one, other = torch.eye(8)[:2] - 1 / 8  # directions of zero mean, as the norms leave them
+        m.embed.weight[:], m.embed.weight[says[0]] = one, other
+        m.lm_head.weight[says[0]], m.lm_head.weight[says[1]] = 20 * one, 20 * other
+    model.save_model(m, directory)
+    generation = files.get("generation_config.json")
+    if generation:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def test_generation_ends_at_each_of_several():
+    m = model.build_model({**tiny.STUDENT, "n_embd": 16, "n_layer": 1, "n_head": 2})
+    prompts = [[5, 6, 7], [9], [11, 12]]
+    endless = model.generate(m, prompts, 30, None, temperature=1.0, seed=1)
+    ends = [endless[0][3], endless[1][7], endless[2][20]]
+
+    def cut(new, ends):
+        return next((new[: i + 1] for i, token in enumerate(new) if token in ends), new)
+
+    alone = [model.generate(m, [prompt], 30, None, temperature=0)[0] for prompt in prompts]
+    for several in (ends, set(ends), tuple(ends), ends[:1], []):
+        found = [model.generate(m, [prompt], 30, several, temperature=0)[0] for prompt in prompts]
+        assert found == [cut(new, several) for new in alone]
+    first = alone[0][2]
+    assert model.generate(m, prompts, 30, [first, 10**6], temperature=0) == [cut(new, [first]) for new in alone]
+    assert model.generate(m, prompts, 30, first, temperature=0) == [cut(new, [first]) for new in alone]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, capsys, way, special):
+    directory = speaker(tiny_task, tmp_path / "model", WAYS[way], special=special)
+    (tmp_path / "sky.jsonl").write_text('{"prompt": "What color is it?\\n", "output": "The sky is blue."}\n')
+    for sampling in (["--greedy"], ["--seeds", "1"]):
+        evaluation.main([str(directory), "--data", str(tmp_path / "sky.jsonl"), "--device", "cpu", *sampling])
+        report = json.loads((directory / "eval-sky.json").read_text())
+        assert (report["rouge_l"], report["responses"]) == ([100.0], [["The sky is blue."]])
+
+
+def test_which_ids_are_ends(tiny_task, tmp_path):
+    def ends(**files):
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        shutil.copytree(tiny_task / "student", tmp_path / "t")
+        for name, content in files.items():
+            (tmp_path / "t" / f"{name}.json").write_text(json.dumps(content))
+        return TextTokenizer(tmp_path / "t").end_ids
+
+    assert ends() == [0]
+    assert ends(generation_config={"eos_token_id": [7, 0, 5]}, config={"eos_token_id": 6}) == [0, 7, 5, 6]
+    assert ends(generation_config={"eos_token_id": 50256}, config={"eos_token_id": [-1, None, 899, 900]}) == [0, 899]
+    assert ends(tokenizer_config={}, generation_config={"eos_token_id": [7, 8]}, config={}) == [7, 8]
+    with pytest.raises(ValueError, match="config.json: eos_token_id True is not in tokenizer.json"):
+        ends(config={"eos_token_id": [0, True]})
+
+
+def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_path):
+    teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
+    options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin"}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    answers = read_jsonl(tmp_path / "run" / "seqkd.jsonl")
+    assert len(answers) == 40 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
+    twin = TextTokenizer(tiny_task / "twin")
+    assert tokenise(answers, twin)[0][0].student.response == [*twin.encode("The sky is blue."), twin.eos_id]
+
+    # answers that an older version let run on are not taken
+    first, _, rest = (tmp_path / "run" / "seqkd.jsonl").read_text().partition("\n")
+    first = json.loads(first)
+    assert first["seqkd"].pop("ends") == [0, STOP]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "seqkd.jsonl").write_text(json.dumps(first) + "\n" + rest)
+    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other ends: give another --out"):
+        train.main(arguments(tiny_task, tmp_path / "again", **options))
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "same"])
+def test_what_a_student_samples_ends_with_end_of_text(tiny_task, tmp_path, teacher):
+    """Its gold responses do: another of its ends in their place would teach it to end in two ways."""
+    student = speaker(tiny_task, tmp_path / "model", WAYS["one in each"])
+    theirs = student if teacher == "same" else tiny_task / teacher
+    o = check(Options(student=str(student), teacher=str(theirs), data=str(tiny_task / "train.jsonl"), on_policy=1.0,
+                      device="cpu", out=str(tmp_path / "run"), max_len=96))  # fmt: skip
+    pieces = train.load(o)
+    sampled, tokens = train.sample_rows(o, pieces, pieces.rows[:4], step=0)
+    end = pieces.teacher_tokenizer.eos_id
+    answer = [ANSWER] if teacher == "same" else pieces.teacher_tokenizer.encode("The sky is blue.")
+    assert tokens == 8
+    for row in sampled:
+        assert row.student.response == [ANSWER, 0] and row.teacher.response == [*answer, end]
+        assert teacher == "same" or [index[-1] for index in row.pairs] == [len(answer), 1]  # the two ends are aligned
+    cut = sampled_row(pieces.rows[0], [ANSWER], pieces.student_tokenizer, pieces.teacher_tokenizer, 96, "cma")
+    assert (cut.student.response, cut.teacher.response[-1] == end) == ([ANSWER], False)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "no file"])
+def test_the_student_keeps_its_ends(tiny_task, tmp_path, way):
+    """In samples.txt, in its files, and for `transformers`, which knows those of generation_config.json alone."""
+    transformers = pytest.importorskip("transformers")
+    files = {"config.json": {"eos_token_id": 50256}} if way == "no file" else WAYS[way]  # as it was copied
+    said = (ANSWER, 0) if way == "no file" else (ANSWER, STOP)
+    student = speaker(tiny_task, tmp_path / "model", files, says=said)
+    options = {"method": "sft", "teacher": None, "student": student, "max_steps": 1, "lr": 1e-9}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    responses = (tmp_path / "run" / "samples.txt").read_text().split("### response\n")[1:]
+    assert {response.split("\n")[0] for response in responses} == {"The sky is blue."} and len(responses) == 5
+    out = tmp_path / "run" / "student"
+    tokenizer, theirs = TextTokenizer(out), transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert sorted(tokenizer.end_ids) == sorted(TextTokenizer(student).end_ids)
+    assert tokenizer.eos_id == 0 and said[1] in tokenizer.end_ids
+    assert theirs.generation_config.eos_token_id in ([*tokenizer.end_ids], tokenizer.eos_id)
+    prompt = torch.tensor([tokenizer.encode_prompt("Who?")])
+    new = theirs.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    assert new == list(said) == model.generate(model.load_model(out), prompt.tolist(), 9, tokenizer.end_ids, 0)[0]
