@@ -713,7 +713,7 @@ SOURCES = sorted(
 UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal yaml importlib runpy code pty".split())
 STARTERS = {"subprocess", "multiprocessing"}
 NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
-          "bench.py": {"subprocess", "importlib"},  # for versions
+          "bench.py": {"multiprocessing", "importlib"},  # for versions
           "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"},  # runs of train.py
           "realtext.py": {"subprocess"}}  # fmt: skip
 

@@ -326,12 +326,12 @@ def torchrun(*words, **environment) -> subprocess.CompletedProcess:
 FAILING = """
 import os, train
 inner, calls = train.distil, []
-def accumulate(*things):
+def distil(*things):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         raise RuntimeError("the fan has stopped")
     return inner(*things)
-train.distil = accumulate
+train.distil = distil
 train.main()
 """
 
