@@ -330,8 +330,7 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
 
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
-    """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
-    """
+    """The run directory with args.json, made if need be, for this process alone (or for it and those it is 0 of)."""
     if parallel.rank() > 0:
         yield
         return
@@ -348,11 +347,8 @@ def hold_directory(o) -> Iterator[None]:
 @contextmanager
 def lock_directory(out: Path) -> Iterator[None]:
     """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
-    does. Only on Unix; where a file system has no locks, a warning says so."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
+    does. Where a file system has no locks, a warning says so."""
+    import fcntl  # here, for it needs a Unix, which eval.py does not
 
     with open(out / "resume" / "lock", "a+") as file:
         try:

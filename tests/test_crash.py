@@ -458,6 +458,23 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
     assert_same_run(tmp_path / "whole", run)
 
 
+def test_a_failure_in_the_first_update_leaves_nothing_of_it(task, tmp_path, monkeypatch):
+    """No moments either, which the optimiser has only after an update."""
+    train.main(command(task, tmp_path / "whole", max_steps=3))
+
+    def fail(*things):
+        raise FloatingPointError("ce is nan")
+
+    monkeypatch.setattr(train, "distil", fail)
+    with pytest.raises(SystemExit, match="update 1: ce is nan .*the state before it is in"):
+        train.main(command(task, tmp_path / "run", max_steps=3))
+    monkeypatch.undo()
+    assert step_of(tmp_path / "run") == 0
+    assert not any("exp_avg" in name for name in load_file(tmp_path / "run" / "resume" / "state.safetensors"))
+    train.main([*command(task, tmp_path / "run", max_steps=3), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
     distil, count, run = train.distil, [], tmp_path / "run"
 
