@@ -1,26 +1,24 @@
-"""Distil a teacher into a student: the one training loop, and what is loaded for it.
+"""Distil a teacher into a student: what is loaded for it, one update, and the loop.
 
     python train.py                                                the embedded tiny task, to the end
     python train.py --teacher qwen --student gpt2 --data dolly     the papers' pair
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
-    torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see parallel.py
+    torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see docs/multi_gpu.md
 
-The loop is `run_updates`. The options are in options.py, what one update does in distill.py, what the terms mean in
-losses.py.
+The loop is `run_updates`, one update `distil`, what the methods need of the teacher `Method`, and what the terms mean
+is in losses.py. The options are in runtime/options.py; runtime/run.py keeps the run directory.
 """
 
 import hashlib
 import json
 import math
-import os
 import random
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -64,94 +62,25 @@ from eval import held_out_cross_entropy, respond, score
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from losses import RECIPES, Counts, predict_tokens
-from model import build_model, generate, hidden_at, load_model, read_config, read_json
+from model import build_model, generate, hidden_at, load_model, read_json
 from projector import Projectors
 from runtime import parallel
-from runtime.hub import MODELS, data_file, model_directory
-from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
+from runtime.hub import data_file, model_directory
+from runtime.options import Options, check, flags, parse, say_settings, say_teacher, settings, teacher_stage
 from runtime.run import (
     Meter,
     RunDirectory,
     Stopped,
     chat_of,
     check_directory,
+    finish_stage,
     run_of,
+    say_how_to_go_on,
+    seconds_of_finished_stage,
     tokenizer_of,
     write_text,
 )
-from runtime.strict import check_model, choose_alignment, read_projectors
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage before distillation
-
-
-def run_teacher_stage(given: dict, o: Options) -> Options:
-    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
-    begins where the run after it could not."""
-    if o.method == "sft" or o.dry_run:
-        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
-    stage = teacher_stage(given, o.out)
-    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
-    check_directory(after)
-    base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
-    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
-    if o.method != "seqkd":
-        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
-    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
-    run_stage(Options(**stage), "teacher")
-    return after
-
-
-def run_stage(o: Options, name: str) -> float:
-    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
-    directory, asked = Path(o.out), asdict(replace(o, resume=False))
-    if (directory / "finished.json").is_file():
-        finished = read_json(directory / "finished.json")
-        before = finished["options"]
-        changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
-        if changed:
-            raise ValueError(
-                f"{directory} was trained with --{changed[0].replace('_', '-')} {before[changed[0]]!r}; "
-                "give another --out, or remove it to train it again"
-            )
-        return finished["seconds"]
-    o.resume = (directory / "args.json").is_file()  # interrupted: it goes on
-    start = time.perf_counter()
-    train(o, description=f"{name:8}")
-    seconds = time.perf_counter() - start
-    write_text(directory / "finished.json", json.dumps({"seconds": seconds, "options": asked}) + "\n")
-    return seconds
-
-
-def of_embedded_task(name: str | None, role: str) -> Path | None:
-    """What the name "tiny" stands for as a student, teacher or data; None for other names."""
-    if name != "tiny":
-        return None
-    from experiments import tiny  # which imports this file
-
-    return tiny.find(role)
-
-
-def say_teacher(given: dict, o: Options) -> None:
-    """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
-    data, the command for it."""
-    directory = of_embedded_task(o.teacher, "teacher") or model_directory(o.teacher)
-    run = run_of(directory)
-    if run:
-        line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
-        same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
-        print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
-        return
-    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
-    known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
-    which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
-    print(
-        f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
-        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
-        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
-        file=sys.stderr,
-    )
-
+from runtime.strict import check_model, choose_alignment, fit_lengths, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -330,16 +259,15 @@ class Method(nn.Module):
 class Pieces:
     """A run's models, tokenizers and data, loaded and checked against each other."""
 
-    student: torch.nn.Module
+    student: nn.Module
     student_tokenizer: TextTokenizer
     method: Method
     teacher_tokenizer: TextTokenizer | None
-    rows: list[Row]
-    valid_rows: list[Row]
-    sample_prompts: list[str]
-    where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
-    valid: list[Example] = field(default_factory=list)  # whose first references are `valid_rows`
-    frozen: str = ""  # sha256 of the models that are read and not trained, likewise for --resume; in process 0 alone
+    rows: list[Row]  # to train on
+    examples: list[Example] = field(default_factory=list)  # what they are made of
+    valid_rows: list[Row] = field(default_factory=list)  # held out
+    valid: list[Example] = field(default_factory=list)
+    frozen: str = ""  # sha256 of the models that are read and not trained, for --resume; in process 0 alone
 
     @cached_property
     def digest(self) -> str:
@@ -350,11 +278,11 @@ class Pieces:
                 hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
         return hasher.hexdigest()
 
-    def collate(self, rows: list[Row], device):
+    def collate(self, rows: list[Row], device) -> Batch:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
         return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
 
-    def batches(self, rows: list[Row], o: Options, count: int = 0) -> list:
+    def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
         """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
         last of which then have no row: processes that share a model's weights must run it equally often."""
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
@@ -363,57 +291,93 @@ class Pieces:
         return [batch if part else without_responses(batch) for part, batch in batches]
 
 
-def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
-    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
-    files = {name: path / "config.json" for name, path in directories.items()}
-    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
-    if o.max_len is None:
-        o.max_len = min(512, *limits.values())
-    if o.max_prompt_len is None:
-        o.max_prompt_len = max(1, o.max_len // 2)
-    for name, limit in limits.items():
-        if o.max_len > limit:
-            raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
-    if 0 < o.tokens_per_batch < o.max_len:
-        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
+def find_model(name: str, role: str, weights: bool = True) -> Path:
+    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
+    if name == "tiny":
+        from experiments import tiny  # which imports this file
+
+        directory = tiny.find(role)
+    else:
+        directory = model_directory(name, weights)
+    check_model(directory, weights)
+    return directory
 
 
-def compile_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The model compiled; a sharded one block by block, as its weights come and go between them."""
-    if not parallel.is_sharded(model):
-        return torch.compile(model, dynamic=True)
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    return model
+def find_data(name: str, split: str) -> list[Example]:
+    if name == "tiny":
+        from experiments import tiny
+
+        name = str(tiny.find("data"))
+    return read_jsonl(*data_file(name, split))
 
 
 def load(o: Options) -> Pieces:
     """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
-    student_directory = of_embedded_task(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
-    check_model(student_directory, weights=not o.from_scratch)
-    o.student_chat = o.student_chat or chat_of(student_directory)
-    student_tokenizer, teacher_tokenizer, teacher = tokenizer_of(student_directory, o.student_chat, o.bos), None, None
-    student_tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
+    student_directory, teacher_directory, tokenizer, teacher_tokenizer = open_tokenizers(o)
     align = "none"
+    if o.method not in ("sft", "seqkd"):
+        align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, tokenizer)
+    examples = find_data(o.data, "train")
+    valid = find_data(o.valid, "valid") if o.valid and not o.dry_run else []
+    torch.manual_seed(o.seed)
+    student = load_student(o, student_directory, tokenizer)
+
+    dtype, method = torch.bfloat16 if o.dtype == "bf16" else torch.float32, o
+    first_lines = o.batch_size if o.dry_run else None
+    if o.method == "seqkd":  # from here on it is supervised fine-tuning
+        with parallel.main_first():
+            examples = teacher_answers(
+                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, tokenizer,
+                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
+            )  # fmt: skip
+        method, teacher_tokenizer = replace(o, method="sft"), None
+    examples = examples[:first_lines]
+    rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
+    print(f"train: {report}", file=sys.stderr)
+    if o.method in PAIRINGS:
+        for row in rows:
+            row.pairs = PAIRINGS[o.method](row, tokenizer, teacher_tokenizer)
+    valid_rows, report = tokenise(valid, tokenizer, None, o.max_len, o.max_prompt_len)
+    if valid:
+        print(f"valid: {report}", file=sys.stderr)
+
+    teacher = load_teacher(o, teacher_directory, teacher_tokenizer, dtype) if teacher_tokenizer else None
+    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
+        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
+        with parallel.main_first():
+            cache.attach_states(o.compile)
+    if o.shard in ("student", "both"):
+        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
+    student.to(o.device)
+    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
+        made = Method(method, student, tokenizer, teacher, teacher_tokenizer)
+        if o.cache_teacher is not None and made.predicting_head is not None:
+            cache.attach_predictions(made.predicting_head)
+    untrained = [teacher_directory] if teacher is not None else []
+    untrained += [student_directory] if o.lora else []
+    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
+    return Pieces(student, tokenizer, made, teacher_tokenizer, rows, examples, valid_rows, valid, frozen)
+
+
+def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
+    """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
+    student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
+    o.student_chat = o.student_chat or chat_of(student_directory)
+    tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
+    tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
     if o.method != "sft":
-        teacher_directory = of_embedded_task(o.teacher, "teacher") or model_directory(o.teacher)
-        check_model(teacher_directory)
+        teacher_directory = find_model(o.teacher, "teacher")
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
         teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
-        if o.method != "seqkd":  # before models are loaded
-            align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
-    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
-    first_lines = o.batch_size if o.dry_run else None
-    examples = read_jsonl(*data_file(of_embedded_task(o.data, "data") or o.data, "train"))
-    valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
+    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
+    return student_directory, teacher_directory, tokenizer, teacher_tokenizer
 
-    torch.manual_seed(o.seed)
-    if o.from_scratch:
-        student = build_model(read_json(student_directory / "config.json"))
-    else:
-        student = load_model(student_directory, torch.float32)
-    student_tokenizer.check_model(student.embed.weight.shape[0])
+
+def load_student(o: Options, directory: Path, tokenizer: TextTokenizer) -> nn.Module:
+    """On the CPU, in float32, with its adapters."""
+    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:
@@ -422,54 +386,21 @@ def load(o: Options) -> Pieces:
             raise ValueError(f"--lora-targets: {error}") from None
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
-    method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
-    if o.method == "seqkd":  # from here on it is supervised fine-tuning
-        with parallel.main_first():
-            examples = teacher_answers(
-                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, student_tokenizer,
-                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
-            )  # fmt: skip
-        method, teacher_tokenizer = "sft", None
-    examples = examples[:first_lines]
-    lengths = o.max_len, o.max_prompt_len
-    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, align)
-    print(f"train: {report}", file=sys.stderr)
-    if pair := PAIRINGS.get(method):
-        for row in rows:
-            row.pairs = pair(row, student_tokenizer, teacher_tokenizer)
-    if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        if o.shard in ("teacher", "both"):
-            teacher = parallel.load_sharded(teacher_directory, dtype, o.device)
-        else:
-            teacher = load_model(teacher_directory, dtype, o.device, body=o.cache_teacher is None)
-        teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-        teacher = compile_model(teacher.requires_grad_(False)) if o.compile else teacher
-    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
-        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
-        with parallel.main_first():
-            cache.attach_states(o.compile)
     student.recompute = o.recompute
     if torch.device(o.device).type == "cpu":
         put_on(student)
-    if o.shard in ("student", "both"):
-        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
-    student.to(o.device)
+    return student
 
-    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
-        made = Method(replace(o, method=method), student, student_tokenizer, teacher, teacher_tokenizer)
-        if o.cache_teacher is not None and made.predicting_head is not None:
-            cache.attach_predictions(made.predicting_head)
-    valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
-    if valid:
-        print(f"valid: {report}", file=sys.stderr)
-    room = min(o.max_prompt_len, o.max_len - 1)
-    prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
-    where = [example.where for example in examples]
-    untrained = ([teacher_directory] if teacher is not None else []) + ([student_directory] if o.lora else [])
-    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
-    return Pieces(
-        student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid, frozen
-    )
+
+def load_teacher(o: Options, directory: Path, tokenizer: TextTokenizer, dtype: torch.dtype) -> nn.Module:
+    """Frozen, so that half precision is enough where the arithmetic is bf16 anyway; with a cache, its head alone."""
+    if o.shard in ("teacher", "both"):
+        teacher = parallel.load_sharded(directory, dtype, o.device)
+    else:
+        teacher = load_model(directory, dtype, o.device, body=o.cache_teacher is None)
+    tokenizer.check_model(teacher.embed.weight.shape[0])
+    teacher.requires_grad_(False)
+    return parallel.compile_model(teacher) if o.compile else teacher
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,7 +549,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         check_directory(o)
     with by_onednn(o.device):
         pieces = load(o)
-        student = compile_model(pieces.student) if o.compile else pieces.student
+        student = parallel.compile_model(pieces.student) if o.compile else pieces.student
         return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
 
 
@@ -642,7 +573,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
                 if is_on_policy(o, step, per_epoch):
                     sampled, sampled_batches = sample_batches(o, pieces, rows, step, run.meter)
                 terms = distil(o, pieces, student, batches, sampled_batches)
-                terms["grad_norm"] = clip_gradients(parameters, o.clip)
+                terms["grad_norm"] = parallel.clip_gradients(parameters, o.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -654,14 +585,6 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
         run.progress.close()
         write_samples(o, pieces)
     return run.line
-
-
-def clip_gradients(parameters: list, largest: float) -> float:
-    """The norm of the whole gradient, which is then scaled down to `largest`. Raises FloatingPointError."""
-    norm = parallel.clip_gradients(parameters, largest)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
-    return norm
 
 
 def say_padding(o: Options, pieces: Pieces, per_epoch: int) -> None:
@@ -744,16 +667,21 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
 
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
-    tokenizer = pieces.student_tokenizer
-    room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
+    tokenizer, room = pieces.student_tokenizer, min(o.max_prompt_len, o.max_len - 1)
+    prompts = [cut_prompt(example, [tokenizer], room) for example in (pieces.valid or pieces.examples)[:5]]
+    longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
     with gather_parameters(o, pieces):
         if parallel.rank() > 0:
             return
         student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
-        responses = respond(student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
-    shown = zip(pieces.sample_prompts, responses, strict=True)
+        responses = respond(student, tokenizer, prompts, min(128, max(pieces.student.limit - longest, 1)))
+    shown = zip(prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     write_text(Path(o.out) / "samples.txt", text + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -764,7 +692,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
         except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
-            print(f"\n{str(stopped) or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+            print(f"\n{str(stopped) or 'stopped at once'}\n{say_how_to_go_on(given, arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
 
 
@@ -786,7 +714,8 @@ def run(given: dict) -> None:
     if given.get("teacher_sft"):
         o = run_teacher_stage(given, o)
     elif o.method != "sft":
-        say_teacher(given, o)
+        teacher = find_model(o.teacher, "teacher")
+        say_teacher(given, o, teacher, run_of(teacher))
     if o.dry_run:
         print(json.dumps(train(o)))
     else:
@@ -794,15 +723,32 @@ def run(given: dict) -> None:
         print(f"student: {Path(o.out) / 'student'}")
 
 
-def way_on(given: dict, arguments: list[str] | None) -> str:
-    """How to continue the command that was given."""
-    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if parallel.by_torchrun() else ["python"]
-    words = [*start, sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    embedded = not given.keys() & {"student", "teacher", "data"}
-    out = Path(given.get("out", f"runs/{given.get('method', Options.method)}"))
-    if embedded or (out / "args.json").is_file():
-        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
-    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
+def run_teacher_stage(given: dict, o: Options) -> Options:
+    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
+    begins where the run after it could not."""
+    if o.method == "sft" or o.dry_run:
+        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
+    stage = teacher_stage(given, o.out)
+    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
+    check_directory(after)
+    base, student = find_model(o.teacher, "teacher"), find_model(o.student, "student", weights=not o.from_scratch)
+    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
+    if o.method != "seqkd":
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
+    run_stage(Options(**stage), "teacher")
+    return after
+
+
+def run_stage(o: Options, name: str) -> float:
+    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
+    seconds = seconds_of_finished_stage(o)
+    if seconds is None:
+        o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()
+        train(o, description=f"{name:8}")
+        seconds = time.perf_counter() - began
+        finish_stage(o, seconds)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -192,6 +192,25 @@ def teacher_stage(given: dict, out: str) -> dict:
     return {**divided(RECIPES.get(recipe_name(stage), _TEACHER)), **stage, "out": f"{out}/teacher"}
 
 
+def say_teacher(given: dict, o: Options, directory: Path, run: dict | None) -> None:
+    """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
+    data, the command for it. run: of which it is the student, if it is one's."""
+    if run:
+        line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
+        same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
+        print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
+        return
+    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
+    known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
+    which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
+    print(
+        f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
+        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
+        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
+        file=sys.stderr,
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What makes no sense
 

@@ -10,6 +10,7 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -622,7 +623,7 @@ class RunDirectory:
             yield
         except FloatingPointError as error:
             about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
-            places = [self.pieces.where[i] for i in indices[:8]]
+            places = [self.pieces.examples[i].where for i in indices[:8]]
             lines = ", ".join(place.rpartition("line ")[2] for place in places)
             more = ", ..." if len(indices) > 8 else ""
             examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
@@ -646,3 +647,38 @@ def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, c
     set_random_state(o.device, random)
     save_checkpoint(o, pieces, optimizer, step, counts)
     return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after a run
+
+
+def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
+    """How to continue the command that was given."""
+    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if parallel.by_torchrun() else ["python"]
+    words = [*start, sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    embedded = not given.keys() & {"student", "teacher", "data"}
+    out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
+    if embedded or (out / "args.json").is_file():
+        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
+
+
+def seconds_of_finished_stage(o) -> float | None:
+    """How long the training in --out took, if it is finished. Raises ValueError if its options were others."""
+    file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
+    if not file.is_file():
+        return None
+    finished = read_json(file)
+    changed = [name for name, before in finished["options"].items() if asked.get(name, before) != before]
+    if changed:
+        raise ValueError(
+            f"{o.out} was trained with --{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}; "
+            "give another --out, or remove it to train it again"
+        )
+    return finished["seconds"]
+
+
+def finish_stage(o, seconds: float) -> None:
+    content = {"seconds": seconds, "options": asdict(replace(o, resume=False))}
+    write_text(Path(o.out) / "finished.json", json.dumps(content) + "\n")

@@ -225,6 +225,21 @@ def equal_tensors(*places: tuple[Path, str]) -> bool:
     return torch.equal(tensors[0].to(tensors[1].dtype), tensors[1])
 
 
+def fit_lengths(o, directories: dict[str, Path]) -> None:
+    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
+    files = {name: path / "config.json" for name, path in directories.items()}
+    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
+    if o.max_len is None:
+        o.max_len = min(512, *limits.values())
+    if o.max_prompt_len is None:
+        o.max_prompt_len = max(1, o.max_len // 2)
+    for name, limit in limits.items():
+        if o.max_len > limit:
+            raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
+    if 0 < o.tokens_per_batch < o.max_len:
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Alignment and projectors
 
