@@ -38,21 +38,24 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 
 import train
 from align import exact_token_alignment
-from data import Example, Row, TextTokenizer, read_jsonl, tokenise
+from data import Row, TextTokenizer, read_jsonl, tokenise, total_length
 from eval import table
-from experiments import memory
+from experiments import memory, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
-from fast.cpu import by_onednn, packed
+from fast.cpu import by_onednn, keep_freed_memory, packed
 from model import Decoder, build_model, generate, read_config, save_model
 from projector import logit_preserving_weight
 
@@ -130,31 +133,39 @@ RESPONSE_TOKENS = [3, 12, 24, 48, 100, 193, 269, 443, 474]
 ONE_SIDED = 0.035  # share of words that are one token of one vocabulary and two of the other, each way
 
 
-def make_words(overlap: int, student_size: int, teacher_size: int) -> tuple[list[str], ...]:
-    """(words, endings, student's compounds, teacher's compounds). A compound is a word with an ending; words and
-    endings are tokens of both vocabularies, which with the 256 bytes and the compounds have the given sizes."""
-    rng = random.Random(0)
+def stand_in(size: dict, examples: int, directory: Path, filled: int = 0) -> dict[str, str]:
+    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}.
 
-    def distinct(count: int, make: Callable[[], str], taken: set[str]) -> list[str]:
-        made: dict[str, None] = {}
-        while len(made) < count:
-            word = make()
-            if word not in taken:
-                made[word] = None
-        return list(made)
+    Words and endings are tokens of both vocabularies; a compound, which is a word with an ending, is a token of one of
+    them. `filled`: prompts and responses have at least so many tokens.
+    """
+    shared = size["overlap"] - 256  # the bytes
+    endings = ["".join(x) for x in islice(product(ascii_lowercase, repeat=3), min(shared // 4, 8000))]
+    words = ["Ġ" + "".join(x) for x in islice(product(ascii_lowercase, repeat=4), shared - len(endings))]  # Ġ: a space
+    sizes = [size[side]["vocab_size"] - size["overlap"] - 1 for side in ("student", "teacher")]
+    pairs = (divmod(i, len(endings)) for i in random.Random(0).sample(range(len(words) * len(endings)), sum(sizes)))
+    compounds = [words[i] + endings[j] for i, j in pairs]
+    tables = words, compounds[: sizes[0]], compounds[sizes[0] :]
+    for side, own in zip(("student", "teacher"), tables[1:], strict=True):
+        save_tokenizer([*words, *endings, *own], directory / side)
+    rng = np.random.default_rng(0)
 
-    def letters(least: int, most: int) -> str:
-        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(least, most)))
+    def text(tokens: int) -> str:
+        """Of about so many student tokens."""
+        pieces, count = [], 0
+        while count < tokens:
+            kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
+            pieces.append(tables[kind][rng.integers(len(tables[kind]))])
+            count += 2 if kind == 2 else 1  # the student has no token for the teacher's compounds
+        return "".join(pieces).replace("Ġ", " ")
 
-    shared = overlap - 256
-    endings = distinct(min(shared // 4, 8000), lambda: letters(2, 4), set())
-    words = distinct(shared - len(endings), lambda: "Ġ" + letters(2, 5), set())  # Ġ: how byte-level BPE writes a space
-    taken = {*words, *endings}
-    sides = []
-    for size in (student_size, teacher_size):
-        sides.append(distinct(size - overlap - 1, lambda: rng.choice(words) + rng.choice(endings), taken))
-        taken.update(sides[-1])
-    return words, endings, *sides
+    def length(quantiles: list[int]) -> int:
+        return max(filled, int(np.interp(rng.random(), QUANTILES, quantiles)))
+
+    lines = ({"prompt": text(length(PROMPT_TOKENS)), "output": text(length(RESPONSE_TOKENS) - 1)}
+             for _ in range(examples))  # fmt: skip
+    tiny.write_jsonl(directory / "data.jsonl", lines)
+    return {name: str(directory / name) for name in ("student", "teacher")} | {"data": str(directory / "data.jsonl")}
 
 
 def save_tokenizer(tokens: list[str], directory: Path) -> None:
@@ -164,133 +175,92 @@ def save_tokenizer(tokens: list[str], directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(tokens[:1])
-    directory.mkdir(parents=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokens[0]}))
-
-
-def stand_in(size: dict, examples: int, directory: Path) -> dict[str, str]:
-    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}."""
-    vocabularies = size["student"]["vocab_size"], size["teacher"]["vocab_size"]
-    words, endings, ours, theirs = make_words(size["overlap"], *vocabularies)
-    for name, compounds in (("student", ours), ("teacher", theirs)):
-        save_tokenizer([*words, *endings, *compounds], directory / name)
-    rng = np.random.default_rng(0)
-
-    def text(tokens: int) -> str:
-        """Of about so many student tokens."""
-        pieces, count = [], 0
-        while count < tokens:
-            kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
-            pieces.append([words, ours, theirs][kind][rng.integers(len([words, ours, theirs][kind]))])
-            count += 2 if kind == 2 else 1  # the student has no token for the teacher's compounds
-        return "".join(pieces).replace("Ġ", " ")
-
-    lines = []
-    for _ in range(examples):
-        tables = PROMPT_TOKENS, RESPONSE_TOKENS
-        prompt, response = (int(np.interp(rng.random(), QUANTILES, table)) for table in tables)
-        lines.append(json.dumps({"prompt": text(prompt), "output": text(response - 1)}))
-    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return {name: str(directory / name) for name in ("student", "teacher")} | {"data": str(directory / "data.jsonl")}
+    tiny.save_tokenizer(tokenizer, directory, {"eos_token": tokens[0]})
 
 
 def representative(rows: list[Row], count: int) -> list[Row]:
     """The rows in the middle of `count` equal parts of the rows, sorted by length: a batch like the whole."""
-    by_length = sorted(rows, key=lambda row: len(row.student.prompt) + len(row.student.response))
+    by_length = sorted(rows, key=total_length)
     return [by_length[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]
-
-
-def long_examples(examples: list[Example], count: int, characters: int) -> list[Example]:
-    """Examples that fill any --max-len: prompts and responses strung together."""
-    prompts, outputs = " ".join(e.prompt_text() for e in examples), " ".join(e.outputs[0] for e in examples)
-    starts = [part * len(outputs) // (2 * count) for part in range(count)]
-    return [Example("made up", [outputs[start : start + characters]], prompt=prompts[-characters:]) for start in starts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One alternative of a step, in a process of its own
 
 OURS = "ours", "--recompute"  # the latter is ours too, with that option
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
     """The rows of the job's batch, with both tokenizers (the student's twice where the vocabularies are equal)."""
     cross = job["name"] in ("eta", "cma")
     student, teacher = (TextTokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
-    examples, lengths = read_jsonl(job["text"]["data"], 0, 200), (job["max_len"], max(job["max_len"] // 2, 1))
-    if job["filled"]:
-        examples = long_examples(examples, job["batch"], characters=12 * job["max_len"])
-    rows, _ = tokenise(examples, student, teacher, *lengths, METHODS[job["name"]][1]["align"])
+    lengths = job["max_len"], job["max_len"] // 2
+    rows, _ = tokenise(read_jsonl(job["text"]["data"], 0, 200), student, teacher, *lengths, job["options"]["align"])
     return representative(rows, job["batch"]), student, teacher
 
 
-def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, int]:
-    """(one update, which returns its loss and leaves gradients; its student; the trained projectors; its tokens)."""
+def make_step(job: dict) -> tuple[Callable[[], float], nn.Module, int]:
+    """(one update, which returns its loss and leaves gradients; student and projectors; the update's tokens)."""
     rows, *tokenizers = step_rows(job)
-    name, device, dtype = job["name"], job["device"], job["dtype"]
+    device, dtype = job["device"], job["dtype"]
     torch.manual_seed(0)
     student = build_model(job["student"]).to(device)
-    teacher = build_model(job["teacher"]).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    teacher = build_model(job["teacher"]).to(device, DTYPES[dtype])
     o = train.check_options(train.Options(
         student="-", teacher="-", data="-", device=device, dtype=dtype, kd_rate=KD_RATE, temperature=TEMPERATURE,
-        batch_size=len(rows), compile=False, **METHODS[name][1],
+        batch_size=len(rows), compile=False, **job["options"],
     ))  # fmt: skip
     method = train.Method(o, student, tokenizers[0], teacher, tokenizers[1])
-    projectors = [p for p in method.parameters() if p.requires_grad]
     tokens = sum(len(row.student.prompt) + len(row.student.response) for row in rows)
     if job["how"] in OURS:
         student.recompute = job["how"] == "--recompute"
         pieces = train.Pieces(student, tokenizers[0], method, tokenizers[1], rows, [], [])
-        return lambda: train.distil(o, pieces, student, pieces.batches(rows, o))["loss"], student, projectors, tokens
+        trained = nn.ModuleList([student, method])
+        return lambda: train.distil(o, pieces, student, pieces.batches(rows, o))["loss"], trained, tokens
 
-    models_ = [student, teacher]
+    both = [student, teacher]
     if job["how"] == "transformers":
-        models_ = [as_transformers(model) for model in models_]
-        models_[1].requires_grad_(False)
+        both = [as_transformers(model) for model in both]
+        both[1].requires_grad_(False)
     sides = [[row.student for row in rows], [row.teacher for row in rows]]
     sides = [pad(side, t.eos_id, job["max_len"], device) for side, t in zip(sides, tokenizers, strict=True)]
-    pairs = pair_positions(rows, device) if name == "eta" else None
+    pairs = pair_positions(rows, device) if job["name"] == "eta" else None
 
     def update() -> float:
         method.refresh(student)  # s2t is solved anew, from the inverse, as in ours; the weights never change here
         with train.autocast(o):
-            loss = plain_loss(name, method, models_, sides, pairs)
+            loss = plain_loss(job["name"], method, both, sides, pairs)
         loss.backward()
         return float(loss.detach())
 
-    return update, models_[0], projectors, tokens
+    return update, nn.ModuleList([both[0], method]), tokens
 
 
 def measure_step(job: dict) -> dict:
     """{seconds: [...], tokens, peak, and with job["check"]: loss, gradient}. The first step is the warm-up."""
     ours, device = job["how"] in OURS, job["device"]
     with by_onednn(device) if ours else contextlib.nullcontext():  # as training does
-        step, student, projectors, tokens = make_step(job)
-        parameters = [*student.parameters(), *projectors]
+        step, trained, tokens = make_step(job)
         result = {"tokens": tokens, "seconds": []}
 
         def gradients() -> list[torch.Tensor]:
-            return [p.grad for p in parameters if p.grad is not None]
-
-        def clear() -> None:
-            for parameter in parameters:
-                parameter.grad = None
+            return [p.grad for p in trained.parameters() if p.grad is not None]
 
         if job["check"]:
-            student.eval()  # dropout off, so that all alternatives must agree
+            trained.eval()  # dropout off, so that all alternatives must agree
             result["loss"] = step()
             result["gradient"] = float(torch.nn.utils.get_total_norm(gradients()))
-        student.train()
-        clear()
+        trained.train()
+        trained.zero_grad()
         before = memory_floor(device)
         if ours and device == "cpu":
-            train.keep_freed_memory()  # as training does
+            keep_freed_memory()  # as training does
         step()
         kept = sum(gradient.nbytes for gradient in gradients())
         result["peak"] = None if before is None else memory_peak(device) - before - kept
         while sum(result["seconds"]) < job["enough"]:
-            clear()
+            trained.zero_grad()
             result["seconds"].append(seconds(step, device))
     return result
 
@@ -422,10 +392,6 @@ def take_turns(runs: dict[str, Callable], repeats: int, device: str = "cpu") -> 
     return {name: list(times) for name, times in zip(runs, zip(*rounds, strict=True), strict=True)}
 
 
-def autocast(bench: Bench, dtype: str) -> torch.autocast:
-    return torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=dtype == "bf16")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
 
@@ -486,8 +452,8 @@ def make_job(bench: Bench, name: str, dtype: str, **changes) -> dict:
     size = bench.size
     teacher = size["teacher" if name in ("eta", "cma") else "same_teacher"]
     job = {key: size[key] for key in ("batch", "max_len", "enough", "student")}
-    return job | {"name": name, "dtype": dtype, "device": bench.device, "text": bench.text, "teacher": teacher,
-                  "filled": False, **changes}  # fmt: skip
+    return job | {"name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device,
+                  "text": bench.text, "teacher": teacher, **changes}  # fmt: skip
 
 
 def steps(bench: Bench) -> None:
@@ -510,30 +476,29 @@ def measure_body(bench: Bench, what: str, config: dict, dtype: str) -> None:
     ours = build_model(config).to(bench.device).train()
     ids = torch.randint(config["vocab_size"], (batch, length), device=bench.device)
     direction = torch.randn(batch, length, ours.embed.weight.shape[1], device=bench.device)
-    theirs = as_transformers(ours).train() if "transformers" in bench.others else None
+    n = bench.size["square"]
+    a, b = torch.randn(2, n, n, device=bench.device).to(DTYPES[dtype])
 
-    @by_onednn(bench.device)
-    def run_ours() -> None:
-        ours.zero_grad(set_to_none=True)
-        with autocast(bench, dtype):
-            states = ours(ids)
+    def update(model, states_of) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            states = states_of(ids)
         (states.float() * direction).sum().backward()
 
-    def run_theirs() -> None:
-        theirs.zero_grad(set_to_none=True)
-        with autocast(bench, dtype):
-            states = theirs.base_model(ids, use_cache=False).last_hidden_state
-        (states.float() * direction).sum().backward()
-
-    ceiling = matrix_ceiling(bench, dtype)
-    runs = {"ours": run_ours} | ({"transformers": run_theirs} if theirs else {})
+    by_ours = by_onednn(bench.device)  # on a CPU
+    runs = {"ours": by_ours(partial(update, ours, ours)), "product": partial(torch.mm, a, b)}
+    runs["product by oneDNN"] = by_ours(runs["product"])
+    if "transformers" in bench.others:
+        theirs = as_transformers(ours).train()
+        states_of = partial(theirs.base_model, use_cache=False)
+        runs["transformers"] = partial(update, theirs, lambda ids: states_of(ids).last_hidden_state)
     times = take_turns(runs, bench.size["body_repeats"], bench.device)
-    ceiling = [max(ceiling + matrix_ceiling(bench, dtype))]
-    if theirs:
+    if "transformers" in times:
         rate = f"{batch * length / statistics.median(times['ours']):,.0f} tokens/s"
         bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s", rate)
+    ceiling = 2 * n**3 / min(times["product"] + times["product by oneDNN"])
     work = body_work(ours, batch, length)
-    bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], ceiling, "FLOP/s")
+    bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], [ceiling], "FLOP/s")
 
 
 def body_work(m: Decoder, batch: int, length: int) -> int:
@@ -542,18 +507,6 @@ def body_work(m: Decoder, batch: int, length: int) -> int:
     c = read_config(m.config)
     attention = 2 * c.layers * c.heads * c.head_dim * length  # two products of 2·d·(T/2) on average, per token
     return batch * length * (6 * weights + 3 * attention)
-
-
-def matrix_ceiling(bench: Bench, dtype: str) -> list[float]:
-    """FLOP/s of large square matrix products, by PyTorch itself and, on a CPU, by oneDNN: the better."""
-    n, dtype = bench.size["square"], torch.bfloat16 if dtype == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
-
-    def product() -> None:
-        a @ b
-
-    times = take_turns({"own": product, "oneDNN": by_onednn(bench.device)(product)}, 5, bench.device)
-    return [2 * n**3 / t for t in min(times.values(), key=statistics.median)]
 
 
 def generation(bench: Bench) -> None:
@@ -570,7 +523,7 @@ def measure_generation(bench: Bench, dtype: str) -> None:
     width = max(lengths)  # transformers wants them padded on the left
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=bench.device)
     torch.manual_seed(0)
-    ours = build_model(size["generator"]).eval().to(bench.device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    ours = build_model(size["generator"]).eval().to(bench.device, DTYPES[dtype])
     theirs = as_transformers(ours) if "transformers" in bench.others else None
     written = {}
 
@@ -652,8 +605,8 @@ def growth(bench: Bench) -> None:
         teacher = {**size["growth_teacher"], "vocab_size": vocabulary}
         overlap = size["overlap"] * vocabulary // largest
         with tempfile.TemporaryDirectory() as folder:
-            text = stand_in({**size, "teacher": teacher, "overlap": overlap}, 60, Path(folder))
-            changes = {"batch": batch, "max_len": max_len, "teacher": teacher, "text": text, "filled": True}
+            text = stand_in({**size, "teacher": teacher, "overlap": overlap}, batch, Path(folder), filled=max_len)
+            changes = {"batch": batch, "max_len": max_len, "teacher": teacher, "text": text}
             what = f"growth: {batch} x {max_len} tokens, vocabulary {vocabulary}"
             add_step(once, what, make_job(once, "eta", "fp32", **changes))
 
@@ -730,7 +683,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose steps")
-    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both, with --quick fp32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both, with --quick fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
     parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
