@@ -9,7 +9,6 @@ The loop is `run_updates`, one update `distil`, what the methods need of the tea
 is in losses.py. The options are in runtime/options.py; runtime/run.py keeps the run directory.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -18,17 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fast.losses
-import lora
 import losses
 from align import (
     Deviations,
@@ -40,39 +35,28 @@ from align import (
     vocabulary_overlap,
 )
 from baselines import mined, uld
-from baselines.seqkd import teacher_answers
 from data import (
     Batch,
-    Example,
     Row,
     TextTokenizer,
     ahead,
-    collate,
     cut_prompt,
-    padding_share,
-    read_jsonl,
     sampled_row,
     split_update,
-    tokenise,
-    total_length,
-    update_order,
-    without_responses,
 )
 from eval import held_out_cross_entropy, respond, score
-from fast.cache import TeacherCache, model_digest
-from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
+from fast.cpu import by_onednn, keep_freed_memory, packed
 from losses import RECIPES, Counts, predict_tokens
-from model import build_model, generate, hidden_at, load_model, read_json
+from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
-from runtime.hub import data_file, model_directory
+from runtime.load import PAIRINGS, Pieces, find_model, load
 from runtime.options import Options, parse
 from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
 from runtime.run import (
     Meter,
     RunDirectory,
     Stopped,
-    chat_of,
     check_directory,
     finish_stage,
     run_of,
@@ -81,13 +65,10 @@ from runtime.run import (
     tokenizer_of,
     write_text,
 )
-from runtime.strict import check_model, check_options, choose_alignment, fit_lengths, read_projectors
+from runtime.strict import check_options, choose_alignment, read_projectors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
-
-PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
-
 
 @dataclass
 class TeacherAnswer:
@@ -122,9 +103,10 @@ class Method(nn.Module):
         teacher_tokenizer: TextTokenizer | None = None,
     ):
         super().__init__()
-        self.o, self.name, self.align, self.projectors, self.recipe = o, o.method, "none", None, None
+        self.name = "sft" if o.method == "seqkd" else o.method  # trained on the teacher's answers as on any other
+        self.o, self.align, self.projectors, self.recipe = o, "none", None, None
         self.objective = fast.losses if o.chunk else losses
-        if o.method == "sft":
+        if self.name == "sft":
             return
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
         self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
@@ -250,158 +232,6 @@ class Method(nn.Module):
             hidden, gold, answer.rows, t2s_hidden, answer.label, s2t_hidden, answer.hidden, head, teacher_head,
             counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **chunk,
         )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-@dataclass
-class Pieces:
-    """A run's models, tokenizers and data, loaded and checked against each other."""
-
-    student: nn.Module
-    student_tokenizer: TextTokenizer
-    method: Method
-    teacher_tokenizer: TextTokenizer | None
-    rows: list[Row]  # to train on
-    examples: list[Example] = field(default_factory=list)  # what they are made of
-    valid_rows: list[Row] = field(default_factory=list)  # held out
-    valid: list[Example] = field(default_factory=list)
-    frozen: str = ""  # sha256 of the models that are read and not trained, for --resume; in process 0 alone
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
-        hasher = hashlib.sha256()
-        for row in self.rows:
-            for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
-                hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
-        return hasher.hexdigest()
-
-    def collate(self, rows: list[Row], device) -> Batch:
-        pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
-        return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
-
-    def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
-        """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
-        last of which then have no row: processes that share a model's weights must run it equally often."""
-        parts = split_update(rows, o.batch_size, o.tokens_per_batch)
-        parts += [[]] * (count - len(parts))
-        batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
-        return [batch if part else without_responses(batch) for part, batch in batches]
-
-
-def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
-    if name == "tiny":
-        from experiments import tiny  # which imports this file
-
-        directory = tiny.find(role)
-    else:
-        directory = model_directory(name, weights)
-    check_model(directory, weights)
-    return directory
-
-
-def find_data(name: str, split: str) -> list[Example]:
-    if name == "tiny":
-        from experiments import tiny
-
-        name = str(tiny.find("data"))
-    return read_jsonl(*data_file(name, split))
-
-
-def load(o: Options) -> Pieces:
-    """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
-    student_directory, teacher_directory, tokenizer, teacher_tokenizer = open_tokenizers(o)
-    align = "none"
-    if o.method not in ("sft", "seqkd"):
-        align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, tokenizer)
-    examples = find_data(o.data, "train")
-    valid = find_data(o.valid, "valid") if o.valid and not o.dry_run else []
-    torch.manual_seed(o.seed)
-    student = load_student(o, student_directory, tokenizer)
-
-    dtype, method = torch.bfloat16 if o.dtype == "bf16" else torch.float32, o
-    first_lines = o.batch_size if o.dry_run else None
-    if o.method == "seqkd":  # from here on it is supervised fine-tuning
-        with parallel.main_first():
-            examples = teacher_answers(
-                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, tokenizer,
-                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
-            )  # fmt: skip
-        method, teacher_tokenizer = replace(o, method="sft"), None
-    examples = examples[:first_lines]
-    rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
-    print(f"train: {report}", file=sys.stderr)
-    if o.method in PAIRINGS:
-        for row in rows:
-            row.pairs = PAIRINGS[o.method](row, tokenizer, teacher_tokenizer)
-    valid_rows, report = tokenise(valid, tokenizer, None, o.max_len, o.max_prompt_len)
-    if valid:
-        print(f"valid: {report}", file=sys.stderr)
-
-    teacher = load_teacher(o, teacher_directory, teacher_tokenizer, dtype) if teacher_tokenizer else None
-    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
-        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
-        with parallel.main_first():
-            cache.attach_states(o.compile)
-    if o.shard in ("student", "both"):
-        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
-    student.to(o.device)
-    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
-        made = Method(method, student, tokenizer, teacher, teacher_tokenizer)
-        if o.cache_teacher is not None and made.predicting_head is not None:
-            cache.attach_predictions(made.predicting_head)
-    untrained = [teacher_directory] if teacher is not None else []
-    untrained += [student_directory] if o.lora else []
-    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
-    return Pieces(student, tokenizer, made, teacher_tokenizer, rows, examples, valid_rows, valid, frozen)
-
-
-def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
-    """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
-    student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
-    o.student_chat = o.student_chat or chat_of(student_directory)
-    tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
-    if o.method != "sft":
-        teacher_directory = find_model(o.teacher, "teacher")
-        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
-        teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
-    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
-    return student_directory, teacher_directory, tokenizer, teacher_tokenizer
-
-
-def load_student(o: Options, directory: Path, tokenizer: TextTokenizer) -> nn.Module:
-    """On the CPU, in float32, with its adapters."""
-    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
-    tokenizer.check_model(student.embed.weight.shape[0])
-    if o.lora:
-        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
-        try:
-            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
-            raise ValueError(f"--lora-targets: {error}") from None
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
-    student.recompute = o.recompute
-    if torch.device(o.device).type == "cpu":
-        put_on(student)
-    return student
-
-
-def load_teacher(o: Options, directory: Path, tokenizer: TextTokenizer, dtype: torch.dtype) -> nn.Module:
-    """Frozen, so that half precision is enough where the arithmetic is bf16 anyway; with a cache, its head alone."""
-    if o.shard in ("teacher", "both"):
-        teacher = parallel.load_sharded(directory, dtype, o.device)
-    else:
-        teacher = load_model(directory, dtype, o.device, body=o.cache_teacher is None)
-    tokenizer.check_model(teacher.embed.weight.shape[0])
-    teacher.requires_grad_(False)
-    return parallel.compile_model(teacher) if o.compile else teacher
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,21 +380,30 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         check_directory(o)
     with by_onednn(o.device):
         pieces = load(o)
+        add_method(o, pieces)
         student = parallel.compile_model(pieces.student) if o.compile else pieces.student
         return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
+
+
+def add_method(o: Options, pieces: Pieces) -> None:
+    both = pieces.student, pieces.student_tokenizer, pieces.teacher, pieces.teacher_tokenizer
+    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
+        pieces.method = Method(o, *both)
+        if pieces.cache is not None and pieces.method.predicting_head is not None:
+            pieces.cache.attach_predictions(pieces.method.predicting_head)
 
 
 def run_updates(o: Options, pieces: Pieces, student, description: str = "train") -> dict[str, float]:
     """The updates that are still to be done; returns the last logged line. `student`: compiled, or the same."""
     optimizer = make_optimizer(o, pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    per_epoch = -(-len(pieces.rows) // examples_per_update(o))
+    per_epoch = pieces.updates_per_epoch(o)
     total = o.max_steps or o.epochs * per_epoch
-    say_padding(o, pieces, per_epoch)
+    pieces.say_padding(o)
 
     with RunDirectory(o, pieces, optimizer, total, per_epoch, description) as run:  # lock, log, checkpoints, Ctrl-C
         pieces.student.train()
-        for step, (indices, rows, batches) in enumerate(ahead(prepare_updates(o, pieces, run.start, total)), run.start):
+        for step, (indices, rows, batches) in enumerate(ahead(pieces.updates(o, run.start, total)), run.start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, total, o.warmup)
 
@@ -586,38 +425,6 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
         run.progress.close()
         write_samples(o, pieces)
     return run.line
-
-
-def say_padding(o: Options, pieces: Pieces, per_epoch: int) -> None:
-    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), per_epoch))
-    parts = [part for rows in first_epoch for share in split_of_all(o, rows) for part in share]
-    padding = f"{padding_share(parts):.1%} of their positions are padding, which attention alone computes"
-    print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
-
-
-def make_order(o: Options, pieces: Pieces, start: int = 0) -> Iterator[list[int]]:
-    """The examples of each update from the `start`-th on, as indices."""
-    lengths = [total_length(row) for row in pieces.rows] if o.bucket else None
-    return update_order(len(pieces.rows), examples_per_update(o), o.seed, start, lengths)
-
-
-def examples_per_update(o: Options) -> int:
-    return o.batch_size * o.grad_accum * parallel.world()
-
-
-def split_of_all(o: Options, rows: list[Row]) -> list[list[list[Row]]]:
-    """The forward passes of every process in an update over these rows."""
-    shares = [parallel.share(rows, process) for process in range(parallel.world())]
-    return [split_update(share, o.batch_size, o.tokens_per_batch) for share in shares]
-
-
-def prepare_updates(o: Options, pieces: Pieces, start: int, total: int) -> Iterator[tuple]:
-    """Each update's indices, and this process's rows and batches of it: all that is known before the update."""
-    for indices in islice(make_order(o, pieces, start), total - start):
-        rows = [pieces.rows[i] for i in indices]
-        count = max(map(len, split_of_all(o, rows)))
-        rows = parallel.share(rows, parallel.rank())
-        yield indices, rows, pieces.batches(rows, o, count)
 
 
 def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:

@@ -215,7 +215,7 @@ def make_step(job: dict) -> tuple[Callable[[], float], nn.Module, int]:
     tokens = sum(len(row.student.prompt) + len(row.student.response) for row in rows)
     if job["how"] in OURS:
         student.recompute = job["how"] == "--recompute"
-        pieces = train.Pieces(student, tokenizers[0], method, tokenizers[1], rows, [], [])
+        pieces = train.Pieces(student, tokenizers[0], teacher, tokenizers[1], rows, method=method)
         trained = nn.ModuleList([student, method])
         return lambda: train.distil(o, pieces, student, pieces.batches(rows, o))["loss"], trained, tokens
 

@@ -24,6 +24,7 @@ from data import (
     total_length,
     update_order,
 )
+from runtime import load as loading
 
 SPEEDS = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 
@@ -194,8 +195,13 @@ def test_items_are_made_by_a_thread_one_ahead():
 
 
 def test_batches_are_made_outside_the_loops_thread(tiny_task, tmp_path, monkeypatch):
-    threads, collate = [], train.collate
-    monkeypatch.setattr(train, "collate", lambda *args: (threads.append(threading.current_thread()), collate(*args))[1])
+    threads, collate = [], loading.collate
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return collate(*arguments)
+
+    monkeypatch.setattr(loading, "collate", noted)
     train.main(arguments(tiny_task, tmp_path / "run"))
     assert len(threads) >= 2 and threading.current_thread() not in threads
 

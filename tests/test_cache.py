@@ -21,6 +21,7 @@ import train
 from data import TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
 from fast import cache
+from runtime import load as loading
 
 METHODS = [
     ({"method": "kd"}, "twin"),
@@ -87,13 +88,13 @@ def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypat
         monkeypatch.setattr(cache, name, refuse)
     predict = train.predict_tokens  # whether the projected teacher agrees is asked under the student's head, not frozen
     monkeypatch.setattr(train, "predict_tokens", lambda *x: predict(*x) if x[1].requires_grad else refuse())
-    loaded, load_model = [], train.load_model
+    loaded, load_model = [], loading.load_model
 
     def load_and_note(path, *things, **options):
         loaded.append((path, load_model(path, *things, **options)))
         return loaded[-1][1]
 
-    monkeypatch.setattr(train, "load_model", load_and_note)
+    monkeypatch.setattr(loading, "load_model", load_and_note)
     train.main(arguments(tiny_task, tmp_path / "second", **options))
     assert "states.bin: " not in capsys.readouterr().err
     assert same(weights_of(tmp_path / "first"), weights_of(tmp_path / "second"))

@@ -23,6 +23,7 @@ import model
 import train
 from data import TextTokenizer, read_jsonl, tokenise
 from experiments import tiny
+from runtime import load as loading
 from runtime import run as checkpoint
 from runtime.peft import load_adapter
 
@@ -203,7 +204,7 @@ def stopping_at(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' own is ignored
 
     def arrange(name, call, *signals):
-        module = train if hasattr(train, name) else checkpoint
+        module = next(module for module in (train, checkpoint, loading) if hasattr(module, name))
         function, count = getattr(module, name), []
 
         def wrapper(*things, **options):

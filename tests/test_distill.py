@@ -94,7 +94,9 @@ class Setting:
         assert report.prompts_cut == report.responses_cut == 0
         for row in self.rows if self.method in train.PAIRINGS else ():
             row.pairs = train.PAIRINGS[self.method](row, *both)
-        self.pieces = train.Pieces(self.student, self.tokenizer, self.made, self.teacher_tokenizer, self.rows, [], [])
+        self.pieces = train.Pieces(
+            self.student, self.tokenizer, self.teacher, self.teacher_tokenizer, self.rows, method=self.made
+        )
 
     def batch(self, rows=None):
         return self.pieces.collate(rows or self.rows, "cpu")

@@ -125,6 +125,7 @@ def test_what_a_student_samples_ends_with_end_of_text(tiny_task, tmp_path, teach
     o = check_options(Options(student=str(student), teacher=str(theirs), data=data, on_policy=1.0, device="cpu",
                               out=str(tmp_path / "run"), max_len=96))  # fmt: skip
     pieces = train.load(o)
+    train.add_method(o, pieces)
     sampled, tokens = train.sample_rows(o, pieces, pieces.rows[:4], step=0)
     end = pieces.teacher_tokenizer.eos_id
     answer = [ANSWER] if teacher == "same" else pieces.teacher_tokenizer.encode("The sky is blue.")

@@ -109,7 +109,7 @@ def test_the_update_of_training(case, batch_size, chunk, tmp_path):
     )  # fmt: skip
     made = train.Method(o, student, tokenizer, teacher, teacher_tokenizer)
     rows = golden_rows(teacher_name, made.align)
-    pieces = train.Pieces(student, tokenizer, made, teacher_tokenizer, rows, [], [])
+    pieces = train.Pieces(student, tokenizer, teacher, teacher_tokenizer, rows, method=made)
     student.train().zero_grad()
     batches = [pieces.collate(rows[i : i + batch_size], "cpu") for i in range(0, len(rows), batch_size)]
     found = train.distil(o, pieces, student, batches)

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "fast/losses": ["losses"], "fast/cpu": [], "fast/cache": ["data", "model", "losses"],
     "baselines": ["losses", "align", "data", "fast", "model"],
     "scores": [],
+    "runtime/load": ["model", "data", "lora", "baselines", "fast"],  # it opens everything
     "runtime": ["model", "data", "lora", "align", "losses"],
     "train": EVERYTHING, "eval": EVERYTHING,
     "examples": EVERYTHING,
@@ -50,11 +51,11 @@ def read(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """The top files and rooms that a file imports anywhere; but train.py may fetch the embedded task by its name, in
+    """The top files and rooms that a file imports anywhere; but the embedded task is fetched by its name in
     the functions that need it."""
     tree = ast.parse(read(file))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    late = {node for function in functions for node in ast.walk(function)} if file.name == "train.py" else set()
+    late = {node for function in functions for node in ast.walk(function)} if file.as_posix() in ("train.py", "runtime/load.py") else set()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

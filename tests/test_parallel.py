@@ -67,8 +67,9 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
         options["teacher"] = str(task / options.get("teacher", "teacher"))
     o = train.check_options(train.Options(**options if sharded else options | {"shard": None}))
     pieces = train.load(o)
+    train.add_method(o, pieces)
     indices = list(range(7))
-    count = max(map(len, train.split_of_all(o, pieces.rows[:7])))
+    count = max(map(len, pieces.split(o, list(range(7)))))
     own = parallel.share(indices, parallel.rank())
     rows, sampled = [pieces.rows[i] for i in own], [pieces.rows[i + 7] for i in own]  # the latter as if sampled
     # The second matrix of an adapter starts at 0, and the first has no gradient then. One near its teacher agrees.
@@ -118,6 +119,7 @@ def bytes_held(task: Path, out: Path) -> dict[str, int]:
     """What this process keeps of both models between two updates."""
     o = train.check_options(options_of(task, out, shard="both", method="kd", teacher=task / "twin"))
     pieces = train.load(o)
+    train.add_method(o, pieces)
     optimizer = train.make_optimizer(o, pieces)
     train.distil(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
     optimizer.step()
