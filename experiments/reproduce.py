@@ -634,7 +634,8 @@ def run(o: argparse.Namespace) -> None:
     if unknown := set(names) - set(known):
         raise ValueError(f"no {unknown.pop()!r} in --scale {o.scale}; there are {', '.join(known)}")
     if o.scale == "paper":
-        paper.show(names, o.run)
+        print(paper.HEAD)
+        paper.follow([command for name in names for command in paper.commands_of(name)], o.run)
         return
     if o.against and not any(o.against in TABLES[name][1] for name in names):
         raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
