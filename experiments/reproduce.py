@@ -204,38 +204,34 @@ def make_world(cell: Cell, directory: Path) -> None:
 TEACHER_STEPS, START_STEPS = tiny.TEACHER_STAGE["max_steps"], 500  # of 64 examples
 
 
-def fit(new: Path, student: Path, file: Path, seed: int, updates: int) -> None:
-    """Train an untrained model on the labels, and keep it alone."""
-    options = {**tiny.DEFAULTS, "student": str(student), "data": str(file), "seed": seed, "method": "sft"}
+def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates: int) -> None:
+    """`new`/student: a model of this configuration, trained on the file's labels unless `updates` is 0."""
+    start = tiny.write_untrained(new / "student", tokenizer, config)
+    options = {**tiny.DEFAULTS, "student": str(start), "data": str(file), "seed": seed, "method": "sft"}
     options |= {"max_steps": updates, "batch_size": 64, "checkpoint_every": 10**6, "out": str(new / "run")}
-    train.train(train.Options(**options))
-    os.replace(new / "run" / "student", new / "student")
-    shutil.rmtree(new / "run")
+    if updates:
+        train.train(train.Options(**options))
+        shutil.rmtree(start)
+        os.replace(new / "run" / "student", start)
+        shutil.rmtree(new / "run")
 
 
 def teacher(root: Path, cell: Cell) -> Path:
     """The teacher of a seed, with a tokenizer of its own or with the student's."""
-    where, kind = world(root, cell), cell.vocabulary if cell.teacher == "same" else "own"
-
-    def make(new: Path) -> None:
-        tokenizer = where / ("student" if cell.teacher == "same" else "teacher")
-        model = tiny.write_untrained(new / "start", tokenizer, tiny.TEACHER)
-        fit(new, model, where / "teacher_train.jsonl", cell.seed, TEACHER_STEPS)
-
-    return shared(root / "teachers" / f"{cell.text}-{kind}-{cell.seed}", make) / "student"
+    where, same = world(root, cell), cell.teacher == "same"
+    model = where / ("student" if same else "teacher"), tiny.TEACHER
+    what = *model, where / "teacher_train.jsonl", cell.seed, TEACHER_STEPS
+    name = f"{cell.text}-{cell.vocabulary if same else 'own'}-{cell.seed}"
+    return shared(root / "teachers" / name, lambda new: fit(new, *what)) / "student"
 
 
 def start(root: Path, cell: Cell) -> Path:
     """The student before distillation: untrained, or pre-trained on the language without tastes."""
-    where = world(root, cell)
-
-    def make(new: Path) -> None:
-        model = tiny.write_untrained(new / "start", where / "student", {**tiny.STUDENT, "n_embd": cell.width})
-        if cell.student != "nothing":
-            fit(new, model, where / f"{cell.student}.jsonl", cell.seed, START_STEPS)
-
-    path = shared(root / "starts" / f"{cell.text}-{cell.vocabulary}-{cell.width}-{cell.student}-{cell.seed}", make)
-    return path / ("start" if cell.student == "nothing" else "student")
+    where, updates = world(root, cell), 0 if cell.student == "nothing" else START_STEPS
+    model = where / "student", {**tiny.STUDENT, "n_embd": cell.width}
+    what = *model, where / f"{cell.student}.jsonl", cell.seed, updates
+    name = f"{cell.text}-{cell.vocabulary}-{cell.width}-{cell.student}-{cell.seed}"
+    return shared(root / "starts" / name, lambda new: fit(new, *what)) / "student"
 
 
 def answers(root: Path, cell: Cell) -> Path:
@@ -634,7 +630,8 @@ def run(o: argparse.Namespace) -> None:
     if unknown := set(names) - set(known):
         raise ValueError(f"no {unknown.pop()!r} in --scale {o.scale}; there are {', '.join(known)}")
     if o.scale == "paper":
-        paper.show(names, o.run)
+        print(paper.HEAD)
+        paper.follow([command for name in names for command in paper.commands_of(name)], o.run)
         return
     if o.against and not any(o.against in TABLES[name][1] for name in names):
         raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")

@@ -714,8 +714,7 @@ UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal 
 STARTERS = {"subprocess", "multiprocessing"}
 NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
           "bench.py": {"multiprocessing", "importlib"},  # for versions
-          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"},  # runs of train.py
-          "realtext.py": {"subprocess"}}  # fmt: skip
+          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"}}  # runs of train.py # fmt: skip
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -402,7 +402,7 @@ def test_without_leak_the_gold_token_is_not_in_the_values():
 
 @pytest.mark.parametrize("name", paper.PAIRS)
 def test_the_papers_commands_are_accepted(name):
-    commands = [shlex.split(command) for command, _ in paper.commands_of(name)]
+    commands = [shlex.split(command, comments=True) for command in paper.commands_of(name)]
     made = []
     for file, *arguments in commands[:-1]:
         assert file == "train.py"
