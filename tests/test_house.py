@@ -55,7 +55,8 @@ def imported(file: Path) -> set[str]:
     the functions that need it."""
     tree = ast.parse(read(file))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    late = {node for function in functions for node in ast.walk(function)} if file.as_posix() in ("train.py", "runtime/load.py") else set()
+    lazy = file.as_posix() in ("train.py", "runtime/load.py")
+    late = {node for function in functions for node in ast.walk(function)} if lazy else set()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
