@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import arguments
+from helpers import arguments
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 import eval as evaluation

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from test_train import arguments, log_of
+from helpers import arguments, log_of
 from tokenizers import Tokenizer
 
 import eval as evaluation

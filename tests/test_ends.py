@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_train import arguments
+from helpers import arguments
 from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_train import arguments
+from helpers import arguments
 
 import train
 

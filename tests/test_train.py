@@ -4,10 +4,10 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -16,33 +16,6 @@ import train
 from data import TextTokenizer
 from experiments import tiny
 from losses import DIVERGENCES
-
-
-def arguments(task, out, **changed):
-    """A command line for two updates on the tiny task, as a list."""
-    options = {
-        "teacher": task / "teacher", "student": task / "student", "data": task / "train.jsonl", "out": out,
-        "max_steps": 2, "batch_size": 4, "max_len": 96, "max_prompt_len": 48, "log_every": 1, "device": "cpu",
-        **changed,
-    }  # fmt: skip
-    words = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [] if value is None else [flag, str(value)]
-    return words
-
-
-def log_of(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(out) -> dict[str, torch.Tensor]:
-    return load_file(Path(out) / "student" / "model.safetensors")
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 COMBINATIONS = [
     ("sft", "v2", "none", "fkl", "student", 0),

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 
 import model
 import train

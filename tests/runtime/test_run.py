@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 
 import eval as evaluation
 import lora

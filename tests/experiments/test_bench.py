@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_distill
+import test_method
 import torch
-from test_distill import tokenizers  # noqa: F401, a fixture
+from test_method import tokenizers  # noqa: F401, a fixture
 
 from align import exact_token_alignment
 from data import TextTokenizer, read_jsonl, tokenise
@@ -42,7 +42,7 @@ def text(tmp_path_factory):
 
 
 def plain_of(setting, name, how):
-    """The loss of the plain update of a test_distill.Setting, and the student whose gradients it leaves."""
+    """The loss of the plain update of a test_method.Setting, and the student whose gradients it leaves."""
     models = [setting.student, setting.teacher]
     if how == "transformers":
         models = [plain_step.as_transformers(m) for m in models]
@@ -64,7 +64,7 @@ def gradients_by_our_names(student, ours):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plain_update_equals_training(tokenizers, name, how):  # noqa: F811
     """Loss and every gradient, with weights that leave some projected predictions right and some wrong."""
-    setting = test_distill.Setting(tokenizers, NAMES[name])
+    setting = test_method.Setting(tokenizers, NAMES[name])
     if name != "kd":
         setting.fit_t2s()
     terms, gradients = setting.update()

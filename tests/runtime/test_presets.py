@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from test_train import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, weights_of
 
 import model
 import train

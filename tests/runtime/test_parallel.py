@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import arguments, log_of, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same
 from torch.distributed.tensor import DTensor
 
 import eval as evaluation
@@ -29,7 +29,7 @@ from runtime import parallel
 from runtime import run as checkpoint
 from runtime.peft import load_adapter
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # name: options. 7 examples in batches of 2: shares of 4 and 3. In batches of 1 the second process has one fewer forward
 # pass to make, and takes part in it without an example.

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 from tokenizers import Tokenizer
 
 import model

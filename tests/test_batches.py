@@ -8,8 +8,8 @@ import threading
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file
-from test_train import arguments, log_of, same, weights_of
 
 import train
 from data import (
