@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "experiments" / "README.md", ROOT / "examples" / "README.md"]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 EXCERPT = re.compile(r"^```python (\S+\.py) ([\w.]+)(?:: (.+?) \.\.\. (.+?))?\n(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^ *```sh( test)?\n(.*?)^ *```$", re.M | re.S)

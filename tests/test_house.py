@@ -151,3 +151,17 @@ def test_what_one_update_enters(tiny_task, tmp_path):
         print(f"{len(functions[file]):4} functions, {len(lines[file]):5,} lines of {file}")
     totals = (sum(map(len, group.values())) for group in (functions, lines))
     print("{:4} functions, {:5,} lines, {} files".format(*totals, len(functions)))
+
+
+@pytest.mark.parametrize("chunk", [512, 0])
+def test_what_one_step_enters(tiny_task, tmp_path, chunk):
+    """Forward and backward pass of one update, from tokenised rows to gradients; with the fast and the plain losses."""
+    words = arguments(tiny_task, tmp_path / "run", recipe="v2", align="eta", max_steps=1, chunk=chunk)
+    o = train.check_options(train.Options(**train.settings(train.parse(words))))
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    with entered_functions() as codes:
+        train.distil(o, pieces, pieces.student.train(), pieces.batches(pieces.rows[:4], o))
+    assert "dskd_loss" in {code.co_name for code in codes}
+    lines = sum(len(inspect.getsourcelines(code)[0]) for code in codes)
+    print(f"--chunk {chunk}: {len(codes)} functions, {lines} lines")
