@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 import lora
+from fast.cpu import put_on
 from model import Decoder, read_json
 from runtime.hub import model_directory
 
@@ -115,6 +116,7 @@ def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
     m = decoder(one, rank, targets, dropout=0.1).to_empty(device="cpu").train()
     for p in m.parameters():
         torch.nn.init.zeros_(p)
+    put_on(m)  # dropout that keeps a byte per element, as CUDA's does; PyTorch's on a CPU keeps numbers
     m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
 
     def kept(length: int) -> int:
