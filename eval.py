@@ -34,13 +34,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from data import CHATS, Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
+from data import Example, collate, tokenise
 from fast.cpu import by_onednn, packed
 from losses import logits_under
 from model import generate, hidden_at, load_model
+from runtime.chat import CHATS
+from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_device, check_model
+from runtime.tokenizer import TextTokenizer, say_if_forgotten
 from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
 from scores.rouge import exact_match, rouge_l, tokenize
 
@@ -200,7 +203,7 @@ def evaluate(
         max_len, max_prompt_len = model.limit, max(1, max_prompt_len * model.limit // max_len)
         print(f"note: the model's {max_len} positions are {max_prompt_len} tokens of a prompt, and the response's "
               f"{max_len - max_prompt_len}", file=sys.stderr)  # fmt: skip
-    prompts = [cut_prompt(example, [tokenizer], max_prompt_len) for example in examples]
+    prompts = tokenizer.fit_prompts(examples, max_prompt_len)
     rows, cut = tokenise(examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
     new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
     scores: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
@@ -343,9 +346,8 @@ def run(options: argparse.Namespace) -> None:
     try:
         for name, directory in models.items():
             tokenizer = tokenizer_of(directory, options.chat, options.bos)
-            tokenizer.say_if_forgotten("--chat", options.bos is None)
+            say_if_forgotten(tokenizer, "--chat", options.bos is None)
             model = load_model(directory, dtype, options.device)
-            tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
                 with by_onednn(options.device):
                     scores = evaluate(
@@ -358,7 +360,7 @@ def run(options: argparse.Namespace) -> None:
                 cut = f", {scores['prompts_cut']} prompts cut to fit" if scores["prompts_cut"] else ""
                 if any(scores["not_ended"]):
                     cut += f", {not_ended([scores])} responses did not end within {scores['new_tokens']} tokens"
-                chat = f" in the chat format {tokenizer.chat}" if tokenizer.chat != "none" else ""
+                chat = f" in the chat format {tokenizer.chat.name}" if tokenizer.chat else ""
                 print(f"{name}, {data.name}: {len(data.examples)} examples{chat}{cut}; {where}", file=sys.stderr)
                 if data.task == "code":
                     ends = Counter(detail["status"] for details in scores["details"] for detail in details)
@@ -372,7 +374,7 @@ def read_sets(options: argparse.Namespace) -> list[DataSet]:
     """All sets, before any is evaluated, so that what is wrong with one shows at once."""
     sets = []
     for name in options.data:
-        examples = read_jsonl(*data_file(name, "test"))[: options.limit]
+        examples = read_examples(*data_file(name, "test"))[: options.limit]
         sets.append(DataSet(Path(name).stem, task_of(examples, name, options.task), examples))
         lengths(options, sets[-1].task)
     repeated = [name for name, count in Counter(data.name for data in sets).items() if count > 1]

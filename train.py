@@ -35,15 +35,7 @@ from align import (
     vocabulary_overlap,
 )
 from baselines import mined, uld
-from data import (
-    Batch,
-    Row,
-    TextTokenizer,
-    ahead,
-    cut_prompt,
-    sampled_row,
-    split_update,
-)
+from data import Batch, Row, replace_response
 from eval import held_out_cross_entropy, respond, score
 from fast.cpu import by_onednn, keep_freed_memory, packed
 from losses import RECIPES, Counts, predict_tokens
@@ -52,6 +44,7 @@ from projector import Projectors
 from runtime import parallel
 from runtime.load import PAIRINGS, Pieces, find_model, load
 from runtime.options import Options, parse
+from runtime.order import prefetch, split_update
 from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
 from runtime.run import (
     Meter,
@@ -66,6 +59,7 @@ from runtime.run import (
     write_text,
 )
 from runtime.strict import check_options, choose_alignment, read_projectors
+from runtime.tokenizer import TextTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -278,7 +272,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     if parallel.highest(failure is not None):  # all processes have it, or none
         raise failure or FloatingPointError("sample: the logits of another process are not finite")
     both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.method.align
-    sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
+    sampled = [replace_response(row, response, *both) for row, response in zip(rows, responses, strict=True)]
     return sampled, sum(map(len, responses))
 
 
@@ -403,7 +397,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
 
     with RunDirectory(o, pieces, optimizer, total, per_epoch, description) as run:  # lock, log, checkpoints, Ctrl-C
         pieces.student.train()
-        for step, (indices, rows, batches) in enumerate(ahead(pieces.updates(o, run.start, total)), run.start):
+        for step, (indices, rows, batches) in enumerate(prefetch(pieces.updates(o, run.start, total)), run.start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, total, o.warmup)
 
@@ -464,7 +458,7 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
     its share of the prompts."""
     examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
     room = min(o.max_prompt_len, o.max_len - 1)
-    prompts = [cut_prompt(example, [tokenizer], room) for example in examples]
+    prompts = tokenizer.fit_prompts(examples, room)
     with gather_parameters(o, pieces):
         if examples:
             responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
@@ -476,7 +470,7 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer, room = pieces.student_tokenizer, min(o.max_prompt_len, o.max_len - 1)
-    prompts = [cut_prompt(example, [tokenizer], room) for example in (pieces.valid or pieces.examples)[:5]]
+    prompts = tokenizer.fit_prompts((pieces.valid or pieces.examples)[:5], room)
     longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
     with gather_parameters(o, pieces):
         if parallel.rank() > 0:

@@ -48,13 +48,15 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, linear, normalize
 
 from align import ResponseTokens, cross_model_attention, deviations, teacher_moments
-from data import Batch, Row, TextTokenizer, collate, read_jsonl, tokenise
+from data import Batch, Row, collate, tokenise
 from eval import table
 from losses import DIVERGENCES
 from model import Decoder, hidden_at, load_model
+from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.run import tokenizer_of
 from runtime.strict import check_model, read_projectors
+from runtime.tokenizer import TextTokenizer
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -317,9 +319,7 @@ def find(name: str, weights: bool = True) -> Path:
 
 def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
     directory = find(name)
-    model, tokenizer = load_model(directory, device=device).eval(), tokenizer_of(directory)
-    tokenizer.check_model(model.embed.weight.shape[0])
-    return model, tokenizer
+    return load_model(directory, device=device).eval(), tokenizer_of(directory)
 
 
 def projectors_of(file: Path, student: Decoder, teacher: Decoder) -> dict[str, Tensor]:
@@ -345,7 +345,7 @@ def run_simulation(o: argparse.Namespace) -> None:
 
 def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
     """Each student of the command line, by its name there, with the teacher and the examples."""
-    examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
+    examples = read_examples(*data_file(o.data, "test"))[: o.limit]
     teacher, teacher_tokenizer = load(o.teacher, o.device)
     for name in o.student:
         student, tokenizer = load(name, o.device)
@@ -378,13 +378,13 @@ def run_knowledge(o: argparse.Namespace) -> None:
 
 def run_alignment(o: argparse.Namespace) -> None:
     path, first, last = data_file(o.data, "test")
-    example = next((e for e in read_jsonl(path, first, last) if e.where == f"{path}, line {o.line}"), None)
+    example = next((e for e in read_examples(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
     directories = [find(name, bool(o.projectors)) for name in (o.teacher, o.student)]
     teacher, student = map(tokenizer_of, directories)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
-    theirs, ours = teacher.spelt(row.teacher.response), student.spelt(row.student.response)
+    theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
     pictures = {"alignment.png": draw_alignment(theirs, ours, row.pairs)}
     if o.projectors:

@@ -50,7 +50,7 @@ from torch import nn
 
 import train
 from align import exact_token_alignment
-from data import Row, TextTokenizer, read_jsonl, tokenise, total_length
+from data import Row, tokenise
 from eval import table
 from experiments import memory, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
@@ -58,6 +58,9 @@ from experiments.reproduce import string_alignment, token_strings
 from fast.cpu import by_onednn, keep_freed_memory, packed
 from model import Decoder, build_model, generate, read_config, save_model
 from projector import logit_preserving_weight
+from runtime.formats import read_examples
+from runtime.order import count_tokens
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -180,7 +183,7 @@ def save_tokenizer(tokens: list[str], directory: Path) -> None:
 
 def representative(rows: list[Row], count: int) -> list[Row]:
     """The rows in the middle of `count` equal parts of the rows, sorted by length: a batch like the whole."""
-    by_length = sorted(rows, key=total_length)
+    by_length = sorted(rows, key=lambda row: sum(count_tokens(row)))
     return [by_length[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]
 
 
@@ -194,9 +197,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
     """The rows of the job's batch, with both tokenizers (the student's twice where the vocabularies are equal)."""
     cross = job["name"] in ("eta", "cma")
-    student, teacher = (TextTokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
+    student, teacher = (read_tokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
     lengths = job["max_len"], job["max_len"] // 2
-    rows, _ = tokenise(read_jsonl(job["text"]["data"], 0, 200), student, teacher, *lengths, job["options"]["align"])
+    rows, _ = tokenise(read_examples(job["text"]["data"], 0, 200), student, teacher, *lengths, job["options"]["align"])
     return representative(rows, job["batch"]), student, teacher
 
 
@@ -550,15 +553,15 @@ def measure_generation(bench: Bench, dtype: str) -> None:
 
 def alignment(bench: Bench) -> None:
     """Exact alignment from token ids to pairs, on one core; at the lengths of the data, and how it grows."""
-    student, teacher = (TextTokenizer(bench.text[side]) for side in ("student", "teacher"))
-    texts = [example.outputs[0] for example in read_jsonl(bench.text["data"], 0, 200)]
+    student, teacher = (read_tokenizer(bench.text[side]) for side in ("student", "teacher"))
+    texts = [example.outputs[0] for example in read_examples(bench.text["data"], 0, 200)]
 
     def rates(texts: list[str], what: str) -> list[float]:
         ids = [(teacher.encode(text) + [teacher.eos_id], student.encode(text) + [student.eos_id]) for text in texts]
 
         def ours() -> None:
             for theirs, mine in ids:
-                exact_token_alignment(teacher.spelt(theirs), student.spelt(mine))
+                exact_token_alignment(teacher.spell(theirs), student.spell(mine))
 
         def official() -> None:
             for theirs, mine in ids:
@@ -659,7 +662,7 @@ def machine(device: str) -> str:
 
 def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
     """The models of the steps with as many embeddings as the given tokenizers have, where that is another number."""
-    rows = {side: TextTokenizer(text[side]).size for side in ("student", "teacher")}
+    rows = {side: read_tokenizer(text[side]).size for side in ("student", "teacher")}
     changed = {}
     for name, needed in {**rows, "same_teacher": rows["student"]}.items():
         if not needed <= size[name]["vocab_size"] <= 1.1 * needed:  # what is there may be padded a little

@@ -16,9 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from data import TextTokenizer, read_jsonl
 from experiments import paper, tiny
+from runtime.formats import read_examples
 from runtime.hub import model_directory
+from runtime.tokenizer import read_tokenizer
 
 STUDENT = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 6, "n_head": 6, "n_embd": 384,
@@ -48,7 +49,7 @@ def split(file: Path, out: Path) -> None:
     """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together. Raises
     ValueError if there are too few."""
     groups: dict[str, list[str]] = {}
-    for line, example in zip(lines_of(file), read_jsonl(file), strict=True):
+    for line, example in zip(lines_of(file), read_examples(file), strict=True):
         groups.setdefault(example.prompt_text(), []).append(line)
     prompts = sorted(groups)
     random.Random(0).shuffle(prompts)
@@ -63,7 +64,7 @@ def readable(file: Path, out: Path, tested: set[str]) -> None:
     """reading.jsonl: the examples of a file that have an answer, and a prompt that is in no test set."""
     answered = [line for line in lines_of(file) if json.loads(line)["output"]]
     write_lines(out / "reading.jsonl", answered)
-    examples = zip(answered, read_jsonl(out / "reading.jsonl"), strict=True)
+    examples = zip(answered, read_examples(out / "reading.jsonl"), strict=True)
     write_lines(out / "reading.jsonl", [line for line, example in examples if example.prompt_text() not in tested])
 
 
@@ -100,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("teacher", "tokenizer", "data", "reading", "test", "out"):
             setattr(o, name, getattr(o, name).resolve())
         model_directory(str(o.teacher))
-        TextTokenizer(o.tokenizer)
-        tested = {example.prompt_text() for example in [*read_jsonl(o.data), *read_jsonl(o.test)]}
+        read_tokenizer(o.tokenizer)
+        tested = {example.prompt_text() for example in [*read_examples(o.data), *read_examples(o.test)]}
         if o.run:
             o.out.mkdir(parents=True, exist_ok=True)
             split(o.data, o.out)

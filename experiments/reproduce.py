@@ -46,7 +46,7 @@ import fast.losses
 import losses
 import train
 from baselines import mined
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from eval import held_out_cross_entropy, table
 from experiments import paper, tiny
 from experiments.tiny import write_jsonl
@@ -54,6 +54,7 @@ from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
 from runtime.run import tokenizer_of
+from runtime.tokenizer import TextTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -318,7 +319,7 @@ def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarr
 def by_strings() -> list:
     """ETA by vocabulary strings."""
     return [patch.object(data, "exact_token_alignment", string_alignment),
-            patch.object(TextTokenizer, "spelt", token_strings)]  # fmt: skip
+            patch.object(TextTokenizer, "spell", token_strings)]  # fmt: skip
 
 
 def by_strings_throughout() -> list:

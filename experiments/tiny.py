@@ -24,11 +24,12 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import train
-from data import Example, TextTokenizer, read_jsonl
+from data import Example, read_jsonl
 from eval import respond, score, table
 from model import load_model
 from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
 from runtime.strict import choose_alignment
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words. A group has its words and, for every property, the pool in which each word has favourites of its own.
@@ -429,7 +430,7 @@ def run(given: dict) -> None:
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
     if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
-        tokenizers = TextTokenizer(start / "teacher"), TextTokenizer(start / "student")
+        tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
     def stage(name: str, **changes) -> float:
@@ -485,7 +486,7 @@ def write_untrained(directory: Path, tokenizer: Path, config: dict) -> Path:
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, directory / name)
-    size, end = TextTokenizer(directory).size, TextTokenizer(directory).eos_id
-    config = {**config, "vocab_size": size, "bos_token_id": end, "eos_token_id": end}
+    read = read_tokenizer(directory)
+    config = {**config, "vocab_size": read.size, "bos_token_id": read.eos_id, "eos_token_id": read.eos_id}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return directory

@@ -1,6 +1,7 @@
 """Everything a run needs, opened and checked against each other: models, tokenizers, data, and the order of updates."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,30 +14,19 @@ import torch
 from torch import nn
 
 import lora
-from baselines import mined, uld
-from baselines.seqkd import teacher_answers
-from data import (
-    Batch,
-    Example,
-    Row,
-    TextTokenizer,
-    collate,
-    padding_share,
-    read_jsonl,
-    split_update,
-    tokenise,
-    total_length,
-    update_order,
-    without_responses,
-)
+from baselines import mined, seqkd, uld
+from data import Batch, Example, Row, collate, cut_prompt, make_example, tokenise
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import put_on
 from model import build_model, load_model, read_json
 from runtime import parallel
+from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.options import Options
-from runtime.run import chat_of, tokenizer_of
+from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
+from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_model, choose_alignment, fit_lengths
+from runtime.tokenizer import TextTokenizer, say_if_forgotten
 
 PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
 
@@ -76,15 +66,15 @@ class Pieces:
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
         parts += [[]] * (count - len(parts))
         batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
-        return [batch if part else without_responses(batch) for part, batch in batches]
+        return [batch if part else drop_responses(batch) for part, batch in batches]
 
     def updates_per_epoch(self, o: Options) -> int:
         return -(-len(self.rows) // (o.batch_size * o.grad_accum * parallel.world()))
 
     def order(self, o: Options, start: int = 0) -> Iterator[list[int]]:
         """The examples of each update from the `start`-th on, as indices."""
-        lengths = [total_length(row) for row in self.rows] if o.bucket else None
-        return update_order(len(self.rows), o.batch_size * o.grad_accum * parallel.world(), o.seed, start, lengths)
+        lengths = [sum(count_tokens(row)) for row in self.rows] if o.bucket else None
+        return order_updates(len(self.rows), o.batch_size * o.grad_accum * parallel.world(), o.seed, start, lengths)
 
     def split(self, o: Options, indices: list[int]) -> list[list[list[Row]]]:
         """The forward passes of every process in an update over these examples."""
@@ -102,7 +92,7 @@ class Pieces:
     def say_padding(self, o: Options) -> None:
         updates = islice(self.order(o), self.updates_per_epoch(o))
         parts = [part for indices in updates for share in self.split(o, indices) for part in share]
-        padding = f"{padding_share(parts):.1%} of their positions are padding, which attention alone computes"
+        padding = f"{measure_padding(parts):.1%} of their positions are padding, which attention alone computes"
         print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
 
 
@@ -123,7 +113,7 @@ def find_data(name: str, split: str) -> list[Example]:
         from experiments import tiny
 
         name = str(tiny.find("data"))
-    return read_jsonl(*data_file(name, split))
+    return read_examples(*data_file(name, split))
 
 
 def load(o: Options) -> Pieces:
@@ -135,16 +125,13 @@ def load(o: Options) -> Pieces:
     examples = find_data(o.data, "train")
     valid = find_data(o.valid, "valid") if o.valid and not o.dry_run else []
     torch.manual_seed(o.seed)
-    student = load_student(o, student_directory, tokenizer)
+    student = load_student(o, student_directory)
 
     dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
     first_lines = o.batch_size if o.dry_run else None
     if o.method == "seqkd":  # from here on it is supervised fine-tuning
         with parallel.main_first():
-            examples = teacher_answers(
-                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, tokenizer,
-                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
-            )  # fmt: skip
+            examples = load_answers(o, examples, teacher_directory, teacher_tokenizer, tokenizer)
         teacher_tokenizer = None
     examples = examples[:first_lines]
     rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
@@ -156,7 +143,7 @@ def load(o: Options) -> Pieces:
     if valid:
         print(f"valid: {report}", file=sys.stderr)
 
-    teacher = load_teacher(o, teacher_directory, teacher_tokenizer, dtype) if teacher_tokenizer else None
+    teacher = load_teacher(o, teacher_directory, dtype) if teacher_tokenizer else None
     cache = None
     if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
         cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
@@ -176,20 +163,19 @@ def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextT
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
     o.student_chat = o.student_chat or chat_of(student_directory)
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
+    say_if_forgotten(tokenizer, "--student-chat", o.bos is None and not o.from_scratch)
     if o.method != "sft":
         teacher_directory = find_model(o.teacher, "teacher")
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
         teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
+        say_if_forgotten(teacher_tokenizer, "--teacher-chat", o.bos is None)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
     return student_directory, teacher_directory, tokenizer, teacher_tokenizer
 
 
-def load_student(o: Options, directory: Path, tokenizer: TextTokenizer) -> nn.Module:
+def load_student(o: Options, directory: Path) -> nn.Module:
     """On the CPU, in float32, with its adapters."""
     student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
-    tokenizer.check_model(student.embed.weight.shape[0])
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:
@@ -204,12 +190,44 @@ def load_student(o: Options, directory: Path, tokenizer: TextTokenizer) -> nn.Mo
     return student
 
 
-def load_teacher(o: Options, directory: Path, tokenizer: TextTokenizer, dtype: torch.dtype) -> nn.Module:
+def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
     """Frozen, so that half precision is enough where the arithmetic is bf16 anyway; with a cache, its head alone."""
     if o.shard in ("teacher", "both"):
         teacher = parallel.load_sharded(directory, dtype, o.device)
     else:
         teacher = load_model(directory, dtype, o.device, body=o.cache_teacher is None)
-    tokenizer.check_model(teacher.embed.weight.shape[0])
     teacher.requires_grad_(False)
     return parallel.compile_model(teacher) if o.compile else teacher
+
+
+def load_answers(
+    o: Options, examples: list[Example], directory: Path, teacher: TextTokenizer, student: TextTokenizer
+) -> list[Example]:
+    """The examples with the responses of the teacher in `directory`, as they are in --out, where they are generated and
+    written unless they are there; the file appears when it is complete. A dry run generates for the first examples
+    only, and writes nothing. Raises ValueError if the file there was made in another way, or if the examples are such
+    answers already."""
+    file, given = Path(o.out) / "seqkd.jsonl", Path(examples[0].where.rpartition(", line ")[0])
+    if given.is_file() and seqkd.read_recipe(given) is not None:
+        raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
+    limit = min(o.max_prompt_len, o.max_len - 1)
+    asked = [cut_prompt(example, [student, teacher], limit) for example in examples]
+    how = o.max_len, o.seqkd_temperature, o.seed
+    recipe = seqkd.make_recipe(asked, directory, teacher, student, *how)
+    if file.is_file():
+        changed = seqkd.compare_recipes(seqkd.read_recipe(file), recipe)
+        if changed:
+            raise ValueError(
+                f"{file} was made with other {' and '.join(changed)}: give another --out, or remove the file"
+            )
+        print(f"seqkd: the teacher's answers are those in {file}", file=sys.stderr)
+        return read_examples(file)
+    model = load_model(directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
+    asked = asked[: o.batch_size] if o.dry_run else asked
+    lines = seqkd.answer_prompts(asked, model, teacher, student, *how, o.batch_size)
+    if o.dry_run:
+        return [make_example(line, f"{directory}'s answer") for line in lines]
+    lines[0]["seqkd"] = recipe
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return read_examples(file)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from data import CHATS
 from losses import DIVERGENCES
+from runtime.chat import CHATS
 
 
 def option(default, help: str, choices=None):

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from data import TextTokenizer
-from model import Decoder, read_json, save_model
+from model import Decoder, read_config, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
 from runtime.peft import save_adapter
+from runtime.serving import write_as_trained
+from runtime.tokenizer import TextTokenizer, check_size, read_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -132,7 +133,7 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    pieces.student_tokenizer.write_as_trained(out / "student")
+    write_as_trained(pieces.student_tokenizer, out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         weights = {name.removeprefix("projectors."): tensors[name].contiguous() for name in trained}
@@ -322,10 +323,13 @@ def chat_of(directory: str | Path) -> str:
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
     """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
     are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
-    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere.
+    Raises ValueError for a tokenizer that cannot belong to the model."""
     if bos is None:
         bos = "bos" in (run_of(directory) or {})
-    return TextTokenizer(directory, chat or chat_of(directory), bos)
+    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos)
+    check_size(tokenizer, read_config(read_json(Path(directory) / "config.json")).vocab_size)
+    return tokenizer
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data import TextTokenizer
 from model import (
     ACTIVATIONS,
     FIELDS,
@@ -34,6 +33,7 @@ from model import (
 )
 from runtime import parallel
 from runtime.options import Options
+from runtime.tokenizer import TextTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The options
@@ -420,7 +420,7 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
             how = {"uld": "position by position", "mined": "by edit distance"}[method]
             raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
-    equal = teacher.vocabulary() == student.vocabulary() and teacher.eos_id == student.eos_id
+    equal = teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab() and teacher.eos_id == student.eos_id
     if align == "auto":
         align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if method == "kd" and align != "none":

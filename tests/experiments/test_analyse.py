@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import model
 import train
 from align import exact_token_alignment
-from data import Row, TextTokenizer, collate, read_jsonl, tokenise
+from data import Row, collate, read_jsonl, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
+from runtime.tokenizer import read_tokenizer
 
 SMALL = {"states": 4, "repetitions": 3}
 
@@ -98,7 +99,7 @@ def test_structure_distance_ignores_rotation_scale_and_width_and_nothing_else():
 def pair(tiny_task):
     """Both models, and the tokenised test examples, aligned."""
     models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
-    tokenizers = [TextTokenizer(tiny_task / name) for name in ("student", "teacher")]
+    tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
     rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), *tokenizers, align="eta")
     return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
@@ -154,7 +155,7 @@ def test_knowledge_is_that_of_single_distributions(pair):
 
 def test_attention_is_what_training_computes(pair, tiny_task, monkeypatch):
     """With these weights on the values, the projected teacher states are those that the loss is taken on."""
-    tokenizers = TextTokenizer(tiny_task / "student"), TextTokenizer(tiny_task / "teacher")
+    tokenizers = read_tokenizer(tiny_task / "student"), read_tokenizer(tiny_task / "teacher")
     o = train.check_options(train.Options("-", "-", "-", recipe="v1", align="cma", device="cpu"))
     method = train.Method(o, pair.student, tokenizers[0], pair.teacher, tokenizers[1])
     batch, seen = collate(pair.rows[:1], *pair.ends), []

@@ -15,9 +15,10 @@ import torch
 from test_method import tokenizers  # noqa: F401, a fixture
 
 from align import exact_token_alignment
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from experiments import bench, plain_step
 from model import TRANSPOSED, hugging_face_names
+from runtime.tokenizer import read_tokenizer
 
 NAMES = {"eta": "dskd v2 eta", "cma": "dskd v1 cma", "same": "dskd v2", "kd": "kd"}
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -85,19 +86,19 @@ def test_the_plain_update_equals_training(tokenizers, name, how):  # noqa: F811
 
 def test_the_official_rule_and_ours_agree_on_plain_text(text):
     """Made-up words have no accent, so that comparing strings loses nothing."""
-    student, teacher = (TextTokenizer(text[side]) for side in ("student", "teacher"))
+    student, teacher = (read_tokenizer(text[side]) for side in ("student", "teacher"))
     for example in read_jsonl(text["data"]):
         ids = [t.encode(example.outputs[0]) + [t.eos_id] for t in (teacher, student)]
         names = bench.token_strings(teacher, ids[0]), bench.token_strings(student, ids[1])
         official = bench.string_alignment(*names)
-        ours = exact_token_alignment(teacher.spelt(ids[0]), student.spelt(ids[1]))
+        ours = exact_token_alignment(teacher.spell(ids[0]), student.spell(ids[1]))
         assert np.array_equal(official, ours)
 
 
 def test_made_up_text_is_as_long_as_dolly(tmp_path):
     size = {"student": {"vocab_size": 5000}, "teacher": {"vocab_size": 8000}, "overlap": 4000}
     text = bench.stand_in(size, 300, tmp_path / "text")
-    student, teacher = (TextTokenizer(text[side]) for side in ("student", "teacher"))
+    student, teacher = (read_tokenizer(text[side]) for side in ("student", "teacher"))
     assert (student.size, teacher.size) == (5000, 8000)
     rows, _ = tokenise(read_jsonl(text["data"]), student, teacher, 512, 256, "eta")
     assert statistics.median(len(row.student.prompt) for row in rows) == pytest.approx(43, abs=3)

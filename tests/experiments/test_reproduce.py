@@ -17,11 +17,11 @@ import lora
 import losses
 import train
 from baselines import mined
-from data import TextTokenizer
 from eval import respond
 from experiments import memory, paper, reproduce, tiny
 from experiments.reproduce import Cell, parse, run_cell
 from model import build_model, load_model
+from runtime.tokenizer import read_tokenizer
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
 SETTING = "updates=2 labels=12 width=16"
@@ -162,7 +162,7 @@ def test_labels_that_are_the_teachers_answers(root, tmp_path):
     options = reproduce.options_of(reproduce.resolve(cell), root, tmp_path)
     learned = [json.loads(line) for line in Path(options["data"]).read_text().splitlines()]
     labels = [json.loads(line) for line in (root / "worlds/plain-900-0/student_train.jsonl").read_text().splitlines()]
-    tokenizer = TextTokenizer(reproduce.teacher(root, cell))
+    tokenizer = read_tokenizer(reproduce.teacher(root, cell))
     said = respond(load_model(reproduce.teacher(root, cell)), tokenizer, [x["prompt"] for x in labels[:12]])
     said = {x["prompt"]: answer for x, answer in zip(labels[:12], said, strict=True)}
     assert learned and all(said[x["prompt"]].startswith(x["output"]) for x in learned)
@@ -379,7 +379,7 @@ def test_without_mask_the_student_is_compared_everywhere(recipe):
 
 def test_mined_can_be_told_which_tokens_end(root):
     path = root / "worlds" / "plain-900-0"
-    teacher, student = (TextTokenizer(path / name) for name in ("teacher", "student"))
+    teacher, student = (read_tokenizer(path / name) for name in ("teacher", "student"))
     assert student.tokenizer.id_to_token(int(mined.edit_distance_ids(teacher, student)[teacher.eos_id])) == "/"
     [change] = reproduce.CHANGES["ends"]()
     with change:

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 import model
 import train
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from experiments import tiny
 from fast import cache
 from runtime import load as loading
+from runtime.tokenizer import read_tokenizer
 
 METHODS = [
     ({"method": "kd"}, "twin"),
@@ -184,7 +185,7 @@ def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_pa
 @pytest.fixture
 def setting(tiny_task, tmp_path):
     """Rows, and a function that gives their cache."""
-    tokenizers = TextTokenizer(tiny_task / "student"), TextTokenizer(tiny_task / "teacher")
+    tokenizers = read_tokenizer(tiny_task / "student"), read_tokenizer(tiny_task / "teacher")
     examples = read_jsonl(tiny_task / "train.jsonl")
 
     def make(teacher=tiny_task / "teacher", examples=examples, dtype=torch.float32, batch_size=4, **lengths):

@@ -22,12 +22,13 @@ from torch.distributed.tensor import DTensor
 import eval as evaluation
 import lora
 import train
-from data import TextTokenizer, read_jsonl
+from data import read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
 from runtime import run as checkpoint
 from runtime.peft import load_adapter
+from runtime.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,7 +276,7 @@ def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
     scores = {line["step"]: line["valid_rouge_l"] for line in log_of(run) if "valid_rouge_l" in line}
     step = max(scores, key=scores.get)
     assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
-    student, tokenizer = load_model(run / "student"), TextTokenizer(run / "student")
+    student, tokenizer = load_model(run / "student"), read_tokenizer(run / "student")
     examples, total = read_jsonl(task / "valid.jsonl"), 0.0
     for share in (examples[::2], examples[1::2]):
         prompts = [example.prompt_text() for example in share]

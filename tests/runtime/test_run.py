@@ -21,11 +21,12 @@ import eval as evaluation
 import lora
 import model
 import train
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from experiments import tiny
 from runtime import load as loading
 from runtime import run as checkpoint
 from runtime.peft import load_adapter
+from runtime.tokenizer import read_tokenizer
 
 TIMES = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 METHODS = {
@@ -123,7 +124,7 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     assert list(scores) == [2, 4, 6] and best_of(run) == {"step": step, name: scores[step]}
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
-    student, tokenizer = model.load_model(run / "student"), TextTokenizer(run / "student")
+    student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
     examples = read_jsonl(task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
@@ -536,7 +537,7 @@ def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
-    monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
+    monkeypatch.setattr(train, "prefetch", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
     train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
     assert counts[20] == counts[44]
