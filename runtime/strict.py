@@ -88,6 +88,8 @@ def check_options(o: Options) -> Options:
          f"--projectors belongs to --method dskd; --method {o.method} has none"),
     ])  # fmt: skip
     if o.projectors is not None:  # only that it can be read; whether it fits is known once the models are there
+        if not Path(o.projectors).is_file():  # opening a pipe would wait for a writer
+            raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
         try:
             with safe_open(o.projectors, "pt"):
                 pass
