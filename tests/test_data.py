@@ -114,6 +114,7 @@ def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path, read):
     examples = read(path)
     assert [example.where for example in examples] == [f"{path}, line 2", f"{path}, line 5"]
     assert all(example.prompt == odd and example.outputs == [odd] for example in examples)
+    assert len(read(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
 
 
 def test_part_of_a_file(tmp_path, read):
