@@ -41,7 +41,8 @@ from model import generate, hidden_at, load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_model
-from scores.answers import final_answer, humaneval_program, is_correct, mbpp_program
+from scores.answers import final_answer, is_correct
+from scores.programs import humaneval_program, mbpp_program
 from scores.rouge import exact_match, rouge_l, tokenize
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
