@@ -47,12 +47,12 @@ from torch.nn.functional import linear, normalize
 
 from align import cross_model_attention
 from data import Batch, Row, collate, read_jsonl, tokenise
-from eval import table
 from losses import DIVERGENCES
 from model import load_model
 from runtime.hub import data_file, model_directory
 from runtime.run import tokenizer_of
 from runtime.strict import check_model
+from scores.tables import table
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"

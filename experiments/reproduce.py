@@ -42,11 +42,12 @@ from safetensors.torch import save_file
 import data
 import train
 from data import TextTokenizer, read_jsonl, tokenise
-from eval import held_out_cross_entropy, respond, score, table
+from eval import held_out_cross_entropy, respond, score
 from experiments import paper, tiny
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
+from scores.tables import table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells

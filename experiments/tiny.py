@@ -25,10 +25,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import TextTokenizer, read_jsonl
-from eval import respond, score, table
+from eval import respond, score
 from model import load_model
 from runtime.run import tokenizer_of, write_text
 from runtime.strict import choose_alignment
+from scores.tables import table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words. A group has its words and, for every property, the pool in which each word has favourites of its own.

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data import CHATS
-from eval import check_device
 from losses import DIVERGENCES
 from runtime import parallel
 from runtime.hub import MODELS
+from runtime.strict import check_device, check_values
 
 ALIGNMENTS = ["none", "eta", "cma"]
 DTYPES = ["fp32", "bf16"]
@@ -198,19 +198,13 @@ def teacher_stage(given: dict, out: str) -> dict:
 
 def check(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
-    empty = [name for name, value in asdict(o).items() if value in ("", [])]  # argparse makes [] of "--lr=--"
-    if empty:
-        raise ValueError(f"--{empty[0].replace('_', '-')} is empty; leave it out for the default")
     at_least = {"epochs": 1, "batch_size": 1, "grad_accum": 1, "max_steps": 0, "warmup": 0, "max_len": 2,
                 "max_prompt_len": 1, "chunk": 0, "checkpoint_every": 0, "log_every": 1, "weight_decay": 0,
                 "projector_lr": 0, "seed": 0, "lora": 0, "seqkd_temperature": 0,
                 "tokens_per_batch": 0, "on_policy_after": 0}  # fmt: skip
     below = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
              "seed": 2**32}  # it is multiplied into the seeds of epochs # fmt: skip
-    for name, least in at_least.items():
-        value, most = getattr(o, name), below.get(name, 2**31)
-        if value is not None and not least <= value < most:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
+    check_values(asdict(o), at_least, below)
     for name in ("lr", "temperature", "clip"):
         if not 0 < getattr(o, name) < math.inf:
             raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")

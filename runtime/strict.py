@@ -31,6 +31,39 @@ from model import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def check_values(options: dict, at_least: dict, below: dict) -> None:
+    """Raises ValueError naming an option that is empty, or one that is (or has) a number out of [at_least, below).
+
+    below: the bounds that are not 2**31.
+    """
+    for name, value in options.items():
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
+    for name, least in at_least.items():
+        most = below.get(name, 2**31)
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            if value is not None and not least <= value < most:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError unless it is one that can be used here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
+    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
+        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # config.json: every field is either used, known to be harmless, or required to have the one value that we implement
 
 # What the value of a field must be: a type, and the least and the most of a number. The most is far above any real

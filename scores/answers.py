@@ -29,7 +29,7 @@ from fractions import Fraction
 
 TAG = r"(?<![\"'`])<{}(?:think(?:ing)?|thought|reasoning)>(?![\"'`])"  # in quotes it would be a string of a program
 THINK, THOUGHT = TAG.format(""), TAG.format("/")
-THINKING = re.compile(  # up to its end, or to the text's; what comes before the first tag, if that is an end, is thought
+THINKING = re.compile(  # up to its end, or to the text's; before the first tag, if that is an end, all is thought
     rf"(?:{THINK}|\A(?=(?:(?!{THINK}).)*{THOUGHT})).*?(?:{THOUGHT}|\Z)|{THOUGHT}", re.I | re.S
 )
 OWN_TURN = re.compile(  # the mark that the prompt ended with, once more
@@ -70,8 +70,9 @@ def answer_part(response: str, ended: bool = True, to_question: bool = False) ->
 # How a number looks
 
 # Between thousands, all of one kind: commas, LaTeX's and typography's spaces, blanks; 1 234/567 is a mixed number
-THOUSANDS = [r",(?:\\!)?|(?:\\[a-z]+)?\{,\}", r"\{?\\[,;:! ]\}?|\\thinspace\s*|[~\u00a0\u2007\u2009\u202f]", r" (?!\d+\s*/)"]
-GROUPS = "|".join(rf"(?:(?:{mark})\d{{3}})+" for mark in THOUSANDS)
+COMMA, BLANK = r",(?:\\!)?|(?:\\[a-z]+)?\{,\}", r" (?!\d+\s*/)"
+SPACE = r"\{?\\[,;:! ]\}?|\\thinspace\s*|[~\u00a0\u2007\u2009\u202f]"
+GROUPS = "|".join(rf"(?:(?:{mark})\d{{3}})+" for mark in (COMMA, SPACE, BLANK))
 GROUPED = rf"(?<![\d.,])[1-9]\d{{0,2}}(?:{GROUPS})(?!,?\d)"  # 1,234  1{,}234  1\,234  1 234; not 1,23
 PLAIN = r"(?:\d+(?:\.\d+)?|\.\d+)"  # 1200.50  12  .5
 EXPONENT = r"(?:[eE][+-]?\d{1,3})?"
@@ -123,12 +124,8 @@ def without_marks(text: str) -> str:
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\([%$])", r"\1", text)
-    if len(text) > 1 and text.startswith("$") and text.endswith("$"):
-        text = text.strip("$")
-    text = text.strip().rstrip(".").strip()
-    while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
-        text = text[1:-1].strip()
-    return text
+    text = re.sub(r"^\$+(.*?)\$+\Z", r"\1", text, flags=re.S).strip().rstrip(".").strip()
+    return re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,3 +218,9 @@ def is_correct(response: str, references: list[str], ended: bool = True) -> bool
         raise ValueError("a reference has no final answer")
     answer = final_answer(response, ended)
     return answer is not None and any(answers_equal(answer, reference) for reference in wanted)
+
+
+def grade(response: str, references: list[str], ended: bool = True) -> dict:
+    """What was taken as the response's answer, and whether it is right."""
+    passed = is_correct(response, references, ended)
+    return {"answer": final_answer(response, ended), "passed": passed, "ended": ended}

@@ -12,9 +12,13 @@ a function wins, and its helpers stay with it.
 """
 
 import ast
+import os
 import re
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
 
 from scores.answers import answer_part
 
@@ -41,6 +45,26 @@ SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # what a block without a def
 SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # what may be a demonstration, by its names
 
 
+def run_programs(programs: list[str], tests: list[str]) -> list[dict]:
+    """What became of each program when it ran with its tests, in the sandbox."""
+    from scores.sandbox import run_python  # here, for it needs a Unix
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(run_python, programs, tests)
+        done = list(tqdm(done, desc="run tests", total=len(tests), disable=len(tests) < 20, leave=False))
+    return [
+        {"passed": outcome.passed, "status": outcome.status, "reason": outcome.reason, "program": program}
+        for outcome, program in zip(done, programs, strict=True)
+    ]
+
+
+def program_of(response: str, prompt: str, entry_point: str, ended: bool = True) -> str:
+    """The program to be tested: HumanEval's continues the prompt, MBPP's (without an entry point) stands alone."""
+    if entry_point:
+        return humaneval_program(prompt, entry_point, response, ended)
+    return mbpp_program(response, ended)
+
+
 def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool = True) -> str:
     """The program that a response to a HumanEval prompt makes: prompt and continuation, or a whole function.
 
@@ -61,7 +85,7 @@ def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool 
     parts = [before, *blocks]
     bodies = [part for part in parts if not parse(textwrap.dedent(part)) and parse(continue_prompt(prompt, part))]
     body = bodies[-1] if bodies else parts[:2][-1]
-    helpers = combine([block for block in blocks if block is not body])[0]
+    helpers = combine([block for block in blocks if block not in (body, *bodies)])[0]
     return continue_prompt(prompt, body) + ("\n" + helpers if helpers else "")
 
 
@@ -70,8 +94,8 @@ def mbpp_program(response: str, ended: bool = True) -> str:
     text = complete_part(response, ended)
     blocks, runs = code_blocks(text), code_runs(text)
     programs = [combine(blocks), combine(runs)]
-    found = [program for program, defined in programs if defined] + [program for program, _ in programs if program]
-    return (found + [block for block in blocks if "def " in block][-1:] + blocks + runs + [""])[0]
+    programs.sort(key=lambda program: not program[1])  # first what defines something
+    return next(filter(None, [*(program for program, _ in programs), *blocks, *runs]), "")
 
 
 def complete_part(response: str, ended: bool) -> str:

@@ -142,10 +142,10 @@ def stem(word: str) -> str:
         return IRREGULAR[word]
     if len(word) <= 2:
         return word
-    word = replace_suffix(word, STEP1A, above=-1)  # plurals: caresses -> caress, ponies -> poni, dies -> die, cats -> cat
+    word = replace_suffix(word, STEP1A, above=-1)  # plurals: ponies -> poni, dies -> die, cats -> cat
     word = step2(step1c(step1b(word)))
     word = replace_suffix(word, STEP3, above=0)  # further suffixes: formalize -> formal, hopeful -> hope
-    word = replace_suffix(word, STEP4, above=1)  # single ones: revival -> reviv; ion after s or t: adoption -> adopt
+    word = replace_suffix(word, STEP4, above=1)  # single ones: revival -> reviv, adoption -> adopt
     return step5(word)
 
 

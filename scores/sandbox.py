@@ -50,6 +50,7 @@ import tempfile
 import time
 import traceback
 import types
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 LINUX = sys.platform.startswith("linux")
@@ -217,12 +218,9 @@ def supervise(job: dict, libc) -> dict:
     if ended is None:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # it left nobody in its group
         os.killpg(worker, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # it left nobody in its group
-    while len(output) < limits.output and (piece := read_now(output_end)):
-        output = (output + piece)[: limits.output]
+    output = (output + read_now(output_end))[: limits.output]
     message = read_now(verdict_end).decode("utf-8", "replace")
     if ended is None:
         verdict = {"status": "timed out", "reason": f"no end after {limits.seconds:g} seconds"}
@@ -237,29 +235,27 @@ def supervise(job: dict, libc) -> dict:
 
 def read_now(fd: int) -> bytes:
     """What a pipe holds at this moment."""
-    try:
+    with suppress(BlockingIOError):
         return os.read(fd, 65536)
-    except BlockingIOError:
-        return b""
+    return b""
 
 
 def kill_descendants() -> None:
-    """What the worker left behind, where there is no namespace that ends with it."""
-    deadline, this = time.monotonic() + 5, str(os.getpid())
-    while time.monotonic() < deadline:
-        children = []
-        for file in glob.glob("/proc/[0-9]*/stat"):
-            try:
-                with open(file, encoding="utf-8", errors="replace") as stream:
-                    if stream.read().rsplit(")", 1)[1].split()[1] == this:
-                        children.append(int(file.split("/")[2]))
-            except OSError:
-                pass  # it has just gone
-        if not children:
-            return
+    """What the worker left behind, where no namespace ends with it: its orphans are this process's children."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and (children := find_children()):
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def find_children() -> list[int]:
+    children = []
+    for file in glob.glob("/proc/[0-9]*/stat"):  # process (name) state parent ...
+        with suppress(OSError), open(file, encoding="utf-8", errors="replace") as stream:  # it may have just gone
+            if stream.read().rsplit(")", 1)[1].split()[1] == str(os.getpid()):
+                children.append(int(file.split("/")[2]))
+    return children
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,19 +310,17 @@ def work(job: dict, libc, secret: str, verdict_fd: int, output_fd: int) -> None:
 
 
 def set_limits(limits: Limits) -> None:
-    cpu = int(limits.seconds) + 2
-    for name, value in {
-        "AS": limits.memory, "CPU": cpu, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
+    values = {
+        "CPU": int(limits.seconds) + 2, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
         "NPROC": limits.processes, "CORE": 0,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    if sys.platform != "darwin":  # which knows the limit's name only
+        values["AS"] = limits.memory
+    for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        try:
-            resource.setrlimit(kind, (value, value))
-        except ValueError:
-            if name != "AS" or sys.platform != "darwin":  # macOS knows the limit's name only
-                raise
+        resource.setrlimit(kind, (value, value))
 
 
 def describe(error: BaseException, tests: str) -> str:

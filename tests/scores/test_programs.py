@@ -53,9 +53,12 @@ HUMANEVAL = {
     "fenced, helper below": "```python\ndef area(r):\n    return square(r)\n\ndef square(r):\n"
     "    return 3.14 if r > 0 else 0\n```",
     "fenced body": f"```python\n{BODY}```",
+    "fenced body, twice indented": "```python\n" + textwrap.indent(BODY, "    ") + "```",
+    "two fenced bodies": f"```python\nreturn r\n```\nNo:\n```python\n{BODY}```",
     "fenced body, unindented": "```python\nif r < 0:\n    return 0\nreturn math.pi * helper(r) ** 2\n```",
     "fenced, CRLF": f"```python\n{WHOLE}```".replace("\n", "\r\n"),
     "plain function": WHOLE,
+    "plain function, a fence with a margin": f"{WHOLE}\n  ```python\n  print(area(undefined))\n",
     "plain function between prose": f"Here is the function:\n\n{WHOLE}\nI hope that helps.",
     "plain function with imports": f"import math\n\n{WHOLE}\nprint(area(undefined))",
     "a draft before": f"My first try:\n```python\n{DRAFT}```\nThat is wrong. Corrected:\n```python\n{WHOLE}```\n",
