@@ -427,7 +427,7 @@ def test_a_sandbox_that_cannot_start_is_an_error(monkeypatch):
 def test_without_namespaces_the_rest_holds(tmp_path, monkeypatch):
     """As in a container that forbids them: limits, verdicts and the end of all descendants."""
     source = Path(sandbox.__file__).read_text(encoding="utf-8")
-    call = 'guards = _isolate(libc, Limits(**job["limits"])) if linux else dict.fromkeys(GUARDS, False)'
+    call = "guards = isolate(libc, limits) if LINUX else dict.fromkeys(GUARDS, False)"
     assert source.count(call) == 1
     poor = tmp_path / "poor_sandbox.py"
     poor.write_text(source.replace(call, "guards = dict.fromkeys(GUARDS, False)"), encoding="utf-8")
