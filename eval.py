@@ -1,23 +1,22 @@
-"""Scores of trained students: generated responses against references, answers or tests, and held-out cross-entropy.
+"""Scores of trained students: respond to the prompts of test sets, score the responses, compare the models in a table.
 
     python eval.py runs/a runs/b --data dolly self-inst vicuna    the papers' protocol: 5 sampling seeds, T = 1
     python eval.py runs/a --data my_test.jsonl --greedy           one greedy response per prompt
     python eval.py runs/a --data gsm8k_test.jsonl                 accuracy of the final answers
     python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs what the model wrote, see sandbox.py
 
-Each directory is a run (its student/ is scored) or a model. What is scored follows from the data: tests make it `code`,
-references that end in `#### x` or hold \\boxed{x} make it `math`, all else is `rouge`. Prints one table, and writes
-eval-<data>.json beside each scored model's directory, with all responses, as soon as that set is done.
+Each directory is a run (its student/ is scored) or a model. What is scored follows from the data, in per cent:
 
 rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
-math    accuracy: final answers equal to the reference's
-code    pass@1: programs that pass all tests of their task; with several seeds, the mean over one sample each
-All in per cent; mean ± standard deviation over the seeds. The average over sets is taken for each seed first. "Not
+math    where references end in `#### x` or hold \\boxed{x}: accuracy, final answers equal to the reference's
+code    where examples have tests: pass@1, programs that pass all of them; the mean over one sample for each seed
+
+Prints one table of means ± standard deviations over the seeds (the average over sets is taken for each seed first), and
+writes eval-<data>.json beside each scored model's directory, with all responses, as soon as that set is done. "Not
 ended" counts the responses of all seeds that the budget of new tokens cut off before the model ended them.
 
 A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are. A
-prompt that is longer than --max-prompt-len is cut, and the report says how many were; the official runs drop such
-examples instead, and so average over fewer.
+longer prompt is cut, and the report says how many were; the official runs drop such examples, and average over fewer.
 """
 
 import json
@@ -118,10 +117,11 @@ def score(responses: list[str], examples: list[Example], task: str = "rouge", un
     if task == "math":
         details = list(map(grade, responses, references, ended))
     else:
-        prompts, points = [e.prompt for e in examples], [e.code.entry_point for e in examples]
-        programs = list(map(program_of, responses, prompts, points, ended))
-        details = run_programs(programs, [example.code.tests for example in examples])
-        details = [{**detail, "ended": end} for detail, end in zip(details, ended, strict=True)]
+        programs = [
+            program_of(response, example.prompt, example.code.entry_point, end)
+            for response, example, end in zip(responses, examples, ended, strict=True)
+        ]
+        details = run_programs(programs, [example.code.tests for example in examples], ended)
     return {MEASURES[task]: 100 * fmean(detail["passed"] for detail in details), "details": details}
 
 

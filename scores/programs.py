@@ -45,7 +45,7 @@ SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # what a block without a def
 SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # what may be a demonstration, by its names
 
 
-def run_programs(programs: list[str], tests: list[str]) -> list[dict]:
+def run_programs(programs: list[str], tests: list[str], ended: list[bool]) -> list[dict]:
     """What became of each program when it ran with its tests, in the sandbox."""
     from scores.sandbox import run_python  # here, for it needs a Unix
 
@@ -53,8 +53,8 @@ def run_programs(programs: list[str], tests: list[str]) -> list[dict]:
         done = pool.map(run_python, programs, tests)
         done = list(tqdm(done, desc="run tests", total=len(tests), disable=len(tests) < 20, leave=False))
     return [
-        {"passed": outcome.passed, "status": outcome.status, "reason": outcome.reason, "program": program}
-        for outcome, program in zip(done, programs, strict=True)
+        {"passed": out.passed, "status": out.status, "reason": out.reason, "program": program, "ended": end}
+        for out, program, end in zip(done, programs, ended, strict=True)
     ]
 
 

@@ -104,7 +104,7 @@ def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outc
     if answer.get("status") not in ("passed", "failed", "timed out"):
         reason = answer.get("reason") or done.stderr.decode("utf-8", "replace").strip() or "no answer"
         raise RuntimeError(f"the sandbox does not work here: {reason}")
-    return Outcome(**answer)
+    return Outcome(answer["status"], answer["reason"], answer["output"], answer["guards"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +114,7 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18
 SYS_MOUNT_SETATTR = 442  # the same on every architecture but Alpha
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def launch() -> None:
@@ -122,47 +123,45 @@ def launch() -> None:
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != here]
     job = json.load(sys.stdin)
     limits = job["limits"] = Limits(**job["limits"])
-    libc = ctypes.CDLL(None, use_errno=True)
-    guards = isolate(libc, limits) if LINUX else dict.fromkeys(GUARDS, False)
-    if LINUX:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    guards = isolate(limits) if LINUX else dict.fromkeys(GUARDS, False)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if guards["processes"]:
         child = os.fork()  # the first process of the namespace; with it all others die
         if child:
             os.waitpid(child, 0)
             os._exit(0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    elif LINUX:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become the supervisor's children
-    answer = supervise(job, libc)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become the supervisor's children
+    answer = supervise(job)
     if not guards["processes"]:
         kill_descendants()
     os.write(1, json.dumps({**answer, "guards": guards}).encode())
     os._exit(0)
 
 
-def isolate(libc, limits: Limits) -> dict[str, bool]:
+def isolate(limits: Limits) -> dict[str, bool]:
     """Enter as many new namespaces as are allowed; which of GUARDS hold."""
     user, group = os.getuid(), os.getgid()
-    if user != 0 and libc.unshare(CLONE_NEWUSER) == 0:
+    if user != 0 and LIBC.unshare(CLONE_NEWUSER) == 0:
         for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{file}", "w") as stream:
                 stream.write(text)
-    libc.unshare(CLONE_NEWIPC)
+    LIBC.unshare(CLONE_NEWIPC)
     return {
-        "network": libc.unshare(CLONE_NEWNET) == 0,
-        "processes": libc.unshare(CLONE_NEWPID) == 0,
-        "files": libc.unshare(CLONE_NEWNS) == 0 and restrict_files(libc, limits),
+        "network": LIBC.unshare(CLONE_NEWNET) == 0,
+        "processes": LIBC.unshare(CLONE_NEWPID) == 0,
+        "files": LIBC.unshare(CLONE_NEWNS) == 0 and restrict_files(limits),
     }
 
 
-def restrict_files(libc, limits: Limits) -> bool:
+def restrict_files(limits: Limits) -> bool:
     """Hide HIDDEN and the home directory, make all the rest read-only, and mount the working directory anew."""
     folder, python = os.getcwd(), os.open(sys.base_prefix, os.O_RDONLY | os.O_DIRECTORY)
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> bool:
         texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
-        return libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
+        return LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
 
     def expose_python(hidden: str) -> bool:
         """The interpreter may live in a directory that was just hidden; its path may also lead there by a link."""
@@ -187,7 +186,7 @@ def restrict_files(libc, limits: Limits) -> bool:
     os.makedirs(folder, exist_ok=True)
     read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: MOUNT_ATTR_RDONLY is set, nothing is cleared
     at_cwd, recursive = -100, 0x8000
-    if libc.syscall(SYS_MOUNT_SETATTR, at_cwd, b"/", recursive, ctypes.byref(read_only), ctypes.c_size_t(32)) != 0:
+    if LIBC.syscall(SYS_MOUNT_SETATTR, at_cwd, b"/", recursive, ctypes.byref(read_only), ctypes.c_size_t(32)) != 0:
         return False
     size = f"mode=777,size={limits.disk_bytes},nr_inodes={limits.files}"
     mounted = mount("none", folder, "tmpfs", MS_NOSUID | MS_NODEV, size)
@@ -195,7 +194,12 @@ def restrict_files(libc, limits: Limits) -> bool:
     return mounted
 
 
-def supervise(job: dict, libc) -> dict:
+def prctl(option: int, value: int) -> None:
+    if LINUX:
+        LIBC.prctl(option, value, 0, 0, 0)
+
+
+def supervise(job: dict) -> dict:
     """Start the worker and wait for it, at most the allowed time: {"status", "reason", "output"}."""
     limits, secret = job["limits"], os.urandom(16).hex()
     verdict_end, verdict_fd = os.pipe()
@@ -204,7 +208,7 @@ def supervise(job: dict, libc) -> dict:
         os.chown(".", NOBODY, NOBODY)
     worker = os.fork()
     if worker == 0:
-        work(job, libc, secret, verdict_fd, output_fd)
+        work(job, secret, verdict_fd, output_fd)
     os.set_blocking(verdict_end, False)  # whoever holds the other ends, and for how long
     os.set_blocking(output_end, False)
     deadline = time.monotonic() + limits.seconds
@@ -262,7 +266,7 @@ def find_children() -> list[int]:
 # The worker
 
 
-def work(job: dict, libc, secret: str, verdict_fd: int, output_fd: int) -> None:
+def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
     """Give up everything, run the program, write the verdict; does not return."""
     write, leave, process_id, this = os.write, os._exit, os.getpid, os.getpid()  # the program may replace os.write
     dumps = json.dumps
@@ -276,12 +280,11 @@ def work(job: dict, libc, secret: str, verdict_fd: int, output_fd: int) -> None:
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-        if LINUX:
-            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-            if libc.capset(header, none) != 0:  # those that a user namespace brings
-                raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if LINUX and LIBC.capset(header, none) != 0:  # those that a user namespace brings
+            raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if not os.access(os.__file__, os.R_OK):
             raise OSError(
                 f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; "

@@ -294,13 +294,9 @@ HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 e
     "response, ends, accuracy",
     [
         ("9 * 2 = 18.\n#### 18\n\n### Instruction:\nA robe takes 2 + 1.\n\n### Response:\n#### 3", True, "100.00"),
-        ("9 * 2 = 17.\n#### 17\n\n### Instruction:\nWhat is 9 * 2?\n\n### Response:\n#### 18", True, "0.00"),
         ("<think>\n#### 17\n</think>\nThe answer is 18. I thought 1 time.", True, "100.00"),
-        ("So it is 18.", True, "100.00"),
         ("16 - 7 = 9, 9 * 2 = 18. Let me check that. ", False, "0.00"),  # the last number is not said to be final
-        ("<think>\nThe answer is 18. Let me check that. ", False, "0.00"),
         ("The answer is 18. Let me check that: 16 - 7 = 9. ", False, "100.00"),
-        ("The answer is 17. Let me check that: 9 * 2 = 18. ", False, "0.00"),
         ("It is 18.\n\nQuestion: How many are 2 and 1?\nAnswer: 3", False, "100.00"),
     ],
 )
@@ -327,10 +323,7 @@ DRAFT, RIGHT = "```python\ndef one():\n    return 0\n```\n", "```python\ndef one
     "response, passed",
     [
         (f"My first try was\n{DRAFT}but that is wrong:\n{RIGHT}", "100.00"),
-        (f"<think>\n{DRAFT}</think>\n{RIGHT}", "100.00"),
         (f"First\n{RIGHT.replace('one', 'unit')}and then\n{RIGHT.replace('1', 'unit()')}", "100.00"),
-        (f"{RIGHT}Better:\n{DRAFT}", "0.00"),
-        (f"<think>\n{RIGHT}</think>\n{DRAFT}", "0.00"),
         (f"<think>\n{RIGHT}", "0.00"),
     ],
 )
