@@ -49,7 +49,6 @@ from torch.nn.functional import cross_entropy, linear, normalize
 
 from align import ResponseTokens, cross_model_attention, deviations, teacher_moments
 from data import Batch, Row, collate, tokenise
-from eval import table
 from losses import DIVERGENCES
 from model import Decoder, hidden_at, load_model
 from runtime.formats import read_examples
@@ -57,6 +56,7 @@ from runtime.hub import data_file, model_directory
 from runtime.run import tokenizer_of
 from runtime.strict import check_model, read_projectors
 from runtime.tokenizer import TextTokenizer
+from scores.tables import table
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"

@@ -51,7 +51,6 @@ from torch import nn
 import train
 from align import exact_token_alignment
 from data import Row, tokenise
-from eval import table
 from experiments import memory, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
@@ -61,6 +60,7 @@ from projector import logit_preserving_weight
 from runtime.formats import read_examples
 from runtime.order import count_tokens
 from runtime.tokenizer import TextTokenizer, read_tokenizer
+from scores.tables import table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes

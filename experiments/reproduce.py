@@ -47,7 +47,7 @@ import losses
 import train
 from baselines import mined
 from data import read_jsonl, tokenise
-from eval import held_out_cross_entropy, table
+from eval import held_out_cross_entropy
 from experiments import paper, tiny
 from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
@@ -55,6 +55,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.run import tokenizer_of
 from runtime.tokenizer import TextTokenizer
+from scores.tables import table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells

@@ -25,11 +25,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import train
 from data import Example, read_jsonl
-from eval import respond, score, table
+from eval import respond, score
 from model import load_model
 from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
+from scores.tables import table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words. A group has its words and, for every property, the pool in which each word has favourites of its own.

@@ -113,13 +113,7 @@ def refuse_first(rules: list[tuple]) -> None:
 
 
 def check_numbers(o: Options) -> None:
-    empty = [name for name, value in asdict(o).items() if value in ("", [])]  # argparse makes [] of "--lr=--"
-    if empty:
-        raise ValueError(f"--{empty[0].replace('_', '-')} is empty; leave it out for the default")
-    for name, least in AT_LEAST.items():
-        value, most = getattr(o, name), BELOW.get(name, 2**31)
-        if value is not None and not least <= value < most:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
+    check_values(asdict(o), AT_LEAST, BELOW)
     for name in ("lr", "temperature", "clip"):
         if not 0 < getattr(o, name) < math.inf:
             raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
@@ -196,6 +190,25 @@ def check_lora(o: Options) -> Options:
     if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
         targets = sorted(set(" ".join(targets).replace(",", " ").split()))
     return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def check_values(options: dict, at_least: dict, below: dict) -> None:
+    """Raises ValueError naming an option that is empty, or one that is (or has) a number out of [at_least, below).
+
+    below: the bounds that are not 2**31.
+    """
+    for name, value in options.items():
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
+    for name, least in at_least.items():
+        most = below.get(name, 2**31)
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            if value is not None and not least <= value < most:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,15 +46,19 @@ IRREGULAR = {
     "proceed": "proceed", "exceed": "exceed", "succeed": "succeed",
 }  # fmt: skip
 
-# In each table the first suffix that fits decides, even if its condition then fails, so longer ones stand before
-# the shorter ones that they end in (ement, ment, ent).
+# In each table the first suffix that fits decides, even if its condition then fails, so longer ones stand before the
+# shorter ones that they end in (ement, ment, ent). A letter in (?<=...) stays, and counts towards the measure.
+STEP1A = {"sses": "ss", "(?<=^.)ies": "ie", "ies": "i", "ss": "ss", "s": ""}
 STEP2 = {
     "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble", "entli": "ent",
     "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al", "iveness": "ive",
     "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful",
+    "(?<=l)ogi": "og",
 }  # fmt: skip
 STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
-STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize".split(), "")
+STEP4 = dict.fromkeys(
+    "al ance ence er ic able ible ant ement ment ent (?<=[st])ion ou ism ate iti ous ive ize".split(), ""
+)
 
 
 def letter_kinds(word: str) -> str:
@@ -86,19 +90,10 @@ def ends_short(stem: str) -> bool:
 def replace_suffix(word: str, rules: dict[str, str], above: int) -> str:
     """Apply the first rule whose suffix the word has, if what stands before the suffix has measure > `above`."""
     for suffix, replacement in rules.items():
-        if word.endswith(suffix):
-            rest = word[: -len(suffix)]
+        if found := re.search(f"{suffix}$", word):
+            rest = word[: found.start()]
             return rest + replacement if measure(rest) > above else word
     return word
-
-
-def step1a(word: str) -> str:
-    """Plurals: caresses -> caress, ponies -> poni, dies -> die, cats -> cat."""
-    if word.endswith("ies"):
-        return word[:-1] if len(word) == 4 else word[:-2]  # the paper has no exception: dies -> di
-    if word.endswith("sses"):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
 def step1b(word: str) -> str:
@@ -128,21 +123,7 @@ def step2(word: str) -> str:
     """Double suffixes to single ones, where m > 0: relational -> relate, digitizer -> digitize."""
     if word.endswith("alli") and measure(word[:-4]) > 0:
         return step2(word[:-2])  # relationalli -> relational -> relate; the paper stops half-way
-    if word.endswith("logi"):  # not in the paper; with the l counted, m("geol") = 1 and geologi -> geolog
-        return word[:-1] if measure(word[:-3]) > 0 else word
     return replace_suffix(word, STEP2, above=0)
-
-
-def step3(word: str) -> str:
-    """Further suffixes, where m > 0: formalize -> formal, hopeful -> hope."""
-    return replace_suffix(word, STEP3, above=0)
-
-
-def step4(word: str) -> str:
-    """Single suffixes, where m > 1: revival -> reviv; ion only after s or t: adoption -> adopt."""
-    if word.endswith(("sion", "tion")):
-        return word[:-3] if measure(word[:-3]) > 1 else word  # the s or t stays and counts towards m
-    return replace_suffix(word, STEP4, above=1)
 
 
 def step5(word: str) -> str:
@@ -161,29 +142,21 @@ def stem(word: str) -> str:
         return IRREGULAR[word]
     if len(word) <= 2:
         return word
-    for step in (step1a, step1b, step1c, step2, step3, step4, step5):
-        word = step(word)
-    return word
+    word = replace_suffix(word, STEP1A, above=-1)  # plurals: ponies -> poni, dies -> die, cats -> cat
+    word = step2(step1c(step1b(word)))
+    word = replace_suffix(word, STEP3, above=0)  # further suffixes: formalize -> formal, hopeful -> hope
+    word = replace_suffix(word, STEP4, above=1)  # single ones: revival -> reviv, adoption -> adopt
+    return step5(word)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Longest common subsequence
 
 
-def lcs_length_plain(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence of `a` and `b`, by the quadratic programme that defines it."""
-    row = [0] * (len(b) + 1)  # row[j] = LCS(a[:i], b[:j])
-    for x in a:
-        above = row
-        row = [0]
-        for j, y in enumerate(b):
-            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
-    return row[-1]
-
-
 def lcs_length(a: list[str], b: list[str]) -> int:
-    """Equal to `lcs_length_plain`, a whole row at a time: neighbours in a row differ by 0 or 1, so a row fits in bits.
+    """Length of the longest common subsequence of `a` and `b`.
 
+    row[j] = LCS(a[:i], b[:j]), a whole row at a time: neighbours in a row differ by 0 or 1, so that a row fits in bits.
     Bit j of `flat` is 0 where row[j + 1] = row[j] + 1. For the next token x of `a`, each block of ones with the zero
     above it holds one rise at that zero; if x occurs in `b` within the block, the rise moves down to the lowest such
     place. The carry of the addition does that for all blocks at once.
@@ -211,7 +184,7 @@ def tokenize(text: str) -> list[str]:
     return [stem(token) if len(token) > 3 else token for token in re.findall("[a-z0-9]+", text.lower())]
 
 
-def checked_references(prediction: str, reference: str | list[str]) -> list[str]:
+def check_texts(prediction: str, reference: str | list[str]) -> list[str]:
     """The references as a list; ValueError unless there is at least one, and all texts are strings."""
     references = [reference] if isinstance(reference, str) else reference
     if not isinstance(references, (list, tuple)) or not references:
@@ -219,7 +192,7 @@ def checked_references(prediction: str, reference: str | list[str]) -> list[str]
     for name, text in [("prediction", prediction), *((f"reference {i}", r) for i, r in enumerate(references))]:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string, got {type(text).__name__}; score one prediction per call")
-    return list(references)
+    return references
 
 
 def rouge_l(prediction: str, reference: str | list[str]) -> float:
@@ -228,7 +201,7 @@ def rouge_l(prediction: str, reference: str | list[str]) -> float:
     P = LCS / prediction tokens, R = LCS / reference tokens, F = 2PR / (P + R); 0 where a side has no tokens.
     Raises ValueError for an empty list of references or a text that is no string.
     """
-    references = checked_references(prediction, reference)
+    references = check_texts(prediction, reference)
     predicted = tokenize(prediction)
     best = 0.0
     for wanted in map(tokenize, references):
@@ -248,5 +221,5 @@ def exact_match(prediction: str, reference: str | list[str]) -> bool:
     def normalise(text: str) -> str:
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
-    references = checked_references(prediction, reference)
+    references = check_texts(prediction, reference)
     return normalise(prediction) in map(normalise, references)

@@ -37,19 +37,23 @@ What it does NOT cover:
 """
 
 import ctypes
+import glob
 import json
 import os
 import pwd
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+LINUX = sys.platform.startswith("linux")
 NOBODY = 65534
 GUARDS = {"network": "no network", "processes": "processes of its own", "files": "read-only files"}
 HIDDEN = ("/home", "/root", "/tmp", "/var/tmp", "/dev/shm", "/run", "/sys", "/proc")  # /proc last: mounting needs it
@@ -86,64 +90,21 @@ def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outc
     """
     limits = limits or Limits()
     job = json.dumps({"code": code, "tests": tests, "limits": asdict(limits)}).encode()
+    # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, so the score, would change
+    launcher = [sys.executable, "-s", "-S", "-B", "-X", "utf8", os.path.abspath(__file__), "launch"]
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-        status_end, status_fd = os.pipe()
-        # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, so the score, would change
-        process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-B", "-X", "utf8", os.path.abspath(__file__), str(status_fd)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd=folder,
-            env={"PYTHONHASHSEED": "0"}, pass_fds=[status_fd], start_new_session=True,
-        )  # fmt: skip
-        os.close(status_fd)
         try:
-            status, output = _collect(process, status_end, job, limits)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher is a zombie at least: its id is still its own
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                stream.close()
-            os.close(status_end)
-    text = output.decode("utf-8", "replace")
-    if status.get("status") not in ("passed", "failed", "timed out"):
-        raise RuntimeError(f"the sandbox does not work here: {status.get('reason') or text.strip() or 'no answer'}")
-    return Outcome(status["status"], status["reason"], text, status["guards"])
-
-
-def _collect(process: subprocess.Popen, status_end: int, job: bytes, limits: Limits) -> tuple[dict, bytes]:
-    """The supervisor's answer and the first bytes of the output, once the supervisor has gone.
-
-    Not once the output has ended: a grandchild may hold that open.
-    """
-    try:
-        process.stdin.write(job)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # the launcher did not start; its output says why
-    status = output = b""
-    output_end = process.stdout.fileno()
-    os.set_blocking(output_end, False)
-    deadline = time.monotonic() + limits.seconds + 60  # the supervisor keeps the time; this is for its own failure
-    with selectors.DefaultSelector() as selector:
-        selector.register(status_end, selectors.EVENT_READ)
-        selector.register(output_end, selectors.EVENT_READ)
-        while status_end in selector.get_map():
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return {"reason": "the supervisor did not answer in time"}, output
-            for key, _ in ready:
-                piece = os.read(key.fd, 65536)
-                if not piece:
-                    selector.unregister(key.fd)
-                elif key.fd == status_end:
-                    status += piece
-                else:
-                    output = (output + piece)[: limits.output]
-    try:
-        while len(output) < limits.output and (piece := os.read(output_end, 65536)):
-            output = (output + piece)[: limits.output]
-    except BlockingIOError:
-        pass  # nothing more for now, and nobody left who matters
-    return (json.loads(status) if status else {}), output
+            done = subprocess.run(
+                launcher, input=job, capture_output=True, cwd=folder, env={"PYTHONHASHSEED": "0"},
+                start_new_session=True, timeout=limits.seconds + 60,  # the supervisor keeps the time, unless it fails
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError("the sandbox does not work here: the supervisor did not answer in time") from error
+    answer = json.loads(done.stdout or "{}")
+    if answer.get("status") not in ("passed", "failed", "timed out"):
+        reason = answer.get("reason") or done.stderr.decode("utf-8", "replace").strip() or "no answer"
+        raise RuntimeError(f"the sandbox does not work here: {reason}")
+    return Outcome(answer["status"], answer["reason"], answer["output"], answer["guards"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,54 +114,54 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18
 SYS_MOUNT_SETATTR = 442  # the same on every architecture but Alpha
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _launch(status_fd: int) -> None:
+def launch() -> None:
+    """Read a job from standard input, have it done, and print what became of it: the fields of Outcome, in JSON."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != here]
     job = json.load(sys.stdin)
-    libc = ctypes.CDLL(None, use_errno=True)
-    linux = sys.platform.startswith("linux")
-    guards = _isolate(libc, Limits(**job["limits"])) if linux else dict.fromkeys(GUARDS, False)
-    if linux:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    limits = job["limits"] = Limits(**job["limits"])
+    guards = isolate(limits) if LINUX else dict.fromkeys(GUARDS, False)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if guards["processes"]:
         child = os.fork()  # the first process of the namespace; with it all others die
         if child:
             os.waitpid(child, 0)
             os._exit(0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    elif linux:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become the supervisor's children
-    answer = _supervise(job, libc, status_fd)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become the supervisor's children
+    answer = supervise(job)
     if not guards["processes"]:
-        _kill_descendants()
-    os.write(status_fd, json.dumps({**answer, "guards": guards}).encode())
+        kill_descendants()
+    os.write(1, json.dumps({**answer, "guards": guards}).encode())
     os._exit(0)
 
 
-def _isolate(libc, limits: Limits) -> dict[str, bool]:
+def isolate(limits: Limits) -> dict[str, bool]:
     """Enter as many new namespaces as are allowed; which of GUARDS hold."""
     user, group = os.getuid(), os.getgid()
-    if user != 0 and libc.unshare(CLONE_NEWUSER) == 0:
+    if user != 0 and LIBC.unshare(CLONE_NEWUSER) == 0:
         for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{file}", "w") as stream:
                 stream.write(text)
-    libc.unshare(CLONE_NEWIPC)
+    LIBC.unshare(CLONE_NEWIPC)
     return {
-        "network": libc.unshare(CLONE_NEWNET) == 0,
-        "processes": libc.unshare(CLONE_NEWPID) == 0,
-        "files": libc.unshare(CLONE_NEWNS) == 0 and _restrict_files(libc, limits),
+        "network": LIBC.unshare(CLONE_NEWNET) == 0,
+        "processes": LIBC.unshare(CLONE_NEWPID) == 0,
+        "files": LIBC.unshare(CLONE_NEWNS) == 0 and restrict_files(limits),
     }
 
 
-def _restrict_files(libc, limits: Limits) -> bool:
+def restrict_files(limits: Limits) -> bool:
     """Hide HIDDEN and the home directory, make all the rest read-only, and mount the working directory anew."""
     folder, python = os.getcwd(), os.open(sys.base_prefix, os.O_RDONLY | os.O_DIRECTORY)
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> bool:
         texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
-        return libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
+        return LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
 
     def expose_python(hidden: str) -> bool:
         """The interpreter may live in a directory that was just hidden; its path may also lead there by a link."""
@@ -225,7 +186,7 @@ def _restrict_files(libc, limits: Limits) -> bool:
     os.makedirs(folder, exist_ok=True)
     read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: MOUNT_ATTR_RDONLY is set, nothing is cleared
     at_cwd, recursive = -100, 0x8000
-    if libc.syscall(SYS_MOUNT_SETATTR, at_cwd, b"/", recursive, ctypes.byref(read_only), ctypes.c_size_t(32)) != 0:
+    if LIBC.syscall(SYS_MOUNT_SETATTR, at_cwd, b"/", recursive, ctypes.byref(read_only), ctypes.c_size_t(32)) != 0:
         return False
     size = f"mode=777,size={limits.disk_bytes},nr_inodes={limits.files}"
     mounted = mount("none", folder, "tmpfs", MS_NOSUID | MS_NODEV, size)
@@ -233,93 +194,97 @@ def _restrict_files(libc, limits: Limits) -> bool:
     return mounted
 
 
-def _supervise(job: dict, libc, status_fd: int) -> dict:
-    """Start the worker and wait for it, at most the allowed time: {"status", "reason"}."""
-    secret = os.urandom(16).hex()
+def prctl(option: int, value: int) -> None:
+    if LINUX:
+        LIBC.prctl(option, value, 0, 0, 0)
+
+
+def supervise(job: dict) -> dict:
+    """Start the worker and wait for it, at most the allowed time: {"status", "reason", "output"}."""
+    limits, secret = job["limits"], os.urandom(16).hex()
     verdict_end, verdict_fd = os.pipe()
+    output_end, output_fd = os.pipe()  # its other end stays open here too, so that reading never meets its end
     if os.getuid() == 0:
         os.chown(".", NOBODY, NOBODY)
     worker = os.fork()
     if worker == 0:
-        os.close(status_fd)
-        _work(job, libc, secret, verdict_fd)
-    os.close(verdict_fd)
-    seconds = job["limits"]["seconds"]
-    deadline = time.monotonic() + seconds
-    ended = None
+        work(job, secret, verdict_fd, output_fd)
+    os.set_blocking(verdict_end, False)  # whoever holds the other ends, and for how long
+    os.set_blocking(output_end, False)
+    deadline = time.monotonic() + limits.seconds
+    ended, output = None, b""
     while ended is None and time.monotonic() < deadline:
         child, code = os.waitpid(-1, os.WNOHANG)  # any child: orphans end up here
         if child == worker:
             ended = code
-        elif child == 0:
-            time.sleep(0.002)
+        elif child == 0 and select.select([output_end], [], [], 0.002)[0]:
+            output = (output + os.read(output_end, 65536))[: limits.output]
     if ended is None:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # it left nobody in its group
         os.killpg(worker, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # it left nobody in its group
+    output = (output + read_now(output_end))[: limits.output]
+    message = read_now(verdict_end).decode("utf-8", "replace")
     if ended is None:
-        return {"status": "timed out", "reason": f"no end after {seconds:g} seconds"}
-    os.set_blocking(verdict_end, False)  # a descendant may hold the other end
-    try:
-        message = os.read(verdict_end, 65536).decode("utf-8", "replace")
-    except BlockingIOError:
-        message = ""
-    if message.startswith(secret):
-        return json.loads(message[len(secret) :].split("\n")[0])
-    if os.WIFSIGNALED(ended):
-        return {"status": "failed", "reason": f"killed by {signal.Signals(os.WTERMSIG(ended)).name}"}
-    return {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
+        verdict = {"status": "timed out", "reason": f"no end after {limits.seconds:g} seconds"}
+    elif message.startswith(secret):
+        verdict = json.loads(message[len(secret) :].split("\n")[0])
+    elif os.WIFSIGNALED(ended):
+        verdict = {"status": "failed", "reason": f"killed by {signal.Signals(os.WTERMSIG(ended)).name}"}
+    else:
+        verdict = {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
+    return {**verdict, "output": output.decode("utf-8", "replace")}
 
 
-def _kill_descendants() -> None:
-    """What the worker left behind, where there is no namespace that ends with it."""
+def read_now(fd: int) -> bytes:
+    """What a pipe holds at this moment."""
+    with suppress(BlockingIOError):
+        return os.read(fd, 65536)
+    return b""
+
+
+def kill_descendants() -> None:
+    """What the worker left behind, where no namespace ends with it: its orphans are this process's children."""
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and os.path.isdir(f"/proc/{os.getpid()}"):
-        children = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as stream:
-                    parent = stream.read().rsplit(")", 1)[1].split()[1]
-            except OSError:
-                continue  # it has just gone
-            if parent == str(os.getpid()):
-                children.append(int(name))
-        if not children:
-            return
+    while time.monotonic() < deadline and (children := find_children()):
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def find_children() -> list[int]:
+    children = []
+    for file in glob.glob("/proc/[0-9]*/stat"):  # process (name) state parent ...
+        with suppress(OSError), open(file, encoding="utf-8", errors="replace") as stream:  # it may have just gone
+            if stream.read().rsplit(")", 1)[1].split()[1] == str(os.getpid()):
+                children.append(int(file.split("/")[2]))
+    return children
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The worker
 
 
-def _work(job: dict, libc, secret: str, verdict_fd: int) -> None:
+def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
     """Give up everything, run the program, write the verdict; does not return."""
     write, leave, process_id, this = os.write, os._exit, os.getpid, os.getpid()  # the program may replace os.write
     dumps = json.dumps
     try:
-        if this != 1 and hasattr(os, "setsid"):
-            os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(verdict_fd, 3)
+        os.setsid()
+        for fd, place in enumerate((os.open(os.devnull, os.O_RDONLY), output_fd, output_fd, verdict_fd)):
+            os.dup2(place, fd)
         os.closerange(4, 256)
-        _limit(Limits(**job["limits"]))
+        set_limits(job["limits"])
         if os.getuid() == 0:
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-        if sys.platform.startswith("linux"):
-            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-            if libc.capset(header, none) != 0:  # those that a user namespace brings
-                raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if LINUX and LIBC.capset(header, none) != 0:  # those that a user namespace brings
+            raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if not os.access(os.__file__, os.R_OK):
             raise OSError(
                 f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; "
@@ -338,7 +303,7 @@ def _work(job: dict, libc, secret: str, verdict_fd: int) -> None:
             exec(compile(job["tests"], "<tests>", "exec", dont_inherit=True), module.__dict__)
             verdict = {"status": "passed", "reason": ""}
         except BaseException as error:  # SystemExit too: the end of the tests was not reached
-            verdict = {"status": "failed", "reason": _describe(error, job["tests"])}
+            verdict = {"status": "failed", "reason": describe(error, job["tests"])}
         if process_id() == this:  # else a forked copy of the program came this far; it has no say
             write(3, (secret + dumps(verdict) + "\n").encode())
             sys.stdout.flush()
@@ -347,33 +312,28 @@ def _work(job: dict, libc, secret: str, verdict_fd: int) -> None:
         leave(1)
 
 
-def _limit(limits: Limits) -> None:
-    cpu = int(limits.seconds) + 2
-    for name, value in {
-        "AS": limits.memory, "CPU": cpu, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
+def set_limits(limits: Limits) -> None:
+    values = {
+        "CPU": int(limits.seconds) + 2, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
         "NPROC": limits.processes, "CORE": 0,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    if sys.platform != "darwin":  # which knows the limit's name only
+        values["AS"] = limits.memory
+    for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        try:
-            resource.setrlimit(kind, (value, value))
-        except ValueError:
-            if name != "AS" or sys.platform != "darwin":  # macOS knows the limit's name only
-                raise
+        resource.setrlimit(kind, (value, value))
 
 
-def _describe(error: BaseException, tests: str) -> str:
+def describe(error: BaseException, tests: str) -> str:
     """One line: the exception, and the line of the tests that it passed through."""
-    where, frame = "", error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == "<tests>":
-            lines = tests.split("\n")
-            line = lines[frame.tb_lineno - 1].strip() if frame.tb_lineno <= len(lines) else ""
-            where = f" in tests, line {frame.tb_lineno}: {line}"
-        frame = frame.tb_next
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return " ".join((text[:300] + where)[:500].split())
+    text, where = f"{type(error).__name__}: {error}".removesuffix(": ")[:300], ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == "<tests>":
+            [line] = tests.split("\n")[number - 1 : number] or [""]
+            where = f" in tests, line {number}: {line.strip()}"
+    return " ".join((text + where)[:500].split())
 
 
 def check() -> dict[str, bool]:
@@ -385,12 +345,13 @@ def check() -> dict[str, bool]:
 
 
 def describe_guards(guards: dict[str, bool]) -> str:
-    held = ", ".join(GUARDS[name] for name in GUARDS if guards[name]) or "none of the kernel's guards"
-    lacking = ", ".join(GUARDS[name] for name in GUARDS if not guards[name])
+    """The line that says what holds here, and what does not."""
+    held = ", ".join(text for name, text in GUARDS.items() if guards[name]) or "none of the kernel's guards"
+    lacking = ", ".join(text for name, text in GUARDS.items() if not guards[name])
     return f"sandbox: {held}" + (f"; NOT: {lacking} (sandbox.py says what that means)" if lacking else "")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        _launch(int(sys.argv[1]))
+    if sys.argv[1:] == ["launch"]:
+        launch()
     print(describe_guards(check()))

@@ -57,11 +57,6 @@ def test_score_is_the_mean_of_the_best_reference_in_per_cent():
     assert evaluation.score(["A blue owl!", "no"], examples) == {"rouge_l": 50.0, "exact_match": 50.0}
 
 
-def test_spread_and_table():
-    assert evaluation.spread([1.0, 3.0]) == "2.00 ± 1.41" and evaluation.spread([1.0]) == "1.00"
-    assert evaluation.table([["a", "long"], ["bcd", "e"]]).splitlines()[1:] == ["|-----|------|", "| bcd | e    |"]
-
-
 REFERENCES = ["2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200"]
 CODE = [
     Example("h", ["    return 1\n"], prompt="def one():\n    'one'\n", code=CodeTask("assert one() == 1", "one")),
@@ -69,68 +64,38 @@ CODE = [
 ]
 
 
-def test_score_math_on_references_and_corrupted_ones():
+def test_score_of_answers_on_references_and_corrupted_ones():
     examples = [Example("", [reference], instruction="?") for reference in REFERENCES]
-    scores, details = evaluation.score_math(REFERENCES, examples)
-    assert scores == {"accuracy": 100.0} and [detail["answer"] for detail in details] == ["3", "1,200"]
-    assert evaluation.score_math(["#### 4", "#### 1,201"], examples)[0] == {"accuracy": 0.0}
-    assert evaluation.score_math(["It is $3.00.", ""], examples)[0] == {"accuracy": 50.0}
+    scores = evaluation.score(REFERENCES, examples, "math")
+    assert scores["accuracy"] == 100.0 and [detail["answer"] for detail in scores["details"]] == ["3", "1,200"]
+    assert evaluation.score(["#### 4", "#### 1,201"], examples, "math")["accuracy"] == 0.0
+    assert evaluation.score(["It is $3.00.", ""], examples, "math")["accuracy"] == 50.0
 
 
 @pytest.fixture
 def working_sandbox():
-    sandbox = pytest.importorskip("sandbox")
+    sandbox = pytest.importorskip("scores.sandbox")
     try:
         sandbox.check()
     except RuntimeError as error:
         pytest.skip(str(error))
 
 
-def test_score_code_on_references_and_corrupted_ones(working_sandbox):
-    scores, details = evaluation.score_code([example.outputs[0] for example in CODE], CODE)
-    assert scores == {"pass_at_1": 100.0} and [detail["status"] for detail in details] == ["passed", "passed"]
-    scores, details = evaluation.score_code(["    return None\n", "def two(): return 3"], CODE)
-    assert scores == {"pass_at_1": 0.0} and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
-    scores, details = evaluation.score_code(["    exit()", "```python\ndef two(): return 2\n```"], CODE)
-    assert scores == {"pass_at_1": 50.0} and details[1]["program"] == "def two(): return 2\n"
+def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
+    def score(responses, unfinished=()):
+        scores = evaluation.score(responses, CODE, "code", unfinished)
+        return scores["pass_at_1"], scores["details"]
+
+    passed, details = score([example.outputs[0] for example in CODE])
+    assert passed == 100.0 and [detail["status"] for detail in details] == ["passed", "passed"]
+    passed, details = score(["    return None\n", "def two(): return 3"])
+    assert passed == 0.0 and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
+    passed, details = score(["    exit()", "```python\ndef two(): return 2\n```"])
+    assert passed == 50.0 and details[1]["program"] == "def two(): return 2\n"
     responses = ["    return 1\n", "def two():\n    return 2\n\ndef two():\n    return 1"]  # cut, perhaps from "1 + 1"
-    scores, details = evaluation.score_code(responses, CODE, unfinished={1})
-    assert scores == {"pass_at_1": 100.0} and [detail["ended"] for detail in details] == [True, False]
-    assert evaluation.score_code(responses, CODE)[0] == {"pass_at_1": 50.0}
-
-
-def test_the_task_follows_from_the_data():
-    text, sums = [Example("t", ["a"], prompt="p")], [Example("s", [r], prompt="p") for r in REFERENCES]
-    assert [evaluation.task_of(e, "x") for e in (text, sums, CODE)] == ["rouge", "math", "code"]
-    assert evaluation.task_of([Example("s", ["it is \\boxed{3}"], prompt="p")], "x") == "math"
-    assert evaluation.task_of(text + sums, "x") == "rouge"  # not all are marked
-    assert evaluation.task_of([Example("s", ["#### Title\ntext"], prompt="p")], "x") == "rouge"
-    assert [evaluation.task_of(e, "x", "rouge") for e in (text, sums, CODE, CODE + text)] == ["rouge"] * 4
-    assert evaluation.task_of(text, "x", "math") == "math"
-    for examples, asked, message in [
-        (text, "code", "--task code needs tests"), (CODE, "math", "h: --task math needs an answer"),
-        (CODE + text, None, "x: 2 of 3 examples have tests"),
-        ([Example("e", [" "], prompt="p")], "math", "^e: the output"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            evaluation.task_of(examples, "x", asked)
-
-
-def test_compare_averages_over_sets_for_each_seed():
-    sets = [evaluation.DataSet(name, "rouge", []) for name in ("a", "b")]
-    results = {
-        ("m", "a"): {"rouge_l": [10.0, 20.0], "not_ended": [0, 1], "responses": [["x", "y"]] * 2},
-        ("m", "b"): {"rouge_l": [40.0, 30.0], "not_ended": [1, 1], "responses": [["x"]] * 2},
-        ("n", "a"): {"rouge_l": [5.0], "not_ended": [0], "responses": [["x"]]},
-    }
-    head, _, whole, part = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in evaluation.compare(sets, results).splitlines()
-    ]
-    assert head == ["model", "a Rouge-L", "b Rouge-L", "average", "not ended"]
-    assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00", "3 of 6"]  # 25 with either seed
-    assert part == ["n", "5.00", "-", "-", "0 of 1"]  # the run ended before b
-    sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
-    assert "average" not in evaluation.compare(sets, results) and "b pass@1" in evaluation.compare(sets, results)
+    passed, details = score(responses, unfinished={1})
+    assert passed == 100.0 and [detail["ended"] for detail in details] == [True, False]
+    assert score(responses)[0] == 50.0
 
 
 def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys, monkeypatch):
@@ -329,13 +294,9 @@ HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 e
     "response, ends, accuracy",
     [
         ("9 * 2 = 18.\n#### 18\n\n### Instruction:\nA robe takes 2 + 1.\n\n### Response:\n#### 3", True, "100.00"),
-        ("9 * 2 = 17.\n#### 17\n\n### Instruction:\nWhat is 9 * 2?\n\n### Response:\n#### 18", True, "0.00"),
         ("<think>\n#### 17\n</think>\nThe answer is 18. I thought 1 time.", True, "100.00"),
-        ("So it is 18.", True, "100.00"),
         ("16 - 7 = 9, 9 * 2 = 18. Let me check that. ", False, "0.00"),  # the last number is not said to be final
-        ("<think>\nThe answer is 18. Let me check that. ", False, "0.00"),
         ("The answer is 18. Let me check that: 16 - 7 = 9. ", False, "100.00"),
-        ("The answer is 17. Let me check that: 9 * 2 = 18. ", False, "0.00"),
         ("It is 18.\n\nQuestion: How many are 2 and 1?\nAnswer: 3", False, "100.00"),
     ],
 )
@@ -362,10 +323,7 @@ DRAFT, RIGHT = "```python\ndef one():\n    return 0\n```\n", "```python\ndef one
     "response, passed",
     [
         (f"My first try was\n{DRAFT}but that is wrong:\n{RIGHT}", "100.00"),
-        (f"<think>\n{DRAFT}</think>\n{RIGHT}", "100.00"),
         (f"First\n{RIGHT.replace('one', 'unit')}and then\n{RIGHT.replace('1', 'unit()')}", "100.00"),
-        (f"{RIGHT}Better:\n{DRAFT}", "0.00"),
-        (f"<think>\n{RIGHT}</think>\n{DRAFT}", "0.00"),
         (f"<think>\n{RIGHT}", "0.00"),
     ],
 )

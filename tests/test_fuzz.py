@@ -29,7 +29,8 @@ from runtime import hub, strict
 from runtime.formats import read_examples
 from runtime.peft import load_adapter, save_adapter
 from runtime.tokenizer import check_size, read_tokenizer
-from scores import answers as grade
+from scores.answers import answers_equal, final_answer, is_correct
+from scores.programs import humaneval_program, mbpp_program
 
 SEED = os.environ.get("FUZZ_SEED", "0")
 ODD = [None, True, False, 0, 1, -1, 2, 3, 7, 10**12, 2**63, 10**30, 0.5, 4.0, -0.5, 1e-300, 1e300, float("nan"),
@@ -656,11 +657,11 @@ def test_grading_of_any_text(count):
         alphabet = rng.sample(PIECES, rng.choice([1, 2, 3, 10]))
         text = "".join(rng.choices(alphabet, k=rng.choice([3, 30, 5000])))
         print(alphabet, len(text))
-        answer = grade.final_answer(text)
-        assert grade.is_correct(text, ["3"]) == (answer is not None and grade.answers_equal(answer, "3"))
-        assert grade.answers_equal(text, text) and grade.is_correct("<think></think>#### 3\nSo.\n" + text, ["3"])
-        assert {*"".join(grade.mbpp_program(text).split())} <= {*text}
-        assert grade.humaneval_program("def f(x):\n", "f", text).startswith("def f(x):\n")
+        answer = final_answer(text)
+        assert is_correct(text, ["3"]) == (answer is not None and answers_equal(answer, "3"))
+        assert answers_equal(text, text) and is_correct("<think></think>#### 3\nSo.\n" + text, ["3"])
+        assert {*"".join(mbpp_program(text).split())} <= {*text}
+        assert humaneval_program("def f(x):\n", "f", text).startswith("def f(x):\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -427,7 +427,7 @@ def test_a_sandbox_that_cannot_start_is_an_error(monkeypatch):
 def test_without_namespaces_the_rest_holds(tmp_path, monkeypatch):
     """As in a container that forbids them: limits, verdicts and the end of all descendants."""
     source = Path(sandbox.__file__).read_text(encoding="utf-8")
-    call = 'guards = _isolate(libc, Limits(**job["limits"])) if linux else dict.fromkeys(GUARDS, False)'
+    call = "guards = isolate(limits) if LINUX else dict.fromkeys(GUARDS, False)"
     assert source.count(call) == 1
     poor = tmp_path / "poor_sandbox.py"
     poor.write_text(source.replace(call, "guards = dict.fromkeys(GUARDS, False)"), encoding="utf-8")
@@ -438,13 +438,18 @@ def test_without_namespaces_the_rest_holds(tmp_path, monkeypatch):
         held = sandbox.check()
     except RuntimeError as error:
         assert "may not read Python's library" in str(error) and os.getuid() == 0
-        return
+        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")  # one that everybody can read, if it is there
+        try:
+            held = sandbox.check()
+        except (RuntimeError, OSError):
+            return
     assert not any(held.values()) and "NOT: no network" in sandbox.describe_guards(held)
     assert run_python("while True: pass", limits=QUICK).status == "timed out"
     assert run_python("x = bytearray(1 << 30)").reason.startswith("MemoryError")
     assert run_python("import os\nos._exit(0)").status == "failed"
     escape = (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(100)\n    os._exit(0)"
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(100)\n"
+        "    os._exit(0)\nos.wait()"
     )
     assert run_python(escape, "assert True", limits=Limits(processes=10_000)).passed
     if os.getuid() == 0:

@@ -93,21 +93,27 @@ def test_tokenize_by_hand():
     assert rouge.tokenize("") == rouge.tokenize("привет 東京 …") == []
 
 
-def test_longest_common_subsequence_by_hand():
-    for length in (rouge.lcs_length, rouge.lcs_length_plain):
+def lcs_length_plain(a, b):
+    """By the quadratic programme that defines it: row[j] = LCS(a[:i], b[:j])."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above, row = row, [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+    return row[-1]
+
+
+def test_longest_common_subsequence():
+    for length in (rouge.lcs_length, lcs_length_plain):
         assert length(list("abcbdab"), list("bdcaba")) == 4  # bcba
         assert length(list("aaaa"), list("aa")) == 2
-        assert length(list("abc"), list("cba")) == 1
         assert length([], list("ab")) == length(list("ab"), []) == length([], []) == 0
-
-
-def test_bit_parallel_lcs_equals_the_plain_one():
     rng = random.Random(0)
     for trial in range(400):
         alphabet = rng.choice([1, 2, 4, 30])
         longest = 150 if trial % 10 == 0 else 20  # beyond one and two machine words
         a, b = ([str(rng.randrange(alphabet)) for _ in range(rng.randint(0, longest))] for _ in range(2))
-        assert rouge.lcs_length(a, b) == rouge.lcs_length_plain(a, b), (a, b)
+        assert rouge.lcs_length(a, b) == lcs_length_plain(a, b), (a, b)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+r"""The program in a response, to be run with its task's tests (sandbox.py does that; nothing here runs any code).
+
+    response -> answer_part -> HumanEval: continues the prompt, or has the whole function; MBPP: stands alone
+
+A program is made of all the code blocks of a response that are Python, in their order: the last complete definition of
+a function wins, and its helpers stay with it.
+
+>>> humaneval_program("def one():\n    '''1'''\n", "one", "    return 1\n\nprint(one())")
+"def one():\n    '''1'''\n    return 1\n"
+>>> mbpp_program("Sure:\n```python\nx = 1\n```\nDone.")
+'x = 1\n'
+"""
+
+import ast
+import os
+import re
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from scores.answers import answer_part
+
+FENCE = re.compile(  # up to its end, the next fence, or the end of the text; in a list or a quotation it has a margin
+    r"^(?P<margin>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<mark>`{3,}|~{3,})[^`\n]*\n(?P<code>.*?)"
+    r"(?:(?P=mark)[ \t]*$|(?=^[ \t>]*(?P=mark))|\Z)",
+    re.M | re.S,
+)
+# A line that is not indented and does not only close a bracket or a string ends the function before it
+END_OF_BODY = re.compile(r"^(?=[^\s)\]}'\"])", re.M)
+# Where a body without its margin ends and its demonstration begins
+END_OF_PROGRAM = re.compile(r"^(?:print\b|if\s+__name__\b|assert\b|```|>>>)", re.M)
+NAME = r"[A-Za-z_]\w*"
+STATEMENT = re.compile(  # a line of code at the left margin, by its looks; prose like "For example, this:" may pass
+    rf"(?:(?:async )?def {NAME}\s*\(.*"
+    rf"|class {NAME}\s*[:(].*|@{NAME}.*|#.*|[)\]}}'\"].*"
+    rf"|import {NAME}(?:\.{NAME})*(?:,.*| as .*|\s*(?:#.*)?)|from [\w.]+ import .*"
+    r"|(?:for|while|if|elif|else|try|except|finally|with)\b.*:\s*(?:#.*)?"
+    rf"|{NAME}(?:\.{NAME})*(?:\[.*\])?(?:\s*,\s*{NAME})*(?:\s*:\s*[\w\[\], .]+)?\s*(?:[-+*/%|&]|//|\*\*)?=(?!=).*"
+    rf"|{NAME}(?:\.{NAME})*\(.*\)\s*(?:#.*)?)$"
+)
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # what a block without a definition may bring for a later one
+SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # what may be a demonstration, by its names
+
+
+def run_programs(programs: list[str], tests: list[str], ended: list[bool]) -> list[dict]:
+    """What became of each program when it ran with its tests, in the sandbox."""
+    from scores.sandbox import run_python  # here, for it needs a Unix
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(run_python, programs, tests)
+        done = list(tqdm(done, desc="run tests", total=len(tests), disable=len(tests) < 20, leave=False))
+    return [
+        {"passed": out.passed, "status": out.status, "reason": out.reason, "program": program, "ended": end}
+        for out, program, end in zip(done, programs, ended, strict=True)
+    ]
+
+
+def program_of(response: str, prompt: str, entry_point: str, ended: bool = True) -> str:
+    """The program to be tested: HumanEval's continues the prompt, MBPP's (without an entry point) stands alone."""
+    if entry_point:
+        return humaneval_program(prompt, entry_point, response, ended)
+    return mbpp_program(response, ended)
+
+
+def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool = True) -> str:
+    """The program that a response to a HumanEval prompt makes: prompt and continuation, or a whole function.
+
+    A continuation ends at the first line that is not indented (as with the stop words of Chen et al., arXiv 2107.03374:
+    class, def, #, if, print). A whole function, fenced or not, follows the prompt, which brings imports and helpers and
+    whose own function, docstring only, it replaces. ended: False for a response that was cut at its budget.
+    """
+    text = complete_part(response, ended)
+    before = re.split(r"^[ \t]*(?:```|~~~)", text, maxsplit=1, flags=re.M)[0]
+    if re.match(rf"\s*(?:(?<=   )|(?<=\t))(?!(?:async )?def {entry_point}\b)\S", before):
+        return continue_prompt(prompt, before)
+    blocks = code_blocks(text)
+    for parts in (blocks, code_runs(text)):
+        program, defined = combine(parts)
+        if entry_point in defined:
+            return prompt + "\n" + program
+    # Nothing defines it: the last part that is Python only as a function's body, and blocks that may be its helpers
+    parts = [before, *blocks]
+    bodies = [part for part in parts if not parse(textwrap.dedent(part)) and parse(continue_prompt(prompt, part))]
+    body = bodies[-1] if bodies else parts[:2][-1]
+    helpers = combine([block for block in blocks if block not in (body, *bodies)])[0]
+    return continue_prompt(prompt, body) + ("\n" + helpers if helpers else "")
+
+
+def mbpp_program(response: str, ended: bool = True) -> str:
+    """The program in a response to an MBPP prompt: its fenced blocks, else what looks like code; "" without any."""
+    text = complete_part(response, ended)
+    blocks, runs = code_blocks(text), code_runs(text)
+    programs = [combine(blocks), combine(runs)]
+    programs.sort(key=lambda program: not program[1])  # first what defines something
+    return next(filter(None, [*(program for program, _ in programs), *blocks, *runs]), "")
+
+
+def complete_part(response: str, ended: bool) -> str:
+    """`answer_part`, less a last definition in whose midst the budget ended, if an earlier one has the same name."""
+    text, ended = answer_part(response, ended)
+    names = set()
+    for match in re.finditer(rf"^([ \t]*)(?:async )?def ({NAME})", text, re.M) if not ended else ():
+        if not re.search(rf"\n[ \t]{{0,{len(match[1])}}}[^\s)\]}}'\"]", text[match.end() :]):  # no line after its body
+            return text[: match.start()] if match[2] in names else text
+        names.add(match[2])
+    return text
+
+
+def continue_prompt(prompt: str, body: str) -> str:
+    """The prompt with a function's body, four columns from the margin also where a response left out that indentation.
+
+    Of the first line alone (decoding a SentencePiece text drops its first space, stripping a text all of them), or of
+    all lines: whichever Python takes.
+    """
+    all_lines = textwrap.indent(textwrap.dedent(cut(body, END_OF_PROGRAM)), "    ")
+    first_line = re.sub(r"\A(?:\s*\n)? {0,3}(?=\S)", "    ", body)
+    for text in (body, all_lines, first_line):
+        kept = cut(text, END_OF_BODY)
+        if kept and parse(prompt + kept):
+            break
+    return prompt + kept
+
+
+def cut(code: str, end: re.Pattern) -> str:
+    """`code` up to the first match of `end`."""
+    found = end.search(code)
+    kept = (code[: found.start()] if found else code).rstrip()
+    return kept + "\n" if kept else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code in a text
+
+
+def code_blocks(text: str) -> list[str]:
+    """The fenced blocks of a text, each without its fence's margin; the last may lack its end."""
+    return [re.sub(rf"^[ \t>]{{0,{len(m['margin'])}}}", "", m["code"], flags=re.M) for m in FENCE.finditer(text)]
+
+
+def code_runs(text: str) -> list[str]:
+    """The stretches of a text whose lines look like code: statements, and whatever is indented under them."""
+    runs: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if STATEMENT.match(line) or (runs[-1] and re.match(r"$|\s(?!\s*(?:```|~~~))", line)):
+            runs[-1].append(line)
+        elif runs[-1]:
+            runs.append([])
+    return ["\n".join(run).rstrip() + "\n" for run in runs if run]
+
+
+def combine(blocks: list[str]) -> tuple[str, set[str]]:
+    """One program of all blocks that are Python, in their order and without demonstrations; the names it defines.
+
+    A function without a body (a docstring, `pass` or `...`) gives way to one of its name that has it. A block that
+    defines nothing stays if it imports or assigns something for a later one.
+    """
+    codes = [textwrap.dedent(block) for block in blocks]
+    if codes and not parse(codes[-1]):  # cut off, perhaps: without its last statement
+        codes[-1] = codes[-1][: max((match.start() for match in END_OF_BODY.finditer(codes[-1])), default=0)]
+    trees = [(code, tree) for code in codes if (tree := parse(code))]
+    defining = [any(isinstance(node, DEFINITION) for node in tree.body) for _, tree in trees]
+    last = max((i for i, defines in enumerate(defining) if defines), default=len(trees))
+    definitions = [node for _, tree in trees for node in tree.body if isinstance(node, DEFINITION)]
+    defined = {node.name for node in definitions if not is_stub(node)}
+    kept = []
+    for i, (code, tree) in enumerate(trees):
+        setting = any(isinstance(node, SETTING) for node in tree.body) and not uses(tree, defined)
+        if defining[i] or (setting and i < last):
+            dropped = {line for node in tree.body if is_idle(node, defined) for line in lines_of(node)}
+            lines = enumerate(code.rstrip().split("\n"), start=1)
+            kept.append("\n".join(line for number, line in lines if number not in dropped).rstrip() + "\n")
+    return "\n".join(kept), defined
+
+
+def parse(code: str) -> ast.Module | None:
+    """The program's syntax tree; None if Python does not take it, for one as it is the body of a function."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    inside = {part for node in ast.walk(tree) if isinstance(node, DEFINITION) for part in ast.walk(node)}
+    returns = {part for part in ast.walk(tree) if isinstance(part, ast.Return)}
+    return tree if returns <= inside else None
+
+
+def is_idle(node: ast.stmt, defined: set[str]) -> bool:
+    """Whether a program is the same without this statement: a test, a demonstration, or a function without a body."""
+    if isinstance(node, SHOWING):
+        return uses(node, defined | {"print", "__name__", "unittest", "doctest"})
+    return isinstance(node, ast.Assert) or (is_stub(node) and node.name in defined)
+
+
+def is_stub(node: ast.stmt) -> bool:
+    empty = (ast.Pass, ast.Import, ast.ImportFrom)
+    return isinstance(node, DEFINITION[:2]) and all(
+        isinstance(part, empty) or isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
+        for part in node.body
+    )
+
+
+def uses(node: ast.AST, names: set[str]) -> bool:
+    return any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(node))
+
+
+def lines_of(node: ast.stmt) -> range:
+    return range(min(part.lineno for part in (node, *getattr(node, "decorator_list", ()))), node.end_lineno + 1)

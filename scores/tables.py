@@ -1,0 +1,83 @@
+"""Tables of scores in markdown: a row per model, mean ± standard deviation over the sampling seeds."""
+
+import statistics
+from collections import Counter
+
+from scores.tasks import MEASURES, DataSet
+
+TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "exact_match": "exact match"}
+
+
+def table(rows: list[list[str]]) -> str:
+    """A markdown table; the first row is its head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def spread(values: list[float]) -> str:
+    """mean ± standard deviation"""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
+    """The table of all (model, set) scored so far; a column per set, or for a single set all that was measured."""
+    single = len(sets) == 1
+    if single:
+        columns = [(sets[0], name) for name in TITLES if all(name in scores for scores in results.values())]
+    else:
+        columns = [(data, MEASURES[data.task]) for data in sets]
+    averaged = not single and len({name for _, name in columns}) == 1  # Rouge-L and pass@1 have no common mean
+    head = ["model", *(TITLES[name] if single else f"{data.name} {TITLES[name]}" for data, name in columns)]
+    if single:
+        head.append("cross-entropy")
+    if averaged:
+        head.append("average")
+    rows = [[*head, "not ended"]]
+    for model in dict.fromkeys(model for model, _ in results):
+        found = [(results.get((model, data.name)), name) for data, name in columns]
+        row = [model, *(spread(scores[name]) + mark(scores, name) if scores else "-" for scores, name in found)]
+        if single:
+            row.append(f"{results[model, sets[0].name]['cross_entropy']:.4f}")
+        if averaged and all(scores for scores, _ in found):
+            row.append(spread([statistics.fmean(seed) for seed in zip(*(s[n] for s, n in found), strict=True)]))
+        elif averaged:
+            row.append("-")
+        rows.append([*row, count_unfinished([scores for (name, _), scores in results.items() if name == model])])
+    return table(rows) + notes(sets, results)
+
+
+def count_unfinished(found: list[dict]) -> str:
+    """How many of all responses, with all seeds, were cut off by the budget of new tokens."""
+    return f"{sum(sum(s['not_ended']) for s in found)} of {sum(len(r) for s in found for r in s['responses'])}"
+
+
+def describe(scores: dict, data: DataSet, chat: str, file) -> str:
+    """What was done, of one model and one set, and where the report is; with programs, what became of them."""
+    line = f"{len(data.examples)} examples" + (f" in the chat format {chat}" if chat != "none" else "")
+    if scores["prompts_cut"]:
+        line += f", {scores['prompts_cut']} prompts cut to fit"
+    if any(scores["not_ended"]):
+        line += f", {count_unfinished([scores])} responses did not end within {scores['new_tokens']} tokens"
+    line += f"; {file}"
+    if data.task == "code":
+        ends = Counter(detail["status"] for details in scores["details"] for detail in details)
+        line += "\n" + ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
+    return line
+
+
+def mark(scores: dict, name: str) -> str:
+    """What stands beside a Rouge-L that some examples make 0 whatever the responses are."""
+    return "*" if name == "rouge_l" and scores.get("no_reference_tokens") else ""
+
+
+def notes(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
+    """What the marks of the table mean."""
+    without = {name: scores["no_reference_tokens"] for (_, name), scores in results.items() if mark(scores, "rouge_l")}
+    return "".join(
+        f"\n* {data.name}: the references of {without[data.name]} of {len(data.examples)} examples have no token that "
+        "Rouge-L counts (a-z, 0-9), so that these examples score 0 whatever the response is"
+        for data in sets if data.name in without
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""What is scored in a set of examples: their text (`rouge`), the final answers (`math`) or the programs (`code`)."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from scores.answers import final_answer
+
+MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
+MAX_LEN = {"rouge": 512, "math": 1024, "code": 1024}  # tokens of prompt and response together; half for the prompt
+
+
+@dataclass
+class DataSet:
+    """Examples have `where` (for messages), `outputs` (the references) and `code` (the tests; None: not a program)."""
+
+    name: str
+    task: str
+    examples: list
+
+
+def task_of(examples: list, name: str, asked: str | None = None) -> str:
+    """rouge, math or code: what is asked for, or what all the examples are. Raises ValueError where that cannot be."""
+    with_tests = sum(example.code is not None for example in examples)
+    if 0 < with_tests < len(examples) and asked != "rouge":
+        raise ValueError(f"{name}: {with_tests} of {len(examples)} examples have tests; evaluate them as two files")
+    if asked == "code" and not with_tests:
+        raise ValueError(f"{name}: --task code needs tests (the fields of HumanEval or MBPP), these examples have none")
+    for example in examples if asked == "math" else ():
+        if example.code is not None:
+            raise ValueError(f"{example.where}: --task math needs an answer, this example has tests")
+        if not all(final_answer(output) or output.strip() for output in example.outputs):
+            raise ValueError(f"{example.where}: the output has no final answer, which --task math needs")
+    if asked or with_tests:
+        return asked or "code"
+    return "math" if all(is_marked(output) for example in examples for output in example.outputs) else "rouge"
+
+
+def is_marked(output: str) -> bool:
+    """Whether a reference says where its final answer is: a last line `#### x`, or \\boxed{x}."""
+    return output.rstrip().rpartition("\n")[2].lstrip().startswith("#### ") or "\\boxed{" in output
+
+
+def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, positions=2**31) -> tuple[int, int]:
+    """(tokens of prompt and response together, tokens of the prompt). Raises ValueError if a response has no room.
+
+    For a model that has fewer positions both shrink, in proportion.
+    """
+    max_len = max_len or MAX_LEN[task]
+    max_prompt_len = max_prompt_len or max_len // 2
+    if max_prompt_len >= max_len:
+        raise ValueError(
+            f"--max-prompt-len {max_prompt_len} leaves no token of --max-len {max_len} for the response; make the "
+            "first smaller or the second larger"
+        )
+    if positions < max_len:
+        max_len, max_prompt_len = positions, max(1, max_prompt_len * positions // max_len)
+        print(f"note: the model's {max_len} positions are {max_prompt_len} tokens of a prompt, and the response's "
+              f"{max_len - max_prompt_len}", file=sys.stderr)  # fmt: skip
+    return max_len, max_prompt_len
+
+
+def check_sets(sets: list[DataSet], run_code: bool) -> None:
+    """Raises ValueError for two sets of one name, and for programs that may not be run here, or not unasked."""
+    repeated = [name for name, count in Counter(data.name for data in sets).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two sets are named {repeated[0]!r}, and would write the same file; rename one of them")
+    programs = [data.name for data in sets if data.task == "code"]
+    if programs and not run_code:
+        raise ValueError(
+            f"{programs[0]}: scoring code means running what a model wrote on this machine, in a process with limits "
+            "that is no perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
+        )
+    if programs:
+        from scores.sandbox import check, describe_guards  # here, for it needs a Unix
+
+        print(describe_guards(check()), file=sys.stderr)

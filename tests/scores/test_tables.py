@@ -1,0 +1,52 @@
+"""Tables of scores, and which task a set is."""
+
+import pytest
+
+from data import CodeTask, Example
+from scores.tables import compare, spread, table
+from scores.tasks import DataSet, task_of
+
+SUMS = [Example("s", [answer], prompt="p") for answer in ("2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200")]
+CODE = [
+    Example("h", ["    return 1\n"], prompt="def one():\n    'one'\n", code=CodeTask("assert one() == 1", "one")),
+    Example("m", ["def two():\r\n  return 2"], prompt="Write two.\n", code=CodeTask("assert two() == 2")),
+]
+
+
+def test_spread_and_table():
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41" and spread([1.0]) == "1.00"
+    assert table([["a", "long"], ["bcd", "e"]]).splitlines()[1:] == ["|-----|------|", "| bcd | e    |"]
+
+
+def test_the_task_follows_from_the_data():
+    text = [Example("t", ["a"], prompt="p")]
+    assert [task_of(e, "x") for e in (text, SUMS, CODE)] == ["rouge", "math", "code"]
+    assert task_of([Example("s", ["it is \\boxed{3}"], prompt="p")], "x") == "math"
+    assert task_of(text + SUMS, "x") == "rouge"  # not all are marked
+    assert task_of([Example("s", ["#### Title\ntext"], prompt="p")], "x") == "rouge"
+    assert [task_of(e, "x", "rouge") for e in (text, SUMS, CODE, CODE + text)] == ["rouge"] * 4
+    assert task_of(text, "x", "math") == "math"
+    for examples, asked, message in [
+        (text, "code", "--task code needs tests"), (CODE, "math", "h: --task math needs an answer"),
+        (CODE + text, None, "x: 2 of 3 examples have tests"),
+        ([Example("e", [" "], prompt="p")], "math", "^e: the output"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            task_of(examples, "x", asked)
+
+
+def test_compare_averages_over_sets_for_each_seed():
+    sets = [DataSet(name, "rouge", []) for name in ("a", "b")]
+    results = {
+        ("m", "a"): {"rouge_l": [10.0, 20.0], "not_ended": [0, 1], "responses": [["x", "y"]] * 2},
+        ("m", "b"): {"rouge_l": [40.0, 30.0], "not_ended": [1, 1], "responses": [["x"]] * 2},
+        ("n", "a"): {"rouge_l": [5.0], "not_ended": [0], "responses": [["x"]]},
+    }
+    head, _, whole, part = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in compare(sets, results).splitlines()
+    ]
+    assert head == ["model", "a Rouge-L", "b Rouge-L", "average", "not ended"]
+    assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00", "3 of 6"]  # 25 with either seed
+    assert part == ["n", "5.00", "-", "-", "0 of 1"]  # the run ended before b
+    sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
+    assert "average" not in compare(sets, results) and "b pass@1" in compare(sets, results)
