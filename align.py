@@ -11,6 +11,8 @@ somebody has to say which teacher position speaks about which student position:
 Where this differs from the official code: it compares token *strings* and so loses the rest of a response after the
 first accent, newline or emoji, which byte-level and SentencePiece vocabularies spell differently. We compare *bytes*.
 
+A tokenizer here is one of the `tokenizers` library: with `transformers`, pass `tokenizer.backend_tokenizer`.
+
 Example (a SentencePiece-like teacher with its dummy leading space, a byte-level student, None = end-of-text):
 
 >>> teacher = [b" Caf", b"\xc3", b"\xa9", b" noir", None]
@@ -119,6 +121,7 @@ def prediction_map(teacher: Tokenizer, student: Tokenizer, teacher_eos: int, stu
     """(size,) student id of each teacher id, -1 where the student has no such token: the ŷᵗ ∈ V_stu of eq. 14.
 
     Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other.
+    Eq. 14 keeps only the aligned pairs where the teacher's prediction maps to an id >= 0.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """
     student_ids, spelt = ids_by_bytes(student, student_eos), token_bytes(teacher)[:size]
@@ -139,6 +142,10 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
     two int64 arrays of equal length, both increasing. One leading space that only one side has (SentencePiece's
     dummy prefix) is ignored. Where both sides spell the same bytes this is one sweep over the two offset arrays;
     where a tokenizer changed the text (NFC, lower-casing) `align_by_programme` aligns what can be aligned.
+
+    The bytes of a response are `[None if i == eos else spelt[i] or b"" for i in ids]` with `spelt = token_bytes(...)`:
+    special tokens other than end-of-text spell nothing. The indices count from the start of the response; where the
+    responses of a batch are flattened into one row, add the lengths of those before it.
     """
     teacher_text, student_text = spell(teacher), spell(student)
     spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in (teacher_text, student_text))

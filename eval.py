@@ -28,14 +28,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from data import Example, TextTokenizer, collate, cut_prompt, read_jsonl, tokenise
+from data import Example, collate, tokenise
 from fast.cpu import by_onednn, packed
 from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.evaluation import parse
+from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.run import chat_of, tokenizer_of, write_text
 from runtime.strict import check_model
+from runtime.tokenizer import TextTokenizer, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
 from scores.rouge import exact_match, rouge_l, tokenize
@@ -131,7 +133,7 @@ def evaluate(
     These are lists with an entry per seed (None: greedy). Also the `cross_entropy` on the first references, and for
     Rouge-L how many examples have no reference with a token that it counts (`no_reference_tokens`).
     """
-    prompts = [cut_prompt(example, [tokenizer], max_prompt_len) for example in data.examples]
+    prompts = tokenizer.fit_prompts(data.examples, max_prompt_len)
     rows, cut = tokenise(data.examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
     new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
     report: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
@@ -176,9 +178,8 @@ def run(options) -> None:
     try:
         for name, directory in models.items():
             tokenizer = tokenizer_of(directory, options.chat, options.bos)
-            tokenizer.say_if_forgotten("--chat", options.bos is None)
+            say_if_forgotten(tokenizer, "--chat", options.bos is None)
             model = load_model(directory, dtype, options.device)
-            tokenizer.check_model(model.embed.weight.shape[0])
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
                 seeds = [None] if options.greedy else options.seeds
@@ -196,7 +197,7 @@ def read_sets(options) -> list[DataSet]:
     """All sets, before any is evaluated, so that what is wrong with one shows at once."""
     sets = []
     for name in options.data:
-        examples = read_jsonl(*data_file(name, "test"))[: options.limit]
+        examples = read_examples(*data_file(name, "test"))[: options.limit]
         sets.append(DataSet(Path(name).stem, task_of(examples, name, options.task), examples))
         share_tokens(sets[-1].task, options.max_len, options.max_prompt_len)
     check_sets(sets, options.run_code)

@@ -55,10 +55,8 @@ class LoraLinear(nn.Linear):
 
 def attach(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=None) -> nn.Module:
     """Freeze the model and give each layer of `choose_layers(model, targets)` an adapter, in place; returns the model,
-    whose outputs have not changed yet. Seed with torch.manual_seed.
-
-    Raises ValueError for values out of range, for unknown targets, and for a model that has adapters already.
-    """
+    whose outputs have not changed yet. Seed with torch.manual_seed. Raises ValueError for values out of range, for
+    unknown targets, and for a model that has adapters already."""
     check_values("LoRA", rank, alpha, dropout)
     if adapted_layers(model):
         raise ValueError("LoRA: the model has adapters already: merge them first")
@@ -80,9 +78,9 @@ def merge(model: nn.Module) -> nn.Module:
 def choose_layers(model: nn.Module, targets: str | list[str] | None = None) -> list[str]:
     """Paths of the linear layers to adapt, in the model's order.
 
-    targets: as peft's target_modules. A list of names, or of ends of a layer's path, here or in transformers' model
-    ("mlp.c_proj"); "all-linear" for every linear layer but the head; None for `default_targets`. Raises ValueError,
-    listing the names that exist, for a name that no layer has.
+    targets: names, or ends of a layer's path here or in transformers' model ("mlp.c_proj"), as in peft's
+    target_modules; "all-linear" for every linear layer but the head; None for `default_targets`. Raises ValueError for
+    a name that no layer has.
     """
     targets = default_targets(model) if targets is None else [targets] if isinstance(targets, str) else targets
     layers, chosen = linear_layers(model), {}

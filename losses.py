@@ -6,9 +6,11 @@ v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhe
     d, D  student and teacher width     V_s, V_t  their vocabularies, the rows of their heads
 
 A response token of the flattened batch is a position whose *next* token belongs to the response. Its state is the last
-hidden state, after the final norm, of the position that predicts it. The losses work on hidden states and heads rather
-than logits, because the heads are the papers' point. `fast/losses.py` has the same functions with the same arguments
-and numbers, in a fraction of the time and the memory.
+hidden state, after the final norm, of the position that predicts it; end-of-text is the response's last token. In
+`transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
+is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
+logits, because the heads are the papers' point. `fast/losses.py` has the same functions with the same arguments and
+numbers, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not

@@ -60,6 +60,8 @@ class Projectors(nn.Module):
     v1: all start at random, as `nn.Linear` does, with biases, and all are trained.
     v2: no biases. t2s starts where it preserves the teacher's logits, and is trained; s2t is solved for the current
     student head by `refresh_s2t`, before every update, and no optimiser touches it.
+    Beside the student the optimiser gets the projectors that have `requires_grad`. With different tokenizers the heads
+    to give are student_head[student_ids] and teacher_head[teacher_ids], by the ids of `align.vocabulary_overlap`.
     given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
     """
 

@@ -1,36 +1,29 @@
-"""Distil a teacher into a student: the one training loop, and what is loaded for it.
+"""Distil a teacher into a student: what is loaded for it, one update, and the loop.
 
     python train.py                                                the embedded tiny task, to the end
     python train.py --teacher qwen --student gpt2 --data dolly     the papers' pair
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
-    torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see parallel.py
+    torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see docs/multi_gpu.md
 
-The loop is `run_updates`. The options are in options.py, what one update does in distill.py, what the terms mean in
-losses.py.
+The loop is `run_updates`, one update `distil`, what the methods need of the teacher `Method`, and what the terms mean
+is in losses.py. The options are in runtime/options.py; runtime/run.py keeps the run directory.
 """
 
-import hashlib
 import json
 import math
-import os
 import random
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fast.losses
-import lora
 import losses
 from align import (
     Deviations,
@@ -42,93 +35,34 @@ from align import (
     vocabulary_overlap,
 )
 from baselines import mined, uld
-from baselines.seqkd import teacher_answers
-from data import (
-    Batch,
-    Example,
-    Row,
-    TextTokenizer,
-    ahead,
-    collate,
-    cut_prompt,
-    padding_share,
-    read_jsonl,
-    sampled_row,
-    split_update,
-    tokenise,
-    total_length,
-    update_order,
-    without_responses,
-)
+from data import Batch, Row, replace_response
 from eval import held_out_cross_entropy, respond, score
-from experiments import tiny
-from fast.cache import TeacherCache, model_digest
-from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
+from fast.cpu import by_onednn, keep_freed_memory, packed
 from losses import RECIPES, Counts, predict_tokens
-from model import build_model, generate, hidden_at, load_model, read_config, read_json
+from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
-from runtime.hub import MODELS, data_file, model_directory
-from runtime.options import Options, check, flags, parse, say_settings, settings, teacher_stage
+from runtime.load import PAIRINGS, Pieces, find_model, load
+from runtime.options import Options, parse
+from runtime.order import prefetch, split_update
+from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
 from runtime.run import (
     Meter,
     RunDirectory,
     Stopped,
-    chat_of,
     check_directory,
+    finish_stage,
     run_of,
+    say_how_to_go_on,
+    seconds_of_finished_stage,
     tokenizer_of,
     write_text,
 )
-from runtime.strict import check_model, choose_alignment, read_projectors
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage before distillation
-
-
-def run_teacher_stage(given: dict, o: Options) -> Options:
-    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
-    begins where the run after it could not."""
-    if o.method == "sft" or o.dry_run:
-        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
-    stage = teacher_stage(given, o.out)
-    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
-    check_directory(after)
-    base, student = model_directory(o.teacher), model_directory(o.student, weights=not o.from_scratch)
-    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
-    if o.method != "seqkd":
-        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
-    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
-    tiny.run_stage(Options(**stage), train, "teacher")
-    return after
-
-
-def say_teacher(given: dict, o: Options) -> None:
-    """On standard error: which checkpoint the teacher is and what is known of its training; where that is not on this
-    data, the command for it."""
-    directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
-    run = run_of(directory)
-    if run:
-        line = f"teacher: {directory}, trained here: --method {run.get('method')} on --data {run.get('data')}"
-        same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
-        print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
-        return
-    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
-    known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
-    which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
-    print(
-        f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
-        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
-        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
-        file=sys.stderr,
-    )
-
+from runtime.strict import check_options, choose_alignment, read_projectors
+from runtime.tokenizer import TextTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
-
-PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
-
 
 @dataclass
 class TeacherAnswer:
@@ -163,9 +97,10 @@ class Method(nn.Module):
         teacher_tokenizer: TextTokenizer | None = None,
     ):
         super().__init__()
-        self.o, self.name, self.align, self.projectors, self.recipe = o, o.method, "none", None, None
+        self.name = "sft" if o.method == "seqkd" else o.method  # trained on the teacher's answers as on any other
+        self.o, self.align, self.projectors, self.recipe = o, "none", None, None
         self.objective = fast.losses if o.chunk else losses
-        if o.method == "sft":
+        if self.name == "sft":
             return
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
         self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
@@ -294,156 +229,6 @@ class Method(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-@dataclass
-class Pieces:
-    """A run's models, tokenizers and data, loaded and checked against each other."""
-
-    student: torch.nn.Module
-    student_tokenizer: TextTokenizer
-    method: Method
-    teacher_tokenizer: TextTokenizer | None
-    rows: list[Row]
-    valid_rows: list[Row]
-    sample_prompts: list[str]
-    where: list[str] = field(default_factory=list)  # "file, line 7" of each of `rows`
-    valid: list[Example] = field(default_factory=list)  # whose first references are `valid_rows`
-    frozen: str = ""  # sha256 of the models that are read and not trained, likewise for --resume; in process 0 alone
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
-        hasher = hashlib.sha256()
-        for row in self.rows:
-            for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
-                hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
-        return hasher.hexdigest()
-
-    def collate(self, rows: list[Row], device):
-        pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
-        return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
-
-    def batches(self, rows: list[Row], o: Options, count: int = 0) -> list:
-        """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
-        last of which then have no row: processes that share a model's weights must run it equally often."""
-        parts = split_update(rows, o.batch_size, o.tokens_per_batch)
-        parts += [[]] * (count - len(parts))
-        batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
-        return [batch if part else without_responses(batch) for part, batch in batches]
-
-
-def fit_lengths(o: Options, directories: dict[str, Path]) -> None:
-    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
-    files = {name: path / "config.json" for name, path in directories.items()}
-    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
-    if o.max_len is None:
-        o.max_len = min(512, *limits.values())
-    if o.max_prompt_len is None:
-        o.max_prompt_len = max(1, o.max_len // 2)
-    for name, limit in limits.items():
-        if o.max_len > limit:
-            raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
-    if 0 < o.tokens_per_batch < o.max_len:
-        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
-
-
-def compile_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The model compiled; a sharded one block by block, as its weights come and go between them."""
-    if not parallel.is_sharded(model):
-        return torch.compile(model, dynamic=True)
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    return model
-
-
-def load(o: Options) -> Pieces:
-    """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
-    student_directory = tiny.find(o.student, "student") or model_directory(o.student, weights=not o.from_scratch)
-    check_model(student_directory, weights=not o.from_scratch)
-    o.student_chat = o.student_chat or chat_of(student_directory)
-    student_tokenizer, teacher_tokenizer, teacher = tokenizer_of(student_directory, o.student_chat, o.bos), None, None
-    student_tokenizer.say_if_forgotten("--student-chat", o.bos is None and not o.from_scratch)
-    align = "none"
-    if o.method != "sft":
-        teacher_directory = tiny.find(o.teacher, "teacher") or model_directory(o.teacher)
-        check_model(teacher_directory)
-        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
-        teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        teacher_tokenizer.say_if_forgotten("--teacher-chat", o.bos is None)
-        if o.method != "seqkd":  # before models are loaded
-            align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
-    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if o.method != "sft" else {}))
-    first_lines = o.batch_size if o.dry_run else None
-    examples = read_jsonl(*data_file(tiny.find(o.data, "data") or o.data, "train"))
-    valid = read_jsonl(*data_file(o.valid, "valid")) if o.valid and not o.dry_run else []
-
-    torch.manual_seed(o.seed)
-    if o.from_scratch:
-        student = build_model(read_json(student_directory / "config.json"))
-    else:
-        student = load_model(student_directory, torch.float32)
-    student_tokenizer.check_model(student.embed.weight.shape[0])
-    if o.lora:
-        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
-        try:
-            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
-            raise ValueError(f"--lora-targets: {error}") from None
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
-    method, dtype = o.method, torch.bfloat16 if o.dtype == "bf16" else torch.float32
-    if o.method == "seqkd":  # from here on it is supervised fine-tuning
-        with parallel.main_first():
-            examples = teacher_answers(
-                Path(o.out) / "seqkd.jsonl", examples, teacher_directory, teacher_tokenizer, student_tokenizer,
-                o.max_len, o.max_prompt_len, o.seqkd_temperature, o.seed, o.batch_size, o.device, dtype, first_lines,
-            )  # fmt: skip
-        method, teacher_tokenizer = "sft", None
-    examples = examples[:first_lines]
-    lengths = o.max_len, o.max_prompt_len
-    rows, report = tokenise(examples, student_tokenizer, teacher_tokenizer, *lengths, align)
-    print(f"train: {report}", file=sys.stderr)
-    if pair := PAIRINGS.get(method):
-        for row in rows:
-            row.pairs = pair(row, student_tokenizer, teacher_tokenizer)
-    if method != "sft":  # frozen, so that half precision is enough where the arithmetic is bf16 anyway
-        if o.shard in ("teacher", "both"):
-            teacher = parallel.load_sharded(teacher_directory, dtype, o.device)
-        else:
-            teacher = load_model(teacher_directory, dtype, o.device, body=o.cache_teacher is None)
-        teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-        teacher = compile_model(teacher.requires_grad_(False)) if o.compile else teacher
-    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
-        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
-        with parallel.main_first():
-            cache.attach_states(o.compile)
-    student.recompute = o.recompute
-    if torch.device(o.device).type == "cpu":
-        put_on(student)
-    if o.shard in ("student", "both"):
-        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
-    student.to(o.device)
-
-    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
-        made = Method(replace(o, method=method), student, student_tokenizer, teacher, teacher_tokenizer)
-        if o.cache_teacher is not None and made.predicting_head is not None:
-            cache.attach_predictions(made.predicting_head)
-    valid_rows, report = tokenise(valid, student_tokenizer, None, *lengths)
-    if valid:
-        print(f"valid: {report}", file=sys.stderr)
-    room = min(o.max_prompt_len, o.max_len - 1)
-    prompts = [cut_prompt(example, [student_tokenizer], room) for example in (valid or examples)[:5]]
-    where = [example.where for example in examples]
-    untrained = ([teacher_directory] if teacher is not None else []) + ([student_directory] if o.lora else [])
-    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
-    return Pieces(
-        student, student_tokenizer, made, teacher_tokenizer, rows, valid_rows, prompts, where, valid, frozen
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One update
 
 
@@ -487,7 +272,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     if parallel.highest(failure is not None):  # all processes have it, or none
         raise failure or FloatingPointError("sample: the logits of another process are not finite")
     both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.method.align
-    sampled = [sampled_row(row, response, *both) for row, response in zip(rows, responses, strict=True)]
+    sampled = [replace_response(row, response, *both) for row, response in zip(rows, responses, strict=True)]
     return sampled, sum(map(len, responses))
 
 
@@ -580,7 +365,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
 
     Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
     """
-    o = check(o)
+    o = check_options(o)
     if torch.device(o.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     else:
@@ -589,21 +374,30 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
         check_directory(o)
     with by_onednn(o.device):
         pieces = load(o)
-        student = compile_model(pieces.student) if o.compile else pieces.student
+        add_method(o, pieces)
+        student = parallel.compile_model(pieces.student) if o.compile else pieces.student
         return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
+
+
+def add_method(o: Options, pieces: Pieces) -> None:
+    both = pieces.student, pieces.student_tokenizer, pieces.teacher, pieces.teacher_tokenizer
+    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
+        pieces.method = Method(o, *both)
+        if pieces.cache is not None and pieces.method.predicting_head is not None:
+            pieces.cache.attach_predictions(pieces.method.predicting_head)
 
 
 def run_updates(o: Options, pieces: Pieces, student, description: str = "train") -> dict[str, float]:
     """The updates that are still to be done; returns the last logged line. `student`: compiled, or the same."""
     optimizer = make_optimizer(o, pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    per_epoch = -(-len(pieces.rows) // examples_per_update(o))
+    per_epoch = pieces.updates_per_epoch(o)
     total = o.max_steps or o.epochs * per_epoch
-    say_padding(o, pieces, per_epoch)
+    pieces.say_padding(o)
 
     with RunDirectory(o, pieces, optimizer, total, per_epoch, description) as run:  # lock, log, checkpoints, Ctrl-C
         pieces.student.train()
-        for step, (indices, rows, batches) in enumerate(ahead(prepare_updates(o, pieces, run.start, total)), run.start):
+        for step, (indices, rows, batches) in enumerate(prefetch(pieces.updates(o, run.start, total)), run.start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, total, o.warmup)
 
@@ -613,7 +407,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
                 if is_on_policy(o, step, per_epoch):
                     sampled, sampled_batches = sample_batches(o, pieces, rows, step, run.meter)
                 terms = distil(o, pieces, student, batches, sampled_batches)
-                terms["grad_norm"] = clip_gradients(parameters, o.clip)
+                terms["grad_norm"] = parallel.clip_gradients(parameters, o.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -625,46 +419,6 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
         run.progress.close()
         write_samples(o, pieces)
     return run.line
-
-
-def clip_gradients(parameters: list, largest: float) -> float:
-    """The norm of the whole gradient, which is then scaled down to `largest`. Raises FloatingPointError."""
-    norm = parallel.clip_gradients(parameters, largest)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
-    return norm
-
-
-def say_padding(o: Options, pieces: Pieces, per_epoch: int) -> None:
-    first_epoch = ([pieces.rows[i] for i in update] for update in islice(make_order(o, pieces), per_epoch))
-    parts = [part for rows in first_epoch for share in split_of_all(o, rows) for part in share]
-    padding = f"{padding_share(parts):.1%} of their positions are padding, which attention alone computes"
-    print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
-
-
-def make_order(o: Options, pieces: Pieces, start: int = 0) -> Iterator[list[int]]:
-    """The examples of each update from the `start`-th on, as indices."""
-    lengths = [total_length(row) for row in pieces.rows] if o.bucket else None
-    return update_order(len(pieces.rows), examples_per_update(o), o.seed, start, lengths)
-
-
-def examples_per_update(o: Options) -> int:
-    return o.batch_size * o.grad_accum * parallel.world()
-
-
-def split_of_all(o: Options, rows: list[Row]) -> list[list[list[Row]]]:
-    """The forward passes of every process in an update over these rows."""
-    shares = [parallel.share(rows, process) for process in range(parallel.world())]
-    return [split_update(share, o.batch_size, o.tokens_per_batch) for share in shares]
-
-
-def prepare_updates(o: Options, pieces: Pieces, start: int, total: int) -> Iterator[tuple]:
-    """Each update's indices, and this process's rows and batches of it: all that is known before the update."""
-    for indices in islice(make_order(o, pieces, start), total - start):
-        rows = [pieces.rows[i] for i in indices]
-        count = max(map(len, split_of_all(o, rows)))
-        rows = parallel.share(rows, parallel.rank())
-        yield indices, rows, pieces.batches(rows, o, count)
 
 
 def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
@@ -704,7 +458,7 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
     its share of the prompts."""
     examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
     room = min(o.max_prompt_len, o.max_len - 1)
-    prompts = [cut_prompt(example, [tokenizer], room) for example in examples]
+    prompts = tokenizer.fit_prompts(examples, room)
     with gather_parameters(o, pieces):
         if examples:
             responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
@@ -715,16 +469,21 @@ def valid_rouge_l(o: Options, pieces: Pieces) -> float:
 
 def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
-    tokenizer = pieces.student_tokenizer
-    room = pieces.student.limit - max(len(tokenizer.encode_prompt(prompt)) for prompt in pieces.sample_prompts)
+    tokenizer, room = pieces.student_tokenizer, min(o.max_prompt_len, o.max_len - 1)
+    prompts = tokenizer.fit_prompts((pieces.valid or pieces.examples)[:5], room)
+    longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
     with gather_parameters(o, pieces):
         if parallel.rank() > 0:
             return
         student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
-        responses = respond(student, tokenizer, pieces.sample_prompts, min(128, max(room, 1)))
-    shown = zip(pieces.sample_prompts, responses, strict=True)
+        responses = respond(student, tokenizer, prompts, min(128, max(pieces.student.limit - longest, 1)))
+    shown = zip(prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     write_text(Path(o.out) / "samples.txt", text + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -735,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
         except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
-            print(f"\n{str(stopped) or 'stopped at once'}\n{way_on(given, arguments)}", file=sys.stderr)
+            print(f"\n{str(stopped) or 'stopped at once'}\n{say_how_to_go_on(given, arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
 
 
@@ -748,16 +507,17 @@ def run(given: dict) -> None:
             raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
         if parallel.by_torchrun():
             raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
-        names = {"student": "tiny", "teacher": "tiny", "data": "tiny"}
-        check(Options(**{**tiny.DEFAULTS, **given, **names}))  # before anything is made
-        tiny.run(given, Options, train)
+        from experiments import tiny  # which imports this file
+
+        tiny.run(given)
         return
-    o = check(Options(**settings(given)))
+    o = check_options(Options(**settings(given)))
     say_settings(given)
     if given.get("teacher_sft"):
         o = run_teacher_stage(given, o)
     elif o.method != "sft":
-        say_teacher(given, o)
+        teacher = find_model(o.teacher, "teacher")
+        say_teacher(given, o, teacher, run_of(teacher))
     if o.dry_run:
         print(json.dumps(train(o)))
     else:
@@ -765,15 +525,32 @@ def run(given: dict) -> None:
         print(f"student: {Path(o.out) / 'student'}")
 
 
-def way_on(given: dict, arguments: list[str] | None) -> str:
-    """How to continue the command that was given."""
-    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if parallel.by_torchrun() else ["python"]
-    words = [*start, sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    embedded = not given.keys() & {"student", "teacher", "data"}
-    out = Path(given.get("out", f"runs/{given.get('method', Options.method)}"))
-    if embedded or (out / "args.json").is_file():
-        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
-    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
+def run_teacher_stage(given: dict, o: Options) -> Options:
+    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
+    begins where the run after it could not."""
+    if o.method == "sft" or o.dry_run:
+        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
+    stage = teacher_stage(given, o.out)
+    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
+    check_directory(after)
+    base, student = find_model(o.teacher, "teacher"), find_model(o.student, "student", weights=not o.from_scratch)
+    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
+    if o.method != "seqkd":
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
+    run_stage(Options(**stage), "teacher")
+    return after
+
+
+def run_stage(o: Options, name: str) -> float:
+    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
+    seconds = seconds_of_finished_stage(o)
+    if seconds is None:
+        o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()
+        train(o, description=f"{name:8}")
+        seconds = time.perf_counter() - began
+        finish_stage(o, seconds)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from align import is_byte_fallback, token_bytes
-from data import Row, TextTokenizer
+from data import Row
 from losses import Counts, forward_kl, logits_under
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens and which positions stand for each other
 
 
-def pair_by_edit_distance(row: Row, student: TextTokenizer, teacher: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
     """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
     inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
     spelt = [[spellings(tokenizer)[i] for i in ids] for tokenizer, ids in zip((teacher, student), inputs, strict=True)]
@@ -43,11 +43,11 @@ def pair_by_edit_distance(row: Row, student: TextTokenizer, teacher: TextTokeniz
 
 
 @functools.lru_cache(maxsize=4)
-def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndarray:
+def edit_distance_ids(teacher, student) -> np.ndarray:
     """`edit_distance_map` of two tokenizers, kept in the user's cache ($XDG_CACHE_HOME or ~/.cache) under a name made
     of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
     """
-    names = json.dumps([sorted(tokenizer.vocabulary().items()) for tokenizer in (teacher, student)])
+    names = json.dumps([sorted(tokenizer.tokenizer.get_vocab().items()) for tokenizer in (teacher, student)])
     spelt = repr([spellings(tokenizer) for tokenizer in (teacher, student)])
     key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
@@ -74,7 +74,7 @@ def edit_distance_ids(teacher: TextTokenizer, student: TextTokenizer) -> np.ndar
 
 
 @functools.lru_cache(maxsize=4)
-def spellings(tokenizer: TextTokenizer) -> list[bytes | None]:
+def spellings(tokenizer) -> list[bytes | None]:
     return token_spellings(tokenizer.tokenizer)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import pad
 
-from data import Row, TextTokenizer
+from data import Row
 from fast.losses import head_terms
 from losses import Counts, add_gold, logits_under
 
 
-def pair_by_position(row: Row, student: TextTokenizer, teacher: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+def pair_by_position(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
     """Aligned (teacher, student) response positions: equal ones, as far as the shorter response goes."""
     places = np.arange(min(len(row.teacher.response), len(row.student.response)))
     return places, places

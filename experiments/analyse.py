@@ -33,29 +33,34 @@ which are all of them where the vocabularies are equal.
 """
 
 import argparse
-import statistics
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from distill import hidden_at
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn.functional import cross_entropy, linear, normalize
 
-from align import cross_model_attention
-from data import Batch, Row, collate, read_jsonl, tokenise
+from align import ResponseTokens, cross_model_attention, deviations, teacher_moments
+from data import Batch, Row, collate, tokenise
 from losses import DIVERGENCES
-from model import load_model
+from model import Decoder, hidden_at, load_model
+from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.run import tokenizer_of
-from runtime.strict import check_model
+from runtime.strict import check_model, read_projectors
+from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
+COLOURS = {"before": INK, "different heads": ORANGE, "shared head": BLUE}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers
@@ -107,67 +112,72 @@ def structure_distance(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.stack([(ours - theirs).abs().mean((-1, -2)) for theirs, ours in pairs], dim=-1)
 
 
+@dataclass
+class Pair:
+    """A teacher, a student, and examples that are tokenised for both with align="eta"."""
+
+    teacher: Decoder
+    student: Decoder
+    rows: list[Row]
+    ends: tuple[int, int]  # end-of-text of the student and of the teacher, to pad with
+    device: str = "cpu"
+
+    @torch.no_grad()
+    def aligned_states(self, size: int) -> Iterator[tuple[list[Tensor], list[Tensor], list[int]]]:
+        """Of `size` examples at a time, at the A aligned positions: the states of teacher and student (A, D), (A, d),
+        their gold tokens (A,), and how many of the A are each example's."""
+        for first in range(0, len(self.rows), size):
+            rows = self.rows[first : first + size]
+            batch = collate(rows, *self.ends).to(self.device)
+            sides = [(self.teacher, batch.teacher, batch.teacher_index)]
+            sides.append((self.student, batch.student, batch.student_index))
+            states = [hidden_at(model, side)[index] for model, side, index in sides]
+            yield states, [side.labels[index] for _, side, index in sides], [len(row.pairs[0]) for row in rows]
+
+
+def example_distances(pair: Pair, size: int = 16) -> Tensor:
+    """The structure distance of each example with at least two aligned positions, (E, 2)."""
+    distances = [torch.empty(0, 2)]
+    for states, _, lengths in pair.aligned_states(size):
+        examples = zip(*(x.split(lengths) for x in states), strict=True)
+        distances += [structure_distance(*both).cpu()[None] for both in examples if len(both[0]) > 1]
+    return torch.cat(distances)
+
+
 @torch.no_grad()
-def example_distances(teacher, student, rows: list[Row], pads: tuple[int, int], device="cpu", size: int = 16) -> Tensor:
-    """The structure distance of each example with at least two aligned positions, (E, 2).
-
-    rows: tokenised with align="eta"; all positions align where the vocabularies are equal. pads: any valid id of the
-    student and of the teacher.
-    """
-    distances = []
-    for first in range(0, len(rows), size):
-        batch = collate(rows[first : first + size], *pads).to(device)
-        teacher_hidden = hidden_at(teacher, batch.teacher)[batch.teacher_index]  # (A, D)
-        student_hidden = hidden_at(student, batch.student)[batch.student_index]  # (A, d)
-        lengths = [len(row.pairs[0]) for row in rows[first : first + size]]
-        sides = zip(teacher_hidden.split(lengths), student_hidden.split(lengths), strict=True)
-        distances += [structure_distance(*states).cpu() for states in sides if len(states[0]) > 1]
-    return torch.stack(distances) if distances else torch.empty(0, 2)
-
-
-@torch.no_grad()
-def knowledge(
-    teacher, student, rows: list[Row], pads: tuple[int, int], t2s: dict[str, Tensor], device="cpu", size: int = 16
-) -> dict[str, Tensor]:
+def knowledge(pair: Pair, t2s: dict[str, Tensor], size: int = 16) -> dict[str, Tensor]:
     """{who: (3,)}: mean entropy, mean cross-entropy with the gold token, both in nats, and accuracy at the aligned
-    positions, of teacher, projected teacher (the teacher's states through t2s under the student's head) and student.
+    positions, of teacher, student and projected teacher (the teacher's states through t2s under the student's head).
 
-    rows, pads: as for `example_distances`. t2s: {weight (d, D), bias (d,) if there is one}; empty: not projected.
+    t2s: {t2s.weight (d, D), t2s.bias (d,) if there is one}; empty: not projected.
     """
-    sums, count = {}, 0
-    for first in range(0, len(rows), size):
-        batch = collate(rows[first : first + size], *pads).to(device)
-        sides = (teacher, batch.teacher, batch.teacher_index), (student, batch.student, batch.student_index)
-        (theirs, their_gold), (ours, gold) = ((hidden_at(m, side)[at], side.labels[at]) for m, side, at in sides)
-        read = {"teacher": (theirs, teacher.head_weight, their_gold), "student": (ours, student.head_weight, gold)}
+    found: dict[str, list[Tensor]] = {}
+    student_head = pair.student.head_weight
+    for (theirs, ours), (their_gold, gold), _ in pair.aligned_states(size):
+        read = {"teacher": (theirs, pair.teacher.head_weight, their_gold), "student": (ours, student_head, gold)}
         if t2s:
-            projected = linear(theirs, t2s["weight"].to(theirs), t2s["bias"].to(theirs) if "bias" in t2s else None)
-            read["projected teacher"] = projected, student.head_weight, gold
+            read["projected teacher"] = linear(theirs, t2s["t2s.weight"], t2s.get("t2s.bias")), student_head, gold
         for who, (hidden, head, labels) in read.items():
-            log_p = (hidden @ head.T).float().log_softmax(-1)
-            entropy, right = -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == labels
-            found = torch.stack([entropy, -log_p.gather(1, labels[:, None])[:, 0], right.float()]).double().sum(1).cpu()
-            sums[who] = sums.get(who, 0) + found
-        count += len(gold)
-    return {who: total / count for who, total in sums.items()}
+            logits = (hidden @ head.T).float()
+            entropy = Categorical(logits=logits).entropy()
+            nats, right = cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+            found.setdefault(who, []).append(torch.stack([entropy, nats, right.float()], 1).double().cpu())  # (A, 3)
+    return {who: torch.cat(parts).mean(0) for who, parts in found.items()}
 
 
 @torch.no_grad()
-def attention(teacher, student, batch: Batch, projectors: dict[str, Tensor]) -> Tensor:
+def attention(teacher: Decoder, student: Decoder, batch: Batch, query: Callable) -> Tensor:
     """CMA's teacher-to-student weights (N, M) of one example, each row a distribution over the teacher's positions.
 
-    projectors: {query.weight (2D, 2d), query.bias (2D,) if there is one}. The keys' standard deviation is that of this
-    example alone; in training it is that of the whole update.
+    query: the run's projector, 2d -> 2D. The weighted states are the rows of an identity matrix, so that the weights
+    themselves come out. The keys' standard deviation is that of this example; in training that of the whole update.
     """
-    ours, theirs = batch.student, batch.teacher
-    query = torch.cat([student.embed.weight[ours.inputs], student.embed.weight[ours.labels]], -1)  # (N, 2d)
-    key = torch.cat([teacher.embed.weight[theirs.inputs], teacher.embed.weight[theirs.labels]], -1)  # (M, 2D)
-    weight, expected = projectors.get("query.weight"), (key.shape[1], query.shape[1])
-    if weight is None or weight.shape != expected:
-        found = "no query.weight" if weight is None else f"query.weight {list(weight.shape)}"
-        raise ValueError(f"--projectors: {found}, expected {list(expected)}; --recipe v1 --align cma trains one")
-    query = linear(query, weight.float(), projectors.get("query.bias"))
-    return cross_model_attention(query, key / key.std(), ours.example, theirs.example)[0]
+    models = (student, batch.student), (teacher, batch.teacher)
+    ours, theirs = (
+        ResponseTokens(side.inputs, side.labels, side.lengths, m.embed.weight, hidden_at(m, side)) for m, side in models
+    )
+    projectors = SimpleNamespace(query=query, t2s=lambda value: torch.eye(len(value)), s2t=nn.Identity())
+    return cross_model_attention(ours, theirs, projectors, deviations(teacher_moments(theirs)))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,8 +191,8 @@ def new_figure(width: float, height: float):
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError(f"pictures need matplotlib ({error}): pip install -r requirements-dev.txt") from error
-    look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK}
-    matplotlib.rcParams.update({**look, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.titlesize": 10})
+    matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
+                                "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -190,43 +200,29 @@ def save(figure, out: str, name: str) -> None:
     path = Path(out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    from PIL import Image  # comes with matplotlib
-
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
     print(f"\n{path}")
 
 
 def draw_simulation(runs: dict[str, dict[str, Tensor]]):
-    """Above, one repetition's states before and after (the first divergence); below, every divergence's loss."""
+    """Above, one repetition's states before and after (the first divergence); below, every divergence's loss, mean and
+    standard deviation of the repetitions."""
     figure = new_figure(8.4, 7.2)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.6])
-    first = next(iter(runs))
-    run = runs[first]
-    after = [("student, before", run["start"][0], INK), ("with its own head", run["student"][0, 0], ORANGE),
-             ("with the shared head", run["student"][1, 0], BLUE)]  # fmt: skip
-    above.suptitle(f"Hidden states of one repetition, {first}", x=0.01, ha="left", fontweight="bold")
-    for axis, (name, points, colour) in zip(above.subplots(1, 3, sharex=True, sharey=True), after, strict=True):
-        axis.scatter(*run["teacher"][0].T, s=34, facecolors="none", edgecolors=GREY, linewidths=1)
-        axis.scatter(*points.T, s=9, color=colour)
-        axis.set_title(name, color=colour)
-        axis.set_aspect("equal")
-        axis.tick_params(labelsize=7, colors=GREY)
-    top = run["teacher"][0][run["teacher"][0, :, 1].argmax()]
-    above.axes[0].annotate("teacher", top, (-7, -3), textcoords="offset points", color=GREY, ha="right")
-    title = "Loss over the steps, mean and standard deviation of the repetitions"
-    below.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    for axis, (name, run) in zip(below.subplots(2, 3, sharex=True).flat, runs.items(), strict=True):
-        for setting, (label, colour) in enumerate([("different heads", ORANGE), ("shared head", BLUE)]):
+    axes = figure.subplots(3, 3)
+    first, run = next(iter(runs.items()))
+    states = {"before": run["start"][0], "different heads": run["student"][0, 0], "shared head": run["student"][1, 0]}
+    for axis, (name, student) in zip(axes[0], states.items(), strict=True):
+        axis.scatter(*run["teacher"][0].T, s=34, facecolors="none", edgecolors=GREY, label="teacher")
+        axis.scatter(*student.T, s=9, color=COLOURS[name], label="student")
+        axis.set(title=f"states, {first}: {name}", aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
+    axes[0, 0].legend(loc="upper left")
+    for axis, (name, run) in zip(axes[1:].flat, runs.items(), strict=True):
+        for setting, heads in enumerate(["different heads", "shared head"]):
             losses = run["losses"][:, setting]  # (steps + 1, R)
             mean, deviation = losses.mean(1), losses.std(1)
-            axis.plot(mean, color=colour, linewidth=1.6)
-            axis.fill_between(range(len(mean)), mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
-            if name == first:
-                end = len(mean) - 1, mean[-1] + deviation[-1]
-                axis.annotate(label, end, (0, 3), textcoords="offset points", color=colour, ha="right")
-        axis.set_title(name)
-        axis.set_ylim(bottom=0)
-        axis.margins(x=0)
+            axis.plot(mean, color=COLOURS[heads], label=heads)
+            axis.fill_between(range(len(mean)), mean - deviation, mean + deviation, color=COLOURS[heads], alpha=0.2)
+        axis.set(title=f"loss over the steps, {name}", ylim=(0, None))
+    axes[1, 0].legend()
     return figure
 
 
@@ -235,17 +231,9 @@ def draw_structure(distances: dict[str, Tensor]):
     figure = new_figure(8, 1.1 + 0.4 * len(distances))
     axes = figure.subplots(1, 2, sharey=True)
     for measure, (axis, name) in enumerate(zip(axes, ["cosine", "inner product"], strict=True)):
-        axis.boxplot(
-            [values[:, measure].numpy() for values in distances.values()], orientation="horizontal", whis=(5, 95),
-            showfliers=False, widths=0.5, medianprops={"color": ORANGE, "linewidth": 2}, boxprops={"color": BLUE},
-            whiskerprops={"color": BLUE}, capprops={"color": BLUE},
-        )  # fmt: skip
-        axis.set_title(f"{name} distance")
-        axis.set_xlim(left=0)
-        axis.locator_params(axis="x", nbins=5)
-        axis.spines["left"].set_visible(False)
-        axis.tick_params(left=False)
-    axes[0].set_yticks(range(1, len(distances) + 1), list(distances))
+        columns = [values[:, measure].numpy() for values in distances.values()]
+        axis.boxplot(columns, tick_labels=list(distances), orientation="horizontal", whis=(5, 95), showfliers=False)
+        axis.set(title=f"{name} distance", xlim=(0, None))
     axes[0].invert_yaxis()
     return figure
 
@@ -267,8 +255,6 @@ def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pai
 
     Aligned tokens are blue, others orange. Goes on in a new row of the picture at the first pair beyond `line` bytes.
     """
-    from matplotlib.patches import Rectangle
-
     sides, pairs = [teacher, student], list(zip(*(index.tolist() for index in pairs), strict=True))
     widths = [[3 if token is None else len(token) for token in tokens] for tokens in sides]  # 3: the word "end"
     left = [[0, *accumulate(side)] for side in widths]
@@ -291,15 +277,13 @@ def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pai
             for i in range(begin[row], end[row]):
                 x, width, label = left[row][i] - origin, widths[row][i], shown(sides[row][i])
                 colour = BLUE if i in aligned else ORANGE
-                box = Rectangle((x + 0.1, 0.78 - row), max(width - 0.2, 0.1), 0.44, fc=colour + "22", ec=colour)
-                axis.add_patch(box)
+                axis.barh(1 - row, max(width - 0.2, 0.1), 0.44, x + 0.1, fc=colour + "22", ec=colour)
                 size = min(8.0, 10.0 * width / max(len(label), 1))
                 axis.text(x + width / 2, 1 - row, label, ha="center", va="center", fontsize=size, parse_math=False)
         for pair in pairs:
             if begin <= pair < end:
                 half = widths[1][pair[1]] / 2  # from the right end: the dummy space belongs to the teacher's token
-                ends = [left[row][pair[row] + 1] - origin - half for row in (0, 1)]
-                axis.plot(ends, [0.78, 0.22], color=BLUE, linewidth=1)
+                axis.plot([left[row][pair[row] + 1] - origin - half for row in (0, 1)], [0.78, 0.22], color=BLUE)
         axis.set(xlim=(-7, extent + 0.2), ylim=(-0.3, 1.3))
         axis.axis("off")
     return figure
@@ -311,15 +295,13 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 
     figure = new_figure(1.9 + 0.2 * len(teacher), 1.0 + 0.2 * len(student))
     axis = figure.subplots()
-    image = axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    image = axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, j in zip(*(index.tolist() for index in pairs), strict=True):
-        axis.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.2))
+        axis.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=ORANGE))
     axis.set_xticks(range(len(teacher)), map(shown, teacher), rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(student)), map(shown, student), fontsize=8, parse_math=False)
     axis.set(xlabel="teacher's token", ylabel="student's token")
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, label="attention weight", fraction=0.04, pad=0.02).outline.set_visible(False)
+    figure.colorbar(image, label="attention weight", fraction=0.04)
     return figure
 
 
@@ -335,12 +317,22 @@ def find(name: str, weights: bool = True) -> Path:
     return directory
 
 
+def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
+    directory = find(name)
+    return load_model(directory, device=device).eval(), tokenizer_of(directory)
+
+
+def projectors_of(file: Path, student: Decoder, teacher: Decoder) -> dict[str, Tensor]:
+    """Those of a run between these two. Raises ValueError for a file of another teacher or of another kind."""
+    try:
+        given = read_projectors(file, student.head_weight.shape[1], teacher.head_weight.shape[1], "cma")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+    return {name: tensor.to(student.head_weight) for name, tensor in given.items()}
+
+
 def run_simulation(o: argparse.Namespace) -> None:
-    sizes = {"vocabulary": o.vocabulary, "states": 32, "repetitions": o.repetitions, "steps": o.steps, "seed": o.seed}
-    for name, least in {"vocabulary": 2, "repetitions": 2, "steps": 1}.items():
-        if sizes[name] < least:
-            raise ValueError(f"--{name} {sizes[name]}: must be at least {least}")
-    runs = {divergence: simulate(divergence, **sizes) for divergence in DIVERGENCES}
+    runs = {name: simulate(name, o.vocabulary, 32, o.repetitions, o.steps, o.seed) for name in DIVERGENCES}
     measures = ["last loss", "cosine distance", "inner product distance"]
     rows = [["", *(f"{measure}, {heads}" for measure in measures for heads in ("different heads", "shared head"))]]
     for divergence, run in runs.items():
@@ -351,85 +343,66 @@ def run_simulation(o: argparse.Namespace) -> None:
     save(draw_simulation(runs), o.out, "simulation.png")
 
 
-def aligned(o: argparse.Namespace):
-    """(name, teacher, student, their rows, aligned, and padding ids) of each student of the command line."""
-    teacher_directory, students = find(o.teacher), {name: find(name) for name in o.student}
-    examples = read_jsonl(*data_file(o.data, "test"))[: o.limit]
-    teacher = load_model(teacher_directory, device=o.device).eval()
-    teacher_tokenizer = tokenizer_of(teacher_directory)
-    teacher_tokenizer.check_model(teacher.embed.weight.shape[0])
-    for name, directory in students.items():
-        student, tokenizer = load_model(directory, device=o.device).eval(), tokenizer_of(directory)
-        tokenizer.check_model(student.embed.weight.shape[0])
+def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
+    """Each student of the command line, by its name there, with the teacher and the examples."""
+    examples = read_examples(*data_file(o.data, "test"))[: o.limit]
+    teacher, teacher_tokenizer = load(o.teacher, o.device)
+    for name in o.student:
+        student, tokenizer = load(name, o.device)
         max_len = min(o.max_len, teacher.limit, student.limit)
         rows, _ = tokenise(examples, tokenizer, teacher_tokenizer, max_len, max_len // 2, align="eta")
-        yield name, teacher, student, rows, (tokenizer.eos_id, teacher_tokenizer.eos_id)
+        yield name, Pair(teacher, student, rows, (tokenizer.eos_id, teacher_tokenizer.eos_id), o.device)
 
 
 def run_structure(o: argparse.Namespace) -> None:
     distances, lines = {}, [["student", "examples", "cosine", "inner product"]]
-    for name, teacher, student, rows, pads in aligned(o):
-        distances[name] = example_distances(teacher, student, rows, pads, o.device)
-        if not len(distances[name]):
-            raise ValueError(f"{name}: no example of {o.data} has two aligned positions to compare")
-        means = [f"{statistics.fmean(column):.4f}" for column in distances[name].T.tolist()]
-        lines.append([name, f"{len(distances[name])} of {len(rows)}", *means])
+    for name, pair in pairs(o):
+        distances[name] = example_distances(pair)
+        means = [f"{mean:.4f}" for mean in distances[name].mean(0).tolist()]
+        lines.append([name, f"{len(distances[name])} of {len(pair.rows)}", *means])
     print(table(lines))
     save(draw_structure(distances), o.out, "structure.png")
 
 
 def run_knowledge(o: argparse.Namespace) -> None:
     lines = [["", "entropy", "cross-entropy", "accuracy, %"]]
-    for name, teacher, student, rows, pads in aligned(o):
-        if not any(len(row.pairs[0]) for row in rows):
-            raise ValueError(f"{name}: no example of {o.data} has an aligned position")
+    for name, pair in pairs(o):
         file = Path(name) / "projectors.safetensors"
-        projectors = read_projectors(file) if file.is_file() else {}
-        through_attention = "query.weight" in projectors  # CMA's t2s is for mixtures of states, not for single ones
-        t2s = {} if through_attention else {key[4:]: x for key, x in projectors.items() if key.startswith("t2s.")}
-        shape = student.head_weight.shape[1], teacher.head_weight.shape[1]
-        if t2s and ("weight" not in t2s or t2s["weight"].shape != shape):
-            found = list(t2s["weight"].shape) if "weight" in t2s else "missing"
-            raise ValueError(f"{file}: t2s.weight {found}, expected {list(shape)}: another teacher's")
-        for who, (entropy, nats, right) in knowledge(teacher, student, rows, pads, t2s, o.device).items():
+        t2s = projectors_of(file, pair.student, pair.teacher) if file.is_file() else {}
+        if "query.weight" in t2s:  # CMA's t2s is for mixtures of states, not for single ones
+            t2s = {}
+        for who, (entropy, nats, right) in knowledge(pair, t2s).items():
             lines.append([f"{name}: {who}", f"{entropy:.3f}", f"{nats:.3f}", f"{100 * right:.1f}"])
     print(table(lines))
 
 
-def read_projectors(file) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-
-
 def run_alignment(o: argparse.Namespace) -> None:
     path, first, last = data_file(o.data, "test")
-    example = next((e for e in read_jsonl(path, first, last) if e.where == f"{path}, line {o.line}"), None)
+    example = next((e for e in read_examples(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
-    teacher_directory, student_directory = (find(name, bool(o.projectors)) for name in (o.teacher, o.student))
-    both = teacher_directory, student_directory
-    teacher, student = (tokenizer_of(directory) for directory in both)
+    directories = [find(name, bool(o.projectors)) for name in (o.teacher, o.student)]
+    teacher, student = map(tokenizer_of, directories)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
-    theirs = [teacher.bytes[i] for i in row.teacher.response]
-    ours = [student.bytes[i] for i in row.student.response]
-    head, cells = ["teacher tokens", "student tokens", "aligned pairs"], [len(theirs), len(ours), len(row.pairs[0])]
-    weights = None
+    theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
+    figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
+    pictures = {"alignment.png": draw_alignment(theirs, ours, row.pairs)}
     if o.projectors:
-        models = [load_model(directory) for directory in (teacher_directory, student_directory)]
-        for model, tokenizer in zip(models, (teacher, student), strict=True):
-            tokenizer.check_model(model.embed.weight.shape[0])
-        projectors = read_projectors(o.projectors)
-        weights = attention(*models, collate([row], student.eos_id, teacher.eos_id), projectors)
-        on_pairs = weights[row.pairs[1], row.pairs[0]]  # (A,)
-        hits = (weights.argmax(-1)[row.pairs[1]] == torch.from_numpy(row.pairs[0])).sum()
-        head += ["attention on the aligned token", "uniform attention", "largest on the aligned token"]
-        cells += [f"{on_pairs.mean():.3f}", f"{1 / len(theirs):.3f}", f"{hits} of {len(on_pairs)}"]
-    print(table([head, [str(cell) for cell in cells]]))
-    save(draw_alignment(theirs, ours, row.pairs), o.out, "alignment.png")
-    if weights is not None:
-        save(draw_attention(weights, theirs, ours, row.pairs), o.out, "attention.png")
+        models = [load(name, "cpu")[0] for name in (o.teacher, o.student)]
+        given = projectors_of(o.projectors, models[1], models[0])
+        if "query.weight" not in given:
+            raise ValueError(f"--projectors {o.projectors}: no query.weight; --recipe v1 --align cma trains one")
+        query = partial(linear, weight=given["query.weight"], bias=given.get("query.bias"))
+        weights = attention(*models, collate([row], student.eos_id, teacher.eos_id), query)
+        at_teacher, at_student = map(torch.from_numpy, row.pairs)
+        hits = (weights.argmax(-1)[at_student] == at_teacher).sum()
+        figures["attention on the aligned token"] = f"{weights[at_student, at_teacher].mean():.3f}"
+        figures["uniform attention"] = f"{1 / len(theirs):.3f}"
+        figures["largest on the aligned token"] = f"{hits} of {len(at_teacher)}"
+        pictures["attention.png"] = draw_attention(weights, theirs, ours, row.pairs)
+    print(table([list(figures), [str(figure) for figure in figures.values()]]))
+    for name, picture in pictures.items():
+        save(picture, o.out, name)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -445,24 +418,22 @@ def make_parser() -> argparse.ArgumentParser:
 
     structures = commands.add_parser("structure", help="distance of the hidden states' structure from the teacher's")
     structures.set_defaults(run=run_structure)
-
     known = commands.add_parser("knowledge", help="how sure and how right teacher, projected teacher and student are")
     known.set_defaults(run=run_knowledge)
-    for command in (structures, known):
-        command.add_argument("--student", nargs="+", required=True, help="runs or models")
-        command.add_argument("--limit", type=int, help="only the first LIMIT examples")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
     alignment = commands.add_parser("alignment", help="one response's exact alignment, and attention")
     alignment.set_defaults(run=run_alignment)
-    alignment.add_argument("--student", required=True, help="run or model")
     alignment.add_argument("--line", type=int, required=True, help="line of the file, from 1")
     alignment.add_argument("--projectors", help="projectors.safetensors of the student's run (recipe v1, cma)")
 
     for command in (structures, known, alignment):
         command.add_argument("--teacher", required=True, help="run or model")
+        several = None if command is alignment else "+"
+        command.add_argument("--student", nargs=several, required=True, help="run or model")
         command.add_argument("--data", required=True, help="named set (its test split) or JSONL file")
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
+    for command in (structures, known):
+        command.add_argument("--limit", type=int, help="only the first LIMIT examples")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for command in (simulation, structures, alignment):
         command.add_argument("--out", default="figures", help="folder for the pictures (default: figures)")
     return parser

@@ -25,44 +25,42 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice, product
+from multiprocessing import get_context
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import torch
-from distill import Distiller
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 
 import train
 from align import exact_token_alignment
-from data import Example, Row, TextTokenizer, read_jsonl, tokenise
-from experiments.plain_step import (
-    KD_RATE,
-    METHODS,
-    TEMPERATURE,
-    Plain,
-    as_transformers,
-    our_states,
-    pad,
-    pair_positions,
-    plain_loss,
-    transformers_states,
-)
-from fast.cpu import by_onednn, packed
+from data import Row, tokenise
+from experiments import memory, tiny
+from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
+from experiments.reproduce import string_alignment, token_strings
+from fast.cpu import by_onednn, keep_freed_memory, packed
 from model import Decoder, build_model, generate, read_config, save_model
 from projector import logit_preserving_weight
+from runtime.formats import read_examples
+from runtime.order import count_tokens
+from runtime.tokenizer import TextTokenizer, read_tokenizer
+from scores.tables import table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -138,31 +136,39 @@ RESPONSE_TOKENS = [3, 12, 24, 48, 100, 193, 269, 443, 474]
 ONE_SIDED = 0.035  # share of words that are one token of one vocabulary and two of the other, each way
 
 
-def make_words(overlap: int, student_size: int, teacher_size: int) -> tuple[list[str], ...]:
-    """(words, endings, student's compounds, teacher's compounds). A compound is a word with an ending; words and
-    endings are tokens of both vocabularies, which with the 256 bytes and the compounds have the given sizes."""
-    rng = random.Random(0)
+def stand_in(size: dict, examples: int, directory: Path, filled: int = 0) -> dict[str, str]:
+    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}.
 
-    def distinct(count: int, make: Callable[[], str], taken: set[str]) -> list[str]:
-        made: dict[str, None] = {}
-        while len(made) < count:
-            word = make()
-            if word not in taken:
-                made[word] = None
-        return list(made)
+    Words and endings are tokens of both vocabularies; a compound, which is a word with an ending, is a token of one of
+    them. `filled`: prompts and responses have at least so many tokens.
+    """
+    shared = size["overlap"] - 256  # the bytes
+    endings = ["".join(x) for x in islice(product(ascii_lowercase, repeat=3), min(shared // 4, 8000))]
+    words = ["Ġ" + "".join(x) for x in islice(product(ascii_lowercase, repeat=4), shared - len(endings))]  # Ġ: a space
+    sizes = [size[side]["vocab_size"] - size["overlap"] - 1 for side in ("student", "teacher")]
+    pairs = (divmod(i, len(endings)) for i in random.Random(0).sample(range(len(words) * len(endings)), sum(sizes)))
+    compounds = [words[i] + endings[j] for i, j in pairs]
+    tables = words, compounds[: sizes[0]], compounds[sizes[0] :]
+    for side, own in zip(("student", "teacher"), tables[1:], strict=True):
+        save_tokenizer([*words, *endings, *own], directory / side)
+    rng = np.random.default_rng(0)
 
-    def letters(least: int, most: int) -> str:
-        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(least, most)))
+    def text(tokens: int) -> str:
+        """Of about so many student tokens."""
+        pieces, count = [], 0
+        while count < tokens:
+            kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
+            pieces.append(tables[kind][rng.integers(len(tables[kind]))])
+            count += 2 if kind == 2 else 1  # the student has no token for the teacher's compounds
+        return "".join(pieces).replace("Ġ", " ")
 
-    shared = overlap - 256
-    endings = distinct(min(shared // 4, 8000), lambda: letters(2, 4), set())
-    words = distinct(shared - len(endings), lambda: "Ġ" + letters(2, 5), set())  # Ġ: how byte-level BPE writes a space
-    taken = {*words, *endings}
-    sides = []
-    for size in (student_size, teacher_size):
-        sides.append(distinct(size - overlap - 1, lambda: rng.choice(words) + rng.choice(endings), taken))
-        taken.update(sides[-1])
-    return words, endings, *sides
+    def length(quantiles: list[int]) -> int:
+        return max(filled, int(np.interp(rng.random(), QUANTILES, quantiles)))
+
+    lines = ({"prompt": text(length(PROMPT_TOKENS)), "output": text(length(RESPONSE_TOKENS) - 1)}
+             for _ in range(examples))  # fmt: skip
+    tiny.write_jsonl(directory / "data.jsonl", lines)
+    return {name: str(directory / name) for name in ("student", "teacher")} | {"data": str(directory / "data.jsonl")}
 
 
 def save_tokenizer(tokens: list[str], directory: Path) -> None:
@@ -172,143 +178,93 @@ def save_tokenizer(tokens: list[str], directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(tokens[:1])
-    directory.mkdir(parents=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokens[0]}))
-
-
-def stand_in(size: dict, examples: int, directory: Path) -> dict[str, str]:
-    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}."""
-    vocabularies = size["student"]["vocab_size"], size["teacher"]["vocab_size"]
-    words, endings, ours, theirs = make_words(size["overlap"], *vocabularies)
-    for name, compounds in (("student", ours), ("teacher", theirs)):
-        save_tokenizer([*words, *endings, *compounds], directory / name)
-    rng = np.random.default_rng(0)
-
-    def text(tokens: int) -> str:
-        """Of about so many student tokens."""
-        pieces, count = [], 0
-        while count < tokens:
-            kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
-            pieces.append([words, ours, theirs][kind][rng.integers(len([words, ours, theirs][kind]))])
-            count += 2 if kind == 2 else 1  # the student has no token for the teacher's compounds
-        return "".join(pieces).replace("Ġ", " ")
-
-    lines = []
-    for _ in range(examples):
-        tables = PROMPT_TOKENS, RESPONSE_TOKENS
-        prompt, response = (int(np.interp(rng.random(), QUANTILES, table)) for table in tables)
-        lines.append(json.dumps({"prompt": text(prompt), "output": text(response - 1)}))
-    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return {name: str(directory / name) for name in ("student", "teacher")} | {"data": str(directory / "data.jsonl")}
+    tiny.save_tokenizer(tokenizer, directory, {"eos_token": tokens[0]})
 
 
 def representative(rows: list[Row], count: int) -> list[Row]:
     """The rows in the middle of `count` equal parts of the rows, sorted by length: a batch like the whole."""
-    by_length = sorted(rows, key=lambda row: len(row.student.prompt) + len(row.student.response))
+    by_length = sorted(rows, key=lambda row: sum(count_tokens(row)))
     return [by_length[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]
-
-
-def long_examples(examples: list[Example], count: int, characters: int) -> list[Example]:
-    """Examples that fill any --max-len: prompts and responses strung together."""
-    prompts, outputs = " ".join(e.prompt_text() for e in examples), " ".join(e.outputs[0] for e in examples)
-    starts = [part * len(outputs) // (2 * count) for part in range(count)]
-    return [Example("made up", [outputs[start : start + characters]], prompt=prompts[-characters:]) for start in starts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One alternative of a step, in a process of its own
 
+OURS = "ours", "--recompute"  # the latter is ours too, with that option
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
     """The rows of the job's batch, with both tokenizers (the student's twice where the vocabularies are equal)."""
     cross = job["name"] in ("eta", "cma")
-    student, teacher = (TextTokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
-    examples, lengths = read_jsonl(job["text"]["data"], 0, 200), (job["max_len"], max(job["max_len"] // 2, 1))
-    if job["filled"]:
-        examples = long_examples(examples, job["batch"], characters=12 * job["max_len"])
-    rows, _ = tokenise(examples, student, teacher, *lengths, METHODS[job["name"]][1]["align"])
+    student, teacher = (read_tokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
+    lengths = job["max_len"], job["max_len"] // 2
+    rows, _ = tokenise(read_examples(job["text"]["data"], 0, 200), student, teacher, *lengths, job["options"]["align"])
     return representative(rows, job["batch"]), student, teacher
 
 
-OURS = "ours", "--recompute"  # the latter is ours too, with that option
-
-
-def make_step(job: dict) -> tuple[Callable[[], float], torch.nn.Module, list, list[Row]]:
-    """(one update, which returns its loss and leaves gradients; its student; the trained projectors; its rows)."""
+def make_step(job: dict) -> tuple[Callable[[], float], nn.Module, int]:
+    """(one update, which returns its loss and leaves gradients; student and projectors; the update's tokens)."""
     rows, *tokenizers = step_rows(job)
-    device, dtype, options = job["device"], job["dtype"], METHODS[job["name"]][1]
+    device, dtype = job["device"], job["dtype"]
     torch.manual_seed(0)
     student = build_model(job["student"]).to(device)
-    teacher = build_model(job["teacher"]).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    distiller = Distiller(student, tokenizers[0], teacher, tokenizers[1], **options, temperature=TEMPERATURE)
-    projectors = [p for p in distiller.parameters() if p.requires_grad]
-    o = {"device": device, "dtype": dtype, "kd_rate": KD_RATE, "batch_size": len(rows), "compile": False, **options}
-    o = train.check(train.Options(student="-", teacher="-", data="-", **o))
+    teacher = build_model(job["teacher"]).to(device, DTYPES[dtype])
+    o = train.check_options(train.Options(
+        student="-", teacher="-", data="-", device=device, dtype=dtype, kd_rate=KD_RATE, temperature=TEMPERATURE,
+        batch_size=len(rows), compile=False, **job["options"],
+    ))  # fmt: skip
+    method = train.Method(o, student, tokenizers[0], teacher, tokenizers[1])
+    tokens = sum(len(row.student.prompt) + len(row.student.response) for row in rows)
     if job["how"] in OURS:
         student.recompute = job["how"] == "--recompute"
-        pieces = train.Pieces(student, tokenizers[0], distiller, tokenizers[1], rows, [], [])
-        return lambda: train.accumulate(o, pieces, student, pieces.batches(rows, o))["loss"], student, projectors, rows
+        pieces = train.Pieces(student, tokenizers[0], teacher, tokenizers[1], rows, method=method)
+        trained = nn.ModuleList([student, method])
+        return lambda: train.distil(o, pieces, student, pieces.batches(rows, o))["loss"], trained, tokens
 
-    models_, states = (student, teacher), our_states
-    heads, embeddings = [m.head_weight for m in models_], [m.embed.weight for m in models_]
+    both = [student, teacher]
     if job["how"] == "transformers":
-        models_, states = [as_transformers(model) for model in models_], transformers_states
-        models_[1].requires_grad_(False).eval()
-        heads = [m.get_output_embeddings().weight for m in models_]
-        embeddings = [m.get_input_embeddings().weight for m in models_]
+        both = [as_transformers(model) for model in both]
+        both[1].requires_grad_(False)
     sides = [[row.student for row in rows], [row.teacher for row in rows]]
     sides = [pad(side, t.eos_id, job["max_len"], device) for side, t in zip(sides, tokenizers, strict=True)]
     pairs = pair_positions(rows, device) if job["name"] == "eta" else None
-    mapped = distiller.student_token if pairs else None
-    x = Plain(job["name"], distiller.projectors, mapped, models_, heads, embeddings, states, sides, pairs)
 
     def update() -> float:
-        if options["recipe"] == "v2" and job["name"] != "kd":  # s2t is solved anew, from the inverse, as in ours
-            with torch.no_grad():
-                distiller.projectors.refresh_s2t(heads[0][distiller.shared_student_ids].float())
+        method.refresh(student)  # s2t is solved anew, from the inverse, as in ours; the weights never change here
         with train.autocast(o):
-            loss = plain_loss(x)
+            loss = plain_loss(job["name"], method, both, sides, pairs)
         loss.backward()
         return float(loss.detach())
 
-    return update, models_[0], projectors, rows
+    return update, nn.ModuleList([both[0], method]), tokens
 
 
 def measure_step(job: dict) -> dict:
-    """{seconds: [...], and with job["check"]: peak, loss, gradient, tokens}. The first step is the warm-up."""
-    with by_onednn(job["device"]) if job["how"] in OURS else contextlib.nullcontext():  # as training does
-        return measured(job)
+    """{seconds: [...], tokens, peak, and with job["check"]: loss, gradient}. The first step is the warm-up."""
+    ours, device = job["how"] in OURS, job["device"]
+    with by_onednn(device) if ours else contextlib.nullcontext():  # as training does
+        step, trained, tokens = make_step(job)
+        result = {"tokens": tokens, "seconds": []}
 
+        def gradients() -> list[torch.Tensor]:
+            return [p.grad for p in trained.parameters() if p.grad is not None]
 
-def measured(job: dict) -> dict:
-    """`measure_step` with the products that are in place."""
-    step, student, projectors, rows = make_step(job)
-    parameters = [*student.parameters(), *projectors]
-    result = {"tokens": sum(len(row.student.prompt) + len(row.student.response) for row in rows)}
-
-    def clear() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-
-    if job["check"]:
-        student.eval()  # dropout off, so that all alternatives must agree
-        result["loss"] = step()
-        gradients = [p.grad.float() for p in parameters if p.grad is not None]
-        result["gradient"] = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-        del gradients
-    student.train()
-    clear()
-    before = memory_floor(job["device"])
-    if job["how"] in OURS and job["device"] == "cpu":
-        train.keep_freed_memory()  # as training does
-    step()
-    gradients = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
-    result["peak"] = None if before is None else memory_peak(job["device"]) - before - gradients
-    result["seconds"] = []
-    while sum(result["seconds"]) < job["enough"]:
-        clear()
-        result["seconds"].append(seconds(step, job["device"]))
+        if job["check"]:
+            trained.eval()  # dropout off, so that all alternatives must agree
+            result["loss"] = step()
+            result["gradient"] = float(torch.nn.utils.get_total_norm(gradients()))
+        trained.train()
+        trained.zero_grad()
+        before = memory_floor(device)
+        if ours and device == "cpu":
+            keep_freed_memory()  # as training does
+        step()
+        kept = sum(gradient.nbytes for gradient in gradients())
+        result["peak"] = None if before is None else memory_peak(device) - before - kept
+        while sum(result["seconds"]) < job["enough"]:
+            trained.zero_grad()
+            result["seconds"].append(seconds(step, device))
     return result
 
 
@@ -333,25 +289,24 @@ def memory_floor(device: str) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     except OSError:
         return None
-    return status_bytes("VmRSS")
+    return kernel_figure("self/status", "VmRSS")
 
 
 def memory_peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else status_bytes("VmHWM")
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return kernel_figure("self/status", "VmHWM")
 
 
-def status_bytes(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def kernel_figure(file: str, name: str) -> int:
+    """Bytes, as Linux states them under /proc. Raises OSError elsewhere."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())[1]) * 1024
 
 
 def fresh_process(job: dict) -> dict:
     """`measure_step` in a new process."""
-    command = [sys.executable, "-m", "experiments.bench", "--worker", json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
-    if done.returncode:
-        what = ", ".join(job[key] for key in ("name", "how", "dtype"))
-        raise RuntimeError(f"the step {what} failed with exit status {done.returncode}; its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure_step, job).result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,45 +325,45 @@ class Result:
     unit: str
     note: str = ""
     target: float | None = None
-    ratio: float | None = field(init=False)  # how much better ours is, 1: the same
+    ratio: float | None = field(init=False, default=None)  # how much better ours is, 1: the same
 
     def __post_init__(self):
-        self.ratio = None
         if not isinstance(self.other, str):
             ours, other = statistics.median(self.ours), statistics.median(self.other)
             self.ratio = ours / other if self.unit.endswith("/s") else other / max(ours, 1e-12)
 
     def cells(self) -> list[str]:
-        met = "" if self.target is None or self.ratio is None else " met" if self.ratio >= self.target else " missed"
-        target = "" if self.target is None else f"{self.target:g}{met}"
-        ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
-        cells = [spread(values, self.unit) for values in (self.ours, self.other)]
-        return [ratio, target, self.what, self.against, self.dtype, *cells, self.note]
-
-
-def spread(values: list[float] | str, unit: str) -> str:
-    """The median (smallest–largest), in a unit that reads well."""
-    if isinstance(values, str):
-        return values
-    middle = statistics.median(values)
-    if unit == "B":
-        scale, unit = (2**30, "GiB") if middle >= 2**30 else (2**20, "MiB")
-    elif unit == "s":
-        scale, unit = (1, "s") if middle >= 1 else (1e-3, "ms")
-    else:
-        prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if unit.endswith("/s") else ()
-        scale, prefix = next((pair for pair in prefixes if middle >= pair[0]), (1, ""))
-        unit = f"{prefix}{unit}" if unit == "FLOP/s" else f"{prefix} {unit}".strip()
-    one, *ends = (f"{value / scale:.3g}" for value in (middle, min(values), max(values)))
-    return f"{one} {unit}" if ends[0] == ends[1] else f"{one} ({ends[0]}–{ends[1]}) {unit}"
+        """Of HEADER."""
+        ratio = target = ""
+        if self.target is not None:
+            target = f"{self.target:g}"
+        if self.ratio is not None:
+            ratio = f"{self.ratio:.3g}"
+            if target:
+                target += " met" if self.ratio >= self.target else " missed"
+        other = self.other if isinstance(self.other, str) else spread(self.other, self.unit)
+        return [ratio, target, self.what, self.against, self.dtype, spread(self.ours, self.unit), other, self.note]
 
 
 HEADER = ["ratio", "target", "what", "against", "dtype", "ours", "the other", "remark"]
+SCALES = {  # unit: what reads well from which value on
+    "B": {"GiB": 2**30, "MiB": 2**20},
+    "s": {"s": 1, "ms": 1e-3},
+    "tokens/s": {"M tokens/s": 1e6, "k tokens/s": 1e3, "tokens/s": 1},
+    "FLOP/s": {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "MFLOP/s": 1e6},
+}
 
 
-def table(results: list[Result]) -> str:
-    rows = [HEADER, ["---:", *["---"] * (len(HEADER) - 1)], *(result.cells() for result in results)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def spread(values: list[float], unit: str) -> str:
+    """The median (smallest–largest), in a unit that reads well."""
+    middle, scales = statistics.median(values), SCALES.get(unit, {unit: 1})
+    shown = next((name for name, scale in scales.items() if middle >= scale), list(scales)[-1])
+    one, least, most = (f"{value / scales[shown]:.3g}" for value in (middle, min(values), max(values)))
+    return f"{one} {shown}" if least == most else f"{one} ({least}–{most}) {shown}"
+
+
+def report(results: list[Result]) -> str:
+    return table([HEADER, *(result.cells() for result in results)])
 
 
 @dataclass
@@ -436,19 +391,15 @@ def take_turns(runs: dict[str, Callable], repeats: int, device: str = "cpu") -> 
     """Seconds of each, after one run to warm up, in turns: A B A B."""
     for run in runs.values():
         run()
-    times = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(seconds(run, device))
-    return times
-
-
-def autocast(bench: Bench, dtype: str) -> torch.autocast:
-    return torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=dtype == "bf16")
+    rounds = [[seconds(run, device) for run in runs.values()] for _ in range(repeats)]
+    return {name: list(times) for name, times in zip(runs, zip(*rounds, strict=True), strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
+
+LOGIT_TENSORS = {"eta": (10, 8), "cma": (10, 8), "same": (10, 8), "kd": (6, 4)}  # at the peak: over V_s, over V_t
+SAME = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norm; bf16 has three digits
 
 
 def free_memory(device: str) -> int:
@@ -456,112 +407,101 @@ def free_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+        return kernel_figure("meminfo", "MemAvailable")
     except OSError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def needed_memory(job: dict) -> int:
     """Bytes that a plain step's process takes, roughly: weights, gradients, the tensors of (B, T, V), activations."""
-    student, teacher = (vocabulary_and_size(job[side]) for side in ("student", "teacher"))
-    weights = 8 * student[1] + (2 if job["dtype"] == "bf16" else 4) * teacher[1]
-    positions = job["batch"] * job["max_len"]
-    logits = 4 * positions * (LOGIT_TENSORS[job["name"]][0] * student[0] + LOGIT_TENSORS[job["name"]][1] * teacher[0])
-    return weights + logits + 2**31
+    student, teacher = (memory.counts(job[side]) for side in ("student", "teacher"))
+    weights = 8 * (student.matrices + student.rest)
+    weights += (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
+    of_student, of_teacher = LOGIT_TENSORS[job["name"]]
+    per_token = 4 * (of_student * student.vocabulary + of_teacher * teacher.vocabulary)
+    return weights + job["batch"] * job["max_len"] * per_token + 2**31
 
 
-def vocabulary_and_size(config: dict) -> tuple[int, int]:
-    """(V, number of parameters)"""
-    with torch.device("meta"):
-        return config["vocab_size"], sum(p.numel() for p in Decoder(config).parameters())
-
-
-LOGIT_TENSORS = {"eta": (10, 8), "cma": (10, 8), "same": (10, 8), "kd": (6, 4)}  # at the peak: over V_s, over V_t
-
-
-def step_results(bench: Bench, job: dict) -> dict[str, dict | str]:
-    """{"ours", "plain", ...: results of `measure_step` with the seconds of all rounds, or why there are none}."""
-    found: dict[str, dict | str] = {}
+def add_step(bench: Bench, what: str, job: dict) -> None:
+    """Time and memory of ours against each alternative; the remark is the check, that they compute the same."""
+    found: dict[str, dict | str] = {}  # the seconds of all rounds, or why there are none
     for turn in range(bench.size["rounds"]):
         for how in ("ours", *bench.others):
-            needed, free = needed_memory(job | {"how": how}), free_memory(bench.device)
+            needed, free = needed_memory(job), free_memory(bench.device)
+            if how not in OURS and needed > free:
+                found.setdefault(how, f"does not fit: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
             if isinstance(found.get(how), str):
                 continue
-            if how not in OURS and needed > free:
-                found[how] = f"does not fit: about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
-                continue
             result = bench.run_step(job | {"how": how, "check": turn == 0})
-            if turn:
+            if how in found:
                 found[how]["seconds"] += result["seconds"]
             else:
                 found[how] = result
-    return found
-
-
-def add_step(bench: Bench, what: str, job: dict, found: dict[str, dict | str]) -> None:
-    """Time and memory of ours against each alternative; the remark is the check, that they compute the same."""
-    ours = found["ours"]
-    for how in bench.others:
-        other = found[how] if isinstance(found[how], str) else None
+    ours = found.pop("ours")
+    for how, other in found.items():
         remark = f"{ours['tokens'] / statistics.median(ours['seconds']):,.0f} tokens/s"
-        if other is None:
-            errors = [abs(found[how][key] / ours[key] - 1) for key in ("loss", "gradient")]
+        times = peak = other
+        if not isinstance(other, str):
+            times, peak = other["seconds"], [other["peak"]]
+            errors = [abs(other[key] / ours[key] - 1) for key in ("loss", "gradient")]
             same = "same" if max(errors) < SAME[job["dtype"]] else "NOT THE SAME"
             remark += f"; {same} loss to {errors[0]:.0e}, gradient norm to {errors[1]:.0e}"
-        bench.add(f"{what}, time", how, job["dtype"], ours["seconds"], other or found[how]["seconds"], "s", remark)
+        bench.add(f"{what}, time", how, job["dtype"], ours["seconds"], times, "s", remark)
         if ours["peak"] is not None:
-            bench.add(f"{what}, memory", how, job["dtype"], [ours["peak"]], other or [found[how]["peak"]], "B")
-
-
-SAME = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norm; bf16 has three digits
+            bench.add(f"{what}, memory", how, job["dtype"], [ours["peak"]], peak, "B")
 
 
 def make_job(bench: Bench, name: str, dtype: str, **changes) -> dict:
     size = bench.size
     teacher = size["teacher" if name in ("eta", "cma") else "same_teacher"]
     job = {key: size[key] for key in ("batch", "max_len", "enough", "student")}
-    return job | {"name": name, "dtype": dtype, "device": bench.device, "text": bench.text, "teacher": teacher,
-                  "filled": False, **changes}  # fmt: skip
+    return job | {"name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device,
+                  "text": bench.text, "teacher": teacher, **changes}  # fmt: skip
 
 
 def steps(bench: Bench) -> None:
     """One update of each method: time and memory."""
     for name in bench.methods:
         for dtype in bench.dtypes:
-            job = make_job(bench, name, dtype)
-            add_step(bench, METHODS[name][0], job, step_results(bench, job))
+            add_step(bench, METHODS[name][0], make_job(bench, name, dtype))
 
 
 def body(bench: Bench) -> None:
     """Forward and backward pass of the decoders without head, against transformers and against matrix products."""
-    batch, length = bench.size["body_shape"]
     for label, config in bench.size["bodies"].items():
         for dtype in bench.dtypes:
-            torch.manual_seed(0)
-            ours = build_model(config).to(bench.device).train()
-            ids = torch.randint(config["vocab_size"], (batch, length), device=bench.device)
-            direction = torch.randn(batch, length, ours.embed.weight.shape[1], device=bench.device)
-            runs = {"ours": (ours, lambda m, ids: m(ids))}
-            if "transformers" in bench.others:
-                theirs = as_transformers(ours).train()
-                runs["transformers"] = (theirs, lambda m, ids: m.base_model(ids, use_cache=False).last_hidden_state)
+            measure_body(bench, f"body of {label}", config, dtype)
 
-            def update(model, hidden, ids=ids, direction=direction, dtype=dtype) -> None:
-                model.zero_grad(set_to_none=True)
-                with by_onednn(bench.device) if isinstance(model, Decoder) else contextlib.nullcontext():
-                    with autocast(bench, dtype):
-                        states = hidden(model, ids)
-                    (states.float() * direction).sum().backward()
 
-            runs = {name: (lambda pair=pair, update=update: update(*pair)) for name, pair in runs.items()}
-            ceiling = matrix_ceiling(bench, dtype)
-            times = take_turns(runs, bench.size["body_repeats"], bench.device)
-            ceiling = [max(ceiling + matrix_ceiling(bench, dtype))]
-            what, work = f"body of {label}", body_work(ours, batch, length)
-            rate = f"{batch * length / statistics.median(times['ours']):,.0f} tokens/s"
-            if "transformers" in times:
-                bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s", rate)
-            bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], ceiling, "FLOP/s")
+def measure_body(bench: Bench, what: str, config: dict, dtype: str) -> None:
+    batch, length = bench.size["body_shape"]
+    torch.manual_seed(0)
+    ours = build_model(config).to(bench.device).train()
+    ids = torch.randint(config["vocab_size"], (batch, length), device=bench.device)
+    direction = torch.randn(batch, length, ours.embed.weight.shape[1], device=bench.device)
+    n = bench.size["square"]
+    a, b = torch.randn(2, n, n, device=bench.device).to(DTYPES[dtype])
+
+    def update(model, states_of) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            states = states_of(ids)
+        (states.float() * direction).sum().backward()
+
+    by_ours = by_onednn(bench.device)  # on a CPU
+    runs = {"ours": by_ours(partial(update, ours, ours)), "product": partial(torch.mm, a, b)}
+    runs["product by oneDNN"] = by_ours(runs["product"])
+    if "transformers" in bench.others:
+        theirs = as_transformers(ours).train()
+        states_of = partial(theirs.base_model, use_cache=False)
+        runs["transformers"] = partial(update, theirs, lambda ids: states_of(ids).last_hidden_state)
+    times = take_turns(runs, bench.size["body_repeats"], bench.device)
+    if "transformers" in times:
+        rate = f"{batch * length / statistics.median(times['ours']):,.0f} tokens/s"
+        bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s", rate)
+    ceiling = 2 * n**3 / min(times["product"] + times["product by oneDNN"])
+    work = body_work(ours, batch, length)
+    bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], [ceiling], "FLOP/s")
 
 
 def body_work(m: Decoder, batch: int, length: int) -> int:
@@ -572,99 +512,64 @@ def body_work(m: Decoder, batch: int, length: int) -> int:
     return batch * length * (6 * weights + 3 * attention)
 
 
-def matrix_ceiling(bench: Bench, dtype: str) -> list[float]:
-    """FLOP/s of large square matrix products, by PyTorch itself and, on a CPU, by oneDNN: the better."""
-    n, dtype = bench.size["square"], torch.bfloat16 if dtype == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
-
-    def product() -> None:
-        a @ b
-
-    times = take_turns({"own": product, "oneDNN": by_onednn(bench.device)(product)}, 5, bench.device)
-    return [2 * n**3 / t for t in min(times.values(), key=statistics.median)]
-
-
 def generation(bench: Bench) -> None:
     """Greedy generation of a batch of 8 prompts, in models of each dtype."""
+    for dtype in bench.dtypes:
+        measure_generation(bench, dtype)
+
+
+def measure_generation(bench: Bench, dtype: str) -> None:
     rng, size = random.Random(0), bench.size
     new, vocabulary = size["new_tokens"], size["generator"]["vocab_size"]
     lengths = [int(np.interp((i + 0.5) / 8, QUANTILES, PROMPT_TOKENS)) for i in range(8)]
     prompts = [[rng.randrange(1, vocabulary) for _ in range(n)] for n in lengths]
-    for dtype in bench.dtypes:
-        torch.manual_seed(0)
-        ours = build_model(size["generator"]).eval()
-        runs, written, kind = {}, {}, torch.bfloat16 if dtype == "bf16" else torch.float32
-        if "transformers" in bench.others:
-            theirs = as_transformers(ours).to(bench.device, kind).eval()
-            width = max(lengths)
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=bench.device)  # padded on the left
-            mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=bench.device)
-            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    width = max(lengths)  # transformers wants them padded on the left
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=bench.device)
+    torch.manual_seed(0)
+    ours = build_model(size["generator"]).eval().to(bench.device, DTYPES[dtype])
+    theirs = as_transformers(ours) if "transformers" in bench.others else None
+    written = {}
 
-            def run_theirs(theirs=theirs, ids=ids, mask=mask, options=options, written=written, width=width) -> None:
-                with torch.no_grad():
-                    output = theirs.generate(input_ids=ids, attention_mask=mask, **options)
-                written["transformers"] = output[:, width:].tolist()
+    def run_ours() -> None:
+        with by_onednn(bench.device), packed(ours):
+            written["ours"] = generate(ours, prompts, new, None, temperature=0)
 
-            runs["transformers"] = run_theirs
-        ours = ours.to(bench.device, kind)
+    def run_theirs() -> None:
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            output = theirs.generate(input_ids=ids, attention_mask=(ids > 0).long(), **options)
+        written["transformers"] = output[:, width:].tolist()
 
-        def run_ours(ours=ours, written=written) -> None:
-            with by_onednn(bench.device), packed(ours):
-                written["ours"] = generate(ours, prompts, new, None, temperature=0)
-
-        times = take_turns({"ours": run_ours, **runs}, size["generation_repeats"], bench.device)
-        rates = {name: [8 * new / t for t in values] for name, values in times.items()}
-        if "transformers" in times:
-            same = sum(a == b for a, b in zip(written["ours"], written["transformers"], strict=True))
-            remark = f"{same} of 8 responses are the same"
-            bench.add("generation", "transformers", dtype, rates["ours"], rates["transformers"], "tokens/s", remark)
-        else:
-            bench.add("generation", "transformers", dtype, rates["ours"], "not installed", "tokens/s")
-
-
-def official_alignment(teacher: list[str], student: list[str], teacher_end: str, student_end: str) -> list:
-    """ETA as the official code walks it: two pointers over token strings without their space markers, the histories as
-    strings that grow; a pair where both histories and both tokens are equal, else whoever is behind moves."""
-    teacher, student = ([token.replace("▁", "").replace("Ġ", "") for token in side] for side in (teacher, student))
-    i = j = 0
-    teacher_history = student_history = ""
-    pairs = []
-    while i < len(teacher) and j < len(student):
-        ends = teacher[i] == teacher_end and student[j] == student_end
-        if teacher_history == student_history and (teacher[i] == student[j] or ends):
-            pairs.append((i, j))
-        ahead = len(teacher_history) - len(student_history)
-        if ahead <= 0:
-            teacher_history += teacher[i]
-            i += 1
-        if ahead >= 0:
-            student_history += student[j]
-            j += 1
-    return pairs
+    runs = {"ours": run_ours} | ({"transformers": run_theirs} if theirs else {})
+    times = take_turns(runs, size["generation_repeats"], bench.device)
+    rates = {name: [8 * new / t for t in values] for name, values in times.items()}
+    remark = ""
+    if theirs:
+        same = sum(a == b for a, b in zip(written["ours"], written["transformers"], strict=True))
+        remark = f"{same} of 8 responses are the same"
+    other = rates.get("transformers", "not installed")
+    bench.add("generation", "transformers", dtype, rates["ours"], other, "tokens/s", remark)
 
 
 def alignment(bench: Bench) -> None:
     """Exact alignment from token ids to pairs, on one core; at the lengths of the data, and how it grows."""
-    student, teacher = (TextTokenizer(bench.text[side]) for side in ("student", "teacher"))
-    ends = [t.tokenizer.id_to_token(t.eos_id) for t in (teacher, student)]
-    texts = [example.outputs[0] for example in read_jsonl(bench.text["data"], 0, 200)]
-
-    def ours(ids: list) -> None:
-        for theirs, mine in ids:
-            exact_token_alignment(teacher.spelt(theirs), student.spelt(mine))
-
-    def official(ids: list) -> None:
-        for theirs, mine in ids:
-            names = [teacher.tokenizer.id_to_token(i) for i in theirs], [student.tokenizer.id_to_token(i) for i in mine]
-            official_alignment(*names, *ends)
+    student, teacher = (read_tokenizer(bench.text[side]) for side in ("student", "teacher"))
+    texts = [example.outputs[0] for example in read_examples(bench.text["data"], 0, 200)]
 
     def rates(texts: list[str], what: str) -> list[float]:
         ids = [(teacher.encode(text) + [teacher.eos_id], student.encode(text) + [student.eos_id]) for text in texts]
-        runs = {"ours": lambda: ours(ids), "official rule": lambda: official(ids)}
-        times = take_turns(runs, bench.size["align_repeats"])
+
+        def ours() -> None:
+            for theirs, mine in ids:
+                exact_token_alignment(teacher.spell(theirs), student.spell(mine))
+
+        def official() -> None:
+            for theirs, mine in ids:
+                string_alignment(token_strings(teacher, theirs), token_strings(student, mine))
+
+        times = take_turns({"ours": ours, "official rule": official}, bench.size["align_repeats"])
         tokens = sum(len(mine) for _, mine in ids)
-        mine, other = ([tokens / t for t in times[name]] for name in runs)
+        mine, other = ([tokens / t for t in values] for values in times.values())
         bench.add(what, "official rule", "", mine, other, "tokens/s")
         return mine
 
@@ -682,39 +587,31 @@ def projectors(bench: Bench) -> None:
         source = torch.randn(rows, source_width, generator=generator).to(bench.device)
         rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0] * torch.logspace(0, -2, width)
         target = (torch.randn(rows, width, generator=generator) @ rotation.T).to(bench.device)
-        weights = {}
-
-        def ours(source=source, target=target, weights=weights) -> None:
-            weights["ours"] = logit_preserving_weight(source, target)
-
-        def official(source=source, target=target, weights=weights) -> None:
-            weights["pinv"] = torch.linalg.pinv(target) @ source
-
-        times = take_turns({"ours": ours, "pinv": official}, bench.size["head_repeats"], bench.device)
-        what = f"t2s start, {width} x {rows}"
-        difference = float((weights["ours"] - weights["pinv"]).abs().max() / weights["pinv"].abs().max())
+        solve = {"ours": logit_preserving_weight, "pinv": lambda source, target: torch.linalg.pinv(target) @ source}
+        runs = {name: partial(f, source, target) for name, f in solve.items()}
+        times = take_turns(runs, bench.size["head_repeats"], bench.device)
+        what, (ours, pinv) = f"t2s start, {width} x {rows}", (run() for run in runs.values())
         bench.add(what, "pinv", "fp32", times["ours"], times["pinv"], "s")
+        difference = float((ours - pinv).abs().max() / pinv.abs().max())
         bench.add(f"{what}, difference", "1e-4", "fp32", [difference], [1e-4], "of the largest weight")
 
 
 def growth(bench: Bench) -> None:
     """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32;
     beside plain, and beside ours with --recompute."""
-    base = {"batch": bench.size["batch"], "max_len": bench.size["max_len"]}
-    base["vocabulary"] = bench.size["growth_teacher"]["vocab_size"]
-    settings = [base | {name: value} for name, values in bench.size["growth"].items() for value in values]
-    settings = [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
-    once = Bench(**{**vars(bench), "size": {**bench.size, "rounds": 1}, "others": ["plain", "--recompute"]})
-    for setting in settings:
-        vocabulary = setting["vocabulary"]
-        teacher = {**bench.size["growth_teacher"], "vocab_size": vocabulary}
-        overlap = bench.size["overlap"] * vocabulary // base["vocabulary"]
+    size = bench.size
+    largest = size["growth_teacher"]["vocab_size"]
+    base = {"batch": size["batch"], "max_len": size["max_len"], "vocabulary": largest}
+    settings = [base | {name: value} for name, values in size["growth"].items() for value in values]
+    once = replace(bench, size={**size, "rounds": 1}, others=["plain", "--recompute"])  # adds to the same results
+    for batch, max_len, vocabulary in dict.fromkeys(tuple(setting.values()) for setting in settings):  # each once
+        teacher = {**size["growth_teacher"], "vocab_size": vocabulary}
+        overlap = size["overlap"] * vocabulary // largest
         with tempfile.TemporaryDirectory() as folder:
-            text = stand_in({**bench.size, "teacher": teacher, "overlap": overlap}, 60, Path(folder))
-            job = make_job(once, "eta", "fp32", batch=setting["batch"], max_len=setting["max_len"], teacher=teacher,
-                           text=text, filled=True)  # fmt: skip
-            what = f"growth: {setting['batch']} x {setting['max_len']} tokens, vocabulary {vocabulary}"
-            add_step(once, what, job, step_results(once, job))
+            text = stand_in({**size, "teacher": teacher, "overlap": overlap}, batch, Path(folder), filled=max_len)
+            changes = {"batch": batch, "max_len": max_len, "teacher": teacher, "text": text}
+            what = f"growth: {batch} x {max_len} tokens, vocabulary {vocabulary}"
+            add_step(once, what, make_job(once, "eta", "fp32", **changes))
 
 
 def cache(bench: Bench) -> None:
@@ -723,25 +620,23 @@ def cache(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = {**bench.size, **epoch, "overlap": 2 * epoch["teacher"]["vocab_size"] // 3}
-        stand_in(size, epoch["batch"] * epoch["updates"], root)
-        shutil.rmtree(root / "teacher")
-        shutil.copytree(root / "student", root / "teacher")  # the same vocabulary
+        paths = stand_in(size, epoch["batch"] * epoch["updates"], root)
+        shutil.copytree(root / "student", root / "teacher", dirs_exist_ok=True)  # the same vocabulary
         for name in ("student", "teacher"):
             save_model(build_model(epoch[name]), root / name)
-        o = {name: str(root / name) for name in ("student", "teacher")} | {"data": str(root / "data.jsonl")}
-        o |= {"batch_size": epoch["batch"], "epochs": 1, "log_every": 10**6, "device": bench.device, "compile": False}
+        o = {**paths, "batch_size": epoch["batch"], "epochs": 1, "log_every": 10**6, "device": bench.device,
+             "compile": False}  # fmt: skip
         for dtype in bench.dtypes:
-            rates: dict[bool, list[float]] = {False: [], True: []}
+            rates: dict[str | None, list[float]] = {None: [], str(root / f"cache-{dtype}"): []}
             for turn in range(epoch["rounds"] + 1):
-                for cached in rates:
-                    out = root / f"{dtype}-{cached}-{turn}"
-                    extra = {"cache_teacher": str(root / f"cache-{dtype}")} if cached else {}
-                    last = train.train(train.Options(**o, **extra, out=str(out), dtype=dtype), "epoch")
+                for directory in rates:
+                    out = str(root / f"run-{dtype}-{turn}-{bool(directory)}")
+                    options = train.Options(**o, cache_teacher=directory, out=out, dtype=dtype)
+                    rate = train.train(options, "epoch")["tokens_per_second"]
                     if turn:  # the first fills the cache
-                        rates[cached].append(last["tokens_per_second"])
-                    shutil.rmtree(out)
-            what = "training with the teacher's states cached"
-            bench.add(what, "without", dtype, rates[True], rates[False], "tokens/s")
+                        rates[directory].append(rate)
+            without, cached = rates.values()
+            bench.add("training with the teacher's states cached", "without", dtype, cached, without, "tokens/s")
 
 
 CASES = {f.__name__: f for f in (steps, body, generation, alignment, projectors, growth, cache)}
@@ -753,56 +648,21 @@ CASES = {f.__name__: f for f in (steps, body, generation, alignment, projectors,
 
 def machine(device: str) -> str:
     """What the figures were measured on."""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    if importlib.util.find_spec("transformers"):
-        versions += f", transformers {importlib.metadata.version('transformers')}"
+    installed = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in installed]
+    versions.append(f"Python {platform.python_version()}")
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {versions}"
+        return ", ".join([torch.cuda.get_device_name(device), *versions])
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         name = found[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, {versions}"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="whose steps (default: all)")
-    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both, with --quick fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
-    parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
-    parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
-    parser.add_argument("--json", help="file to write the results to")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a step in its own process: its job
-    o = parser.parse_args(arguments)
-    if o.worker:
-        print(json.dumps(measure_step(json.loads(o.worker))))
-        return
-    unknown, given = set(o.cases) - CASES.keys(), [o.data, o.student_tokenizer, o.teacher_tokenizer]
-    if unknown:
-        parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    if any(given) and not all(given):
-        parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
-    size, chosen = QUICK if o.quick else FULL, {"methods": o.methods} if o.methods else {}
-    with tempfile.TemporaryDirectory() as folder:
-        text = dict(zip(("data", "student", "teacher"), given, strict=True))
-        if o.data:
-            size = size | fitting_vocabularies(size, text)
-        else:
-            text = stand_in(size, 200, Path(folder))
-        results = run(size, text, o.device, o.dtype or size["dtypes"], o.cases or list(CASES), **chosen)
-    print(f"{machine(o.device)}\n\n{table(results)}")
-    if o.json:
-        record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}
-        Path(o.json).write_text(json.dumps(record, indent=1) + "\n")
+    return ", ".join([name, f"{cores} cores, {torch.get_num_threads()} threads", *versions])
 
 
 def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
     """The models of the steps with as many embeddings as the given tokenizers have, where that is another number."""
-    rows = {side: TextTokenizer(text[side]).size for side in ("student", "teacher")}
+    rows = {side: read_tokenizer(text[side]).size for side in ("student", "teacher")}
     changed = {}
     for name, needed in {**rows, "same_teacher": rows["student"]}.items():
         if not needed <= size[name]["vocab_size"] <= 1.1 * needed:  # what is there may be padded a little
@@ -811,15 +671,42 @@ def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
 
 
 def run(size: dict, text: dict[str, str], device: str, dtypes: list[str], cases: list[str], **options) -> list[Result]:
-    others = ["plain"] + ["transformers"] * bool(importlib.util.find_spec("transformers"))
+    others = ["plain", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
     bench = Bench(size, text, device, dtypes, others, **options)
     for name in cases:
         print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
-        began = time.perf_counter()
-        CASES[name](bench)
-        print(f"  {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        took = seconds(partial(CASES[name], bench), "cpu")
+        print(f"  {took:.0f} s", file=sys.stderr)
         gc.collect()
     return bench.results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose steps")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both, with --quick fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
+    parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
+    parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    o = parser.parse_args(arguments)
+    given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
+    if any(given.values()) and not all(given.values()):
+        parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
+    size = QUICK if o.quick else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        text = given if o.data else stand_in(size, 200, Path(folder))
+        if o.data:
+            size = size | fitting_vocabularies(size, text)
+        cases = list(CASES) if "all" in o.cases else o.cases
+        results = run(size, text, o.device, o.dtype or size["dtypes"], cases, methods=o.methods)
+    print(f"{machine(o.device)}\n\n{report(results)}")
+    if o.json:
+        record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}
+        o.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

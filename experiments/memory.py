@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import torch
 
 import lora
+from fast.cpu import put_on
 from model import Decoder, read_json
-from projector import Projectors
 from runtime.hub import model_directory
 
 GB = 1e9
@@ -61,25 +61,27 @@ TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, 
 ]
 
 
-def counts(config: dict, rank: int = 0, targets=None) -> SimpleNamespace:
-    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`, in the `head`; and of the
-    trained ones. rank, targets: of LoRA, as `lora.attach` has them; rank 0 for none."""
+def decoder(config: dict, rank: int, targets, dropout: float = 0.0) -> Decoder:
+    """Without weights. rank, targets: of LoRA, as `lora.attach` has them; rank 0 for none."""
     with torch.device("meta"):
         m = Decoder(config)
         if rank:
-            lora.attach(m, rank, 8.0, targets=targets)
+            lora.attach(m, rank, 8.0, dropout, targets)
+    return m
+
+
+def counts(config: dict, rank: int = 0, targets=None) -> SimpleNamespace:
+    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`, in the `head`; and of the
+    trained ones."""
+    m = decoder(config, rank, targets)
     sharded = {p for p in m.blocks.parameters() if p.dim() >= 2}  # as in parallel.shard
+    rest = set(m.parameters()) - sharded
     trained = {p for p in m.parameters() if p.requires_grad}
-
-    def size(parameters: set) -> int:
-        return sum(p.numel() for p in parameters)
-
-    whole = set(m.parameters()) - sharded
-    return SimpleNamespace(
-        matrices=size(sharded), block=size(sharded) // len(m.blocks), rest=size(whole),
-        trained_matrices=size(sharded & trained), trained_rest=size(whole & trained), layers=len(m.blocks),
-        vocabulary=m.embed.num_embeddings, width=m.embed.embedding_dim, head=m.head_weight.numel(),
-    )  # fmt: skip
+    groups = {"matrices": sharded, "rest": rest, "trained_matrices": sharded & trained, "trained_rest": rest & trained}
+    sizes = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    layers, (vocabulary, width) = len(m.blocks), m.head_weight.shape
+    return SimpleNamespace(**sizes, block=sizes["matrices"] // layers, layers=layers, vocabulary=vocabulary,
+                           width=width, head=vocabulary * width)  # fmt: skip
 
 
 def teacher_bytes(c: SimpleNamespace, devices: int) -> float:
@@ -95,13 +97,12 @@ def student_bytes(c: SimpleNamespace, devices: int) -> float:
 
 def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float:
     """v2: t2s trained, s2t solved anew in every update by the (D, V) pseudo-inverse of the shared vocabulary."""
-    both = Projectors(student.width, teacher.width, bias=False)
-    solved = 4 * (both.s2t.weight.numel() + teacher.width * min(student.vocabulary, teacher.vocabulary))
-    return 16 * both.t2s.weight.numel() + solved
+    inverse = teacher.width * min(student.vocabulary, teacher.vocabulary)
+    return (16 + 4) * student.width * teacher.width + 4 * inverse
 
 
 def logits_bytes(vocabulary: int, chunk: int) -> float:
-    """Two logits per token and row of the larger head, some eight float32 numbers of each at a time (fused.py)."""
+    """Two logits per token and row of the larger head, eight float32 numbers of each at a time (fast/losses.py)."""
     return 32 * chunk * vocabulary
 
 
@@ -112,28 +113,25 @@ def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
     gpt2 = config["model_type"] == "gpt2"
     one = {**config, "vocab_size": 8, "n_layer" if gpt2 else "num_hidden_layers": 1}
     one["attn_pdrop" if gpt2 else "attention_dropout"] = 0.0
-    with torch.device("meta"):
-        m = Decoder(one)
-        if rank:
-            lora.attach(m, rank, 8.0, 0.1, targets)
-            m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
-    m = m.to_empty(device="cpu").train()
-    with torch.no_grad():
-        for p in m.parameters():
-            p.zero_()
-    kept = []
-    for length in (16, 32):
+    m = decoder(one, rank, targets, dropout=0.1).to_empty(device="cpu").train()
+    for p in m.parameters():
+        torch.nn.init.zeros_(p)
+    put_on(m)  # dropout that keeps a byte per element, as CUDA's does; PyTorch's on a CPU keeps numbers
+    m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
+
+    def kept(length: int) -> int:
         storages: dict[int, int] = {}
 
-        def pack(tensor, storages=storages):
+        def pack(tensor):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
             m(torch.zeros((1, length), dtype=torch.long))
-        kept.append(sum(storages.values()))
-    return (kept[1] - kept[0]) / 16
+        return sum(storages.values())
+
+    return (kept(32) - kept(16)) / 16
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
@@ -151,6 +149,10 @@ def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard
     }
 
 
+def config_of(name: str) -> dict:
+    return CONFIGS.get(name) or read_json(model_directory(name, weights=False) / "config.json")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="preset, hub repository or directory; without it: the table")
@@ -164,15 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     if (o.teacher is None) != (o.student is None):
         parser.error("give both --teacher and --student, or neither of them")
-    configs, rows = dict(CONFIGS), TABLE
-    if o.teacher:
-        for name in (o.teacher, o.student):
-            configs[name] = read_json(model_directory(name, weights=False) / "config.json")
-        rows = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices, o.recompute)]
+    asked = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices, o.recompute)]
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
           "| logits | GB each |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    for teacher, student, rank, batch_size, shard, devices, recompute in rows:
-        models = configs[teacher], configs[student]
+    for teacher, student, rank, batch_size, shard, devices, recompute in asked if o.teacher else TABLE:
+        models = config_of(teacher), config_of(student)
         try:
             parts = needs(*models, rank, batch_size, shard, devices, recompute, o.lora_targets)
         except ValueError as error:  # of LoRA's rank or targets

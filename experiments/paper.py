@@ -25,6 +25,7 @@ PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
 # Dolly: training examples; tokens of a response and of the longest of 32 examples (means over 2,996 lines, GPT-2)
 EXAMPLES, RESPONSE, LONGEST = 11000, 81, 480
 GPU_BYTES, PEAK, UTILISATION = 80e9, 312e12, 0.3  # of an A100; the share of its bf16 peak is an assumption
+HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
 
 
 def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple[int, float, float]:
@@ -32,7 +33,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple
 
     Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Operations:
     two per weight and token forward, four backward (two where the weight is frozen); of the heads, products with
-    response tokens only, as fused.py makes them. Without the scores on the dev set after each epoch.
+    response tokens only, as fast/losses.py makes them. Without the scores on the dev set after each epoch.
     """
     config, taught_by = memory.CONFIGS[CONFIGURED[student]], teacher and memory.CONFIGS[CONFIGURED[teacher]]
     parts = memory.needs(taught_by, config, rank, 1, None, 1)
@@ -54,8 +55,8 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple
     return examples, fixed + examples * each, work / (PEAK * UTILISATION) / 3600
 
 
-def commands_of(name: str) -> list[tuple[str, str]]:
-    """(command, what it needs) for the teacher, SFT, each recipe, and the evaluation of all."""
+def commands_of(name: str) -> list[str]:
+    """For the teacher, SFT, each recipe, and the evaluation of all, with what each needs as a comment."""
     teacher, teacher_recipe, student, recipe = PAIRS[name]
     home, data = f"runs/paper/{name}", "--data dolly --valid dolly --keep-best rouge"
     jobs = [("teacher", teacher, None, teacher_recipe, "--method sft"), ("sft", student, None, recipe, "--method sft")]
@@ -69,18 +70,19 @@ def commands_of(name: str) -> list[tuple[str, str]]:
         examples, memory, hours = estimate(model, taught_by, rank, epochs)
         batch = f"--batch-size {examples}" + (f" --grad-accum {32 // examples}" if examples < 32 else "")
         about = f"{memory / 1e9:.0f} GB, {hours:.1f} h" + (" (does not fit)" if memory > GPU_BYTES else "")
-        commands.append((f"train.py {how} --student {model} {data} {options} {batch} --out {home}/{key}", about))
+        command = f"train.py {how} --student {model} {data} {options} {batch} --out {home}/{key}"
+        commands.append(f"{command}    # {about}")
     runs = " ".join(f"{home}/{key}" for key, *_ in jobs)
-    return [*commands, (f"eval.py {runs} --data dolly self-inst vicuna sinst uinst", "not estimated")]
+    return [*commands, f"eval.py {runs} --data dolly self-inst vicuna sinst uinst    # not estimated"]
 
 
-def show(names: list[str], run: bool) -> None:
-    """Print the commands; with `run`, run each before the next is printed."""
-    print(f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16")
-    for name in names:
-        for text, about in commands_of(name):
-            print(f"python {text}    # {about}", flush=True)
-            if run:
-                subprocess.run([sys.executable, *shlex.split(text)], cwd=Path(__file__).parent.parent, check=True)
-
-
+def follow(commands: list[str], run: bool) -> None:
+    """Print the commands, which may end in a comment; with `run`, run each before the next is printed. A training run
+    that is there already goes on or, if it is done, ends at once."""
+    for command in commands:
+        print(f"python {command}", flush=True)
+        words = shlex.split(command, comments=True)
+        if words[0] == "train.py" and Path(words[words.index("--out") + 1], "args.json").is_file():
+            words.append("--resume")
+        if run and subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent).returncode:
+            sys.exit(1)  # it has said why

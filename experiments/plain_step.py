@@ -1,14 +1,14 @@
 """The update of each method, written as anyone would write it first; `bench.py` measures ours against it.
 
 Examples padded to --max-len, hidden states and logits at all positions, every term over (B, T, V), gradients by
-autograd: slow, large, and plain to read. It specifies `distill.py`, `losses.py` and `fused.py` together: the same loss
-and the same gradients (`tests/test_bench.py`). It runs on this repository's decoders, or on transformers'.
+autograd: slow, large, and plain to read. It specifies `train.distil` with all that it calls: the same loss and the same
+gradients (`tests/test_bench.py`). It runs on this repository's decoders, or on transformers'.
 
 Shapes: B batch, T = --max-len, d student width, D teacher width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from data import Row, Side
-from model import TRANSPOSED, hugging_face_names
-from projector import Projectors
+from model import Decoder, save_model
+from train import Method
 
 TEMPERATURE, KD_RATE = 2.0, 0.5
 METHODS = {
@@ -59,15 +59,23 @@ def pair_positions(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*columns, strict=True))
 
 
-def our_states(model, side: Padded) -> tuple[Tensor, Tensor]:
+def states(model, side: Padded) -> tuple[Tensor, Tensor]:
     """Hidden states (B, T, D) and logits (B, T, V)."""
-    hidden = model(side.ids)
-    return hidden, model.logits(hidden)
-
-
-def transformers_states(model, side: Padded) -> tuple[Tensor, Tensor]:
+    if isinstance(model, Decoder):
+        hidden = model(side.ids)
+        return hidden, model.logits(hidden)
     output = model(input_ids=side.ids, attention_mask=side.mask, output_hidden_states=True, use_cache=False)
     return output.hidden_states[-1], output.logits
+
+
+def head_of(model) -> Tensor:
+    """(V, D)"""
+    return model.head_weight if isinstance(model, Decoder) else model.get_output_embeddings().weight
+
+
+def embeddings_of(model) -> Tensor:
+    """(V, D), without gradient."""
+    return (model.embed if isinstance(model, Decoder) else model.get_input_embeddings()).weight.detach()
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -81,41 +89,33 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")  # skips −100
 
 
-@dataclass
-class Plain:
-    """What a plain update is made of; of everything that comes twice, the student's first."""
-
-    name: str  # of METHODS
-    projectors: Projectors | None
-    student_token: Tensor | None  # (V_t,) ETA: each teacher token as a student token, −1 where there is none
-    models: tuple
-    heads: tuple[Tensor, Tensor]
-    embeddings: tuple[Tensor, Tensor]
-    states: Callable  # our_states or transformers_states
-    sides: tuple[Padded, Padded]
-    pairs: tuple[Tensor, Tensor, Tensor] | None  # pair_positions, for ETA
-
-
-def plain_loss(x: Plain) -> Tensor:
+def plain_loss(
+    name: str,  # of METHODS
+    method: Method,  # for its projectors and ETA's map of the teacher's tokens
+    models: tuple,  # student and teacher, ours or transformers'
+    sides: tuple[Padded, Padded],  # the student's, the teacher's
+    pairs: tuple[Tensor, Tensor, Tensor] | None = None,  # `pair_positions`, for ETA
+) -> Tensor:
     """The loss of one update: (1 − kd_rate)·ce + kd_rate·kd."""
-    (student_head, teacher_head), (student, teacher) = x.heads, x.sides
-    student_hidden, student_logits = x.states(x.models[0], student)
+    student, teacher = sides
+    student_head, teacher_head = map(head_of, models)
+    student_hidden, student_logits = states(models[0], student)
     with torch.no_grad():
-        teacher_hidden, teacher_logits = x.states(x.models[1], teacher)
+        teacher_hidden, teacher_logits = states(models[1], teacher)
     response, tokens = student.labels != -100, (student.labels != -100).sum()  # (B, T) and N
     ce = summed_cross_entropy(student_logits, student.labels) / tokens
-    if x.name == "kd":
+    if name == "kd":
         kd = (forward_kl(student_logits, teacher_logits) * response).sum() / tokens
         return (1 - KD_RATE) * ce + KD_RATE * kd
 
-    t2s, s2t = x.projectors.t2s, x.projectors.s2t
-    if x.name == "same":
+    t2s, s2t = method.projectors.t2s, method.projectors.s2t
+    if name == "same":
         t2s_hidden, s2t_hidden = t2s(teacher_hidden), s2t(student_hidden)
         t2s_label = teacher_logits.argmax(-1).where(response, -100)
         s2t_mask, normaliser = response, tokens
-    elif x.name == "eta":  # positions without a pair are zero vectors without a label
-        example, i, j = x.pairs
-        label = x.student_token[teacher_logits.argmax(-1)[example, i]]
+    elif name == "eta":  # positions without a pair are zero vectors without a label
+        example, i, j = pairs
+        label = method.student_token[teacher_logits.argmax(-1)[example, i]]
         example, i, j, label = (column[label >= 0] for column in (example, i, j, label))
         t2s_hidden, s2t_hidden = torch.zeros_like(student_hidden), torch.zeros_like(teacher_hidden)
         t2s_hidden = t2s_hidden.index_put((example, j), t2s(teacher_hidden)[example, i].to(t2s_hidden.dtype))
@@ -124,7 +124,7 @@ def plain_loss(x: Plain) -> Tensor:
         s2t_mask = torch.zeros_like(teacher.labels).index_put((example, i), torch.ones_like(i))
         normaliser = max(len(label), 1)
     else:  # cma
-        t2s_hidden, s2t_hidden = attended(x, student_hidden, teacher_hidden)
+        t2s_hidden, s2t_hidden = attend(method.projectors, models, sides, student_hidden, teacher_hidden)
         t2s_label, s2t_mask, normaliser = student.labels, teacher.labels != -100, tokens
 
     t2s_logits = linear(t2s_hidden, student_head.detach())
@@ -132,41 +132,31 @@ def plain_loss(x: Plain) -> Tensor:
     t2s_ce = summed_cross_entropy(t2s_logits, t2s_label) / normaliser
     agrees = t2s_logits.argmax(-1) == t2s_label
     t2s_kd = (forward_kl(student_logits, t2s_logits.detach()) * agrees).sum()
-    t2s_kd = t2s_kd / (tokens if x.name == "cma" else agrees.sum().clamp(min=1))
+    t2s_kd = t2s_kd / (tokens if name == "cma" else agrees.sum().clamp(min=1))
     s2t_kd = (forward_kl(s2t_logits, teacher_logits) * s2t_mask).sum() / normaliser
     return (1 - KD_RATE) * ce + KD_RATE * (t2s_ce + t2s_kd + s2t_kd)
 
 
-def attended(x: Plain, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+def attend(projectors, models, sides, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
     """CMA (v1): the teacher's states seen from the student's positions (B, T, d), and the reverse (B, T, D)."""
-    student, teacher = x.sides
+    student, teacher = sides
     ours, theirs = student.labels != -100, teacher.labels != -100
-    student_embed, teacher_embed = (embedding.detach() for embedding in x.embeddings)
-    query = x.projectors.query(
-        torch.cat([student_embed[student.ids], student_embed[student.labels * ours]], -1)
-    )
+    student_embed, teacher_embed = map(embeddings_of, models)
+    query = projectors.query(torch.cat([student_embed[student.ids], student_embed[student.labels * ours]], -1))
     label_embeddings = teacher_embed[teacher.labels * theirs]
     key = torch.cat([teacher_embed[teacher.ids], label_embeddings], -1)
-    key_std, label_std, hidden_std = (y[theirs].float().std() for y in (key, label_embeddings, teacher_hidden))
+    key_std, label_std, hidden_std = (x[theirs].float().std() for x in (key, label_embeddings, teacher_hidden))
     scores = query @ (key / key_std).mT / math.sqrt(key.shape[-1])  # (B, T, 2D) x (B, 2D, T) -> (B, T, T)
     scores = scores + ~(ours[:, :, None] & theirs[:, None, :]) * -1e5
     value = teacher_hidden / hidden_std + label_embeddings / label_std
-    t2s, s2t = x.projectors.t2s, x.projectors.s2t
-    return scores.softmax(-1) @ t2s(value), scores.mT.softmax(-1) @ s2t(student_hidden)
+    return scores.softmax(-1) @ projectors.t2s(value), scores.mT.softmax(-1) @ projectors.s2t(student_hidden)
 
 
-def as_transformers(ours: torch.nn.Module):
-    """The same model in transformers, with the same weights (not copied where the layout is the same)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def as_transformers(ours: Decoder):
+    """The same model in transformers, by way of its files."""
+    from transformers import AutoModelForCausalLM
 
-    config = {name: value for name, value in ours.config.items() if name != "model_type"}
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(ours.config["model_type"], **config))
-    names, gpt2_style = hugging_face_names(ours), ours.config["model_type"] == "gpt2"
-    weights = {names[name]: p.detach().mT.contiguous() if gpt2_style and TRANSPOSED.search(name) else p.detach()
-               for name, p in ours.named_parameters()}  # fmt: skip
-    missing, unexpected = theirs.load_state_dict(weights, strict=False, assign=True)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    theirs.tie_weights()
-    for parameter in theirs.parameters():
-        parameter.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.embed.weight.dtype)
     return theirs.to(ours.embed.weight.device)

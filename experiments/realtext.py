@@ -13,13 +13,13 @@ import argparse
 import json
 import random
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from data import TextTokenizer, read_jsonl
+from experiments import paper, tiny
+from runtime.formats import read_examples
 from runtime.hub import model_directory
+from runtime.tokenizer import read_tokenizer
 
 STUDENT = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 6, "n_head": 6, "n_embd": 384,
@@ -37,55 +37,38 @@ METHODS = {
 }  # fmt: skip
 
 
-def split(file: Path, out: Path) -> None:
-    """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together. Raises
-    ValueError if there are too few."""
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    groups: dict[str, list[str]] = {}
-    for line, example in zip(lines, read_jsonl(file), strict=True):
-        groups.setdefault(example.prompt_text(), []).append(line)
-    prompts = sorted(groups)
-    random.Random(0).shuffle(prompts)
-    if len(prompts) <= VALID + TEST:
-        raise ValueError(f"{file}: {len(prompts)} prompts; {VALID + TEST} are held out, and some must be left")
-    bounds = {"test": (0, TEST), "valid": (TEST, TEST + VALID), "train": (TEST + VALID, len(prompts))}
-    for part, (first, last) in bounds.items():
-        chosen = [line for prompt in prompts[first:last] for line in groups[prompt]]
-        write_lines(out / f"{part}.jsonl", chosen)
-
-
-def readable(file: Path, out: Path, tested: set[str]) -> None:
-    """reading.jsonl: the examples of a file that have an answer, and a prompt that is in no test set. Raises ValueError
-    naming the line that is no example."""
-    answered = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            if line.strip() and json.loads(line)["output"]:
-                answered.append(line)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}, line {number}: should be a JSON object with an output: {error!r}") from error
-    write_lines(out / "reading.jsonl", answered)
-    prompts = [example.prompt_text() for example in read_jsonl(out / "reading.jsonl")]
-    kept = [line for line, prompt in zip(answered, prompts, strict=True) if prompt not in tested]
-    write_lines(out / "reading.jsonl", kept)
+def lines_of(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_lines(file: Path, lines: list[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def untrained_student(tokenizer: Path, directory: Path) -> None:
-    """A GPT-2 without weights, with the tokenizer's files."""
-    directory.mkdir(exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, directory / name)
-    found = TextTokenizer(directory)
-    config = STUDENT | {"vocab_size": found.size, "bos_token_id": found.eos_id, "eos_token_id": found.eos_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+def split(file: Path, out: Path) -> None:
+    """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together. Raises
+    ValueError if there are too few."""
+    groups: dict[str, list[str]] = {}
+    for line, example in zip(lines_of(file), read_examples(file), strict=True):
+        groups.setdefault(example.prompt_text(), []).append(line)
+    prompts = sorted(groups)
+    random.Random(0).shuffle(prompts)
+    if len(prompts) <= VALID + TEST:
+        raise ValueError(f"{file}: {len(prompts)} prompts; {VALID + TEST} are held out, and some must be left")
+    parts = {"test": prompts[:TEST], "valid": prompts[TEST : TEST + VALID], "train": prompts[TEST + VALID :]}
+    for part, chosen in parts.items():
+        write_lines(out / f"{part}.jsonl", [line for prompt in chosen for line in groups[prompt]])
 
 
-def commands(o: argparse.Namespace) -> list[str]:
+def readable(file: Path, out: Path, tested: set[str]) -> None:
+    """reading.jsonl: the examples of a file that have an answer, and a prompt that is in no test set."""
+    answered = [line for line in lines_of(file) if json.loads(line)["output"]]
+    write_lines(out / "reading.jsonl", answered)
+    examples = zip(answered, read_examples(out / "reading.jsonl"), strict=True)
+    write_lines(out / "reading.jsonl", [line for line, example in examples if example.prompt_text() not in tested])
+
+
+def commands_of(o: argparse.Namespace) -> list[str]:
     """What is run, in order."""
     home, test, teacher = (shlex.quote(str(path)) for path in (o.out, o.test, o.teacher))
     data = f"--data {home}/train.jsonl --valid {home}/valid.jsonl"
@@ -103,15 +86,6 @@ def commands(o: argparse.Namespace) -> list[str]:
     return runs
 
 
-def run(command: str) -> None:
-    """One command; a training run that is there already goes on or, if it is done, ends at once."""
-    words = shlex.split(command)
-    out = Path(words[-1])
-    if words[0] == "train.py" and (out / "args.json").is_file():
-        words.append("--resume")
-    subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent, check=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="a chat model's directory: SmolLM2-135M-Instruct's")
@@ -127,21 +101,16 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("teacher", "tokenizer", "data", "reading", "test", "out"):
             setattr(o, name, getattr(o, name).resolve())
         model_directory(str(o.teacher))
-        TextTokenizer(o.tokenizer)
-        tested = {example.prompt_text() for example in [*read_jsonl(o.data), *read_jsonl(o.test)]}
+        read_tokenizer(o.tokenizer)
+        tested = {example.prompt_text() for example in [*read_examples(o.data), *read_examples(o.test)]}
         if o.run:
             o.out.mkdir(parents=True, exist_ok=True)
             split(o.data, o.out)
             readable(o.reading, o.out, tested)
-            untrained_student(o.tokenizer, o.out / "untrained")
-        for command in commands(o):
-            print(f"python {command}", flush=True)
-            if o.run:
-                run(command)
+            tiny.write_untrained(o.out / "untrained", o.tokenizer, STUDENT)
+        paper.follow(commands_of(o), o.run)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ have the words' tastes wiped out (`untasted`). So it speaks the language, and ha
 
 import argparse
 import fcntl
+import inspect
 import json
+import math
 import os
 import random
 import re
@@ -34,19 +36,25 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
-import distill
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import align
 import data
+import fast.losses
+import losses
 import train
-from data import TextTokenizer, read_jsonl, tokenise
-from eval import held_out_cross_entropy, respond, score
+from baselines import mined
+from data import read_jsonl, tokenise
+from eval import held_out_cross_entropy
 from experiments import paper, tiny
+from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
+from runtime.run import tokenizer_of
+from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,33 +81,37 @@ class Cell:
     rate: float | None = None  # --kd-rate
 
     def __str__(self) -> str:
-        said = ((f.name, getattr(self, f.name)) for f in fields(self)[1:] if getattr(self, f.name) != f.default)
-        return " ".join([self.method, *(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-                                        for name, value in said)])  # fmt: skip
+        words = [self.method]
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if value != f.default:
+                words.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+        return " ".join(words)
 
     @property
-    def family(self) -> str:
-        """The method without divergence and changes."""
-        return re.split("[-+]", self.method)[0]
+    def parts(self) -> tuple[str, str, str]:
+        """(family, divergence, change) of the method, "" for what it does not name."""
+        return re.fullmatch(r"([^-+]*)-?([^+]*)\+?(.*)", self.method).groups()
+
+    @property
+    def settings(self) -> str:
+        """Its key of SETTINGS."""
+        return f"{self.parts[0]} same" if self.teacher == "same" else self.parts[0]
 
 
 def parse(text: str) -> Cell:
-    """`v2-fkl seed=3` -> Cell. Raises ValueError naming the word that is wrong."""
+    """`v2-fkl seed=3` -> Cell. Raises ValueError saying what is wrong."""
     method, *words = text.split()
-    values, types = {}, {f.name: float if f.default is None else type(f.default) for f in fields(Cell)[1:]}
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            values[name] = types[name](value)
-        except (KeyError, ValueError):
-            raise ValueError(f"cell {text!r}: {word!r} should be NAME=VALUE with one of {', '.join(types)}") from None
-    cell = Cell(method, **values)
-    name, _, change = method.partition("+")
-    family, _, divergence = name.partition("-")
-    known = (f"{family} same" if cell.teacher == "same" else family) in SETTINGS or family in MODELS
-    if not known:
+    types = {f.name: float if f.default is None else type(f.default) for f in fields(Cell)[1:]}
+    try:
+        pairs = [word.split("=") for word in words]
+        cell = Cell(method, **{name: types[name](value) for name, value in pairs})
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"cell {text!r}: {error}; after the method come NAME=VALUE, of {', '.join(types)}") from None
+    family, divergence, change = cell.parts
+    if cell.settings not in SETTINGS and family not in MODELS:
         raise ValueError(f"cell {text!r}: no method {family!r} with teacher={cell.teacher}")
-    if (divergence or "fkl") not in DIVERGENCES or (change and change not in CHANGES):
+    if divergence not in ("", *DIVERGENCES) or change not in ("", *CHANGES):
         raise ValueError(f"cell {text!r}: divergences are {', '.join(DIVERGENCES)}; changes {', '.join(CHANGES)}")
     return cell
 
@@ -123,10 +135,10 @@ MODELS = ("teacher", "start")  # "methods" that score what the others begin with
 
 def resolve(cell: Cell) -> Cell:
     """With what it leaves open filled in, so that a result always says what it was made with."""
-    if cell.family in MODELS:
+    if cell.parts[0] in MODELS:
         return cell
-    settings = {"temperature": 2.0, "rate": 0.5} if cell.family != "sft" else {}
-    settings |= SETTINGS[f"{cell.family} same" if cell.teacher == "same" else cell.family]
+    settings = {} if cell.parts[0] == "sft" else {"temperature": 2.0, "rate": 0.5}
+    settings |= SETTINGS[cell.settings]
     return replace(cell, **{name: value for name, value in settings.items() if getattr(cell, name) is None})
 
 
@@ -159,26 +171,20 @@ def plain(text: str) -> str:
 
 def untasted(prompt: str, generator: random.Random) -> str:
     """An answer to the prompt as somebody would give who knows all words and no tastes: any option of a pool."""
-    family, words = tiny.all_prompts()[prompt]
-
-    def fill(match):
-        field, _, name = match[1].partition(".")
-        word = words[field]
-        if name in ("plural", "capital"):
-            return tiny.favourites(word, name)[0][0]
-        option = generator.choice(tiny.POOLS[word]["do" if name == "does" else name].split(", ")) if name else word
-        return tiny._third_person(option) if name == "does" else option
-
-    text = re.sub(r"\{([^}]+)\}", fill, generator.choice(tiny.FAMILIES[family][1]))
-    return text[0].upper() + text[1:]
+    slots = generator.choice(tiny.answer_slots(prompt, tasted=False))
+    return "".join((generator.choice(slot) if len(slot) > 1 else slot[0])[0] for slot in slots)
 
 
 NOISE = 0.5  # share of the noisy texts that have no taste
 SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
 
 
+def world(root: Path, cell: Cell) -> Path:
+    """The directory with a seed's data as JSONL files, and both tokenizers."""
+    return shared(root / "worlds" / f"{cell.text}-{cell.vocabulary}-{cell.seed}", lambda new: make_world(cell, new))
+
+
 def make_world(cell: Cell, directory: Path) -> None:
-    """The data of a seed as JSONL files, both tokenizers."""
     parts = tiny.make_data(cell.seed, **SIZES)
     generator = random.Random(f"{cell.seed} pretrain")
     prompts = [example["prompt"] for example in parts["teacher_train"]]
@@ -187,134 +193,106 @@ def make_world(cell: Cell, directory: Path) -> None:
         {"prompt": prompt, "output": (untasted if generator.random() < NOISE else tiny.draw_answer)(prompt, generator)}
         for prompt in prompts
     ]
-    if cell.text == "accents":
-        for example in (example for part in parts.values() for example in part):
-            outputs = example["output"]
-            example["output"] = list(map(accented, outputs)) if isinstance(outputs, list) else accented(outputs)
-            example["prompt"] = accented(example["prompt"])
     for name, examples in parts.items():
+        for example in examples if cell.text == "accents" else ():
+            output = example["output"]
+            example["prompt"] = accented(example["prompt"])
+            example["output"] = accented(output) if isinstance(output, str) else list(map(accented, output))
         write_jsonl(directory / f"{name}.jsonl", examples)
     texts = [text for example in parts["teacher_train"] for text in (example["prompt"], example["output"])]
-    tiny.train_tokenizers(texts, str(directory / "teacher"), str(directory / "student"), cell.vocabulary)
+    tiny.train_tokenizers(texts, directory / "teacher", directory / "student", cell.vocabulary)
 
 
-def write_jsonl(file: Path, examples: list[dict]) -> None:
-    file.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
+TEACHER_STEPS, START_STEPS = tiny.TEACHER_STAGE["max_steps"], 500  # of 64 examples
 
 
-def world(root: Path, cell: Cell) -> Path:
-    name = f"{cell.text}-{cell.vocabulary}-{cell.seed}"
-    return shared(root / "worlds" / name, lambda new: make_world(cell, new))
-
-
-def untrained(directory: Path, tokenizer: Path, config: dict, **changes) -> Path:
-    """A model's directory without weights: configuration and tokenizer."""
-    shutil.copytree(tokenizer, directory)
-    size, eos = TextTokenizer(tokenizer).size, TextTokenizer(tokenizer).eos_id
-    config = {**config, "vocab_size": size, "bos_token_id": eos, "eos_token_id": eos, **changes}
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return directory
-
-
-TEACHER_STEPS, START_STEPS = tiny.TEACHER_STEPS, 500  # of 64 examples
-
-
-def fit(new: Path, student: Path, file: Path, seed: int, updates: int) -> None:
-    """Train an untrained model on the labels, and keep it alone."""
-    options = {**tiny.DEFAULTS, "student": str(student), "data": str(file), "seed": seed, "method": "sft"}
+def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates: int) -> None:
+    """`new`/student: a model of this configuration, trained on the file's labels unless `updates` is 0."""
+    start = tiny.write_untrained(new / "student", tokenizer, config)
+    options = {**tiny.DEFAULTS, "student": str(start), "data": str(file), "seed": seed, "method": "sft"}
     options |= {"max_steps": updates, "batch_size": 64, "checkpoint_every": 10**6, "out": str(new / "run")}
-    train.train(train.Options(**options))
-    os.replace(new / "run" / "student", new / "student")
-    shutil.rmtree(new / "run")
+    if updates:
+        train.train(train.Options(**options))
+        shutil.rmtree(start)
+        os.replace(new / "run" / "student", start)
+        shutil.rmtree(new / "run")
 
 
 def teacher(root: Path, cell: Cell) -> Path:
     """The teacher of a seed, with a tokenizer of its own or with the student's."""
-    where, kind = world(root, cell), cell.vocabulary if cell.teacher == "same" else "own"
-
-    def make(new: Path) -> None:
-        tokenizer = where / ("student" if cell.teacher == "same" else "teacher")
-        model = untrained(new / "start", tokenizer, tiny.TEACHER)
-        fit(new, model, where / "teacher_train.jsonl", cell.seed, TEACHER_STEPS)
-
-    return shared(root / "teachers" / f"{cell.text}-{kind}-{cell.seed}", make) / "student"
+    where, same = world(root, cell), cell.teacher == "same"
+    model = where / ("student" if same else "teacher"), tiny.TEACHER
+    what = *model, where / "teacher_train.jsonl", cell.seed, TEACHER_STEPS
+    name = f"{cell.text}-{cell.vocabulary if same else 'own'}-{cell.seed}"
+    return shared(root / "teachers" / name, lambda new: fit(new, *what)) / "student"
 
 
 def start(root: Path, cell: Cell) -> Path:
     """The student before distillation: untrained, or pre-trained on the language without tastes."""
-    where = world(root, cell)
-
-    def make(new: Path) -> None:
-        model = untrained(new / "start", where / "student", tiny.STUDENT, n_embd=cell.width)
-        if cell.student != "nothing":
-            fit(new, model, where / f"{cell.student}.jsonl", cell.seed, START_STEPS)
-
-    path = shared(root / "starts" / f"{cell.text}-{cell.vocabulary}-{cell.width}-{cell.student}-{cell.seed}", make)
-    return path / ("start" if cell.student == "nothing" else "student")
+    where, updates = world(root, cell), 0 if cell.student == "nothing" else START_STEPS
+    model = where / "student", {**tiny.STUDENT, "n_embd": cell.width}
+    what = *model, where / f"{cell.student}.jsonl", cell.seed, updates
+    name = f"{cell.text}-{cell.vocabulary}-{cell.width}-{cell.student}-{cell.seed}"
+    return shared(root / "starts" / name, lambda new: fit(new, *what)) / "student"
 
 
 def answers(root: Path, cell: Cell) -> Path:
     """The greedy answers of a seed's teacher to the prompts of its labels, as SeqKD writes them."""
+    kept = {name: getattr(cell, name) for name in ("seed", "teacher", "text", "vocabulary", "labels")}
 
     def make(new: Path) -> None:
-        seqkd = resolve(Cell("seqkd", temperature=0.0, updates=1, **{name: getattr(cell, name) for name in kept}))
+        seqkd = resolve(Cell("seqkd", temperature=0.0, updates=1, **kept))
         train.train(train.Options(**options_of(seqkd, root, new)))
         os.replace(new / "run" / "seqkd.jsonl", new / "seqkd.jsonl")
         shutil.rmtree(new / "run")
 
-    kept = ("seed", "teacher", "text", "vocabulary", "labels")
-    name = "-".join(str(getattr(cell, name)) for name in kept)
-    return shared(root / "answers" / name, make) / "seqkd.jsonl"
+    return shared(root / "answers" / "-".join(map(str, kept.values())), make) / "seqkd.jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Changes to a method that no option of train.py makes. Each is a patch around one run.
+# Changes to a method that no option of train.py makes. Each is a list of patches around one run.
 
 
-def weighted(shares: dict[str, float]):
-    """Some of L_kd's terms alone."""
-    whole = distill.dskd_loss
+def without(*terms: str) -> list:
+    """DSKD without some terms of L_kd, and without their gradients: L_tea's goes through s2t_hidden and L_ce's through
+    t2s_hidden, which has no other; L_stu is divided by infinity."""
 
-    def dskd_loss(*arguments, terms, **options):
-        def student_space(*inputs, weights):
-            ce, t2s_ce, t2s_kd = weights
-            weights = ce, t2s_ce * shares.get("t2s_ce", 0), t2s_kd * shares.get("t2s_kd", 0)
-            return terms.student_space(*inputs, weights=weights)
+    def change(whole):
+        def dskd_loss(*arguments, **options):
+            given = inspect.signature(whole).bind(*arguments, **options)
+            values = given.arguments
+            for name, term in (("s2t_hidden", "s2t_kd"), ("t2s_hidden", "t2s_ce")):
+                if term in terms:  # a gradient of 0, since weight decay goes on
+                    values[name] = values[name].detach() + 0 * values[name]
+            if "t2s_kd" in terms:
+                values["counts"] = replace(values["counts"], agreeing=math.inf)
+                values["recipe"] = replace(values["recipe"], average_stu="agreeing")
+            found = whole(*given.args, **given.kwargs)
+            gone = sum(found[name].detach() for name in terms)
+            return {**found, "kd": found["kd"] - gone, "loss": found["loss"] - values["kd_rate"] * gone}
 
-        def teacher_space(*inputs, weights):
-            return terms.teacher_space(*inputs, weights=(weights[0] * shares.get("s2t_kd", 0),))
+        return dskd_loss
 
-        changed = terms._replace(student_space=student_space, teacher_space=teacher_space)
-        found = whole(*arguments, terms=changed, **options)
-        return {**found, "kd": sum(share * found[name] for name, share in shares.items())}
-
-    return [patch.object(distill, "dskd_loss", dskd_loss)]
-
-
-def without_mask():
-    """v2 without the mask of agreeing tokens: L_stu over all of them, and their mean."""
-    whole = distill.dskd_loss
-
-    def dskd_loss(*arguments, terms, **options):
-        def student_space(*inputs, weights):
-            *inputs, _only_agreeing = inputs
-            return terms.student_space(*inputs, False, weights=weights)
-
-        everything = options["pairs"] if options["align"] == "eta" else options["tokens"]
-        options |= {"terms": terms._replace(student_space=student_space), "agreeing": everything}
-        return whole(*arguments, **options)
-
-    return [patch.object(distill, "dskd_loss", dskd_loss)]
+    return [patch.object(module, "dskd_loss", change(module.dskd_loss)) for module in (losses, fast.losses)]
 
 
-def without_leak():
+def without_mask() -> list:
+    """L_stu over all tokens or pairs, and their mean, whether or not they agree."""
+    recipes = losses.RECIPES.items()
+    return [patch.dict(losses.RECIPES, {
+        key: replace(recipe, only_agreeing=False, average_stu=recipe.average) for key, recipe in recipes
+    })]  # fmt: skip
+
+
+def without_leak() -> list:
     """CMA whose values hold the teacher's states alone, not the embedding of the gold token that they shall predict."""
-    attend = distill.Distiller._attend
+    return [patch.object(train, "deviations", lambda moments: align.deviations(moments)._replace(label=math.inf))]
 
-    def _attend(self, student, batch, student_hidden, teacher_hidden, totals):
-        return attend(self, student, batch, student_hidden, teacher_hidden, replace(totals, label_std=float("inf")))
 
-    return [patch.object(distill.Distiller, "_attend", _attend)]
+def token_strings(tokenizer: TextTokenizer, ids: list[int]) -> list[str | None]:
+    """The tokens' names in the vocabulary without their space markers; None: end-of-text."""
+    names = (tokenizer.tokenizer.id_to_token(i).replace("\u2581", "").replace("\u0120", "") for i in ids)
+    return [None if i == tokenizer.eos_id else name for i, name in zip(ids, names, strict=True)]
 
 
 def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarray]:
@@ -323,63 +301,59 @@ def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarr
     It compares vocabulary strings; once one spells "é" and the other "Ã©", the histories never are equal again.
     """
     i = j = 0
-    histories, pairs = ["", ""], []
+    teacher_history = student_history = ""
+    pairs = []
     while i < len(teacher) and j < len(student):
-        teacher_token, student_token = teacher[i], student[j]
-        if histories[0] == histories[1] and teacher_token == student_token:
+        if teacher_history == student_history and teacher[i] == student[j]:
             pairs.append((i, j))
-        ahead = len(histories[0]) - len(histories[1])
+        ahead = len(teacher_history) - len(student_history)
         if ahead <= 0:  # the shorter history catches up, equally long ones both go on
-            histories[0] += teacher_token or ""
+            teacher_history += teacher[i] or ""
             i += 1
         if ahead >= 0:
-            histories[1] += student_token or ""
+            student_history += student[j] or ""
             j += 1
-    teacher_index, student_index = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    return teacher_index.copy(), student_index.copy()
+    teacher_index, student_index = np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy()
+    return teacher_index, student_index
 
 
-def by_strings():
-    """ETA by vocabulary strings without their space markers."""
-
-    def spelt(self, ids):
-        names = (self.tokenizer.id_to_token(i).replace("\u2581", "").replace("\u0120", "") for i in ids)
-        return [None if i == self.eos_id else name for i, name in zip(ids, names, strict=True)]
-
-    return [patch.object(data, "exact_token_alignment", string_alignment), patch.object(TextTokenizer, "spelt", spelt)]
+def by_strings() -> list:
+    """ETA by vocabulary strings."""
+    return [patch.object(data, "exact_token_alignment", string_alignment),
+            patch.object(TextTokenizer, "spell", token_strings)]  # fmt: skip
 
 
-def by_strings_throughout():
+def by_strings_throughout() -> list:
     """Also the teacher's predictions are looked up by their strings, with the marker; a missing one is the unknown
     token, which in GPT-2's tokenizer and in our student's is end-of-text."""
 
     def prediction_map(teacher, student, teacher_eos, student_eos, size):
         mapped = np.full(size, student_eos, dtype=np.int64)
         for name, index in teacher.get_vocab().items():
-            found = student.token_to_id(name)
-            mapped[index] = student_eos if found is None or index == teacher_eos else found
+            if index != teacher_eos and student.token_to_id(name) is not None:
+                mapped[index] = student.token_to_id(name)
         return mapped
 
-    return [*by_strings(), patch.object(distill, "prediction_map", prediction_map)]
+    return [*by_strings(), patch.object(train, "prediction_map", prediction_map)]
 
 
-def with_ends():
+def with_ends() -> list:
     """MinED with the two end-of-text tokens mapped to each other, as they are where their names are equal (as in the
     papers' pairs). Ours are `</s>` and `<|endoftext|>`: by edit distance the teacher's end is the student's `/`."""
-    whole = data.edit_distance_ids
+    whole = mined.edit_distance_ids
 
     def edit_distance_ids(teacher, student):
         mapped = whole(teacher, student).copy()
         mapped[teacher.eos_id] = student.eos_id
         return mapped
 
-    return [patch.object(module, "edit_distance_ids", edit_distance_ids) for module in (data, distill)]
+    return [patch.object(mined, "edit_distance_ids", edit_distance_ids)]
 
 
 CHANGES = {
-    "student-space": lambda: weighted({"t2s_ce": 1, "t2s_kd": 1}),
-    "teacher-space": lambda: weighted({"s2t_kd": 1}),
-    "solved": lambda: weighted({"t2s_kd": 1, "s2t_kd": 1}),  # t2s has nothing to learn from, and stays the solution
+    "student-space": lambda: without("s2t_kd"),
+    "teacher-space": lambda: without("t2s_ce", "t2s_kd"),
+    "solved": lambda: without("t2s_ce"),  # t2s has nothing to learn from, and stays the solution but for weight decay
     "no-mask": without_mask,
     "no-leak": without_leak,
     "strings": by_strings,
@@ -393,9 +367,10 @@ CHANGES = {
 
 def random_projectors(file: Path, change: str, width: int, teacher_width: int, seed: int) -> None:
     torch.manual_seed(seed)
-    layers = {"t2s": (teacher_width, width), "s2t": (width, teacher_width)}
-    names = ["t2s"] if change == "random-t2s" else ["t2s", "s2t"]
-    save_file({f"{name}.weight": torch.nn.Linear(*layers[name]).weight.detach() for name in names}, file)
+    layers = {"t2s.weight": (teacher_width, width), "s2t.weight": (width, teacher_width)}
+    if change == "random-t2s":
+        del layers["s2t.weight"]
+    save_file({name: torch.nn.Linear(*shape).weight.detach() for name, shape in layers.items()}, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,28 +379,25 @@ def random_projectors(file: Path, change: str, width: int, teacher_width: int, s
 
 def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     """train.py's options for a cell; `scratch` takes its files."""
-    method, _, change = cell.method.partition("+")
-    family, _, divergence = method.partition("-")
+    family, divergence, change = cell.parts
     labels = answers(root, cell) if change == "answers" else world(root, cell) / "student_train.jsonl"
     lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)[: cell.labels]
     (scratch / "labels.jsonl").write_text("".join(lines), encoding="utf-8")
-    options = {**tiny.DEFAULTS, "student": str(start(root, cell)), "data": str(scratch / "labels.jsonl")}
-    options |= {"from_scratch": cell.student == "nothing", "seed": cell.seed, "lr": cell.lr}
-    options["out"] = str(scratch / "run")
-    options |= {"max_steps": cell.updates, "batch_size": 32, "checkpoint_every": 10**6}
-    options["method"] = "dskd" if family in ("v1", "v2") else family
+    options = {
+        **tiny.DEFAULTS, "student": str(start(root, cell)), "from_scratch": cell.student == "nothing",
+        "data": str(scratch / "labels.jsonl"), "out": str(scratch / "run"), "seed": cell.seed, "lr": cell.lr,
+        "max_steps": cell.updates, "batch_size": 32, "checkpoint_every": 10**6, "method": family,
+    }  # fmt: skip
     if family != "sft":
-        options["teacher"] = str(teacher(root, cell))
+        options |= {"teacher": str(teacher(root, cell)), "kd_rate": cell.rate}
         options["seqkd_temperature" if family == "seqkd" else "temperature"] = cell.temperature
-        options["kd_rate"] = cell.rate
     if family in ("v1", "v2"):
-        options["recipe"] = family
+        options |= {"method": "dskd", "recipe": family}
     if divergence:
         options |= {"divergence": divergence, "on_policy": cell.on_policy}
     if change.startswith("random"):
-        file = scratch / "projectors.safetensors"
-        random_projectors(file, change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
-        options["projectors"] = str(file)
+        options["projectors"] = str(scratch / "projectors.safetensors")
+        random_projectors(options["projectors"], change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
     return options
 
 
@@ -433,29 +405,27 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
     """Train, score, keep the figures alone; or read them, if that was done before. `seconds` are of one core. With
     `keep` it is always done, and the run's directory goes there."""
     cell, file = resolve(cell), file_of(cell, root)
-    if keep and (keep.exists() or cell.family in MODELS):
+    family, _, change = cell.parts
+    if keep and (keep.exists() or family in MODELS):
         raise ValueError(f"--keep {keep}: " + ("is there already" if keep.exists() else f"{cell.method} is no run"))
     if file.is_file() and not keep:
         return json.loads(file.read_text())
-    if cell.family in MODELS:
-        model = (teacher if cell.family == "teacher" else start)(root, cell)
-        result = score_on(model, world(root, cell) / f"{cell.split}.jsonl", cell.text)
+    held_out = world(root, cell) / f"{cell.split}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if family in MODELS:
+        result = score_on((teacher if family == "teacher" else start)(root, cell), held_out, cell.text)
     else:
-        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as scratch, ExitStack() as patches:
             options = options_of(cell, root, Path(scratch))
-            for change in CHANGES[cell.method.partition("+")[2]]() if "+" in cell.method else []:
-                patches.enter_context(change)
+            for one in CHANGES.get(change, list)():
+                patches.enter_context(one)
             began = time.process_time()
             last = train.train(train.Options(**options))
             seconds = time.process_time() - began
-            held_out = world(root, cell) / f"{cell.split}.jsonl"
             result = score_on(Path(scratch) / "run" / "student", held_out, cell.text)
             if keep:
                 shutil.copytree(Path(scratch) / "run", keep)
-        kept = ("ce", "t2s_ce", "t2s_kd", "s2t_kd", "t2s_agreement", "align_ratio", "accuracy")
-        result |= {"seconds": seconds, "last": {name: last[name] for name in kept if name in last}}
-    file.parent.mkdir(parents=True, exist_ok=True)
+        result |= {"seconds": seconds, "last": last}
     new = file.with_suffix(".new")
     new.write_text(json.dumps({"cell": str(cell), **result}) + "\n")
     os.replace(new, file)
@@ -464,19 +434,14 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
 
 @by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
-    """{rouge_l, exact_match, valid, cross_entropy} of greedy answers; cross-entropy over all references."""
-    model, tokenizer, examples = load_model(model_directory), TextTokenizer(model_directory), read_jsonl(file)
-    answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
-    if text == "accents":
-        valid = [tiny.is_valid(plain(e.prompt), plain(answer)) for e, answer in zip(examples, answers, strict=True)]
-    else:
-        valid = [tiny.is_valid(e.prompt, answer) for e, answer in zip(examples, answers, strict=True)]
+    """{rouge_l, exact_match, valid, cross_entropy, ...} of greedy answers; cross-entropy over all references."""
+    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_jsonl(file)
+    scores = tiny.score_answers(model, tokenizer, examples, plain if text == "accents" else str)
     references = [replace(example, outputs=[output]) for example in examples for output in example.outputs]
     rows, _ = tokenise(references, tokenizer, max_len=96, max_prompt_len=48)
     nats = held_out_cross_entropy(model, rows, tokenizer.eos_id, batch_size=100)
     tokens, characters = sum(len(row.student.response) for row in rows), sum(len(e.outputs[0]) + 1 for e in references)
-    return {**score(answers, examples), "valid": 100 * statistics.fmean(valid), "cross_entropy": nats,
-            "nats_per_character": nats * tokens / characters}  # fmt: skip
+    return {**scores, "cross_entropy": nats, "nats_per_character": nats * tokens / characters}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,10 +499,17 @@ MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "e
             "cross_entropy": "cross-entropy"}  # fmt: skip
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
     """mean ± standard deviation (of a sample: n − 1)"""
+    if not values:
+        return "-"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
+
+
+def differences(results: dict[int, dict], first: dict[int, dict]) -> list[float]:
+    """Of the measure that is compared, for each seed that both have."""
+    return [results[seed][COMPARED] - first[seed][COMPARED] for seed in results if seed in first]
 
 
 def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -> str:
@@ -548,13 +520,15 @@ def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -
         cells = []
         for measure in MEASURES:
             digits = 3 if measure == "cross_entropy" else 1
-            cells.append(spread([result[measure] for result in results.values()], digits) if results else "-")
-        differences = [results[seed][COMPARED] - first[seed][COMPARED] for seed in results if seed in first]
-        above = sum(difference > 0 for difference in differences)
-        paired = f"{spread(differences)} (above in {above} of {len(differences)})" if differences else "-"
+            cells.append(spread([result[measure] for result in results.values()], digits))
+        gaps = differences(results, first)
+        paired = spread(gaps)
+        if results is first:
+            paired = ""
+        elif gaps:
+            paired += f" (above in {sum(gap > 0 for gap in gaps)} of {len(gaps)})"
         seconds = [result["seconds"] for result in results.values() if "seconds" in result]
-        lines.append([f"`{name}`", *cells, "" if results is first else paired,
-                      spread(seconds, 0) if seconds else "", str(len(results))])  # fmt: skip
+        lines.append([f"`{name}`", *cells, paired, spread(seconds, 0) if seconds else "", str(len(results))])
     return table(lines)
 
 
@@ -563,11 +537,9 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
     methods = list(dict.fromkeys(name.split()[0] for name in rows))
     lines = [["", *methods]]
     for regime in dict.fromkeys(name.partition(" ")[2] for name in rows):
-        results = [rows.get(f"{method} {regime}".strip(), {}) for method in methods]
-        line = [spread([result[COMPARED] for result in results[0].values()]) if results[0] else "-"]
-        for found in results[1:]:
-            differences = [found[seed][COMPARED] - results[0][seed][COMPARED] for seed in found if seed in results[0]]
-            line.append(f"{'+' * (statistics.fmean(differences) >= 0)}{spread(differences)}" if differences else "-")
+        first, *others = [rows.get(f"{method} {regime}".strip(), {}) for method in methods]
+        line = [spread([result[COMPARED] for result in first.values()])]
+        line += [spread(differences(results, first), sign="+") for results in others]
         lines.append([f"`{regime or 'default'}`", *line])
     return table(lines)
 
@@ -588,6 +560,8 @@ def report(names: list[str], seeds: int, root: Path, against: str | None = None)
 # ---------------------------------------------------------------------------------------------------------------------
 # Many cells
 
+REPOSITORY = Path(__file__).parent.parent
+
 
 def file_of(cell: Cell, root: Path) -> Path:
     return root / "cells" / f"{resolve(cell)}.json"
@@ -596,6 +570,10 @@ def file_of(cell: Cell, root: Path) -> Path:
 def pending(cells: list[Cell], root: Path) -> list[Cell]:
     """Those that are not finished, each once."""
     return list(dict.fromkeys(cell for cell in map(resolve, cells) if not file_of(cell, root).is_file()))
+
+
+def command(cell: Cell, root: Path) -> list[str]:
+    return [sys.executable, "-m", "experiments.reproduce", "--out", str(root.resolve()), "--cell", str(cell)]
 
 
 def run_all(cells: list[Cell], root: Path, workers: int) -> None:
@@ -608,40 +586,28 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
         log, environment = root / "logs" / f"{cell}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as stream:
             done = subprocess.run(command(cell, root), cwd=REPOSITORY, env=environment, stderr=stream)
-        return "" if done.returncode == 0 else f"{cell}: failed, see {log}"
+        said = f"{cell}: failed, see {log}" if done.returncode else f"{cell}: done"
+        print(said, file=sys.stderr)
+        return said
 
     with ThreadPoolExecutor(workers) as pool:
-        failures = []
-        for cell, failure in zip(left, pool.map(launch, left), strict=True):
-            print(failure or f"{cell}: done", file=sys.stderr)
-            failures += [failure] if failure else []
+        failures = [said for said in pool.map(launch, left) if not said.endswith(": done")]
     if failures:
         raise RuntimeError("\n".join(failures))
-
-
-REPOSITORY = Path(__file__).parent.parent
-
-
-def command(cell: Cell, root: Path) -> list[str]:
-    return [sys.executable, "-m", "experiments.reproduce", "--out", str(root.resolve()), "--cell", str(cell)]
-
-
-def mean_scores(tried: list[Cell], root: Path) -> list[float]:
-    """The mean Rouge-L over SEARCH_SEEDS of each."""
-    files = [[file_of(replace(cell, seed=seed), root) for seed in SEARCH_SEEDS] for cell in tried]
-    return [statistics.fmean(json.loads(file.read_text())["rouge_l"] for file in group) for group in files]
 
 
 def search(root: Path, run) -> dict[str, dict[str, float]]:
     """SETTINGS, one thing after the other: the learning rate first. `run(cells)` has to finish these cells."""
 
+    def mean_score(cell: Cell) -> float:
+        files = [file_of(replace(cell, seed=seed), root) for seed in SEARCH_SEEDS]
+        mean = statistics.fmean(json.loads(file.read_text())[COMPARED] for file in files)
+        print(f"{mean:.2f} {cell}", file=sys.stderr)
+        return mean
+
     def best_of(tried: dict[str, list[Cell]]) -> dict[str, Cell]:
         run([replace(cell, seed=seed) for cells in tried.values() for cell in cells for seed in SEARCH_SEEDS])
-        scores = {name: mean_scores(cells, root) for name, cells in tried.items()}
-        for name, cells in tried.items():
-            for mean, cell in zip(scores[name], cells, strict=True):
-                print(f"{mean:.2f} {cell}", file=sys.stderr)
-        return {name: cells[scores[name].index(max(scores[name]))] for name, cells in tried.items()}
+        return {name: max(cells, key=mean_score) for name, cells in tried.items()}
 
     cells, second = {}, {}
     for name in SETTINGS:
@@ -651,8 +617,39 @@ def search(root: Path, run) -> dict[str, dict[str, float]]:
         cells[name] = Cell(method, split="valid", teacher=same or "different", **second[name][0])
     cells = best_of({name: [replace(cell, lr=lr) for lr in LRS] for name, cell in cells.items()})
     cells = best_of({name: [replace(cell, **more) for more in second[name]] for name, cell in cells.items()})
-    fields_of = {name: ("lr", *second[name][0]) for name in cells}
-    return {name: {field: getattr(cell, field) for field in fields_of[name]} for name, cell in cells.items()}
+    return {name: {key: getattr(cell, key) for key in ("lr", *second[name][0])} for name, cell in cells.items()}
+
+
+def run(o: argparse.Namespace) -> None:
+    """What a command line asks for. Raises ValueError for names that do not exist."""
+    if o.keep and not o.cell:
+        raise ValueError("--keep is for one run: say which, by --cell")
+    if o.cell:
+        print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
+        return
+    known = paper.PAIRS if o.scale == "paper" else TABLES
+    names = o.tables or list(known)
+    if unknown := set(names) - set(known):
+        raise ValueError(f"no {unknown.pop()!r} in --scale {o.scale}; there are {', '.join(known)}")
+    if o.scale == "paper":
+        print(paper.HEAD)
+        paper.follow([command for name in names for command in paper.commands_of(name)], o.run)
+        return
+    if o.against and not any(o.against in TABLES[name][1] for name in names):
+        raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
+    if o.search:
+        print("SETTINGS =", search(o.out, lambda cells: run_all(cells, o.out, o.workers)))
+        return
+    cells = [replace(parse(spec), seed=seed) for name in names for spec in TABLES[name][1] for seed in range(o.seeds)]
+    if o.list:
+        print("\n".join(shlex.join(command(cell, o.out)) for cell in pending(cells, o.out)))
+        return
+    if not o.print:
+        run_all(cells, o.out, o.workers)
+    text = report(names, o.seeds, o.out, o.against)
+    print(text)
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / "tables.md").write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -669,38 +666,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", action="store_true", help="with --scale paper: run them, too, one after the other")
     parser.add_argument("--cell", help="run this one cell, and print its result")
     parser.add_argument("--keep", type=Path, help="with --cell: run it anyway, and put the run's directory here")
-    o = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        if o.keep and not o.cell:
-            raise ValueError("--keep is for one run: say which, by --cell")
-        if o.cell:
-            print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
-            return
-        known = paper.PAIRS if o.scale == "paper" else TABLES
-        names = o.tables or list(known)
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"no {unknown[0]!r} in --scale {o.scale}; there are {', '.join(known)}")
-        if o.against and not any(o.against in TABLES.get(name, ("", []))[1] for name in names):
-            raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
-        if o.scale == "paper":
-            paper.show(names, o.run)
-            return
-        if o.search:
-            print("SETTINGS =", search(o.out, lambda cells: run_all(cells, o.out, o.workers)))
-            return
-        cells = [
-            replace(parse(spec), seed=seed) for name in names for spec in TABLES[name][1] for seed in range(o.seeds)
-        ]
-        if o.list:
-            print("\n".join(shlex.join(command(cell, o.out)) for cell in pending(cells, o.out)))
-            return
-        if not o.print:
-            run_all(cells, o.out, o.workers)
-        text = report(names, o.seeds, o.out, o.against)
-        print(text)
-        o.out.mkdir(parents=True, exist_ok=True)
-        (o.out / "tables.md").write_text(text, encoding="utf-8")
+        run(parser.parse_args(arguments))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

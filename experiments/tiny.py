@@ -12,11 +12,10 @@ The grammar is fixed: the tastes of a word are seeded by the word itself, so tha
 """
 
 import json
-import os
 import random
 import re
+import shutil
 import statistics
-import time
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product, zip_longest
@@ -24,11 +23,13 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data import TextTokenizer, read_jsonl
+import train
+from data import Example, read_jsonl
 from eval import respond, score
 from model import load_model
-from runtime.run import tokenizer_of, write_text
+from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
 from runtime.strict import choose_alignment
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import table
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,21 +185,24 @@ MARKER = "\n"  # ends every prompt: prompt and answer are tokenised apart, the a
 
 
 @cache
-def favourites(word: str, name: str) -> tuple[tuple[str, int], ...]:
-    """The options of one property of a word with their weights: (("shy", 6), ("muddy", 4), ...) for ("fox", "look")."""
+def favourites(word: str, name: str, tasted: bool = True) -> tuple[tuple[str, int], ...]:
+    """The options of one property of a word with their weights: (("shy", 6), ("muddy", 4), ...) for ("fox", "look").
+    Not `tasted`: every option of the pool, each as likely."""
     if name == "plural":
         return ((PLURALS.get(word, word + "s"), 1),)
     if name == "capital":
         return ((CAPITALS[word], 1),)
-    if name == "does":  # the same taste as "do", in the third person
-        return tuple((_third_person(option), weight) for option, weight in favourites(word, "do"))
+    if name == "does":  # the same taste as "do"
+        return tuple((in_third_person(option), weight) for option, weight in favourites(word, "do", tasted))
+    pool = POOLS[word][name].split(", ")
+    if not tasted:
+        return tuple((option, 1) for option in pool)
     # Seeding with a string does not depend on the process, and random() is the one method that Python promises to keep.
     taste = random.Random(f"taste of {word} in {name}")
-    order = sorted(POOLS[word][name].split(", "), key=lambda _: taste.random())
-    return tuple(zip(order, WEIGHTS, strict=False))
+    return tuple(zip(sorted(pool, key=lambda _: taste.random()), WEIGHTS, strict=False))
 
 
-def _third_person(phrase: str) -> str:
+def in_third_person(phrase: str) -> str:
     verb, space, rest = phrase.partition(" ")
     if verb.endswith(("s", "sh", "ch", "x", "z")):
         return verb + "es" + space + rest
@@ -218,23 +222,17 @@ def all_prompts() -> dict[str, tuple[str, dict[str, str]]]:
 
 
 @cache
-def answer_slots(prompt: str) -> tuple[tuple[tuple[tuple[str, int], ...], ...], ...]:
+def answer_slots(prompt: str, tasted: bool = True) -> tuple[tuple[tuple[tuple[str, int], ...], ...], ...]:
     """The grammar of a prompt's answers: two equally likely forms, each a sequence of slots, each slot a tuple of
-    (option, weight); plain text is a slot with one option. Raises ValueError for a prompt that is not of this task."""
-    if prompt not in all_prompts():
-        raise ValueError(f"not a prompt of the tiny task: {prompt!r}; take prompts from make_data() as they are")
+    (option, weight); plain text is a slot with one option."""
     family, words = all_prompts()[prompt]
     forms = []
     for template in FAMILIES[family][1]:
         slots = []
         for piece in filter(None, re.split(r"(\{[^}]+\})", template)):
             field, _, name = piece.strip("{}").partition(".")
-            if not piece.startswith("{"):
-                slots.append(((piece, 1),))
-            elif name:
-                slots.append(favourites(words[field], name))
-            else:
-                slots.append(((words[field], 1),))
+            text = words[field] if piece.startswith("{") else piece
+            slots.append(favourites(text, name, tasted) if name else ((text, 1),))
         slots[0] = tuple((option[0].upper() + option[1:], weight) for option, weight in slots[0])
         forms.append(tuple(slots))
     return tuple(forms)
@@ -247,16 +245,23 @@ def draw_answer(prompt: str, generator: random.Random) -> str:
 
 
 @cache
-def _answer_pattern(prompt: str) -> re.Pattern:
-    def one_of(slot):
-        return "(?:" + "|".join(re.escape(option) for option, _ in slot) + ")"
-
-    return re.compile("|".join("".join(map(one_of, form)) for form in answer_slots(prompt)))
+def answer_pattern(prompt: str) -> re.Pattern:
+    """Of all answers that are possible."""
+    forms = [[[re.escape(option) for option, _ in slot] for slot in form] for form in answer_slots(prompt)]
+    return re.compile("|".join("".join(f"(?:{'|'.join(slot)})" for slot in form) for form in forms))
 
 
 def is_valid(prompt: str, answer: str) -> bool:
     """Whether the whole answer, from its capital letter to its full stop, is possible under the prompt's grammar."""
-    return _answer_pattern(prompt).fullmatch(answer) is not None
+    return answer_pattern(prompt).fullmatch(answer) is not None
+
+
+def score_answers(model, tokenizer: TextTokenizer, examples: list[Example], spelt=str) -> dict[str, float]:
+    """{valid, rouge_l, exact_match} of greedy answers, in per cent. `valid`: what the grammar allows, of the texts as
+    `spelt` spells them."""
+    answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
+    valid = [is_valid(spelt(e.prompt), spelt(answer)) for e, answer in zip(examples, answers, strict=True)]
+    return {"valid": 100 * statistics.fmean(valid), **score(answers, examples)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,13 +276,9 @@ def make_data(
     The seed parts the prompts of every family once: 10% for validation, 15% for the test, the rest for training.
     teacher_train and student_train are single draws for random training prompts, every family equally often (a prompt
     may come back with another answer); valid and test have distinct prompts, evenly over the families, each with five
-    reference draws as "output". A part does not change with the size of another. Raises ValueError for a negative size
-    and where valid or test ask for more prompts than exist.
+    reference draws as "output". A part does not change with the size of another. Raises ValueError where valid or test
+    ask for more prompts than exist.
     """
-    sizes = {"teacher_train": teacher_train, "student_train": student_train, "valid": valid, "test": test}
-    for name, size in sizes.items():
-        if size < 0:
-            raise ValueError(f"{name}={size}: the number of examples cannot be negative")
     groups = {"train": [], "valid": [], "test": []}
     for family in FAMILIES:
         prompts = [prompt for prompt, (its_family, _) in all_prompts().items() if its_family == family]
@@ -288,24 +289,24 @@ def make_data(
         groups["train"].append(prompts[second:])
 
     data = {}
-    for name in ("teacher_train", "student_train"):
+    for name, size in (("teacher_train", teacher_train), ("student_train", student_train)):
         generator = random.Random(f"{seed} {name}")
-        data[name] = []
-        for _ in range(sizes[name]):
-            prompt = generator.choice(generator.choice(groups["train"]))
-            data[name].append({"prompt": prompt, "output": draw_answer(prompt, generator)})
-    for name in ("valid", "test"):
+        prompts = (generator.choice(generator.choice(groups["train"])) for _ in range(size))
+        data[name] = [{"prompt": prompt, "output": draw_answer(prompt, generator)} for prompt in prompts]
+    for name, size in (("valid", valid), ("test", test)):
         generator = random.Random(f"{seed} {name}")
-        # One prompt of each family in turn, as long as the family has any.
+        # one prompt of each family in turn, as long as the family has any
         in_turn = [prompt for turn in zip_longest(*groups[name]) for prompt in turn if prompt is not None]
-        if sizes[name] > len(in_turn):
-            raise ValueError(
-                f"{name}={sizes[name]}, but the tiny task has only {len(in_turn)} {name} prompts; ask for fewer"
-            )
-        chosen = in_turn[: sizes[name]]
+        if size > len(in_turn):
+            raise ValueError(f"{name}={size}, but the tiny task has only {len(in_turn)} {name} prompts; ask for fewer")
+        chosen = in_turn[:size]
         generator.shuffle(chosen)
         data[name] = [{"prompt": p, "output": [draw_answer(p, generator) for _ in range(5)]} for p in chosen]
     return data
+
+
+def write_jsonl(file: Path, examples: list[dict]) -> None:
+    file.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,7 +317,10 @@ TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1000, 900
 
 
 def train_tokenizers(
-    texts: list[str], directory_teacher: str, directory_student: str, student_vocabulary: int = STUDENT_VOCABULARY
+    texts: list[str],
+    teacher_directory: str | Path,
+    student_directory: str | Path,
+    student_vocabulary: int = STUDENT_VOCABULARY,
 ) -> None:
     """Train both tokenizers on the texts and write tokenizer.json and tokenizer_config.json into the two directories.
 
@@ -325,29 +329,27 @@ def train_tokenizers(
     Student: byte-level BPE as GPT-2's.
     """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    teacher = _train_sentencepiece_style(texts, TEACHER_VOCABULARY, list(special.values()))
-    _save_tokenizer(teacher, directory_teacher, {"add_bos_token": True, "add_eos_token": False, **special})
-    student = _train_byte_level(texts, student_vocabulary, "<|endoftext|>")
-    _save_tokenizer(student, directory_student, dict.fromkeys(special, "<|endoftext|>"))
+    teacher = train_sentencepiece_style(texts, TEACHER_VOCABULARY, list(special.values()))
+    save_tokenizer(teacher, teacher_directory, {"add_bos_token": True, "add_eos_token": False, **special})
+    student = train_byte_level(texts, student_vocabulary, "<|endoftext|>")
+    save_tokenizer(student, student_directory, dict.fromkeys(special, "<|endoftext|>"))
 
 
-def _train_sentencepiece_style(texts: list[str], size: int, special: list[str]) -> Tokenizer:
+def train_sentencepiece_style(texts: list[str], size: int, special: list[str]) -> Tokenizer:
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizer
     # Only learning needs the cut into words: merges learned inside words never join two words later.
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\w+|▁?[^\w▁]|▁"), "isolated")
-    learner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size - len(byte_tokens) - len(special), show_progress=False)
-    )
+    size -= len(byte_tokens) + len(special)
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     # The byte tokens join afterwards, because the trainer would make them special and then find "<0x41>" in plain text.
     pieces = special + byte_tokens + sorted(learned["vocab"], key=learned["vocab"].get)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [tuple(pair) for pair in learned["merges"]]
-    model = models.BPE(vocabulary, merges, unk_token=special[0], fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=special[0], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizer
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -359,7 +361,7 @@ def _train_sentencepiece_style(texts: list[str], size: int, special: list[str]) 
     return tokenizer
 
 
-def _train_byte_level(texts: list[str], size: int, end_of_text: str) -> Tokenizer:
+def train_byte_level(texts: list[str], size: int, end_of_text: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -372,12 +374,12 @@ def _train_byte_level(texts: list[str], size: int, end_of_text: str) -> Tokenize
     return tokenizer
 
 
-def _save_tokenizer(tokenizer: Tokenizer, directory: str, config: dict) -> None:
-    os.makedirs(directory, exist_ok=True)
-    tokenizer.save(os.path.join(directory, "tokenizer.json"))
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, config: dict) -> None:
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
-    with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,32 +406,32 @@ DISTILLATION = (  # options that say nothing about supervised fine-tuning
     "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
     "projectors projector_lr cache_teacher"
 ).split()
-TEACHER_STEPS, TEACHER_BATCH = 800, 64
-STUDENT_STEPS, STUDENT_BATCH = 600, 32
+TEACHER_STAGE = {"max_steps": 800, "batch_size": 64}
+STUDENT_STAGE = {"max_steps": 600, "batch_size": 32}
 
 
-def find(name: str | None, role: str) -> Path | None:
-    """The file or directory that the name "tiny" stands for as a student, teacher or data; None for other names."""
-    if name != "tiny":
-        return None
+def find(role: str) -> Path:
+    """The file or directory that the name "tiny" stands for as a student, teacher or data."""
     path = Path(ROOT) / {"student": "start/student", "teacher": "teacher/student", "data": "student_train.jsonl"}[role]
     if not path.exists():
         raise FileNotFoundError(f"{role} 'tiny': {path} is not there yet; `python train.py` makes it")
     return path
 
 
-def run(given: dict, options_class, train) -> None:
-    """Teacher, supervised twin and distilled student (same start, same batches), then their scores on the test split.
+def run(given: dict) -> None:
+    """`python train.py` without a model: teacher, supervised twin and distilled student (same start, same batches),
+    then their scores on the test split. Finished stages in the directory are kept and reused.
 
-    given: the options that were given on the command line. Finished stages in the directory are kept and reused.
+    given: the options that were given on the command line.
     """
     if "epochs" in given:
         raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
-    o = options_class(**{**DEFAULTS, **given, "out": given.get("out", ROOT)})
+    o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
+    train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
     if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
-        tokenizers = TextTokenizer(start / "teacher"), TextTokenizer(start / "student")
+        tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
     def stage(name: str, **changes) -> float:
@@ -437,27 +439,27 @@ def run(given: dict, options_class, train) -> None:
         options |= {key: given[key] for key in ("max_steps", "batch_size", "checkpoint_every") if key in given}
         if options["method"] == "sft":  # one teacher and one twin serve every way to distil
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
-        return run_stage(options_class(**options), train, name)
+        return train.run_stage(train.Options(**options), name)
 
-    data = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), "max_steps": STUDENT_STEPS,
-            "batch_size": STUDENT_BATCH}  # fmt: skip
+    taught = {"data": str(root / "teacher_train.jsonl"), "student": str(start / "teacher"), **TEACHER_STAGE}
+    learned = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), **STUDENT_STAGE}
     recipe = [o.recipe] if o.method == "dskd" else []
-    distilled = "-".join([o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)])
-    distilled += "-on-policy" * (o.on_policy > 0)
-    seconds = {
-        "teacher": stage("teacher", method="sft", student=str(start / "teacher"), max_steps=TEACHER_STEPS,
-                         batch_size=TEACHER_BATCH, data=str(root / "teacher_train.jsonl")),  # fmt: skip
-        "sft": stage("sft", method="sft", **data),
-    }
+    words = [o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)]
+    distilled = "-".join([*words, "on-policy"] if o.on_policy else words)
+    seconds = {"teacher": stage("teacher", method="sft", **taught), "sft": stage("sft", method="sft", **learned)}
     if o.method != "sft":
-        seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **data)
+        seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
     rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
+    examples = read_jsonl(root / "test.jsonl")
     for name in seconds:
-        scores = score_on_test(root / name / "student", root / "test.jsonl", o.device or "cpu")
+        directory = root / name / "student"
+        model = load_model(directory, device=o.device or "cpu")
+        scores = {"examples": len(examples), "parameters": sum(p.numel() for p in model.parameters()),
+                  **score_answers(model, tokenizer_of(directory), examples)}  # fmt: skip
         write_text(root / name / "scores.json", json.dumps(scores, indent=1) + "\n")
         figures = f"{scores['parameters'] / 1e6:.2f} M", f"{scores['valid']:.1f} %", f"{scores['rouge_l']:.1f}"
         rows.append([name, *figures, f"{seconds[name]:.0f} s"])
-    print(f"\n{scores['examples']} test prompts, greedy answers; seed {o.seed}; everything is in {root}\n")
+    print(f"\n{len(examples)} test prompts, greedy answers; seed {o.seed}; everything is in {root}\n")
     print(table(rows))
 
 
@@ -471,41 +473,21 @@ def prepare(root: Path, seed: int) -> None:
     data = make_data(seed)
     root.mkdir(parents=True, exist_ok=True)
     for name, examples in data.items():
-        lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        (root / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_jsonl(root / f"{name}.jsonl", examples)
     texts = [text for example in data["teacher_train"] for text in (example["prompt"], example["output"])]
-    train_tokenizers(texts, str(root / "start" / "teacher"), str(root / "start" / "student"))
+    train_tokenizers(texts, root / "start" / "teacher", root / "start" / "student")
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
 
 
-def run_stage(o, train, name: str) -> float:
-    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
-    directory, asked = Path(o.out), asdict(replace(o, resume=False))
-    if (directory / "finished.json").is_file():
-        finished = json.loads((directory / "finished.json").read_text())
-        before = finished["options"]
-        changed = [key for key in asked if asked[key] != before.get(key, asked[key])]
-        if changed:
-            raise ValueError(
-                f"{directory} was trained with --{changed[0].replace('_', '-')} {before[changed[0]]!r}; "
-                "give another --out, or remove it to train it again"
-            )
-        return finished["seconds"]
-    o.resume = (directory / "args.json").is_file()  # interrupted: it goes on
-    start = time.perf_counter()
-    train(o, description=f"{name:8}")
-    seconds = time.perf_counter() - start
-    write_text(directory / "finished.json", json.dumps({"seconds": seconds, "options": asked}) + "\n")
-    return seconds
-
-
-def score_on_test(directory: Path, test_file: Path, device: str = "cpu") -> dict:
-    """Greedy answers to the test prompts: per cent that the grammar allows, and Rouge-L against five references."""
-    model, tokenizer, examples = load_model(directory, device=device), tokenizer_of(directory), read_jsonl(test_file)
-    answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
-    valid = [is_valid(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"examples": len(examples), "parameters": parameters, "valid": 100 * statistics.fmean(valid),
-            **score(answers, examples)}  # fmt: skip
+def write_untrained(directory: Path, tokenizer: Path, config: dict) -> Path:
+    """A model's directory without weights: the tokenizer's files, and config.json for its vocabulary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, directory / name)
+    read = read_tokenizer(directory)
+    config = {**config, "vocab_size": read.size, "bos_token_id": read.eos_id, "eos_token_id": read.eos_id}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return directory

@@ -48,7 +48,7 @@ class TeacherCache:
         self.teacher, self.dtype, self.device, self.batch_size = teacher, dtype, device, batch_size
         # Little padding, and the most memory is needed first. The student's lengths have no say, since another student
         # reads the same file. Rows of equal length stay in the order of the data, which the key covers.
-        self.rows = sorted(rows, key=lambda row: len(row.teacher.prompt) + len(row.teacher.response), reverse=True)
+        self.rows = sorted(rows, key=lambda row: len(row.teacher), reverse=True)
         self.folder = Path(root) / cache_key(teacher, rows, dtype)
 
     def attach_states(self, compiled: bool = False) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from data import CHATS
+from runtime.chat import CHATS
 from runtime.strict import check_device, check_values
 
 

@@ -172,8 +172,11 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was."""
+    """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was. Raises
+    FloatingPointError if it is not finite."""
     norm = gradient_norm(parameters)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     for part in split_by_placement(parameters):
         clip_grads_with_norm_(part, largest, norm)
     return float(norm)
@@ -232,6 +235,15 @@ def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
         for name, tensor in read_tensors(m, path):
             copy_into(m.get_parameter(name), tensor)
     return m.eval()
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    """The model compiled; a sharded one block by block, as its weights come and go between them."""
+    if not is_sharded(model):
+        return torch.compile(model, dynamic=True)
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:

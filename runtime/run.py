@@ -10,6 +10,7 @@ In all functions `o` holds the options of a run, `pieces` its models and data: `
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -28,11 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from data import TextTokenizer
-from model import Decoder, read_json, save_model
+from model import Decoder, read_config, read_json, save_model
 from runtime import parallel
 from runtime.hub import MODELS
 from runtime.peft import save_adapter
+from runtime.serving import write_as_trained
+from runtime.tokenizer import TextTokenizer, check_size, read_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
@@ -131,7 +133,7 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
         source = pieces.student_tokenizer.directory / file
         if source.is_file():
             (out / "student" / file).write_bytes(source.read_bytes())
-    pieces.student_tokenizer.write_as_trained(out / "student")
+    write_as_trained(pieces.student_tokenizer, out / "student")
     trained = [name for name, parameter in pieces.method.named_parameters() if parameter.requires_grad]
     if trained:
         weights = {name.removeprefix("projectors."): tensors[name].contiguous() for name in trained}
@@ -321,16 +323,18 @@ def chat_of(directory: str | Path) -> str:
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
     """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
     are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
-    before that was an option are copies that say it of another model, and had none, as have models from elsewhere."""
+    before that was an option are copies that say it of another model, and had none, as have models from elsewhere.
+    Raises ValueError for a tokenizer that cannot belong to the model."""
     if bos is None:
         bos = "bos" in (run_of(directory) or {})
-    return TextTokenizer(directory, chat or chat_of(directory), bos)
+    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos)
+    check_size(tokenizer, read_config(read_json(Path(directory) / "config.json")).vocab_size)
+    return tokenizer
 
 
 @contextmanager
 def hold_directory(o) -> Iterator[None]:
-    """The run directory with args.json, made if need be, and for this process alone (or for it and those it is 0 of).
-    """
+    """The run directory with args.json, made if need be, for this process alone (or for it and those it is 0 of)."""
     if parallel.rank() > 0:
         yield
         return
@@ -347,11 +351,8 @@ def hold_directory(o) -> Iterator[None]:
 @contextmanager
 def lock_directory(out: Path) -> Iterator[None]:
     """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
-    does. Only on Unix; where a file system has no locks, a warning says so."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
+    does. Where a file system has no locks, a warning says so."""
+    import fcntl  # here, for it needs a Unix, which eval.py does not
 
     with open(out / "resume" / "lock", "a+") as file:
         try:
@@ -622,7 +623,7 @@ class RunDirectory:
             yield
         except FloatingPointError as error:
             about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
-            places = [self.pieces.where[i] for i in indices[:8]]
+            places = [self.pieces.examples[i].where for i in indices[:8]]
             lines = ", ".join(place.rpartition("line ")[2] for place in places)
             more = ", ..." if len(indices) > 8 else ""
             examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
@@ -646,3 +647,38 @@ def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, c
     set_random_state(o.device, random)
     save_checkpoint(o, pieces, optimizer, step, counts)
     return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after a run
+
+
+def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
+    """How to continue the command that was given."""
+    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if parallel.by_torchrun() else ["python"]
+    words = [*start, sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    embedded = not given.keys() & {"student", "teacher", "data"}
+    out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
+    if embedded or (out / "args.json").is_file():
+        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
+
+
+def seconds_of_finished_stage(o) -> float | None:
+    """How long the training in --out took, if it is finished. Raises ValueError if its options were others."""
+    file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
+    if not file.is_file():
+        return None
+    finished = read_json(file)
+    changed = [name for name, before in finished["options"].items() if asked.get(name, before) != before]
+    if changed:
+        raise ValueError(
+            f"{o.out} was trained with --{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}; "
+            "give another --out, or remove it to train it again"
+        )
+    return finished["seconds"]
+
+
+def finish_stage(o, seconds: float) -> None:
+    content = {"seconds": seconds, "options": asdict(replace(o, resume=False))}
+    write_text(Path(o.out) / "finished.json", json.dumps(content) + "\n")

@@ -4,8 +4,11 @@ The files of the method trust what they are given. Whoever opens a model directo
 config.json and the headers of the weights, no weight itself.
 """
 
+import math
+import os
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data import TextTokenizer
 from model import (
     ACTIVATIONS,
     FIELDS,
@@ -29,9 +31,96 @@ from model import (
     read_json,
     read_rope,
 )
+from runtime import parallel
+from runtime.options import Options
+from runtime.tokenizer import TextTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Options
+# The options
+
+AT_LEAST = dict.fromkeys(["epochs", "batch_size", "grad_accum", "max_prompt_len", "log_every"], 1) | {"max_len": 2}
+AT_LEAST |= dict.fromkeys(
+    "max_steps warmup chunk checkpoint_every weight_decay projector_lr seed lora seqkd_temperature tokens_per_batch "
+    "on_policy_after".split(), 0
+)  # fmt: skip
+BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
+         "seed": 2**32}  # it is multiplied into the seeds of epochs; of all others 2**31 # fmt: skip
+
+
+def check_options(o: Options) -> Options:
+    """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
+    check_numbers(o)
+    why = {"sft": "has no teacher to judge sampled responses", "seqkd": "learns the teacher's responses"}
+    why_fkl = {"uld": "compares sorted probabilities by their absolute difference",
+               "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
+    refuse_first([
+        (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy belongs to --method kd and dskd; --method "
+         f"{o.method} {why.get(o.method, 'is defined on the gold responses')}"),
+        (o.on_policy and o.dry_run,
+         "--dry-run is on the gold responses, so that others can compare: leave out --on-policy"),
+        (o.on_policy_after and not o.on_policy,
+         f"--on-policy-after {o.on_policy_after} belongs to --on-policy, which is not given"),
+        (o.on_policy_after >= o.epochs and not o.max_steps, f"--on-policy-after {o.on_policy_after}: the run ends "
+         f"after --epochs {o.epochs}, so that no update would be on-policy"),
+        (o.teacher_chat not in (None, "none") and o.method == "sft",
+         "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
+        (o.keep_best and o.valid is None,
+         f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
+    ])  # fmt: skip
+    check_cache(o)
+    o = check_lora(o)
+    for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
+        if getattr(o, name) is None:
+            raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
+    check_processes(o)
+    device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = check_device(device).type == "cuda"
+    if on_cuda and parallel.by_torchrun():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    refuse_first([
+        (o.method in why_fkl and o.divergence != "fkl", f"--divergence {o.divergence}: --method {o.method} "
+         f"{why_fkl.get(o.method)}; leave --divergence out"),
+        (0 < o.seqkd_temperature < 1e-3,
+         f"--seqkd-temperature {o.seqkd_temperature}: must be 0 (greedy) or at least 0.001"),
+        (o.seqkd_temperature and o.method != "seqkd",
+         f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing"),
+        (o.projectors is not None and o.method != "dskd",
+         f"--projectors belongs to --method dskd; --method {o.method} has none"),
+    ])  # fmt: skip
+    if o.projectors is not None:  # only that it can be read; whether it fits is known once the models are there
+        if not Path(o.projectors).is_file():  # opening a pipe would wait for a writer
+            raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
+        try:
+            with safe_open(o.projectors, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--projectors {o.projectors}: not a readable safetensors file ({error})") from error
+    return replace(
+        o,
+        device=device,
+        dtype=o.dtype or ("bf16" if on_cuda else "fp32"),
+        compile=on_cuda if o.compile is None else o.compile,
+        projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
+        out=o.out or f"runs/{o.method}",
+    )
+
+
+def refuse_first(rules: list[tuple]) -> None:
+    """Raises ValueError with the message of the first (what is wrong, message) that is true."""
+    for wrong, message in rules:
+        if wrong:
+            raise ValueError(message)
+
+
+def check_numbers(o: Options) -> None:
+    check_values(asdict(o), AT_LEAST, BELOW)
+    for name in ("lr", "temperature", "clip"):
+        if not 0 < getattr(o, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
+    if not 0 <= o.kd_rate <= 1:
+        raise ValueError(f"--kd-rate {o.kd_rate}: must be between 0 (only gold labels) and 1 (only the teacher)")
+    if not 0 <= o.on_policy <= 1:
+        raise ValueError(f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)")
 
 
 def check_values(options: dict, at_least: dict, below: dict) -> None:
@@ -49,6 +138,20 @@ def check_values(options: dict, at_least: dict, below: dict) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
 
 
+def check_processes(o: Options) -> None:
+    by_torchrun, own = parallel.by_torchrun(), f"cuda:{os.environ.get('LOCAL_RANK')}"
+    if o.shard and not by_torchrun:
+        raise ValueError(f"--shard {o.shard} splits weights over processes: start with torchrun --nproc_per_node=N")
+    if o.shard in ("teacher", "both") and o.method in ("sft", "seqkd"):
+        raise ValueError(f"--shard {o.shard}: --method {o.method} trains without a teacher; use --shard student")
+    if by_torchrun and o.dry_run:
+        raise ValueError("--dry-run is for one process: start without torchrun")
+    if by_torchrun and o.device not in (None, "cuda", "cpu", own):
+        raise ValueError(f"--device {o.device}: torchrun gives each process its own; use cuda, cpu or leave it out")
+    if by_torchrun and o.device != "cpu" and 0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+        raise ValueError(f"torchrun started more processes than there are CUDA devices ({torch.cuda.device_count()})")
+
+
 def check_device(name: str) -> torch.device:
     """The device of that name. Raises ValueError unless it is one that can be used here."""
     try:
@@ -61,6 +164,47 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= cuda_devices:
         raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
     return device
+
+
+def check_cache(o: Options) -> None:
+    if o.cache_teacher is None:
+        return
+    why = ""
+    if o.method in ("sft", "seqkd"):
+        why = {"sft": "--method sft has no teacher", "seqkd": "--method seqkd keeps the teacher's text, in seqkd.jsonl"}
+        why = why[o.method]
+    elif o.on_policy:
+        why = "with --on-policy the teacher reads responses that are new in every update"
+    elif o.dry_run:
+        why = "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16"
+    elif o.shard in ("teacher", "both"):
+        why = f"--shard {o.shard} is for a teacher that runs in every update, and the cache is filled by whole ones"
+    if why:
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: {why}; leave it out")
+    if Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir():
+        raise ValueError(f"--cache-teacher {o.cache_teacher}: not a directory")
+
+
+def check_lora(o: Options) -> Options:
+    alpha, dropout, targets = o.lora_alpha, o.lora_dropout, o.lora_targets
+    if not o.lora:
+        if alpha is not None or dropout is not None or targets is not None:
+            raise ValueError(
+                "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"
+            )
+        return o
+    alpha, dropout = 8.0 if alpha is None else alpha, 0.1 if dropout is None else dropout
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"--lora-alpha {alpha}: must be positive and finite")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
+    if o.from_scratch:
+        raise ValueError(
+            f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded task) starts without one"
+        )
+    if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
+        targets = sorted(set(" ".join(targets).replace(",", " ").split()))
+    return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,6 +402,21 @@ def equal_tensors(*places: tuple[Path, str]) -> bool:
     return torch.equal(tensors[0].to(tensors[1].dtype), tensors[1])
 
 
+def fit_lengths(o, directories: dict[str, Path]) -> None:
+    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
+    files = {name: path / "config.json" for name, path in directories.items()}
+    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
+    if o.max_len is None:
+        o.max_len = min(512, *limits.values())
+    if o.max_prompt_len is None:
+        o.max_prompt_len = max(1, o.max_len // 2)
+    for name, limit in limits.items():
+        if o.max_len > limit:
+            raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
+    if 0 < o.tokens_per_batch < o.max_len:
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Alignment and projectors
 
@@ -272,7 +431,7 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
             how = {"uld": "position by position", "mined": "by edit distance"}[method]
             raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
-    equal = teacher.vocabulary() == student.vocabulary() and teacher.eos_id == student.eos_id
+    equal = teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab() and teacher.eos_id == student.eos_id
     if align == "auto":
         align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if method == "kd" and align != "none":

@@ -1,8 +1,11 @@
-"""What several test files need: the inputs of every loss, the divergences by loops, and the largest tensor made."""
+"""What several test files need: the inputs of every loss, tiny models, and the arguments and files of a run."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,6 +15,7 @@ from baselines.mined import mined_loss
 from baselines.uld import uld_loss
 from fast import losses as fast_losses
 from losses import RECIPES, Counts
+from model import build_model, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -197,3 +201,92 @@ def train_byte_level(texts, normalizer) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and runs
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3,
+        "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 40, "bos_token_id": 0,
+         "eos_token_id": 0, "pad_token_id": None}  # fmt: skip
+QWEN = {**LLAMA, "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2,
+    "gpt2-odd": {**GPT2, "n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False,
+                 "layer_norm_epsilon": 1e-2},
+    "llama": {**LLAMA, "rope_theta": 500.0, "rms_norm_eps": 1e-2},
+    "llama-multi-head": {**LLAMA, "num_key_value_heads": 6},
+    "llama-tied-biases-head-dim": {**LLAMA, "head_dim": 6, "attention_bias": True, "mlp_bias": True,
+                                   "tie_word_embeddings": True},
+    "llama3-scaling": {**LLAMA, "head_dim": 16, "rope_theta": 1000.0, "rope_scaling": LLAMA3},
+    "llama3-scaling-5": {**LLAMA, "head_dim": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1000.0}},
+    "llama-linear-scaling": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral-window": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
+    "mistral-no-window": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 8},
+    "qwen2": {**QWEN, "model_type": "qwen2"},
+    "qwen2-window": {**QWEN, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4},
+    "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
+    "qwen3-window": {**QWEN, "model_type": "qwen3", "head_dim": 4, "attention_bias": True, "use_sliding_window": True,
+                     "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+def perturb(m, seed=0):
+    """Random values everywhere, so that no bias is 0 and no norm 1, and logits are far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in m.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return m.eval()
+
+
+def random_model(config, seed=0):
+    torch.manual_seed(seed)
+    return perturb(build_model(config), seed)
+
+
+def random_batch():
+    """ids and mask (4, 14), right-padded, lengths 14, 9, 1, 2."""
+    ids = torch.randint(0, 61, (4, 14), generator=torch.Generator().manual_seed(1))
+    return ids, (torch.arange(14) < torch.tensor([[14], [9], [1], [2]])).long()
+
+
+def save_random(path, config=GPT2):
+    """A valid directory to spoil; returns its config and tensors."""
+    save_model(random_model(config), path)
+    return json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+
+
+def write(path, config, tensors):
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def arguments(task, out, **changed):
+    """A command line for two updates on the tiny task, as a list."""
+    options = {
+        "teacher": task / "teacher", "student": task / "student", "data": task / "train.jsonl", "out": out,
+        "max_steps": 2, "batch_size": 4, "max_len": 96, "max_prompt_len": 48, "log_every": 1, "device": "cpu",
+        **changed,
+    }  # fmt: skip
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [] if value is None else [flag, str(value)]
+    return words
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "student" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

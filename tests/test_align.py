@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -118,12 +119,12 @@ def test_token_bytes_byte_level():
 
 def test_token_bytes_sentencepiece():
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "▁a▁b": 4, "<0xE9>": 5, "<0x0a>": 6, "é": 7, "Ġ": 8,
-                  "<0x1>": 9, "x<0x41>": 10}  # fmt: skip
+                  "<0x1>": 9, "x<0x41>": 10, "<0x41>x": 11}  # fmt: skip
     tokenizer = sentencepiece(vocabulary, unk_token="<unk>", byte_fallback=True)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.add_tokens(["▁▁plain"])
     expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
-    assert token_bytes(tokenizer) == [*expected, "▁▁plain".encode()]
+    assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode()]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,7 @@ CHANGED = {  # one side's tokenizer changed the text
     ),
     "white space stripped at the end": ([b"a", b" b", b" \n", None], [b"a", b" b", None], [(0, 0), (1, 1), (3, 2)]),
     "two leading spaces more": ([b"   ", b"a", b" b", None], [b"a", b" b", None], [(1, 0), (2, 1), (3, 2)]),
+    "a newline is no dummy prefix": ([b" a", b"b", None], [b"\n", b" a", b"b", None], [(1, 2), (2, 3)]),
     "unknown character": ([b"a", None, b"b", None], [b"a", b"\xe5", b"\x8c", b"b", None], [(0, 0), (2, 3), (3, 4)]),
     "several differences": (
         [b"A", b" b", b" C", b" d", b" E", b" f", None],
@@ -288,7 +290,7 @@ def random_sides(rng):
 
 def test_sweep_and_programme_are_the_span_coincidences():
     rng, total = random.Random(0), 0
-    for _ in range(3000):
+    for _ in range(1500):
         teacher, student = random_sides(rng)
         expected = pairs_by_spans(teacher, student)
         assert pairs_of(align_by_sweep(teacher, student)) == expected
@@ -302,7 +304,19 @@ def test_sweep_and_programme_are_the_span_coincidences():
         assert pairs == pairs_by_spans(teacher, student)
         assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(pairs))
         total += len(pairs)
-    assert total > 5000
+    assert total > 2500
+
+
+@pytest.mark.parametrize("spaces", [(0, 0), (1, 0), (0, 1)])
+def test_equal_texts_need_no_table(spaces):
+    """The programme's would have 9 million cells here; the sweep must do, also behind a dummy prefix."""
+    rng, text = random.Random(0), bytes(random.Random(1).choices(b"abc ", k=3000))
+    teacher, student = ([*cut_randomly(b" " * n + b"x" + text, rng, 0.3), None] for n in spaces)
+    tracemalloc.start()
+    pairs = aligned(teacher, student)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pairs == pairs_by_spans(teacher, student) and peak < 1_000_000
 
 
 def test_equal_tokenisations_align_completely():
@@ -424,7 +438,8 @@ def small_vocabularies():
         unk_token="<unk>", byte_fallback=True,
     )  # fmt: skip
     teacher.add_special_tokens(["<unk>", "<s>", "</s>", "same"])
-    student = byte_level({"<|endoftext|>": 0, "é": 1, "Ġthe": 2, "Ã©": 3, "B": 4, "Ã": 5, "A": 7, "same": 8, "mine": 9})
+    student = ["<|endoftext|>", "é", "Ġthe", "Ã©", "B", "Ã", "", "A", "same", "mine"]
+    student = byte_level({token: index for index, token in enumerate(student)})
     student.add_special_tokens(["<|endoftext|>", "same", "mine"])
     return teacher, student
 
@@ -432,7 +447,8 @@ def small_vocabularies():
 def test_vocabulary_overlap_by_hand(small_vocabularies):
     teacher, student = small_vocabularies
     teacher_ids, student_ids = vocabulary_overlap(teacher, student)
-    # the byte-level "é" is the byte E9 and no counterpart of the text "é"; "mine" is special in the student
+    # the byte-level "é" is the byte E9 and no counterpart of the text "é"; "mine" is special in the student; the empty
+    # tokens say nothing
     assert student_ids.tolist() == [2, 3, 4, 5, 7]
     assert teacher_ids.tolist() == [6, 7, 4, 8, 5]
     assert teacher_ids.dtype == student_ids.dtype == np.int64
@@ -595,10 +611,10 @@ def test_attention_takes_states_and_embeddings_in_bf16():
 
 
 def test_no_scores_of_a_whole_batch():
-    """The largest tensor has a row per token, forward and backward: 40 examples of 9 and 10 have 144,000 scores."""
+    """The largest tensor has a row per token, forward and backward: 20 examples of 9 and 10 have 36,000 scores."""
     with Largest() as largest:
-        gradients_of_attention(*attention([(9, 10)] * 40))
-    assert largest.elements == 400 * 2 * WIDTHS[1]
+        gradients_of_attention(*attention([(9, 10)] * 20))
+    assert largest.elements == 200 * 2 * WIDTHS[1]
 
 
 def test_standard_deviations_over_all_parts_of_an_update():

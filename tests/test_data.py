@@ -1,4 +1,4 @@
-"""data.py: the template, reading JSONL, the tokenizer, cutting to fit, batches, and the order of the data."""
+"""data.py: the template, reading JSONL, cutting to fit, sampled responses, and batches."""
 
 import json
 import random
@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from align import exact_token_alignment
 from data import (
@@ -14,17 +13,17 @@ from data import (
     Example,
     Row,
     Side,
-    TextTokenizer,
     collate,
     cut_prompt,
-    longest_prefix,
+    find_longest,
     read_jsonl,
-    sampled_row,
+    replace_response,
     tokenise,
-    update_order,
 )
 from experiments import tiny
 from model import build_model
+from runtime.formats import read_examples
+from runtime.tokenizer import read_tokenizer
 
 TEXTS = [
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -46,12 +45,12 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(directories):
-    return TextTokenizer(directories / "student")
+    return read_tokenizer(directories / "student")
 
 
 @pytest.fixture(scope="module")
 def teacher(directories):
-    return TextTokenizer(directories / "teacher")
+    return read_tokenizer(directories / "teacher")
 
 
 def raw(prompt, output):
@@ -86,7 +85,13 @@ def write(tmp_path, content):
     return path
 
 
-def test_read_jsonl_both_forms(tmp_path):
+@pytest.fixture(params=[read_jsonl, read_examples])
+def read(request):
+    """The reader of our own files, and that of files of others."""
+    return request.param
+
+
+def test_both_forms(tmp_path, read):
     path = write(
         tmp_path,
         '{"prompt": "p ", "output": "o"}\n'
@@ -94,255 +99,38 @@ def test_read_jsonl_both_forms(tmp_path):
         '{"instruction": "i", "output": ["a", "b"]}\n'
         '{"instruction": "", "input": "n", "output": " "}',
     )
-    first, second, third, fourth = read_jsonl(path)
+    first, second, third, fourth = read(path)
     assert first == Example(f"{path}, line 1", ["o"], prompt="p ")
     assert second == Example(f"{path}, line 2", ["é"], instruction="i")
     assert third.outputs == ["a", "b"] and third.input == "" and third.prompt is None
     assert (fourth.instruction, fourth.input, fourth.outputs) == ("", "n", [" "])
 
 
-def test_read_jsonl_keeps_odd_characters_and_counts_lines_by_newlines(tmp_path):
+def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path, read):
     odd = "a\u2028b\u2029c\x85d\u000be\x0cf\x1cg\x00h\u00a0\ufeff\r\n\ti"
     record = json.dumps({"prompt": odd, "output": odd}, ensure_ascii=False)
     assert "\u2028" in record and "\x85" in record
     path = write(tmp_path, b"\xef\xbb\xbf\r\n" + record.encode() + b"\r\n  \n\n" + record.encode() + b"\n\n")
-    examples = read_jsonl(path)
+    examples = read(path)
     assert [example.where for example in examples] == [f"{path}, line 2", f"{path}, line 5"]
     assert all(example.prompt == odd and example.outputs == [odd] for example in examples)
 
 
-def test_read_jsonl_part(tmp_path):
+def test_part_of_a_file(tmp_path, read):
     path = write(tmp_path, "".join(f'{{"prompt": "{n}", "output": "o"}}\n' for n in range(6)))
-    assert [e.prompt for e in read_jsonl(path, 2, 4)] == ["2", "3"]
-    assert [e.where for e in read_jsonl(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
-    assert len(read_jsonl(path)) == 6
-
-
-GSM8K = {"question": "How many?", "answer": "2 + 1 = <<2+1=3>>3\n#### 3"}
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def one():\n    """1"""\n',
-    "entry_point": "one",
-    "canonical_solution": "    return 1\n",
-    "test": "\n\ndef check(candidate):\n    assert candidate() == 1\n",
-}
-MBPP = {
-    "text": "Write a function to give {one}.",
-    "code": "def one():\r\n  return 1",
-    "task_id": 1,
-    "test_setup_code": "",
-    "test_list": ["assert one() == 1", "assert one() != 2"],
-    "challenge_test_list": [],
-}
-
-
-def test_read_jsonl_takes_the_published_forms(tmp_path):
-    lines = [GSM8K, HUMANEVAL, MBPP, {**MBPP, "test_setup_code": "x = one()"}]
-    mathematics, completion, program, setup = read_jsonl(write(tmp_path, "\n".join(map(json.dumps, lines))))
-    assert (mathematics.instruction, mathematics.outputs) == (GSM8K["question"], [GSM8K["answer"]])
-    assert mathematics.code is None and "### Instruction:\nHow many?" in mathematics.prompt_text()
-    assert (completion.prompt, completion.outputs) == (HUMANEVAL["prompt"], [HUMANEVAL["canonical_solution"]])
-    assert completion.code.entry_point == "one" and completion.code.tests == HUMANEVAL["test"] + "\ncheck(one)\n"
-    assert program.prompt == (
-        "You are an expert Python programmer, and here is your task: Write a function to give {one}. Your code should "
-        "pass these tests:\n\nassert one() == 1\nassert one() != 2\n[BEGIN]\n"
-    )
-    assert program.outputs == [MBPP["code"]] and program.code.entry_point == ""
-    assert program.code.tests == "\nassert one() == 1\nassert one() != 2\n"
-    assert setup.code.tests == "x = one()" + program.code.tests and "x = one()" not in setup.prompt
-
-
-@pytest.mark.parametrize(
-    "record, key, value, message",
-    [
-        (GSM8K, "answer", None, "'answer' is missing"), (GSM8K, "answer", 3, "'answer' must be a string, found int"),
-        (GSM8K, "question", [], "'question' must be a string"), (HUMANEVAL, "test", None, "'test' is missing"),
-        (HUMANEVAL, "canonical_solution", None, "'canonical_solution' is missing"),
-        (HUMANEVAL, "prompt", None, "'prompt' is missing"),
-        (HUMANEVAL, "entry_point", None, "'entry_point' is missing"),
-        (HUMANEVAL, "entry_point", "two", "'prompt' does not define the 'entry_point' 'two'"),
-        (HUMANEVAL, "entry_point", "one(); two", "'prompt' does not define the 'entry_point'"),
-        (MBPP, "text", None, "'text' is missing"), (MBPP, "code", None, "'code' is missing"),
-        (MBPP, "test_list", [], "'test_list' must be a list of strings"),
-        (MBPP, "test_list", [3], "'test_list' must be a list of strings"),
-        (MBPP, "test_list", "assert", "'test_list' must be a list of strings"),
-        (MBPP, "test_setup_code", None, None), (MBPP, "test_setup_code", 3, "'test_setup_code' must be a string"),
-    ],
-)  # fmt: skip
-def test_published_forms_name_the_key_that_is_wrong(tmp_path, record, key, value, message):
-    record = {**record, key: value} if value is not None else {k: v for k, v in record.items() if k != key}
-    path = write(tmp_path, json.dumps(record))
-    if message is None:
-        assert read_jsonl(path)[0].code.tests.startswith("\nassert")
-        return
-    with pytest.raises(ValueError) as caught:
-        read_jsonl(path)
-    assert str(caught.value).startswith(f"{path}, line 1: {message}")
-
-
-GOOD = b'{"prompt": "p", "output": "o"}\n'
-MALFORMED = {
-    "not JSON": (GOOD + b"{'prompt': 1}\n", ["line 2", "not JSON"]),
-    "cut off": (GOOD + GOOD + b'{"prompt": "p", "outp', ["line 3", "not JSON"]),
-    "two objects on a line": (GOOD.strip() + b" " + GOOD, ["line 1", "not JSON"]),
-    "a raw control character": (b'{"prompt": "a\tb", "output": "o"}\n', ["line 1", "not JSON"]),
-    "an endless number": (b'{"prompt": "p", "output": "o", "id": ' + b"1" * 5000 + b"}\n", ["line 1", "not JSON"]),
-    "an array": (GOOD + b'\n["prompt", "output"]\n', ["line 3", "object", "list"]),
-    "a JSON file, not lines": (b"[\n" + GOOD.strip() + b"\n]\n", ["line 1", "not JSON"]),
-    "null": (b"null\n", ["line 1", "object", "NoneType"]),
-    "no output": (GOOD + b'{"prompt": "p"}\n', ["line 2", "'output' is missing"]),
-    "output null": (b'{"prompt": "p", "output": null}\n', ["line 1", "'output' must be a string or a list of strings"]),
-    "output a number": (b'{"prompt": "p", "output": 3}\n', ["line 1", "'output' must be"]),
-    "output an empty list": (b'{"prompt": "p", "output": []}\n', ["line 1", "'output' must be"]),
-    "output a list of numbers": (b'{"prompt": "p", "output": ["a", 3]}\n', ["line 1", "'output' must be"]),
-    "no prompt": (b'{"output": "o"}\n', ["line 1", "neither 'prompt' nor 'instruction'"]),
-    "prompt a list": (b'{"prompt": ["p"], "output": "o"}\n', ["line 1", "'prompt' must be a string, found list"]),
-    "prompt empty": (GOOD + b'{"prompt": "", "output": "o"}\n', ["line 2", "'prompt' is empty"]),
-    "instruction null": (b'{"instruction": null, "output": "o"}\n', ["line 1", "'instruction' must", "NoneType"]),
-    "input a number": (b'{"instruction": "i", "input": 3, "output": "o"}\n', ["line 1", "'input' must", "int"]),
-    "output empty": (GOOD + b'{"prompt": "p", "output": ""}\n' + GOOD, ["output is empty on line 2;"]),
-    "outputs empty": (
-        b'{"prompt": "p", "output": ""}\n' + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n',
-        ["output is empty on lines 1, 3;"],
-    ),
-    "many outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and others"]),
-    "half a surrogate pair": (b'{"prompt": "ab\\ud83d", "output": "o"}\n', ["line 1", "'prompt'", "surrogate", "2"]),
-    "half a pair, output": (GOOD + b'{"prompt": "p", "output": ["o", "\\udc00"]}', ["line 2", "'output'", "surrogate"]),
-    "not UTF-8": (GOOD + b"\n" + '{"prompt": "é", "output": "o"}\n'.encode("latin-1"), ["line 3", "not UTF-8"]),
-    "not UTF-8 behind a BOM": (b"\xef\xbb\xbf{}\n\xff\n", ["line 2", "not UTF-8"]),
-    "UTF-16": ('{"prompt": "p", "output": "o"}\n'.encode("utf-16"), ["line 1", "not UTF-8"]),
-    "empty": (b"", ["no examples"]),
-    "blank lines only": (b"\n \r\n\n", ["no examples"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_read_jsonl_names_file_line_and_key(tmp_path, case):
-    content, expected = MALFORMED[case]
-    path = write(tmp_path, content)
-    with pytest.raises(ValueError) as caught:
-        read_jsonl(path)
-    message = str(caught.value)
-    assert message.startswith(str(path)) and all(part in message for part in expected), message
-    assert "\n" not in message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-
-
-def with_files(tmp_path, directories, files, which="student"):
-    """A copy of a tokenizer with these further files: {name: content}."""
-    (tmp_path / "tokenizer.json").write_bytes((directories / which / "tokenizer.json").read_bytes())
-    for name, content in files.items():
-        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        ({"tokenizer_config.json": {"eos_token": "A"}, "generation_config.json": {"eos_token_id": 5}}, "A"),
-        ({"tokenizer_config.json": {"eos_token": {"content": "B", "lstrip": False}}}, "B"),
-        ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": 5}}, 5),
-        ({"tokenizer_config.json": {}, "generation_config.json": {"eos_token_id": [7, 8]}}, 7),
-        ({"generation_config.json": {"eos_token_id": 5}, "config.json": {"eos_token_id": 6}}, 5),
-        ({"config.json": {"eos_token_id": 0}}, 0),
-    ],
-)
-def test_end_of_text_lookup_order(tmp_path, directories, files, expected):
-    tokenizer = TextTokenizer(with_files(tmp_path, directories, files))
-    assert tokenizer.eos_id == (tokenizer.tokenizer.token_to_id(expected) if isinstance(expected, str) else expected)
-    assert tokenizer.bytes[tokenizer.eos_id] is None  # special or not
-
-
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        ({}, "no end-of-text token: give eos_token in tokenizer_config.json"),
-        ({"config.json": {"eos_token_id": None}}, "no end-of-text token"),
-        ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, "tokenizer_config.json: eos_token '<nowhere>' is not"),
-        ({"config.json": {"eos_token_id": 50256}}, "config.json: eos_token_id 50256 is not in tokenizer.json"),
-        ({"config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not in"),
-        ({"config.json": {"eos_token_id": []}}, "no end-of-text token"),
-        ({"config.json": {"eos_token_id": True}}, "eos_token_id True is not in"),
-        ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
-        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: expected a JSON object, found list"),
-        ({"tokenizer.json": "{"}, "tokenizer.json: cannot be read as a tokenizer"),
-    ],
-)
-def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path, directories, files, expected):
-    with pytest.raises(ValueError, match=expected) as caught:
-        TextTokenizer(with_files(tmp_path, directories, files))
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_missing_and_unalignable_tokenizers_are_named(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
-        TextTokenizer(tmp_path)
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    with pytest.raises(ValueError, match="tokenizer.json: cannot tell which bytes.*WordPiece") as caught:
-        TextTokenizer(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_special_tokens_in_the_data_are_text(student, teacher):
-    text = "a <|endoftext|></s><s> <unk> b"
-    for tokenizer in (student, teacher):
-        ids = tokenizer.encode(text)
-        assert tokenizer.eos_id not in ids and all(tokenizer.bytes[i] is not None for i in ids)
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
-    assert teacher.encode("x")[0] != teacher.tokenizer.token_to_id("<s>")  # no special tokens are added
-
-
-def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path, directories):
-    tokenizer = Tokenizer.from_file(str(directories / "student" / "tokenizer.json"))
-    long, short = len(tokenizer.encode(TEXTS[1] * 9).ids), len(tokenizer.encode("a").ids)
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=3)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    ours = TextTokenizer(tmp_path)
-    assert len(ours.encode(TEXTS[1] * 9)) == long > 50 and len(ours.encode("a")) == short
-
-
-def test_check_model_in_both_directions(student):
-    size = student.size
-    assert size == student.tokenizer.get_vocab_size() == len(student.bytes)
-    for rows in (size, size + 300, int(1.1 * size) + 1024):
-        student.check_model(rows)
-    for rows in (size - 1, 10):
-        with pytest.raises(ValueError, match=f"ids up to {size - 1}, the model only {rows} embeddings.*not belong"):
-            student.check_model(rows)
-    for rows in (int(1.1 * size) + 1025, 32000):
-        with pytest.raises(ValueError, match=f"has {rows} embeddings, the tokenizer only {size} ids.*not belong"):
-            student.check_model(rows)
-
-
-def test_size_counts_ids_not_tokens(tmp_path):
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 9}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.add_tokens([AddedToken("<x>", special=True)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
-    assert TextTokenizer(tmp_path).size == 10
-    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')  # a hole
-    with pytest.raises(ValueError, match="eos_token_id 5 is not in tokenizer.json"):
-        TextTokenizer(tmp_path)
+    assert [e.prompt for e in read(path, 2, 4)] == ["2", "3"]
+    assert [e.where for e in read(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
+    assert len(read(path)) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cutting to fit
 
 
-def test_longest_prefix():
+def test_find_longest():
     for length in range(12):
         for limit in range(-1, length + 1):
-            assert longest_prefix(length, lambda n, limit=limit: n <= limit) == limit
+            assert find_longest(length, lambda n, limit=limit: n <= limit) == limit
 
 
 def lengths(row):
@@ -420,6 +208,18 @@ def test_cutting_of_random_texts(student, teacher):
     assert 30 < seen.prompts_cut < 140 and 30 < seen.responses_cut < 140
 
 
+def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):
+    lines = [{"prompt": "p", "output": "abc"}, {"prompt": "p", "output": "abc", "end_of_text": False}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student)
+    whole, cut = (row.student.response for row in rows)
+    assert whole == [*cut, student.eos_id] and report.responses_cut == 0
+    length = len(rows[1].student.prompt) + len(cut)
+    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
+    assert rows[1].student.response == cut and len(rows[0].student.response) <= len(cut)
+    assert report.responses_cut == 1
+
+
 def test_cutting_of_random_template_prompts(student, teacher):
     """The input goes before the instruction, the answer marker never."""
     rng, both = random.Random(1), (student, teacher)
@@ -428,7 +228,7 @@ def test_cutting_of_random_template_prompts(student, teacher):
     for _ in range(150):
         example = Example("", ["x"], instruction=random_text(rng, 12), input=rng.choice(["", random_text(rng, 30)]))
         limit = empty + rng.randint(0, 120)
-        text = cut_prompt(example, list(both), limit)
+        text = cut_prompt(example, list(both), limit).prompt_text()
         assert fits(both, text, limit) and text.endswith(MARKER)
         head, rest = text.removesuffix(MARKER).split("### Instruction:\n")
         kept, _, context = rest.partition("\n\n### Input:\n")
@@ -451,7 +251,7 @@ def test_cut_prompt_by_hand(student):
     def cut(example, text):
         limit = len(student.encode(text))
         assert not fits([student], example.prompt_text(), limit)
-        return cut_prompt(example, [student], limit)
+        return cut_prompt(example, [student], limit).prompt_text()
 
     both = Example("", ["x"], instruction="Sum up this text.", input="北京 北京 北京 北京")
     shorter = Example("", ["x"], instruction="Sum up this text.", input="北京 北京").prompt_text()
@@ -511,8 +311,8 @@ def byte_ids(tokenizer, spelt: bytes) -> list[int]:
 def paired_bytes(row, student, teacher):
     """What the aligned pairs spell, checked to be the same on both sides; None is end-of-text."""
     pairs = list(zip(*row.pairs, strict=True))
-    theirs = [teacher.spelt(row.teacher.response)[i] for i, _ in pairs]
-    ours = [student.spelt(row.student.response)[j] for _, j in pairs]
+    theirs = [teacher.spell(row.teacher.response)[i] for i, _ in pairs]
+    ours = [student.spell(row.student.response)[j] for _, j in pairs]
     assert [token and token.lstrip(b" ") for token in ours] == [token and token.lstrip(b" ") for token in theirs]
     return ours
 
@@ -521,7 +321,7 @@ def paired_bytes(row, student, teacher):
 def test_a_sampled_response_is_read_by_the_teacher_as_text(student, teacher, align):
     gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align=align)[0][0]
     expected = tokenise([raw("Say:", "Le café: 東京")], student, teacher, align=align)[0][0]
-    row = sampled_row(gold, expected.student.response, student, teacher, 512, align)
+    row = replace_response(gold, expected.student.response, student, teacher, 512, align)
     assert (row.student, row.teacher) == (expected.student, expected.teacher)
     assert row.student.response[-1] == student.eos_id and row.teacher.response[-1] == teacher.eos_id
     if align == "eta":
@@ -530,7 +330,7 @@ def test_a_sampled_response_is_read_by_the_teacher_as_text(student, teacher, ali
     labels = collate([row], 0).student.labels
     assert labels.tolist() == row.student.response  # and is trained on
 
-    cut = sampled_row(gold, expected.student.response[:-1], student, teacher, 512, align)
+    cut = replace_response(gold, expected.student.response[:-1], student, teacher, 512, align)
     assert cut.student.response == expected.student.response[:-1]
     assert cut.teacher.response == expected.teacher.response[:-1]
     assert student.eos_id not in collate([cut], 0).student.labels
@@ -541,7 +341,7 @@ def test_the_student_keeps_the_tokens_that_it_sampled(student, teacher):
     gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
     response = [*byte_ids(student, b"the"), *student.encode(" fox"), student.eos_id]
     assert student.encode("the fox") != response[:-1]
-    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    row = replace_response(gold, response, student, teacher, 512, "eta")
     assert row.student.response == response
     assert row.teacher.response == [*teacher.encode("the fox"), teacher.eos_id]
     assert paired_bytes(row, student, teacher)[-2:] == [student.bytes[response[-2]], None]
@@ -550,7 +350,7 @@ def test_the_student_keeps_the_tokens_that_it_sampled(student, teacher):
 def test_an_empty_response_is_end_of_text_on_both_sides(student, teacher):
     for align in ("eta", "cma"):
         gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align=align)[0][0]
-        row = sampled_row(gold, [student.eos_id], student, teacher, 512, align)
+        row = replace_response(gold, [student.eos_id], student, teacher, 512, align)
         assert (row.student.response, row.teacher.response) == ([student.eos_id], [teacher.eos_id])
         assert align == "cma" or [index.tolist() for index in row.pairs] == [[0], [0]]
 
@@ -561,11 +361,11 @@ def test_bytes_that_are_no_text(student, teacher, broken):
     gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
     before, after = student.encode("the lazy"), student.encode(" dog sleeps")
     response = [*before, *byte_ids(student, broken), *after, student.eos_id]
-    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    row = replace_response(gold, response, student, teacher, 512, "eta")
     assert row.student.response == response
     text = teacher.decode(row.teacher.response)
     assert text.startswith("the lazy\ufffd") and text.endswith("\ufffd dog sleeps")
-    whole = sampled_row(gold, [*before, *after, student.eos_id], student, teacher, 512, "eta")
+    whole = replace_response(gold, [*before, *after, student.eos_id], student, teacher, 512, "eta")
     found, expected = paired_bytes(row, student, teacher), paired_bytes(whole, student, teacher)
     assert [token for token in found if token is None or len(token) > 1] == [
         token for token in expected if token is None or len(token) > 1
@@ -577,13 +377,13 @@ def test_a_character_that_the_length_cuts_in_two(student, teacher):
     """The teacher's text ends before it; followed by end-of-text, it is text that is wrong, and stays."""
     gold = tokenise([raw("Say:", "the lazy dog")], student, teacher, align="eta")[0][0]
     response = [*student.encode("the fox"), *byte_ids(student, "🍕".encode()[:3])]
-    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    row = replace_response(gold, response, student, teacher, 512, "eta")
     assert row.student.response == response
     assert row.teacher.response == teacher.encode("the fox")
-    row = sampled_row(gold, [*response, student.eos_id], student, teacher, 512, "eta")
+    row = replace_response(gold, [*response, student.eos_id], student, teacher, 512, "eta")
     assert row.teacher.response == [*teacher.encode("the fox\ufffd"), teacher.eos_id]
     # nothing but the beginning of a character: the teacher would have no token, so the gold response stays
-    assert sampled_row(gold, byte_ids(student, "🍕".encode()[:2]), student, teacher, 512, "eta") is gold
+    assert replace_response(gold, byte_ids(student, "🍕".encode()[:2]), student, teacher, 512, "eta") is gold
 
 
 def test_sampled_special_tokens_spell_nothing(student, teacher):
@@ -593,14 +393,14 @@ def test_sampled_special_tokens_spell_nothing(student, teacher):
     start = student.tokenizer.token_to_id("<s>")
     words = student.encode("the lazy dog")
     response = [start, *words[:2], start, *words[2:], student.eos_id]
-    row = sampled_row(gold, response, student, teacher, 512, "eta")
+    row = replace_response(gold, response, student, teacher, 512, "eta")
     assert row.student.response == response
     assert row.teacher.response == gold.teacher.response
     expected = gold.pairs[1] + 1 + (gold.pairs[1] >= 2)
     assert row.pairs[1].tolist() == expected.tolist() and row.pairs[0].tolist() == gold.pairs[0].tolist()
     assert paired_bytes(row, student, teacher)[-1] is None
-    assert sampled_row(gold, [start, start], student, teacher, 512, "eta") is gold
-    row = sampled_row(gold, [start, student.eos_id], student, teacher, 512, "eta")
+    assert replace_response(gold, [start, start], student, teacher, 512, "eta") is gold
+    row = replace_response(gold, [start, student.eos_id], student, teacher, 512, "eta")
     assert [index.tolist() for index in row.pairs] == [[0], [1]]
 
 
@@ -611,7 +411,7 @@ def test_sampled_responses_fit_the_teacher_too(student, teacher, room):
     response = [*student.encode(text), student.eos_id]
     theirs = [*teacher.encode(text), teacher.eos_id]
     max_len = len(gold.teacher.prompt) + room
-    row = sampled_row(gold, response, student, teacher, max_len, "eta")
+    row = replace_response(gold, response, student, teacher, max_len, "eta")
     if room == 0:
         assert row is gold
         return
@@ -628,9 +428,9 @@ def test_sampled_responses_fit_the_teacher_too(student, teacher, room):
 def test_with_one_vocabulary_the_teacher_sees_the_same_ids(student):
     gold = tokenise([raw("Say:", "the lazy dog")], student, student, align="none")[0][0]
     response = [*byte_ids(student, b"the\xe9"), student.eos_id]
-    row = sampled_row(gold, response, student, student, 512, "none")
+    row = replace_response(gold, response, student, student, 512, "none")
     assert row.student.response == row.teacher.response == response and row.pairs is None
-    row = sampled_row(gold, response, student, student, len(gold.teacher.prompt) + 2, "none")
+    row = replace_response(gold, response, student, student, len(gold.teacher.prompt) + 2, "none")
     assert row.student.response == row.teacher.response == response[:2]
 
 
@@ -751,46 +551,3 @@ def test_batch_to_moves_every_tensor(rows):
     sides = [getattr(side, part) for side in (moved.student, moved.teacher)
              for part in ("input_ids", "real", "positions", "labels")]  # fmt: skip
     assert {t.device.type for t in [*sides, moved.teacher_index, moved.student_index]} == {"meta"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Order
-
-
-@pytest.mark.parametrize("examples, per_update", [(10, 3), (12, 4), (5, 8), (1, 1)])
-def test_update_order(examples, per_update):
-    updates = -(-examples // per_update)
-
-    def take(start=0, seed=0, count=4 * updates):
-        order = update_order(examples, per_update, seed, start)
-        return [next(order) for _ in range(count)]
-
-    order = take()
-    epochs = [sum(order[e * updates : (e + 1) * updates], []) for e in range(4)]
-    assert all(sorted(epoch) == list(range(examples)) for epoch in epochs)  # a permutation each
-    assert all(len(update) <= per_update for update in order)
-    assert all(len(update) == per_update for update in order if update not in order[updates - 1 :: updates])
-    assert take() == order
-    for start in range(2 * updates + 1):
-        assert take(start, count=updates) == order[start : start + updates]
-    if examples > 4:
-        assert len({tuple(epoch) for epoch in epochs}) == 4
-        assert take(seed=1) != order and sum(take(seed=1)[:updates], []) not in epochs
-
-
-# -- baselines ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):
-    lines = [{"prompt": "p", "output": "abc"}, {"prompt": "p", "output": "abc", "end_of_text": False}]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student)
-    whole, cut = (row.student.response for row in rows)
-    assert whole == [*cut, student.eos_id] and report.responses_cut == 0
-    length = len(rows[1].student.prompt) + len(cut)
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
-    assert rows[1].student.response == cut and len(rows[0].student.response) <= len(cut)
-    assert report.responses_cut == 1
-    (tmp_path / "d.jsonl").write_text(json.dumps({**lines[1], "end_of_text": "no"}))
-    with pytest.raises(ValueError, match="line 1: 'end_of_text' must be true or false, found str"):
-        read_jsonl(tmp_path / "d.jsonl")

@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "experiments" / "README.md", ROOT / "examples" / "README.md"]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 EXCERPT = re.compile(r"^```python (\S+\.py) ([\w.]+)(?:: (.+?) \.\.\. (.+?))?\n(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^ *```sh( test)?\n(.*?)^ *```$", re.M | re.S)
@@ -213,10 +214,7 @@ def test_commands_were_found():
 # Copying
 
 
-DOCTESTS = "model lora projector align losses scores/rouge scores/answers scores/programs"
-
-
-@pytest.mark.parametrize("file", DOCTESTS.split())
+@pytest.mark.parametrize("file", "model lora projector align losses scores/rouge scores/answers".split())
 def test_concept_files_work_alone(tmp_path, file):
     """Copied into an empty folder, each imports nothing of the project and its docstring's example runs."""
     name = Path(file).name

@@ -10,12 +10,13 @@ from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation
 import model
-from data import CodeTask, Example, TextTokenizer, read_jsonl, tokenise
+from data import CodeTask, Example, read_jsonl, tokenise
+from runtime.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")
 def student(tiny_task):
-    return model.load_model(tiny_task / "student"), TextTokenizer(tiny_task / "student")
+    return model.load_model(tiny_task / "student"), read_tokenizer(tiny_task / "student")
 
 
 def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, student):
@@ -258,7 +259,7 @@ def puppet(directory, tokenizer, answer, ends=True):
     vocabulary.add_tokens([AddedToken(answer, special=False, normalized=False)])
     vocabulary.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
-    size, said, end = vocabulary.get_vocab_size(), vocabulary.token_to_id(answer), TextTokenizer(directory).eos_id
+    size, said, end = vocabulary.get_vocab_size(), vocabulary.token_to_id(answer), read_tokenizer(directory).eos_id
     config = {"model_type": "gpt2", "vocab_size": size, "n_positions": 1024, "n_embd": 4, "n_layer": 1, "n_head": 1,
               "tie_word_embeddings": False}  # fmt: skip
     m = model.build_model(config)

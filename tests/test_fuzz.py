@@ -19,14 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
 import eval as evaluation
 import lora
 import model
 import train
+from data import tokenise
 from model import load_model
 from runtime import hub, strict
+from runtime.formats import read_examples
 from runtime.peft import load_adapter, save_adapter
+from runtime.tokenizer import check_size, read_tokenizer
 from scores.answers import answers_equal, final_answer, is_correct
 from scores.programs import humaneval_program, mbpp_program
 
@@ -299,14 +301,14 @@ TEXTS = ["The fox.", " a  b\n\tc", "Größe 東京 🦊\0 </s><|endoftext|>", "\
 @pytest.fixture(scope="module")
 def texts_of(tiny_task):
     """{name: what the good tokenizer makes of TEXTS}"""
-    return {name: read_all(data.TextTokenizer(tiny_task / name)) for name in ("student", "teacher")}
+    return {name: read_all(read_tokenizer(tiny_task / name)) for name in ("student", "teacher")}
 
 
 def read_all(tokenizer):
     ids = [tokenizer.encode(text) for text in TEXTS] + [tokenizer.encode_prompt(text) for text in TEXTS]
     assert all(0 <= i < tokenizer.size for part in ids for i in part) and 0 <= tokenizer.eos_id < tokenizer.size
     assert len(tokenizer.bytes) == tokenizer.size and tokenizer.bytes[tokenizer.eos_id] is None
-    return ids, [tokenizer.decode(part) for part in ids], [tokenizer.spelt(part) for part in ids], tokenizer.eos_id
+    return ids, [tokenizer.decode(part) for part in ids], [tokenizer.spell(part) for part in ids], tokenizer.eos_id
 
 
 @mutants(40, 200)
@@ -361,12 +363,12 @@ def test_tokenizers(count, tiny_task, tmp_path, texts_of):
             other.write_text(content)
             kind += f", {other.name} {what}"
         print(name, kind)
-        tokenizer = result(lambda: data.TextTokenizer(tmp_path), tmp_path)
+        tokenizer = result(lambda: read_tokenizer(tmp_path), tmp_path)
         if tokenizer is None:
             continue
         assert tokenizer.size < 10**7
         read_all(tokenizer)
-        result(lambda t=tokenizer: t.check_model(900), tmp_path)
+        result(lambda t=tokenizer: check_size(t, 900), tmp_path)
         if file.read_text(encoding="utf-8") == text and tokenizer.eos_id == texts_of[name][3]:
             assert read_all(tokenizer) == texts_of[name]
 
@@ -388,10 +390,10 @@ def parts(examples):
 
 @mutants(60, 750)
 def test_data(count, tmp_path, tiny_task):
-    tokenizer = data.TextTokenizer(tiny_task / "student")
+    tokenizer = read_tokenizer(tiny_task / "student")
     file = tmp_path / "ex amples é.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in GOOD))
-    good = parts(data.read_jsonl(file))
+    good = parts(read_examples(file))
     for rng in generators(count, "data"):
         lines = [json.dumps(line, ensure_ascii=rng.random() < 0.5) for line in GOOD]
         end, same, n = "\n", False, rng.randrange(len(lines))
@@ -419,7 +421,7 @@ def test_data(count, tmp_path, tiny_task):
         content = (end.join(lines) + end).encode() if content is None else content
         print(kind, f"line {n + 1}: {lines[n]:.200}")
         file.write_bytes(content)
-        examples = result(lambda: data.read_jsonl(file), f"{file}, line ", f"{file}: ")
+        examples = result(lambda: read_examples(file), f"{file}, line ", f"{file}: ")
         assert examples is not None or not same
         if examples is None:
             continue
@@ -427,7 +429,7 @@ def test_data(count, tmp_path, tiny_task):
         if same:
             assert parts(examples) == good
         for example in examples:
-            result(lambda e=example: data.tokenise([e], tokenizer, max_len=128, max_prompt_len=100), example.where)
+            result(lambda e=example: tokenise([e], tokenizer, max_len=128, max_prompt_len=100), example.where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,14 +690,14 @@ def test_padded_vocabularies(method, rows, tiny_task, tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "eval-test.json").read_text())
     assert report["cross_entropy"] < 20 and any(report["responses"][0])
     if method == "seqkd":
-        answers = data.read_jsonl(tmp_path / "run" / "seqkd.jsonl")
+        answers = read_examples(tmp_path / "run" / "seqkd.jsonl")
         assert len(answers) == 10
 
 
 def test_padding_is_never_sampled(tiny_task, tmp_path):
     m = load_model(tiny_task / "student")
     m = model.build_model({**m.config, "vocab_size": 964})
-    tokenizer = data.TextTokenizer(tiny_task / "student")
+    tokenizer = read_tokenizer(tiny_task / "student")
     m.embed.weight.data[900:] *= 100
     ids = [tokenizer.encode("The fox")]
     assert max(model.generate(m, ids, 30, None, seed=0)[0]) >= 900
@@ -714,9 +716,8 @@ SOURCES = sorted(
 UNPICKLERS = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal yaml importlib runpy code pty".split())
 STARTERS = {"subprocess", "multiprocessing"}
 NEEDED = {"sandbox.py": {"subprocess", "exec", "compile"},
-          "bench.py": {"subprocess", "importlib"},  # for versions
-          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"},  # runs of train.py
-          "realtext.py": {"subprocess"}}  # fmt: skip
+          "bench.py": {"multiprocessing", "importlib"},  # for versions
+          "paper.py": {"subprocess"}, "reproduce.py": {"subprocess"}}  # runs of train.py # fmt: skip
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))

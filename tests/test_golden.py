@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import train
 from align import exact_token_alignment
 from baselines.mined import edit_distance_map
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from losses import DIVERGENCES
 from model import load_model
+from runtime.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("DSKD_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -51,7 +52,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
 
 @functools.cache
 def golden_model(name):
-    return load_model(GOLDEN / name), TextTokenizer(GOLDEN / name)
+    return load_model(GOLDEN / name), read_tokenizer(GOLDEN / name)
 
 
 @functools.cache
@@ -109,7 +110,7 @@ def test_the_update_of_training(case, batch_size, chunk, tmp_path):
     )  # fmt: skip
     made = train.Method(o, student, tokenizer, teacher, teacher_tokenizer)
     rows = golden_rows(teacher_name, made.align)
-    pieces = train.Pieces(student, tokenizer, made, teacher_tokenizer, rows, [], [])
+    pieces = train.Pieces(student, tokenizer, teacher, teacher_tokenizer, rows, method=made)
     student.train().zero_grad()
     batches = [pieces.collate(rows[i : i + batch_size], "cpu") for i in range(0, len(rows), batch_size)]
     found = train.distil(o, pieces, student, batches)

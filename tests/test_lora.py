@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 import torch
+from helpers import GPT2, LLAMA, QWEN, arguments, log_of, random_batch, random_model, same, weights_of
 from safetensors.torch import load_file, save_file
-from test_model import GPT2, LLAMA, QWEN, random_batch, random_model
-from test_train import arguments, log_of, same, weights_of
 
 import lora
 import model

@@ -4,45 +4,18 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import model
 import train
-from data import TextTokenizer
 from experiments import tiny
 from losses import DIVERGENCES
-
-
-def arguments(task, out, **changed):
-    """A command line for two updates on the tiny task, as a list."""
-    options = {
-        "teacher": task / "teacher", "student": task / "student", "data": task / "train.jsonl", "out": out,
-        "max_steps": 2, "batch_size": 4, "max_len": 96, "max_prompt_len": 48, "log_every": 1, "device": "cpu",
-        **changed,
-    }  # fmt: skip
-    words = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [] if value is None else [flag, str(value)]
-    return words
-
-
-def log_of(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(out) -> dict[str, torch.Tensor]:
-    return load_file(Path(out) / "student" / "model.safetensors")
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
+from runtime.tokenizer import read_tokenizer
 
 COMBINATIONS = [
     ("sft", "v2", "none", "fkl", "student", 0),
@@ -304,7 +277,7 @@ def test_the_log_sums_up_the_updates_since_the_last_line():
 
 def test_a_response_that_cannot_be_used_leaves_the_gold_one(tiny_task, tmp_path, monkeypatch):
     """Every second one is half a character and cut; `on_policy` says how many were sampled."""
-    tokenizer = TextTokenizer(tiny_task / "student")
+    tokenizer = read_tokenizer(tiny_task / "student")
     half, word = [tokenizer.bytes.index(b"\xf0")], [*tokenizer.encode("The fox"), tokenizer.eos_id]
     monkeypatch.setattr(train, "generate", lambda *arguments, **_: [half, word] * 2)
     train.main(arguments(tiny_task, tmp_path / "run", on_policy=1, max_steps=1))
@@ -369,7 +342,7 @@ def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_ta
     transformers = pytest.importorskip("transformers")
     train.main(arguments(tiny_task, tmp_path / "run", max_steps=20, lr=1e-2))
     directory = tmp_path / "run" / "student"
-    ours, tokenizer = model.load_model(directory), TextTokenizer(directory)
+    ours, tokenizer = model.load_model(directory), read_tokenizer(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     for example in json.loads("[" + ",".join((tiny_task / "test.jsonl").read_text().splitlines()) + "]")[:4]:

@@ -34,8 +34,9 @@ from baselines.mined import (
     pair_by_edit_distance,
     token_spellings,
 )
-from data import Example, TextTokenizer, tokenise
+from data import Example, tokenise
 from losses import Counts
+from runtime.tokenizer import read_tokenizer
 
 # -- edit distances and warping ----------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ def test_columns_take_the_first_teacher_token(trained):
 @pytest.fixture
 def tokenizers(trained_folder):
     """(teacher's, student's)"""
-    return TextTokenizer(trained_folder / "teacher"), TextTokenizer(trained_folder / "student")
+    return read_tokenizer(trained_folder / "teacher"), read_tokenizer(trained_folder / "student")
 
 
 def test_pairs_are_of_the_tokens_that_are_read(tokenizers):

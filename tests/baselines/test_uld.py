@@ -50,6 +50,8 @@ def test_gradients_by_finite_differences():
         return i.terms()["kd"]
 
     assert gradcheck(kd, (i.student_hidden, i.student_head))
+    i.teacher_head.requires_grad_()  # it has none, even if it could learn
+    assert torch.autograd.grad(i.terms()["kd"], i.teacher_head, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, N, 100])

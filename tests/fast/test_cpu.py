@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import arguments, log_of
+from helpers import arguments, log_of
 
 import lora
 from fast import cpu

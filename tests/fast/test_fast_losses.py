@@ -15,6 +15,8 @@ def inputs(case, dtype=torch.float64, change=""):
     i = Inputs(case, dtype)
     if change == "without gold":
         i.gold = None
+    elif change == "a teacher that could learn":
+        i.teacher_hidden.requires_grad_(), i.teacher_head.requires_grad_()
     elif change == "no pairs":
         i.rows, i.teacher_rows, i.label = i.rows[:0], i.teacher_rows[:0], i.label[:0]
     return i
@@ -23,7 +25,8 @@ def inputs(case, dtype=torch.float64, change=""):
 def values_and_gradients(i, divergence, chunk):
     terms = i.terms(divergence, chunk, kd_rate=0.3)
     (3 * terms["loss"]).backward()
-    return {name: term.detach() for name, term in terms.items()}, {name: getattr(i, name).grad for name in LEARN}
+    leaves = [*LEARN, "teacher_hidden", "teacher_head"]
+    return {name: term.detach() for name, term in terms.items()}, {name: getattr(i, name).grad for name in leaves}
 
 
 # tokens at a time; of these, logits that stay in the cache; rows of the head's gradient at a time
@@ -31,7 +34,8 @@ def values_and_gradients(i, divergence, chunk):
 @every_divergence
 @pytest.mark.parametrize(
     ("case", "change"),
-    [*[(case, "") for case in CASES], *[(case, "without gold") for case in CASES[1:]], ("v2 eta", "no pairs")],
+    [*[(case, "") for case in CASES], *[(case, "without gold") for case in CASES[1:]], ("v2 eta", "no pairs"),
+     *[(case, "a teacher that could learn") for case in CASES]],
 )  # fmt: skip
 def test_values_and_gradients_equal_the_plain_ones(monkeypatch, case, change, divergence, chunk, cached, head_rows):
     monkeypatch.setattr(fast_losses, "CACHED_LOGITS", cached)
@@ -93,8 +97,10 @@ def test_no_tensor_of_all_logits_and_none_like_a_head_that_does_not_learn(learns
     assert largest.elements == vocabulary * chunk  # which is more than a head of this width
 
 
-def test_the_gradient_is_there_once():
-    loss = Inputs("v2 none").terms(chunk=4)["loss"]
+def test_the_loss_alone_has_a_gradient_and_once():
+    terms = Inputs("v2 none").terms(chunk=4)
+    loss = terms.pop("loss")
+    assert not any(term.requires_grad for term in terms.values())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up"):
         loss.backward()

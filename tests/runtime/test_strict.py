@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers import GPT2, LLAMA, LLAMA3, QWEN, random_batch, save_random, write
 from safetensors.torch import save_file
-from test_model import GPT2, LLAMA, LLAMA3, QWEN, random_batch, save_random, write
 
 from model import load_model
 from runtime.strict import check_config, check_model

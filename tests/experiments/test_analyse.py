@@ -4,17 +4,18 @@ import json
 import shutil
 import sys
 
-import distill
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import model
+import train
 from align import exact_token_alignment
-from data import Row, TextTokenizer, collate, read_jsonl, tokenise
+from data import Row, collate, read_jsonl, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
+from runtime.tokenizer import read_tokenizer
 
 SMALL = {"states": 4, "repetitions": 3}
 
@@ -96,20 +97,18 @@ def test_structure_distance_ignores_rotation_scale_and_width_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def pair(tiny_task):
-    """Teacher, student, their tokenizers, and the tokenised test examples, aligned."""
+    """Both models, and the tokenised test examples, aligned."""
     models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
-    tokenizers = [TextTokenizer(tiny_task / name) for name in ("teacher", "student")]
-    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), tokenizers[1], tokenizers[0], align="eta")
-    return *models, *tokenizers, rows
+    tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
+    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), *tokenizers, align="eta")
+    return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
 
 def test_example_distances_are_those_of_each_example_alone(pair):
-    teacher, student, *tokenizers, rows = pair
-    pads = tokenizers[1].eos_id, tokenizers[0].eos_id
-    together = analyse.example_distances(teacher, student, rows, pads, size=4)
-    for row, found in zip(rows, together, strict=True):
+    together = analyse.example_distances(pair, size=4)
+    for row, found in zip(pair.rows, together, strict=True):
         hidden = []
-        for m, side, index in ((teacher, row.teacher, row.pairs[0]), (student, row.student, row.pairs[1])):
+        for m, side, index in ((pair.teacher, row.teacher, row.pairs[0]), (pair.student, row.student, row.pairs[1])):
             with torch.no_grad():
                 states = m(torch.tensor([side.prompt + side.response[:-1]]))[0, len(side.prompt) - 1 :]
             hidden.append(states[index])
@@ -117,20 +116,19 @@ def test_example_distances_are_those_of_each_example_alone(pair):
 
 
 def test_a_model_has_no_distance_from_itself(pair):
-    teacher, _, tokenizer, _, rows = pair
-    alone = [np.arange(len(row.teacher.response)) for row in rows]
-    same = [Row(row.teacher, row.teacher, (index, index)) for row, index in zip(rows, alone, strict=True)]
-    assert analyse.example_distances(teacher, teacher, same, (tokenizer.eos_id,) * 2).max() < 1e-6
+    alone = [np.arange(len(row.teacher.response)) for row in pair.rows]
+    same = [Row(row.teacher, row.teacher, (index, index)) for row, index in zip(pair.rows, alone, strict=True)]
+    assert analyse.example_distances(analyse.Pair(pair.teacher, pair.teacher, same, (0, 0))).max() < 1e-6
 
 
 def test_knowledge_is_that_of_single_distributions(pair):
     """Against torch's own entropy and cross-entropy, a token at a time."""
-    teacher, student, teacher_tokenizer, tokenizer, rows = pair
+    teacher, student = pair.teacher, pair.student
     torch.manual_seed(0)
     t2s = torch.nn.Linear(teacher.head_weight.shape[1], student.head_weight.shape[1])
     expected = {"teacher": [], "student": [], "projected teacher": []}
     with torch.no_grad():
-        for row in rows:
+        for row in pair.rows:
             sides = (teacher, row.teacher), (student, row.student)
             read = [(m, torch.tensor([side.prompt + side.response[:-1]]), len(side.prompt)) for m, side in sides]
             states = [m(ids)[0, first - 1 :] for m, ids, first in read]
@@ -142,37 +140,36 @@ def test_knowledge_is_that_of_single_distributions(pair):
                     entropy = torch.distributions.Categorical(logits=logits).entropy()
                     nats = torch.nn.functional.cross_entropy(logits, torch.tensor(gold))
                     expected[who].append(torch.stack([entropy, nats, (logits.argmax() == gold).float()]))
-    pads = tokenizer.eos_id, teacher_tokenizer.eos_id
-    found = analyse.knowledge(teacher, student, rows, pads, dict(t2s.named_parameters()), size=4)
+    found = analyse.knowledge(pair, {"t2s.weight": t2s.weight, "t2s.bias": t2s.bias}, size=4)
     assert found.keys() == expected.keys()
     for who, values in expected.items():
         torch.testing.assert_close(found[who], torch.stack(values).double().mean(0), rtol=1e-4, atol=1e-6)
-    without_bias = analyse.knowledge(teacher, student, rows, pads, {"weight": t2s.weight})
+    without_bias = analyse.knowledge(pair, {"t2s.weight": t2s.weight})
     assert without_bias["projected teacher"][0] != found["projected teacher"][0]
-    assert analyse.knowledge(teacher, student, rows, pads, {}).keys() == {"teacher", "student"}
+    assert analyse.knowledge(pair, {}).keys() == {"teacher", "student"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and pictures
 
 
-def test_attention_is_what_training_computes(pair, monkeypatch):
-    teacher, student, teacher_tokenizer, tokenizer, rows = pair
-    given = (student, tokenizer, teacher, teacher_tokenizer)
-    distiller = train.Method(*given, recipe="v1", align="cma")
-    projectors = {f"query.{name}": tensor.detach() for name, tensor in distiller.projectors.query.named_parameters()}
-    batch = collate(rows[:1], tokenizer.eos_id, teacher_tokenizer.eos_id)
-    states, seen = distiller.teacher_states(batch), []
-    original = distill.cross_model_attention
-    monkeypatch.setattr(distill, "cross_model_attention", lambda *a: seen.append(original(*a)) or seen[-1])
-    distiller.loss(student, batch, states, distiller.totals(student, [batch], [states]))
-    found = analyse.attention(teacher, student, batch, projectors)
-    torch.testing.assert_close(found, seen[0][0].detach())
-    torch.testing.assert_close(found.sum(1), torch.ones(len(rows[0].student.response)))
-    with pytest.raises(ValueError, match="no query.weight.*cma"):
-        analyse.attention(teacher, student, batch, {})
-    with pytest.raises(ValueError, match=r"query.weight \[2, 2\]"):
-        analyse.attention(teacher, student, batch, {"query.weight": torch.zeros(2, 2)})
+def test_attention_is_what_training_computes(pair, tiny_task, monkeypatch):
+    """With these weights on the values, the projected teacher states are those that the loss is taken on."""
+    tokenizers = read_tokenizer(tiny_task / "student"), read_tokenizer(tiny_task / "teacher")
+    o = train.check_options(train.Options("-", "-", "-", recipe="v1", align="cma", device="cpu"))
+    method = train.Method(o, pair.student, tokenizers[0], pair.teacher, tokenizers[1])
+    batch, seen = collate(pair.rows[:1], *pair.ends), []
+    attend = train.cross_model_attention
+    monkeypatch.setattr(train, "cross_model_attention", lambda *a: seen.append(attend(*a)) or seen[-1])
+    with torch.no_grad():
+        answer = method.ask_teacher(batch)
+        totals = method.count(pair.student, [batch], [answer], [batch])
+        method.loss(pair.student, batch, answer, totals)
+        weights = analyse.attention(pair.teacher, pair.student, batch, method.projectors.query)
+        label_embeddings = pair.teacher.embed.weight[batch.teacher.labels]
+        values = method.projectors.t2s(answer.hidden / totals.std.hidden + label_embeddings / totals.std.label)
+    torch.testing.assert_close(weights @ values, seen[0][0])
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(pair.rows[0].student.response)))
 
 
 @pytest.mark.parametrize("line", [8, 72])
@@ -254,10 +251,11 @@ def test_knowledge_command(tiny_task, tmp_path, capsys, monkeypatch):
     assert who() == ["teacher", "student"]
     save_file({"t2s.weight": torch.zeros(shape)}, file)
     assert who() == ["teacher", "student", "projected teacher"]
-    save_file({"t2s.weight": torch.zeros(shape), "query.weight": torch.zeros(2, 2)}, file)
+    query = torch.zeros(2 * shape[1], 2 * shape[0])
+    save_file({"t2s.weight": torch.zeros(shape), "query.weight": query}, file)
     assert who() == ["teacher", "student"]
     save_file({"t2s.weight": torch.zeros(3, 4)}, file)
-    with pytest.raises(SystemExit, match=r"t2s.weight \[3, 4\], expected .*another teacher's"):
+    with pytest.raises(SystemExit, match=r"t2s.weight \[3, 4\] does not fit; expected t2s.weight"):
         analyse.main(command)
     file.write_bytes(b"no")
     with pytest.raises(SystemExit, match=f"{file}: not a readable"):
@@ -282,19 +280,15 @@ def test_alignment_command(tiny_task, tmp_path, capsys):
         analyse.main([*common, "--line", "99"])
     with pytest.raises(SystemExit, match="not a readable safetensors file"):
         analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "alignment.png")])
+    save_file({"t2s.weight": torch.zeros(columns // 2, rows // 2)}, tmp_path / "projectors.safetensors")
+    with pytest.raises(SystemExit, match="no query.weight.*cma"):
+        analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])
 
 
 def test_a_missing_matplotlib_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="requirements-dev.txt"):
         analyse.main(["simulate", "--out", str(tmp_path)])
-
-
-@pytest.mark.parametrize("bad", [["--vocabulary", "1"], ["--repetitions", "1"], ["--steps", "0"]])
-def test_bad_sizes_are_named(bad, tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit, match=f"{bad[0]} {bad[1]}"):
-        analyse.main(["simulate", *bad, "--out", str(tmp_path)])
 
 
 def test_one_example_per_line_is_found_by_its_number(tiny_task, tmp_path):

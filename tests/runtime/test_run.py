@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 
 import eval as evaluation
 import lora
 import model
 import train
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from experiments import tiny
+from runtime import load as loading
 from runtime import run as checkpoint
 from runtime.peft import load_adapter
+from runtime.tokenizer import read_tokenizer
 
 TIMES = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 METHODS = {
@@ -122,7 +124,7 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     assert list(scores) == [2, 4, 6] and best_of(run) == {"step": step, name: scores[step]}
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
-    student, tokenizer = model.load_model(run / "student"), TextTokenizer(run / "student")
+    student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
     examples = read_jsonl(task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
@@ -203,7 +205,7 @@ def stopping_at(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' own is ignored
 
     def arrange(name, call, *signals):
-        module = train if hasattr(train, name) else checkpoint
+        module = next(module for module in (train, checkpoint, loading) if hasattr(module, name))
         function, count = getattr(module, name), []
 
         def wrapper(*things, **options):
@@ -458,6 +460,23 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
     assert_same_run(tmp_path / "whole", run)
 
 
+def test_a_failure_in_the_first_update_leaves_nothing_of_it(task, tmp_path, monkeypatch):
+    """No moments either, which the optimiser has only after an update."""
+    train.main(command(task, tmp_path / "whole", max_steps=3))
+
+    def fail(*things):
+        raise FloatingPointError("ce is nan")
+
+    monkeypatch.setattr(train, "distil", fail)
+    with pytest.raises(SystemExit, match="update 1: ce is nan .*the state before it is in"):
+        train.main(command(task, tmp_path / "run", max_steps=3))
+    monkeypatch.undo()
+    assert step_of(tmp_path / "run") == 0
+    assert not any("exp_avg" in name for name in load_file(tmp_path / "run" / "resume" / "state.safetensors"))
+    train.main([*command(task, tmp_path / "run", max_steps=3), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
     distil, count, run = train.distil, [], tmp_path / "run"
 
@@ -518,7 +537,7 @@ def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
-    monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
+    monkeypatch.setattr(train, "prefetch", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
     train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
     assert counts[20] == counts[44]

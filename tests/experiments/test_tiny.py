@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -104,7 +105,7 @@ def test_prompts_and_answers_read_as_sentences():
     ],
 )  # fmt: skip
 def test_third_person(phrase, expected):
-    assert tiny._third_person(phrase) == expected
+    assert tiny.in_third_person(phrase) == expected
 
 
 def test_answers_are_uncertain_for_every_prompt():
@@ -203,7 +204,7 @@ def test_a_full_stop_is_no_wildcard():
     "prompt", ["", "Name a kind of fruit for the fox.", "Write a sentence about a tax in the garden.\n"]
 )
 def test_a_foreign_prompt_is_an_error(prompt):
-    with pytest.raises(ValueError, match="not a prompt of the tiny task"):
+    with pytest.raises(KeyError, match=re.escape(repr(prompt))):
         tiny.is_valid(prompt, "A plum.")
 
 
@@ -281,13 +282,13 @@ def test_the_grammar_does_not_depend_on_the_data_seed():
     before = grammar()
     random.seed(99)
     data = tiny.make_data(7, **SMALL)
-    for cached in (tiny.favourites, tiny.answer_slots, tiny.all_prompts, tiny._answer_pattern):
+    for cached in (tiny.favourites, tiny.answer_slots, tiny.all_prompts, tiny.answer_pattern):
         cached.cache_clear()
     assert grammar() == before
     assert all(tiny.is_valid(e["prompt"], answer) for e in data["test"] for answer in e["output"])
 
 
-@pytest.mark.parametrize("size", [dict(valid=5000), dict(test=5000), dict(test=-1), dict(student_train=-5)])
+@pytest.mark.parametrize("size", [dict(valid=5000), dict(test=5000)])
 def test_impossible_sizes_are_named(size):
     ((name, value),) = size.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

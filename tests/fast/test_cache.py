@@ -3,24 +3,26 @@
 import dataclasses
 import fcntl
 import json
+import math
 import shutil
 import threading
 import time
 from types import SimpleNamespace
 
-import distill
 import numpy as np
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 from tokenizers import Tokenizer
 
 import model
 import train
-from data import TextTokenizer, read_jsonl, tokenise
+from data import read_jsonl, tokenise
 from experiments import tiny
 from fast import cache
+from runtime import load as loading
+from runtime.tokenizer import read_tokenizer
 
 METHODS = [
     ({"method": "kd"}, "twin"),
@@ -40,14 +42,14 @@ def terms_of(out) -> list[dict]:
 
 def round_states(monkeypatch):
     """From here on a teacher that is beside the student has its states rounded to bfloat16."""
-    teacher_states = train.Method.teacher_states
+    ask_teacher = train.Method.ask_teacher
 
     @torch.no_grad()
     def rounded(self, batch):
-        batch.teacher_hidden = distill.hidden_at(self.teacher, batch.teacher).bfloat16()
-        return teacher_states(self, batch)
+        batch.teacher_hidden = model.hidden_at(self.teacher, batch.teacher).bfloat16()
+        return ask_teacher(self, batch)
 
-    monkeypatch.setattr(train.Method, "teacher_states", rounded)
+    monkeypatch.setattr(train.Method, "ask_teacher", rounded)
 
 
 @every_method
@@ -83,16 +85,17 @@ def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypat
     def refuse(*things, **_):
         raise AssertionError("computed again")
 
-    for name in ("load_model", "hidden_at", "argmax_tokens"):
+    for name in ("load_model", "hidden_at", "predict_tokens"):
         monkeypatch.setattr(cache, name, refuse)
-    monkeypatch.setattr(distill, "argmax_tokens", refuse)
-    loaded, load_model = [], train.load_model
+    predict = train.predict_tokens  # whether the projected teacher agrees is asked under the student's head, not frozen
+    monkeypatch.setattr(train, "predict_tokens", lambda *x: predict(*x) if x[1].requires_grad else refuse())
+    loaded, load_model = [], loading.load_model
 
     def load_and_note(path, *things, **options):
         loaded.append((path, load_model(path, *things, **options)))
         return loaded[-1][1]
 
-    monkeypatch.setattr(train, "load_model", load_and_note)
+    monkeypatch.setattr(loading, "load_model", load_and_note)
     train.main(arguments(tiny_task, tmp_path / "second", **options))
     assert "states.bin: " not in capsys.readouterr().err
     assert same(weights_of(tmp_path / "first"), weights_of(tmp_path / "second"))
@@ -101,16 +104,17 @@ def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])  # LLaMA and GPT-2
-def test_embedding_and_head_alone_are_read(tiny_task, monkeypatch, name):
-    whole, read, in_our_layout = model.load_model(tiny_task / name), [], model.in_our_layout
-
-    def reading(m, key, *rest):
-        read.append(key)
-        return in_our_layout(m, key, *rest)
-
-    monkeypatch.setattr(model, "in_our_layout", reading)
-    ends = model.load_model(tiny_task / name, torch.bfloat16, body=False)
-    assert set(read) == {"embed.weight"} | ({"lm_head.weight"} if whole.lm_head is not None else set())
+def test_embedding_and_head_alone_are_read(tiny_task, tmp_path, name):
+    """So that a body full of NaN goes unnoticed."""
+    whole, spoilt = model.load_model(tiny_task / name), shutil.copytree(tiny_task / name, tmp_path / name)
+    weights = load_file(spoilt / "model.safetensors")
+    for ours, name in model.hugging_face_names(whole).items():
+        if ours not in ("embed.weight", "lm_head.weight"):
+            weights[name].fill_(math.nan)
+    save_file(weights, spoilt / "model.safetensors")
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_model(spoilt)
+    ends = model.load_model(spoilt, torch.bfloat16, body=False)
     assert torch.equal(ends.embed.weight, whole.embed.weight.bfloat16())
     assert torch.equal(ends.head_weight, whole.head_weight.bfloat16())
     with pytest.raises(ValueError):
@@ -181,7 +185,7 @@ def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_pa
 @pytest.fixture
 def setting(tiny_task, tmp_path):
     """Rows, and a function that gives their cache."""
-    tokenizers = TextTokenizer(tiny_task / "student"), TextTokenizer(tiny_task / "teacher")
+    tokenizers = read_tokenizer(tiny_task / "student"), read_tokenizer(tiny_task / "teacher")
     examples = read_jsonl(tiny_task / "train.jsonl")
 
     def make(teacher=tiny_task / "teacher", examples=examples, dtype=torch.float32, batch_size=4, **lengths):

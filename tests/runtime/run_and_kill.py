@@ -15,15 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import safetensors.torch
 import torch
 
 import model
 import train
-from data import TextTokenizer
 from runtime import peft
 from runtime import run as checkpoint
+from runtime.tokenizer import read_tokenizer
 
 WRITES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}  # Python's audit events
 
@@ -97,7 +97,7 @@ def attempt(arguments: list[str], out: Path, prepare=lambda: None) -> int:
 def loads(out: Path) -> None:
     if (out / "student").exists():
         model.load_model(out / "student")
-        TextTokenizer(out / "student")
+        read_tokenizer(out / "student")
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Batches by length: --bucket and --tokens-per-batch, what is prepared ahead, and that torch.compile compiles once."""
+"""Which examples are in which update and pass (--bucket, --tokens-per-batch), what is prepared ahead, and that
+torch.compile compiles once."""
 
 import itertools
 import json
@@ -8,22 +9,13 @@ import threading
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file
-from test_train import arguments, log_of, same, weights_of
 
 import train
-from data import (
-    Example,
-    Row,
-    Side,
-    TextTokenizer,
-    ahead,
-    padding_share,
-    split_update,
-    tokenise,
-    total_length,
-    update_order,
-)
+from data import Row, Side
+from runtime import load as loading
+from runtime.order import count_tokens, measure_padding, order_updates, prefetch, split_update
 
 SPEEDS = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
 
@@ -46,12 +38,12 @@ def test_grouped_updates_are_a_permutation_that_can_be_taken_up_anywhere(example
     draw = random.Random(1)
     lengths = [draw.randint(1, 500) for _ in range(examples)]
     updates = -(-examples // per_update)
-    whole = list(itertools.islice(update_order(examples, per_update, 3, 0, lengths), 2 * updates))
+    whole = list(itertools.islice(order_updates(examples, per_update, 3, 0, lengths), 2 * updates))
     for epoch in (whole[:updates], whole[updates:]):
         assert sorted(index for update in epoch for index in update) == list(range(examples))
         assert sorted(map(len, epoch))[1:] == [per_update] * (updates - 1)
     for start in range(0, 2 * updates, max(1, updates // 5)):
-        rest = update_order(examples, per_update, 3, start, lengths)
+        rest = order_updates(examples, per_update, 3, start, lengths)
         assert list(itertools.islice(rest, 2 * updates - start)) == whole[start:]
     if examples < 40:
         return
@@ -59,14 +51,35 @@ def test_grouped_updates_are_a_permutation_that_can_be_taken_up_anywhere(example
     assert sum(spread) / len(spread) < 500 / 4  # of random ones, 390
     first, second = ([sum(lengths[i] for i in u) / len(u) for u in part] for part in (whole[:updates], whole[updates:]))
     assert first != second and first != sorted(first) and first != sorted(first, reverse=True)
-    other = list(itertools.islice(update_order(examples, per_update, 4, 0, lengths), updates))
+    other = list(itertools.islice(order_updates(examples, per_update, 4, 0, lengths), updates))
     assert other != whole[:updates]
+
+
+@pytest.mark.parametrize("examples, per_update", [(10, 3), (12, 4), (5, 8), (1, 1)])
+def test_update_order(examples, per_update):
+    updates = -(-examples // per_update)
+
+    def take(start=0, seed=0, count=4 * updates):
+        order = order_updates(examples, per_update, seed, start)
+        return [next(order) for _ in range(count)]
+
+    order = take()
+    epochs = [sum(order[e * updates : (e + 1) * updates], []) for e in range(4)]
+    assert all(sorted(epoch) == list(range(examples)) for epoch in epochs)  # a permutation each
+    assert all(len(update) <= per_update for update in order)
+    assert all(len(update) == per_update for update in order if update not in order[updates - 1 :: updates])
+    assert take() == order
+    for start in range(2 * updates + 1):
+        assert take(start, count=updates) == order[start : start + updates]
+    if examples > 4:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert take(seed=1) != order and sum(take(seed=1)[:updates], []) not in epochs
 
 
 def test_without_lengths_the_order_is_what_it_was():
     """Runs of earlier versions can be resumed."""
     order = torch.randperm(10, generator=torch.Generator().manual_seed(5 * 1_000_003 + 1)).tolist()
-    assert list(itertools.islice(update_order(10, 4, 5, 3), 3)) == [order[:4], order[4:8], order[8:]]
+    assert list(itertools.islice(order_updates(10, 4, 5, 3), 3)) == [order[:4], order[4:8], order[8:]]
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -75,21 +88,21 @@ def test_a_budget_is_kept_and_nothing_is_lost(teacher, tokens):
     rows = random_rows(60, teacher=teacher)
     parts = split_update(rows, 8, tokens)
     assert sorted(map(id, itertools.chain(*parts))) == sorted(map(id, rows))
-    totals = [total_length(row) for part in parts for row in part]
+    totals = [sum(count_tokens(row)) for part in parts for row in part]
     assert totals == sorted(totals, reverse=True)
     assert all(len(part) * max(map(length, part)) <= tokens for part in parts)
     for part, following in zip(parts, parts[1:], strict=False):  # as many as fit
         assert (len(part) + 1) * max(map(length, [*part, following[0]])) > tokens
     if tokens < 5000:  # which is more than all have
-        assert padding_share(parts) < padding_share([rows[i : i + 8] for i in range(0, 60, 8)])
+        assert measure_padding(parts) < measure_padding([rows[i : i + 8] for i in range(0, 60, 8)])
     assert split_update([], 8, tokens) == split_update([], 8) == []
     assert split_update(rows, 8) == [rows[i : i + 8] for i in range(0, 60, 8)]
 
 
 def test_padding_share_by_hand():
     rows = [Row(Side([1], [2] * 4), Side([1], [2] * 2)), Row(Side([1], [2] * 2), Side([1], [2] * 2))]
-    assert padding_share([rows]) == pytest.approx(2 / 12)  # 4 and 2 of 4 positions, 2 and 2 of 2
-    assert padding_share([rows[:1], rows[1:]]) == 0
+    assert measure_padding([rows]) == pytest.approx(2 / 12)  # 4 and 2 of 4 positions, 2 and 2 of 2
+    assert measure_padding([rows[:1], rows[1:]]) == 0
 
 
 @pytest.mark.parametrize(
@@ -154,21 +167,6 @@ def test_a_budget_below_one_example_is_an_error(tiny_task, tmp_path):
         train.main(arguments(tiny_task, tmp_path / "run", tokens_per_batch=95))
 
 
-def test_texts_encoded_together_are_what_they_are_alone(tiny_task):
-    """A special token's name is that token in a prompt, and text in a response."""
-    tokenizers = [TextTokenizer(tiny_task / name) for name in ("student", "teacher")]
-    ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in tokenizers]
-    texts = [f"The fox {end} and the owl number {number}." for number in range(600) for end in ends]
-    examples = [Example("here", [text], prompt=text) for text in texts]
-    rows, _ = tokenise(examples, *tokenizers, max_len=256, max_prompt_len=128)
-    for text, row in zip(texts, rows, strict=True):
-        for tokenizer, side in zip(tokenizers, (row.student, row.teacher), strict=True):
-            assert side.prompt == tokenizer.encode_prompt(text)
-            assert side.response == [*tokenizer.encode(text), tokenizer.eos_id]
-    assert all(tokenizers[0].eos_id in row.student.prompt for row in rows[::2])
-    assert all(tokenizers[0].eos_id not in row.student.response[:-1] for row in rows)
-
-
 # -- ahead of the loop -------------------------------------------------------------------------------------------------
 
 
@@ -183,19 +181,24 @@ def test_items_are_made_by_a_thread_one_ahead():
             yield number
         raise ValueError("the fifth")
 
-    stream = ahead(items())
+    stream = prefetch(items())
     assert next(stream) == 0 and second.wait(30)  # the second is made while the first is in use
     assert len(made) == 2
     assert [next(stream) for _ in range(3)] == [1, 2, 3]
     assert threading.current_thread() not in made
     with pytest.raises(ValueError, match="the fifth"):
         next(stream)
-    assert list(ahead(iter([]))) == [] and list(ahead(iter("abc"))) == ["a", "b", "c"]
+    assert list(prefetch(iter([]))) == [] and list(prefetch(iter("abc"))) == ["a", "b", "c"]
 
 
 def test_batches_are_made_outside_the_loops_thread(tiny_task, tmp_path, monkeypatch):
-    threads, collate = [], train.collate
-    monkeypatch.setattr(train, "collate", lambda *args: (threads.append(threading.current_thread()), collate(*args))[1])
+    threads, collate = [], loading.collate
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return collate(*arguments)
+
+    monkeypatch.setattr(loading, "collate", noted)
     train.main(arguments(tiny_task, tmp_path / "run"))
     assert len(threads) >= 2 and threading.current_thread() not in threads
 

@@ -6,21 +6,23 @@ Llama-3.2-Instruct are written down from memory of the published ones, without t
 
 import json
 import random
-import re
 import shutil
 
 import pytest
 import torch
-from test_train import arguments, log_of
+from helpers import arguments, log_of
 from tokenizers import Tokenizer
 
 import eval as evaluation
 import model
 import train
 from baselines import seqkd
-from data import CHATS, CodeTask, Example, TextTokenizer, cut_example, cut_prompt, read_jsonl, tokenise
+from data import CodeTask, Example, cut_prompt, read_jsonl, tokenise
 from experiments import tiny
+from runtime.chat import CHATS
+from runtime.formats import read_examples
 from runtime.run import chat_of
+from runtime.tokenizer import read_tokenizer
 from scores.programs import program_of
 from scores.tasks import DataSet
 
@@ -45,7 +47,7 @@ TEMPLATES = {
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
-NAMES = sorted(set(re.findall(r"<\|\w+\|>", "".join(text for text, _ in CHATS.values()))))
+NAMES = sorted({token for chat in CHATS.values() for token in chat.special_tokens()})
 MESSAGES = [
     "What is the capital of France?",
     ' two lines,\n\nand {braces} % \'"\\n" {{ message }} \n',
@@ -82,7 +84,7 @@ def chatting(tiny_task, tmp_path_factory):
 def test_prompts_are_what_the_familys_template_renders(chatting, chat):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
-    ours = TextTokenizer(chatting / "student", chat)
+    ours = read_tokenizer(chatting / "student", chat)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(chatting / "student" / "tokenizer.json"), bos_token="<|begin_of_text|>",
         chat_template=TEMPLATES[chat],
@@ -96,12 +98,12 @@ def test_prompts_are_what_the_familys_template_renders(chatting, chat):
         # and the response stands where the template has the assistant's turn, with the token that ends it
         whole = theirs.apply_chat_template([*turns, {"role": "assistant", "content": "Paris."}], tokenize=False,
                                            date_string="26 Jul 2024")  # fmt: skip
-        assert whole.rstrip("\n") == text + "Paris." + CHATS[chat][1]
+        assert whole.rstrip("\n") == text + "Paris." + CHATS[chat].end
 
 
 def test_what_becomes_the_message(tmp_path):
     def message(**fields):
-        return Example("", ["x"], **fields).message()
+        return CHATS["qwen2.5"].message(Example("", ["x"], **fields))
 
     assert message(prompt=" as it\nis ") == " as it\nis "
     assert message(instruction="Sum up.") == "Sum up." and message(input="b") == "b"
@@ -109,15 +111,17 @@ def test_what_becomes_the_message(tmp_path):
     task = {"prompt": "def one():\n    'one'\n", "entry_point": "one", "canonical_solution": "x", "test": "y"}
     exercise = {"text": "Write one.", "code": "def one(): return 1", "test_list": ["assert one() == 1"]}
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, [task, exercise, {"question": "1+1?", "answer": "2"}])))
-    humaneval, mbpp, gsm8k = read_jsonl(tmp_path / "f.jsonl")
-    assert humaneval.message() == "Complete this Python function:\n\n```python\ndef one():\n    'one'\n```"
-    assert mbpp.message().endswith("pass these tests:\n\nassert one() == 1") and mbpp.prompt.endswith("[BEGIN]\n")
-    assert gsm8k.message() == "1+1?" and "### Response" in gsm8k.prompt_text() not in gsm8k.prompt_text("smollm2")
+    _, mbpp, gsm8k = examples = read_examples(tmp_path / "f.jsonl")
+    messages = [CHATS["smollm2"].message(example) for example in examples]
+    assert messages[0] == "Complete this Python function:\n\n```python\ndef one():\n    'one'\n```"
+    assert messages[1].endswith("pass these tests:\n\nassert one() == 1") and mbpp.prompt.endswith("[BEGIN]\n")
+    assert messages[2] == "1+1?" and "### Response" in gsm8k.prompt_text()
+    assert "### Response" not in CHATS["smollm2"].prompt_text(gsm8k)
 
 
 def test_the_end_of_a_turn_ends_a_response(chatting):
-    for chat, (_, end) in CHATS.items():
-        tokenizer = TextTokenizer(chatting / "student", chat)
+    for chat in CHATS.values():
+        tokenizer, end = read_tokenizer(chatting / "student", chat.name), chat.end
         assert tokenizer.tokenizer.id_to_token(tokenizer.eos_id) == end and tokenizer.bytes[tokenizer.eos_id] is None
         [row], _ = tokenise([Example("", [f"It is {end} so"], prompt="What?")], tokenizer)
         assert row.student.response[-1] == tokenizer.eos_id not in row.student.response[:-1]  # its name is plain text
@@ -127,9 +131,9 @@ def test_the_end_of_a_turn_ends_a_response(chatting):
 
 def test_a_format_without_its_tokens_or_a_second_one_is_refused(tiny_task, chatting):
     with pytest.raises(ValueError, match=r"qwen2.5 needs the special token <\|im_start\|>, which this tokenizer does"):
-        TextTokenizer(tiny_task / "student", "qwen2.5")
+        read_tokenizer(tiny_task / "student", "qwen2.5")
     for chat in CHATS:
-        tokenizer = TextTokenizer(chatting / "student", chat)
+        tokenizer = read_tokenizer(chatting / "student", chat)
         once = tokenizer.prompt_text(Example("line 3", ["x"], prompt="Say <|im_start|>."))
         with pytest.raises(ValueError, match="line 3: the prompt is in a chat format already"):
             tokenise([Example("line 3", ["x"], prompt=once)], tokenizer)
@@ -142,7 +146,7 @@ def test_a_format_without_its_tokens_or_a_second_one_is_refused(tiny_task, chatt
 @pytest.mark.parametrize("formats", [("none", "qwen2.5"), ("llama3.2", "none"), ("smollm2", "llama3.2")])
 def test_both_see_the_same_text_in_their_own_format(chatting, formats):
     """Random examples, cut to random lengths: the context goes first, every wrapper survives, one response for both."""
-    both = [TextTokenizer(chatting / name, chat) for name, chat in zip(("student", "teacher"), formats, strict=True)]
+    both = [read_tokenizer(chatting / name, chat) for name, chat in zip(("student", "teacher"), formats, strict=True)]
     rng, words = random.Random(0), ["the fox ", "café ", "北京", "🍕", "\n", "owl "]
     empty = max(len(t.encode_prompt(t.prompt_text(Example("", ["x"])))) for t in both)
     cuts = {"none": 0, "input": 0, "instruction": 0, "prompt": 0}
@@ -154,14 +158,14 @@ def test_both_see_the_same_text_in_their_own_format(chatting, formats):
         example = Example("", [some(20)], prompt=some(40)) if turn % 3 == 0 else (
             Example("", [some(20)], instruction=some(25), input=rng.choice(["", some(30)])))  # fmt: skip
         limit = empty + rng.randint(4, 80)
-        shorter = cut_example(example, both, limit)
+        shorter = cut_prompt(example, both, limit)
         [row], report = tokenise([example], *both, max_len=limit + 30, max_prompt_len=limit)
         for tokenizer, side in zip(both, (row.student, row.teacher), strict=True):
             before, after = tokenizer.prompt_text(Example("", ["x"], prompt="\x00")).split("\x00")
             text = tokenizer.prompt_text(shorter)
             assert side.prompt == tokenizer.encode_prompt(text) and len(side.prompt) <= limit
             assert text.startswith(before if example.prompt else before[:20]) and text.endswith(after)
-            assert tokenizer.chat != "none" or example.prompt or text.endswith("\n\n### Response:\n")
+            assert tokenizer.chat or example.prompt or text.endswith("\n\n### Response:\n")
         assert both[0].decode(row.student.response) == both[1].decode(row.teacher.response)
         ends = {side.response[-1] == t.eos_id for side, t in zip((row.student, row.teacher), both, strict=True)}
         assert len(ends) == 1
@@ -181,9 +185,9 @@ def test_both_see_the_same_text_in_their_own_format(chatting, formats):
 
 
 def test_nothing_but_the_wrapper_is_an_error(chatting):
-    tokenizer = TextTokenizer(chatting / "student", "qwen2.5")
+    tokenizer = read_tokenizer(chatting / "student", "qwen2.5")
     wrapper = len(tokenizer.encode_prompt(tokenizer.prompt_text(Example("", ["x"], prompt=""))))
-    assert cut_prompt(Example("", ["x"], prompt="a b cx"), [tokenizer], wrapper + 1).count("x<|im_end|>") == 1
+    assert cut_prompt(Example("", ["x"], prompt="a b cx"), [tokenizer], wrapper + 1).prompt == "x"
     for limit in (wrapper, wrapper - 1, 3):
         with pytest.raises(ValueError, match=f"line 8: the prompt does not fit into --max-prompt-len {limit}"):
             cut_prompt(Example("line 8", ["x"], prompt="a b c"), [tokenizer], limit)
@@ -203,8 +207,8 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
     train.main(arguments(chatting, out, **options))
     assert chat_of(out / "student") == "qwen2.5" and chat_of(chatting / "student") == "none" == chat_of("gpt2")
     assert chat_of(out / "resume") == "none"
-    tokenizer, ours = TextTokenizer(out / "student", "qwen2.5"), model.load_model(out / "student")
-    assert TextTokenizer(out / "student").eos_id == tokenizer.eos_id != TextTokenizer(chatting / "student").eos_id
+    tokenizer, ours = read_tokenizer(out / "student", "qwen2.5"), model.load_model(out / "student")
+    assert read_tokenizer(out / "student").eos_id == tokenizer.eos_id != read_tokenizer(chatting / "student").eos_id
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student")
     assert transformers.AutoTokenizer.from_pretrained(out / "student").eos_token == "<|im_end|>"
     ended = 0
@@ -269,7 +273,7 @@ def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, mo
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = {"method": "seqkd", "teacher_chat": "qwen2.5", "data": tmp_path / "two.jsonl", "seqkd_temperature": 1.0}
     train.main(arguments(chatting, tmp_path / "run", **options, **LONG))
-    teacher = TextTokenizer(chatting / "teacher", "qwen2.5")
+    teacher = read_tokenizer(chatting / "teacher", "qwen2.5")
     gold, answers = read_jsonl(tmp_path / "two.jsonl"), read_jsonl(tmp_path / "run" / "seqkd.jsonl")
     assert sorted(asked) == sorted(teacher.encode_prompt(teacher.prompt_text(example)) for example in gold)
     assert [(e.prompt, e.instruction, e.input) for e in answers] == [(e.prompt, e.instruction, e.input) for e in gold]
@@ -298,14 +302,14 @@ def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypa
     code = CodeTask("assert one() == 1", "one")
     sums = [Example("", ["#### 2"], instruction="1+1?")]
     exercise = Example("", ["    return 1"], prompt="def one():\n    'one'\n", code=code)
-    tokenizer, m = TextTokenizer(chatting / "student", "smollm2"), model.load_model(chatting / "student")
+    tokenizer, m = read_tokenizer(chatting / "student", "smollm2"), model.load_model(chatting / "student")
     scores = evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)
     assert scores["accuracy"] == [100.0]
-    [response] = respond(m, tokenizer, [cut_prompt(exercise, [tokenizer], 250)])
+    [response] = respond(m, tokenizer, tokenizer.fit_prompts([exercise], 250))
     assert "return 1" in program_of(response, exercise.prompt, code.entry_point)  # without running it
     assert all(prompt.startswith("<|im_start|>system") and prompt.endswith("assistant\n") for prompt in asked)
 
 
 def test_a_format_that_nobody_knows(tiny_task):
     with pytest.raises(ValueError, match="no chat format is called 'relu', only none, qwen2.5, llama3.2, smollm2"):
-        TextTokenizer(tiny_task / "student", "relu")
+        read_tokenizer(tiny_task / "student", "relu")

@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
+from helpers import arguments, log_of, same, weights_of
 from safetensors.torch import load_file, save_file
-from test_train import arguments, log_of, same, weights_of
 
 import model
 import train
 from baselines import seqkd
-from data import TextTokenizer, read_jsonl
+from data import read_jsonl
+from runtime.load import load_answers
+from runtime.options import Options
+from runtime.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def finished(tiny_task, tmp_path_factory):
 
 
 def test_the_file_holds_the_teachers_greedy_answers(tiny_task, finished):
-    teacher, tokenizer = model.load_model(tiny_task / "teacher"), TextTokenizer(tiny_task / "teacher")
+    teacher, tokenizer = model.load_model(tiny_task / "teacher"), read_tokenizer(tiny_task / "teacher")
     gold, answers = read_jsonl(tiny_task / "train.jsonl"), read_jsonl(finished / "seqkd.jsonl")
     assert [example.prompt for example in answers] == [example.prompt for example in gold]
     assert not (finished / "seqkd.jsonl.new").exists()
@@ -100,8 +103,8 @@ def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finishe
 
 
 def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
-    """`teacher_answers` with this teacher's words; None is an answer that does not end."""
-    student, teacher = (TextTokenizer(tiny_task / name) for name in ("student", "teacher"))
+    """What `load_answers` makes of a teacher with these words."""
+    student, teacher = (read_tokenizer(tiny_task / name) for name in ("student", "teacher"))
     examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
@@ -110,9 +113,8 @@ def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
         return [new[:room] if len(new) >= room else [*new, teacher.eos_id] for new in ids]
 
     monkeypatch.setattr(seqkd, "generate", generate)
-    return seqkd.teacher_answers(
-        tmp_path / "run" / "seqkd.jsonl", examples, tiny_task / "teacher", teacher, student, 96, 48, **options
-    )
+    o = Options(out=str(tmp_path / "run"), device="cpu", dtype="fp32", max_len=96, max_prompt_len=48, **options)
+    return load_answers(o, examples, tiny_task / "teacher", teacher, student)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -133,12 +135,13 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 
 
-def test_a_first_part_is_not_written(tiny_task, tmp_path, monkeypatch):
-    found = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], first=2)
+def test_what_a_dry_run_asks_for_is_not_written(tiny_task, tmp_path, monkeypatch):
+    few = {"dry_run": True, "batch_size": 2}
+    found = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
     assert [example.outputs for example in found] == [["a"], ["b"]] and not list(tmp_path.iterdir())
     answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"])
-    again = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], first=2)
-    assert [example.outputs for example in again] == [["a"], ["b"]]
+    again = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
+    assert [example.outputs for example in again] == [["a"], ["b"], ["c"]]  # the caller takes the first
 
 
 def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ def arguments(tiny_task, tmp_path, monkeypatch):
 def in_process(words, **options):
     """subprocess.run of a command of ours, without a process."""
     {"train.py": train.main, "eval.py": eval.main}[words[1]](words[2:])
+    return subprocess.CompletedProcess(words, 0)
 
 
 @pytest.mark.parametrize("instructions", [False, True], ids=["prompts", "instructions"])
@@ -65,10 +66,6 @@ def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
     realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a", PROMPT.format(instruction="d")})
     kept = [example.prompt or example.instruction for example in read_jsonl(tmp_path / "reading.jsonl")]
     assert kept == ["c", "e"]
-    for spoilt in ("{", "[1]", "{}", "3"):
-        (tmp_path / "spoilt.jsonl").write_text(json.dumps(lines[0]) + f"\n{spoilt}\n")
-        with pytest.raises(ValueError, match="spoilt.jsonl, line 2"):
-            realtext.readable(tmp_path / "spoilt.jsonl", tmp_path, set())
 
 
 def test_all_of_it_on_small_models(arguments, tmp_path, capsys):

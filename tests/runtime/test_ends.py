@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 import torch
-from test_train import arguments
+from helpers import arguments
 from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation
 import model
 import train
-from data import TextTokenizer, read_jsonl, sampled_row, tokenise
+from data import read_jsonl, replace_response, tokenise
 from experiments import tiny
-from runtime.options import Options, check
+from runtime.options import Options
+from runtime.strict import check_options
+from runtime.tokenizer import read_tokenizer
 
 ANSWER, TURN, STOP = 900, 901, 902  # added to the tiny student's vocabulary, behind its end-of-text, 0
 WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
@@ -80,29 +82,13 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
         assert (report["rouge_l"], report["responses"]) == ([100.0], [["The sky is blue."]])
 
 
-def test_which_ids_are_ends(tiny_task, tmp_path):
-    def ends(**files):
-        shutil.rmtree(tmp_path / "t", ignore_errors=True)
-        shutil.copytree(tiny_task / "student", tmp_path / "t")
-        for name, content in files.items():
-            (tmp_path / "t" / f"{name}.json").write_text(json.dumps(content))
-        return TextTokenizer(tmp_path / "t").end_ids
-
-    assert ends() == [0]
-    assert ends(generation_config={"eos_token_id": [7, 0, 5]}, config={"eos_token_id": 6}) == [0, 7, 5, 6]
-    assert ends(generation_config={"eos_token_id": 50256}, config={"eos_token_id": [-1, None, 899, 900]}) == [0, 899]
-    assert ends(tokenizer_config={}, generation_config={"eos_token_id": [7, 8]}, config={}) == [7, 8]
-    with pytest.raises(ValueError, match="config.json: eos_token_id True is not in tokenizer.json"):
-        ends(config={"eos_token_id": [0, True]})
-
-
 def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_path):
     teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
     options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin"}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
     answers = read_jsonl(tmp_path / "run" / "seqkd.jsonl")
     assert len(answers) == 40 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
-    twin = TextTokenizer(tiny_task / "twin")
+    twin = read_tokenizer(tiny_task / "twin")
     assert tokenise(answers, twin)[0][0].student.response == [*twin.encode("The sky is blue."), twin.eos_id]
 
     # answers that an older version let run on are not taken
@@ -120,9 +106,11 @@ def test_what_a_student_samples_ends_with_end_of_text(tiny_task, tmp_path, teach
     """Its gold responses do: another of its ends in their place would teach it to end in two ways."""
     student = speaker(tiny_task, tmp_path / "model", WAYS["one in each"])
     theirs = student if teacher == "same" else tiny_task / teacher
-    o = check(Options(student=str(student), teacher=str(theirs), data=str(tiny_task / "train.jsonl"), on_policy=1.0,
-                      device="cpu", out=str(tmp_path / "run"), max_len=96))  # fmt: skip
+    data = str(tiny_task / "train.jsonl")
+    o = check_options(Options(student=str(student), teacher=str(theirs), data=data, on_policy=1.0, device="cpu",
+                              out=str(tmp_path / "run"), max_len=96))  # fmt: skip
     pieces = train.load(o)
+    train.add_method(o, pieces)
     sampled, tokens = train.sample_rows(o, pieces, pieces.rows[:4], step=0)
     end = pieces.teacher_tokenizer.eos_id
     answer = [ANSWER] if teacher == "same" else pieces.teacher_tokenizer.encode("The sky is blue.")
@@ -130,7 +118,7 @@ def test_what_a_student_samples_ends_with_end_of_text(tiny_task, tmp_path, teach
     for row in sampled:
         assert row.student.response == [ANSWER, 0] and row.teacher.response == [*answer, end]
         assert teacher == "same" or [index[-1] for index in row.pairs] == [len(answer), 1]  # the two ends are aligned
-    cut = sampled_row(pieces.rows[0], [ANSWER], pieces.student_tokenizer, pieces.teacher_tokenizer, 96, "cma")
+    cut = replace_response(pieces.rows[0], [ANSWER], pieces.student_tokenizer, pieces.teacher_tokenizer, 96, "cma")
     assert (cut.student.response, cut.teacher.response[-1] == end) == ([ANSWER], False)
 
 
@@ -146,8 +134,8 @@ def test_the_student_keeps_its_ends(tiny_task, tmp_path, way):
     responses = (tmp_path / "run" / "samples.txt").read_text().split("### response\n")[1:]
     assert {response.split("\n")[0] for response in responses} == {"The sky is blue."} and len(responses) == 5
     out = tmp_path / "run" / "student"
-    tokenizer, theirs = TextTokenizer(out), transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert sorted(tokenizer.end_ids) == sorted(TextTokenizer(student).end_ids)
+    tokenizer, theirs = read_tokenizer(out), transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert sorted(tokenizer.end_ids) == sorted(read_tokenizer(student).end_ids)
     assert tokenizer.eos_id == 0 and said[1] in tokenizer.end_ids
     assert theirs.generation_config.eos_token_id in ([*tokenizer.end_ids], tokenizer.eos_id)
     prompt = torch.tensor([tokenizer.encode_prompt("Who?")])

@@ -3,23 +3,25 @@ import json
 import random
 import shlex
 import sys
-from contextlib import redirect_stderr
+import tempfile
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import distill
 import pytest
 import torch
 
-import data
+import fast.losses
 import lora
+import losses
 import train
-from data import TextTokenizer
+from baselines import mined
 from eval import respond
 from experiments import memory, paper, reproduce, tiny
 from experiments.reproduce import Cell, parse, run_cell
 from model import build_model, load_model
+from runtime.tokenizer import read_tokenizer
 
 SMALL = {"teacher_train": 300, "student_train": 40, "valid": 6, "test": 6}
 SETTING = "updates=2 labels=12 width=16"
@@ -52,12 +54,16 @@ def every_cell():
 def searched_cells(wanted=()):
     """The cells that a search runs; `wanted`: those whose scores the best is, in place of the first."""
     cells = []
+    with tempfile.TemporaryDirectory() as root, redirect_stderr(io.StringIO()):
 
-    def scores(tried, root):
-        return [float(any(word in str(cell) for word in wanted)) for cell in tried]
+        def run(tried):
+            cells.extend(tried)
+            for cell in tried:
+                file = reproduce.file_of(cell, Path(root))
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps({"rouge_l": float(any(word in str(cell) for word in wanted))}))
 
-    with patch.object(reproduce, "mean_scores", scores), redirect_stderr(io.StringIO()):
-        reproduce.search(None, cells.extend)
+        reproduce.search(Path(root), run)
     return cells
 
 
@@ -80,7 +86,7 @@ def test_a_wrong_cell_is_named(text, named):
 
 def test_every_cell_has_options_that_train_accepts(root):
     for cell in dict.fromkeys(every_cell()):
-        if cell.family in reproduce.MODELS:
+        if cell.parts[0] in reproduce.MODELS:
             continue
         with (
             patch.object(reproduce, "teacher", lambda root, cell: root),
@@ -89,7 +95,7 @@ def test_every_cell_has_options_that_train_accepts(root):
             patch.object(reproduce, "answers", lambda root, cell: root / "worlds" / "plain-900-0" / "valid.jsonl"),
         ):
             options = train.Options(**reproduce.options_of(reproduce.resolve(cell), root, root))
-        train.check(options)
+        train.check_options(options)
         assert options.lr == reproduce.resolve(cell).lr and options.seed == cell.seed
 
 
@@ -156,7 +162,7 @@ def test_labels_that_are_the_teachers_answers(root, tmp_path):
     options = reproduce.options_of(reproduce.resolve(cell), root, tmp_path)
     learned = [json.loads(line) for line in Path(options["data"]).read_text().splitlines()]
     labels = [json.loads(line) for line in (root / "worlds/plain-900-0/student_train.jsonl").read_text().splitlines()]
-    tokenizer = TextTokenizer(reproduce.teacher(root, cell))
+    tokenizer = read_tokenizer(reproduce.teacher(root, cell))
     said = respond(load_model(reproduce.teacher(root, cell)), tokenizer, [x["prompt"] for x in labels[:12]])
     said = {x["prompt"]: answer for x, answer in zip(labels[:12], said, strict=True)}
     assert learned and all(said[x["prompt"]].startswith(x["output"]) for x in learned)
@@ -307,68 +313,88 @@ def test_the_string_rule_by_hand():
     # "é" against its two bytes' names: never equal again, not even the equal end
     pairs = reproduce.string_alignment(["a", "é", "b", None], ["a", "Ã©", "b", None])
     assert [x.tolist() for x in pairs] == [[0], [0]]
+    # "barn" is cut differently: the pairs go on after it
+    pairs = reproduce.string_alignment(["The", "barn", "is", None], ["The", "ba", "rn", "is", None])
+    assert [x.tolist() for x in pairs] == [[0, 2, 3], [0, 3, 4]]
     assert [len(x) for x in reproduce.string_alignment([], ["a"])] == [0, 0]
 
 
-def loss_terms(change):
+def random_dskd():
+    """Arguments of `dskd_loss` up to the heads; the two last are the tokens that agree, and how many."""
     generator = torch.Generator().manual_seed(0)
     n, d, D, V = 40, 4, 5, 7
-    student, t2s = torch.randn(n, d, generator=generator), torch.randn(n, d, generator=generator)
-    s2t, teacher = torch.randn(n, D, generator=generator), torch.randn(n, D, generator=generator)
+    student, t2s, s2t, teacher = (torch.randn(n, width, generator=generator) for width in (d, d, D, D))
     heads = torch.randn(V, d, generator=generator), torch.randn(V, D, generator=generator)
     gold, label = torch.randint(V, (2, n), generator=generator)
-    patches = reproduce.CHANGES[change]() if change else []
-    for one in patches:
-        one.start()
-    try:
-        options = {"align": "none", "recipe": "v2", "pairs": 0, "kd_rate": 0.5, "terms": distill.PLAIN}
-        terms = distill.dskd_loss(student, gold, t2s, label, s2t, teacher, *heads, tokens=n, **options)
-    finally:
-        for one in patches:
-            one.stop()
-    terms = {name: float(value) for name, value in terms.items()}
+    for x in (student, t2s, s2t):
+        x.requires_grad_()
+    return {
+        "student_hidden": student, "gold": gold, "rows": slice(None), "t2s_hidden": t2s, "label": label,
+        "s2t_hidden": s2t, "teacher_hidden": teacher, "student_head": heads[0], "teacher_head": heads[1],
+    }  # fmt: skip
+
+
+def loss_and_gradients(change, objective=losses, recipe=("v2", "none"), **options):
+    """DSKD on random states: its terms, and the gradients of the student's states and of both projected ones."""
+    given = random_dskd()
+    agreeing = int(((given["t2s_hidden"] @ given["student_head"].T).argmax(-1) == given["label"]).sum())
+    with ExitStack() as patches:
+        for one in reproduce.CHANGES[change]() if change else ():
+            patches.enter_context(one)
+        counts, recipe = losses.Counts(40, 40, agreeing), losses.RECIPES[recipe]
+        terms = objective.dskd_loss(*given.values(), counts, recipe, "fkl", 2.0, 0.5, **options)
+    terms["loss"].backward()
+    terms = {name: float(value.detach()) for name, value in terms.items()}
     assert terms["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kd"])  # what is trained is what is logged
-    return terms
+    return terms, [given[name].grad for name in ("student_hidden", "t2s_hidden", "s2t_hidden")]
 
 
-def test_terms_can_be_switched_off():
-    whole = loss_terms(None)
-    assert loss_terms("teacher-space")["kd"] == pytest.approx(whole["s2t_kd"])
-    assert loss_terms("student-space")["kd"] == pytest.approx(whole["t2s_kd"] + whole["t2s_ce"])
-    assert loss_terms("solved")["kd"] == pytest.approx(whole["t2s_kd"] + whole["s2t_kd"])
-    without = loss_terms("no-mask")
-    assert 0 < whole["agreeing"] < 40 and without["t2s_ce"] == pytest.approx(whole["t2s_ce"])
-    generator = torch.Generator().manual_seed(0)  # the mean over all 40 tokens, as kd between the two has it
-    student, t2s = torch.randn(40, 4, generator=generator), torch.randn(40, 4, generator=generator)
-    torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
-    head = torch.randn(7, 4, generator=generator)
-    over_all = distill.DIVERGENCES["fkl"](student @ head.T, t2s @ head.T, 2.0).mean()
-    assert without["t2s_kd"] == pytest.approx(float(over_all)) and without["t2s_kd"] != pytest.approx(whole["t2s_kd"])
+@pytest.mark.parametrize("objective, options", [(losses, {}), (fast.losses, {"chunk": 16})], ids=["plain", "fast"])
+def test_terms_can_be_switched_off(objective, options):
+    """Of the value, and of each gradient: the student's states learn from ce and t2s_kd, t2s from t2s_ce, s2t from
+    s2t_kd."""
+    whole, (student, t2s, s2t) = loss_and_gradients(None, objective, **options)
+    given = random_dskd()
+    ce = torch.nn.functional.cross_entropy(given["student_hidden"] @ given["student_head"].T, given["gold"])
+    (by_ce,) = torch.autograd.grad(0.5 * ce, given["student_hidden"])
+    kept = {"teacher-space": ["s2t_kd"], "student-space": ["t2s_ce", "t2s_kd"], "solved": ["t2s_kd", "s2t_kd"]}
+    for change, names in kept.items():
+        terms, gradients = loss_and_gradients(change, objective, **options)
+        assert terms["kd"] == pytest.approx(sum(whole[name] for name in names), rel=1e-5)
+        expected = [student if "t2s_kd" in names else by_ce, t2s if "t2s_ce" in names else torch.zeros_like(t2s),
+                    s2t if "s2t_kd" in names else torch.zeros_like(s2t)]  # fmt: skip
+        torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("recipe", [("v2", "none"), ("v2", "eta")])
+def test_without_mask_the_student_is_compared_everywhere(recipe):
+    whole, _ = loss_and_gradients(None, recipe=recipe)
+    terms, _ = loss_and_gradients("no-mask", recipe=recipe)
+    assert 0 < whole["agreeing"] < 40 and terms["t2s_ce"] == pytest.approx(whole["t2s_ce"])
+    given = random_dskd()  # the mean over all 40 tokens, as kd between the two has it
+    logits = [given[name] @ given["student_head"].T for name in ("student_hidden", "t2s_hidden")]
+    over_all = float(losses.DIVERGENCES["fkl"](*logits, 2.0).mean().detach())
+    assert terms["t2s_kd"] == pytest.approx(over_all) and terms["t2s_kd"] != pytest.approx(whole["t2s_kd"])
 
 
 def test_mined_can_be_told_which_tokens_end(root):
     path = root / "worlds" / "plain-900-0"
-    teacher, student = (data.TextTokenizer(path / name) for name in ("teacher", "student"))
-    assert student.tokenizer.id_to_token(int(data.edit_distance_ids(teacher, student)[teacher.eos_id])) == "/"
-    for one in reproduce.CHANGES["ends"]()[:1]:
-        with one:
-            mapped = data.edit_distance_ids(teacher, student)
+    teacher, student = (read_tokenizer(path / name) for name in ("teacher", "student"))
+    assert student.tokenizer.id_to_token(int(mined.edit_distance_ids(teacher, student)[teacher.eos_id])) == "/"
+    [change] = reproduce.CHANGES["ends"]()
+    with change:
+        mapped = mined.edit_distance_ids(teacher, student)
     assert mapped[teacher.eos_id] == student.eos_id
-    assert sum(mapped != data.edit_distance_ids(teacher, student)) == 1
+    assert sum(mapped != mined.edit_distance_ids(teacher, student)) == 1
 
 
-def test_without_leak_the_gold_token_is_not_in_the_values(root):
+def test_without_leak_the_gold_token_is_not_in_the_values():
     """The projected teacher must not change with the embeddings of its labels, other than through the attention."""
-    calls = []
-
-    def attend(self, student, batch, student_hidden, teacher_hidden, totals):
-        calls.append(totals)
-
-    with patch.object(train.Method, "_attend", attend):
-        for one in reproduce.CHANGES["no-leak"]():
-            with one:
-                train.Method._attend(None, None, None, None, None, distill.Totals(3, 3, label_std=2.0))
-    assert torch.equal(torch.randn(5) / calls[0].label_std, torch.zeros(5)) and calls[0].key_std == 1.0
+    moments = [4.0, 2.0, 10.0] * 3
+    [change] = reproduce.CHANGES["no-leak"]()
+    with change:
+        std = train.deviations(moments)
+    assert torch.equal(torch.randn(5) / std.label, torch.zeros(5)) and std.key == train.deviations(moments).key
 
 
 # -- the papers' scale -------------------------------------------------------------------------------------------------
@@ -376,11 +402,11 @@ def test_without_leak_the_gold_token_is_not_in_the_values(root):
 
 @pytest.mark.parametrize("name", paper.PAIRS)
 def test_the_papers_commands_are_accepted(name):
-    commands = [shlex.split(command) for command, _ in paper.commands_of(name)]
+    commands = [shlex.split(command, comments=True) for command in paper.commands_of(name)]
     made = []
     for file, *arguments in commands[:-1]:
         assert file == "train.py"
-        options = train.check(train.Options(**train.parse(arguments)))
+        options = train.check_options(train.Options(**train.parse(arguments)))
         assert options.batch_size * options.grad_accum == 32
         assert (options.valid, options.keep_best) == ("dolly", "rouge")
         assert options.teacher is None or Path(options.teacher).parent.as_posix() in made

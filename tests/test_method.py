@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy, pad
 import train
 from align import exact_token_alignment
 from baselines.mined import edit_distance_alignment, edit_distance_map, token_spellings
-from data import Example, TextTokenizer, collate, tokenise
+from data import Example, collate, tokenise
 from experiments import tiny
 from losses import DIVERGENCES, predict_tokens
 from model import build_model
 from runtime.strict import choose_alignment
+from runtime.tokenizer import read_tokenizer
 
 TEXTS = [
     ("Who is the red fox?", "The fox is a friend of the old owl."),
@@ -53,7 +54,7 @@ def tokenizers(tmp_path_factory):
     foreign = ["The elephants danced, and then the zebras danced.", "The olden barbers!", *texts[:3]] * 2
     tiny.train_tokenizers(foreign, str(folder / "teacher"), str(folder / "unused"))
     tiny.train_tokenizers(texts, str(folder / "unused"), str(folder / "student"))
-    return TextTokenizer(folder / "teacher"), TextTokenizer(folder / "student")
+    return read_tokenizer(folder / "teacher"), read_tokenizer(folder / "student")
 
 
 def random_model(config, rows, seed):
@@ -94,7 +95,9 @@ class Setting:
         assert report.prompts_cut == report.responses_cut == 0
         for row in self.rows if self.method in train.PAIRINGS else ():
             row.pairs = train.PAIRINGS[self.method](row, *both)
-        self.pieces = train.Pieces(self.student, self.tokenizer, self.made, self.teacher_tokenizer, self.rows, [], [])
+        self.pieces = train.Pieces(
+            self.student, self.tokenizer, self.teacher, self.teacher_tokenizer, self.rows, method=self.made
+        )
 
     def batch(self, rows=None):
         return self.pieces.collate(rows or self.rows, "cpu")

@@ -7,13 +7,15 @@ llama2's and mistral's were compared with copies of the files); the parameter co
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, weights_of
 
 import model
 import train
+from runtime import load as loading
 from runtime.hub import MODELS
 
 
@@ -76,7 +78,7 @@ def test_parameters_are_the_published_number(name):
 
 
 def resolved(line: str) -> train.Options:
-    return train.check(train.Options(**train.settings(train.parse(shlex.split(line)))))
+    return train.check_options(train.Options(**train.settings(train.parse(shlex.split(line)))))
 
 
 FULL = {"lora": 0, "weight_decay": 1e-2, "clip": 1.0, "warmup": 0, "temperature": 2.0, "kd_rate": 0.5, "grad_accum": 1}
@@ -136,7 +138,7 @@ def test_where_the_settings_come_from_is_said(capsys):
 def presets(tiny_task, monkeypatch):
     """The tiny task's models under the names of presets."""
     models = {"qwen": tiny_task / "teacher", "gpt2": tiny_task / "student"}
-    monkeypatch.setattr(train, "model_directory", lambda name, weights=True: models.get(name, train.Path(name)))
+    monkeypatch.setattr(loading, "model_directory", lambda name, weights=True: models.get(name, Path(name)))
 
 
 def test_settings_are_stored_and_a_resumed_run_has_the_same(tiny_task, tmp_path, presets, capsys):

@@ -5,17 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import arguments
+from helpers import arguments
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 import eval as evaluation
 import model
 import train
 from baselines import seqkd
-from data import CHATS, Example, TextTokenizer, read_jsonl, tokenise
+from data import Example, read_jsonl, tokenise
 from experiments import tiny
-from runtime.options import Options, check
+from runtime.chat import CHATS
+from runtime.options import Options
 from runtime.run import tokenizer_of
+from runtime.serving import write_as_trained
+from runtime.strict import check_options
+from runtime.tokenizer import read_tokenizer
 
 TEXTS = ["The fox", " begins with a space", "  two", "", "\n\nlines", "1,250 and 42", "é 東京 🦊", "a <s> b", "</s>x"]
 BEGIN = "<|begin_of_text|>"
@@ -84,7 +88,7 @@ def test_the_students_files_say_what_it_was_trained_with(kinds, tiny_task, tmp_p
     assert json.loads((student / "tokenizer_config.json").read_text())["add_bos_token"] is bool(begin)
 
     # those are the ids of training
-    o = check(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",
+    o = check_options(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",
                       bos=bos or None, max_len=96, out=str(tmp_path / "other")))  # fmt: skip
     pieces = train.load(o)
     for row, example in zip(pieces.rows, read_jsonl(o.data), strict=True):
@@ -95,9 +99,9 @@ def test_the_students_files_say_what_it_was_trained_with(kinds, tiny_task, tmp_p
 def test_a_pair_of_texts_is_encoded_as_before(kinds, tiny_task, tmp_path):
     """Whoever gives `transformers` two texts gets the begin-of-text of both or of neither, and their types."""
     for bos in (False, True):
-        tokenizer = TextTokenizer(kinds["llama3"], bos=bos)
+        tokenizer = read_tokenizer(kinds["llama3"], bos=bos)
         shutil.copytree(kinds["llama3"], tmp_path / str(bos))
-        tokenizer.write_as_trained(tmp_path / str(bos))
+        write_as_trained(tokenizer, tmp_path / str(bos))
         found = Tokenizer.from_file(str(tmp_path / str(bos) / "tokenizer.json")).encode("The fox", "a dog")
         whole = tokenizer.tokenizer.encode("The fox", "a dog")
         kept = [i for i, name in enumerate(whole.tokens) if bos or name != BEGIN]
@@ -110,7 +114,7 @@ def test_names_that_the_class_knew_are_written_down(tiny_task, tmp_path):
     transformers = pytest.importorskip("transformers")
     shutil.copytree(tiny_task / "student", tmp_path / "gpt2")
     (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 128}')
-    TextTokenizer(tmp_path / "gpt2").write_as_trained(tmp_path / "gpt2")
+    write_as_trained(read_tokenizer(tmp_path / "gpt2"), tmp_path / "gpt2")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert (theirs.bos_token, theirs.eos_token, theirs.model_max_length) == ("<|endoftext|>", "<|endoftext|>", 128)
     config = json.loads((tmp_path / "gpt2" / "tokenizer_config.json").read_text())
@@ -121,7 +125,7 @@ def test_both_models_get_their_own_and_only_prompts_change(kinds, tiny_task):
     examples = read_jsonl(tiny_task / "train.jsonl")
 
     def rows(bos, **lengths):
-        both = (TextTokenizer(kinds[kind], bos=bos) for kind in ("llama3", "llama"))
+        both = (read_tokenizer(kinds[kind], bos=bos) for kind in ("llama3", "llama"))
         return tokenise(examples, *both, align="eta", **lengths)
 
     (plain, _), (begun, report) = rows(False), rows(True)
@@ -150,12 +154,12 @@ def test_a_chat_format_that_begins_so_by_itself_gets_no_second_one(tiny_task, tm
     tokenizer.add_special_tokens(names)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 900)])
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
-    ours = TextTokenizer(tmp_path / "base", chat, bos=True)
+    ours = read_tokenizer(tmp_path / "base", chat, bos=True)
     text = ours.prompt_text(Example("", ["x"], prompt="Who?"))
-    assert text == CHATS[chat][0].format(message="Who?")
+    assert text == CHATS[chat].text.format(message="Who?")
     assert ours.encode_prompt(text).count(900) == 1 and ours.encode_prompt(text)[0] == 900
     shutil.copytree(tmp_path / "base", tmp_path / "student")
-    ours.write_as_trained(tmp_path / "student")
+    write_as_trained(ours, tmp_path / "student")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "student")
     assert theirs(text)["input_ids"] == ours.encode_prompt(text)
     assert theirs("Who?")["input_ids"] == ([] if twice else [900]) + ours.encode("Who?")
@@ -175,7 +179,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
     def evaluate(directory, *more):
         evaluation.main([str(directory), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--device", "cpu", *more])
         report = json.loads((directory / "eval-test.json").read_text())
-        tokenizer = TextTokenizer(kinds["llama"], bos=report["bos"] == [1])
+        tokenizer = read_tokenizer(kinds["llama"], bos=report["bos"] == [1])
         rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), tokenizer)
         expected = evaluation.held_out_cross_entropy(model.load_model(student), rows, 0)
         assert report["cross_entropy"] == pytest.approx(expected, rel=1e-5) and report["bos"] in ([], [1])
@@ -202,7 +206,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
     def prompts(teacher, **more):
         o = Options(student=str(kinds["llama3"]), teacher=str(teacher), data=str(tiny_task / "train.jsonl"),
                     out=str(tmp_path / "next"), device="cpu", max_len=96, **more)  # fmt: skip
-        row = train.load(check(o)).rows[0]
+        row = train.load(check_options(o)).rows[0]
         return row.teacher.prompt[0] == 1, row.student.prompt[0] == 900
 
     begun = tmp_path / "begun" / "student"

@@ -1,0 +1,110 @@
+"""What both examples share: two models and their tokenizers, rows of a file, batches of rows, the states compared.
+
+B examples of a batch, N response tokens in them in a model's own tokenizer, A aligned pairs, d the model's width.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # in the repository the concept files are one folder up
+from align import exact_token_alignment, prediction_map, token_bytes, vocabulary_overlap
+
+
+def parse_options(description: str, arguments: list[str] | None, out: str) -> argparse.Namespace:
+    """The command line, which is the same for both examples."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", required=True, help="directory of a model and its tokenizer")
+    parser.add_argument("--teacher", required=True, help="the same")
+    parser.add_argument("--data", required=True, help='JSONL file, lines {"prompt": ..., "output": ...}')
+    parser.add_argument("--steps", type=int, default=100, help="updates (default: 100)")
+    parser.add_argument("--out", default=out, help=f"where the student is saved (default: {out})")
+    return parser.parse_args(arguments)
+
+
+def load(o: argparse.Namespace) -> tuple:
+    """(student, teacher, (student's tokenizer, teacher's), rows): the models in float32, the teacher frozen."""
+    student = AutoModelForCausalLM.from_pretrained(o.student, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=torch.float32).eval().requires_grad_(False)
+    # this class takes tokenizer.json as it is; AutoTokenizer may build its own version of it
+    tokenizers = tuple(PreTrainedTokenizerFast.from_pretrained(directory) for directory in (o.student, o.teacher))
+    max_len = min(512, student.config.max_position_embeddings, teacher.config.max_position_embeddings)
+    return student, teacher, tokenizers, read_rows(o.data, *tokenizers, max_len)
+
+
+def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_rows: int):
+    """(student_shared, teacher_shared, student_token): each model's ids of the tokens that both vocabularies have, in
+    the same order; and for each row of the teacher's head the student's id of that token, -1 where it has none."""
+    tokenizers = teacher.backend_tokenizer, student.backend_tokenizer
+    ends = teacher.eos_token_id, student.eos_token_id
+    teacher_shared, student_shared = vocabulary_overlap(*tokenizers, *ends)
+    student_token = prediction_map(*tokenizers, *ends, size=teacher_rows)
+    return torch.tensor(student_shared), torch.tensor(teacher_shared), torch.tensor(student_token)
+
+
+def read_rows(
+    file: str, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, max_len: int
+) -> list[dict]:
+    """One row per line {"prompt", "output"} of a JSONL file: the prompt and the response in each model's tokens, and
+    which response tokens are paired. Lines longer than `max_len` tokens are left out."""
+    tokenizers = {"student": student, "teacher": teacher}
+    spelling = {model: token_bytes(tokenizer.backend_tokenizer) for model, tokenizer in tokenizers.items()}
+    rows = []
+    for line in Path(file).read_text(encoding="utf-8").strip().split("\n"):
+        example, row, spelt = json.loads(line), {}, {}
+        for model, tokenizer in tokenizers.items():
+            # as in train.py without --bos, nothing is put before the prompt; and "</s>" inside a response is text
+            prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
+            response = tokenizer(example["output"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            response = response + [tokenizer.eos_token_id]
+            row[model] = prompt, response
+            # None is end-of-text, in both vocabularies; other special tokens spell nothing
+            spelt[model] = [None if i == tokenizer.eos_token_id else spelling[model][i] or b"" for i in response]
+        teacher_index, student_index = exact_token_alignment(spelt["teacher"], spelt["student"])
+        row["paired"] = {"student": student_index.tolist(), "teacher": teacher_index.tolist()}
+        if max(len(row[model][0] + row[model][1]) for model in tokenizers) <= max_len:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{file}: no line fits into {max_len} tokens of both models")
+    return rows
+
+
+def collate(rows: list[dict], device: str = "cpu") -> dict[str, dict[str, Tensor]]:
+    """{"student": ..., "teacher": ...}, for each model what it reads, where it predicts, and what is paired."""
+    return {model: collate_side(rows, model, device) for model in ("student", "teacher")}
+
+
+def collate_side(rows: list[dict], model: str, device: str) -> dict[str, Tensor]:
+    """input_ids, attention_mask (B, T); labels (N,), the response tokens of all rows; positions (N,), where in the
+    flattened (B·T) each is predicted; paired (A,), which of the N are in a pair."""
+    width = max(len(prompt) + len(response) for prompt, response in (row[model] for row in rows))
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    positions, labels, paired = [], [], []
+    for i, row in enumerate(rows):
+        prompt, response = row[model]
+        length = len(prompt) + len(response)
+        input_ids[i, :length] = torch.tensor(prompt + response)
+        attention_mask[i, :length] = 1
+        # the shift: a position predicts the next token, so the last prompt token predicts the first response token
+        first = i * width + len(prompt) - 1
+        positions += range(first, first + len(response))
+        # pairs are counted from the start of their response, which in the batch follows those of the rows before it
+        paired += [len(labels) + index for index in row["paired"][model]]
+        labels += response
+    side = {"labels": labels, "positions": positions, "paired": paired}
+    side = {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in side.items()}
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), **side}
+
+
+def predicting_states(model: nn.Module, side: dict[str, Tensor]) -> Tensor:
+    """(N, d) the states that predict the response tokens. The last of `hidden_states` comes after the final norm: it is
+    what the head reads. The losses compute the logits that they need, so the model computes one position's alone."""
+    read = {"input_ids": side["input_ids"], "attention_mask": side["attention_mask"]}
+    output = model(**read, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+    return output.hidden_states[-1].flatten(0, 1)[side["positions"]]  # (B, T, d) -> (B·T, d) -> (N, d)

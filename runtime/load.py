@@ -1,0 +1,233 @@
+"""Everything a run needs, opened and checked against each other: models, tokenizers, data, and the order of updates."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import lora
+from baselines import mined, seqkd, uld
+from data import Batch, Example, Row, collate, cut_prompt, make_example, tokenise
+from fast.cache import TeacherCache, model_digest
+from fast.cpu import put_on
+from model import build_model, load_model, read_json
+from runtime import parallel
+from runtime.formats import read_examples
+from runtime.hub import data_file, model_directory
+from runtime.options import Options
+from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
+from runtime.run import chat_of, tokenizer_of, write_text
+from runtime.strict import check_model, choose_alignment, fit_lengths
+from runtime.tokenizer import TextTokenizer, say_if_forgotten
+
+PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
+
+
+@dataclass
+class Pieces:
+    """A run's models, tokenizers and data, loaded and checked against each other."""
+
+    student: nn.Module
+    student_tokenizer: TextTokenizer
+    teacher: nn.Module | None
+    teacher_tokenizer: TextTokenizer | None
+    rows: list[Row]  # to train on
+    examples: list[Example] = field(default_factory=list)  # what they are made of
+    valid_rows: list[Row] = field(default_factory=list)  # held out
+    valid: list[Example] = field(default_factory=list)
+    frozen: str = ""  # sha256 of the models that are read and not trained, for --resume; in process 0 alone
+    cache: TeacherCache | None = None
+    method: nn.Module | None = None  # train.Method, once it is made
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
+        hasher = hashlib.sha256()
+        for row in self.rows:
+            for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
+                hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
+        return hasher.hexdigest()
+
+    def collate(self, rows: list[Row], device) -> Batch:
+        pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
+        return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
+
+    def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
+        """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
+        last of which then have no row: processes that share a model's weights must run it equally often."""
+        parts = split_update(rows, o.batch_size, o.tokens_per_batch)
+        parts += [[]] * (count - len(parts))
+        batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
+        return [batch if part else drop_responses(batch) for part, batch in batches]
+
+    def updates_per_epoch(self, o: Options) -> int:
+        return -(-len(self.rows) // (o.batch_size * o.grad_accum * parallel.world()))
+
+    def order(self, o: Options, start: int = 0) -> Iterator[list[int]]:
+        """The examples of each update from the `start`-th on, as indices."""
+        lengths = [sum(count_tokens(row)) for row in self.rows] if o.bucket else None
+        return order_updates(len(self.rows), o.batch_size * o.grad_accum * parallel.world(), o.seed, start, lengths)
+
+    def split(self, o: Options, indices: list[int]) -> list[list[list[Row]]]:
+        """The forward passes of every process in an update over these examples."""
+        rows = [self.rows[i] for i in indices]
+        shares = [parallel.share(rows, process) for process in range(parallel.world())]
+        return [split_update(share, o.batch_size, o.tokens_per_batch) for share in shares]
+
+    def updates(self, o: Options, start: int, total: int) -> Iterator[tuple]:
+        """Each update's indices, and this process's rows and batches of it: all that is known before the update."""
+        for indices in islice(self.order(o, start), total - start):
+            count = max(map(len, self.split(o, indices)))
+            rows = parallel.share([self.rows[i] for i in indices], parallel.rank())
+            yield indices, rows, self.batches(rows, o, count)
+
+    def say_padding(self, o: Options) -> None:
+        updates = islice(self.order(o), self.updates_per_epoch(o))
+        parts = [part for indices in updates for share in self.split(o, indices) for part in share]
+        padding = f"{measure_padding(parts):.1%} of their positions are padding, which attention alone computes"
+        print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
+
+
+def find_model(name: str, role: str, weights: bool = True) -> Path:
+    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
+    if name == "tiny":
+        from experiments import tiny  # which imports this file
+
+        directory = tiny.find(role)
+    else:
+        directory = model_directory(name, weights)
+    check_model(directory, weights)
+    return directory
+
+
+def find_data(name: str, split: str) -> list[Example]:
+    if name == "tiny":
+        from experiments import tiny
+
+        name = str(tiny.find("data"))
+    return read_examples(*data_file(name, split))
+
+
+def load(o: Options) -> Pieces:
+    """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
+    student_directory, teacher_directory, tokenizer, teacher_tokenizer = open_tokenizers(o)
+    align = "none"
+    if o.method not in ("sft", "seqkd"):
+        align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, tokenizer)
+    examples = find_data(o.data, "train")
+    valid = find_data(o.valid, "valid") if o.valid and not o.dry_run else []
+    torch.manual_seed(o.seed)
+    student = load_student(o, student_directory)
+
+    dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    first_lines = o.batch_size if o.dry_run else None
+    if o.method == "seqkd":  # from here on it is supervised fine-tuning
+        with parallel.main_first():
+            examples = load_answers(o, examples, teacher_directory, teacher_tokenizer, tokenizer)
+        teacher_tokenizer = None
+    examples = examples[:first_lines]
+    rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
+    print(f"train: {report}", file=sys.stderr)
+    if o.method in PAIRINGS:
+        for row in rows:
+            row.pairs = PAIRINGS[o.method](row, tokenizer, teacher_tokenizer)
+    valid_rows, report = tokenise(valid, tokenizer, None, o.max_len, o.max_prompt_len)
+    if valid:
+        print(f"valid: {report}", file=sys.stderr)
+
+    teacher = load_teacher(o, teacher_directory, dtype) if teacher_tokenizer else None
+    cache = None
+    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
+        cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
+        with parallel.main_first():
+            cache.attach_states(o.compile)
+    if o.shard in ("student", "both"):
+        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
+    student.to(o.device)
+    untrained = [teacher_directory] if teacher is not None else []
+    untrained += [student_directory] if o.lora else []
+    frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
+    return Pieces(student, tokenizer, teacher, teacher_tokenizer, rows, examples, valid_rows, valid, frozen, cache)
+
+
+def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
+    """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
+    student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
+    o.student_chat = o.student_chat or chat_of(student_directory)
+    tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
+    say_if_forgotten(tokenizer, "--student-chat", o.bos is None and not o.from_scratch)
+    if o.method != "sft":
+        teacher_directory = find_model(o.teacher, "teacher")
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
+        say_if_forgotten(teacher_tokenizer, "--teacher-chat", o.bos is None)
+    fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
+    return student_directory, teacher_directory, tokenizer, teacher_tokenizer
+
+
+def load_student(o: Options, directory: Path) -> nn.Module:
+    """On the CPU, in float32, with its adapters."""
+    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    if o.lora:
+        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
+        try:
+            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
+            raise ValueError(f"--lora-targets: {error}") from None
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
+    student.recompute = o.recompute
+    if torch.device(o.device).type == "cpu":
+        put_on(student)
+    return student
+
+
+def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """Frozen, so that half precision is enough where the arithmetic is bf16 anyway; with a cache, its head alone."""
+    if o.shard in ("teacher", "both"):
+        teacher = parallel.load_sharded(directory, dtype, o.device)
+    else:
+        teacher = load_model(directory, dtype, o.device, body=o.cache_teacher is None)
+    teacher.requires_grad_(False)
+    return parallel.compile_model(teacher) if o.compile else teacher
+
+
+def load_answers(
+    o: Options, examples: list[Example], directory: Path, teacher: TextTokenizer, student: TextTokenizer
+) -> list[Example]:
+    """The examples with the responses of the teacher in `directory`, as they are in --out, where they are generated and
+    written unless they are there; the file appears when it is complete. A dry run generates for the first examples
+    only, and writes nothing. Raises ValueError if the file there was made in another way, or if the examples are such
+    answers already."""
+    file, given = Path(o.out) / "seqkd.jsonl", Path(examples[0].where.rpartition(", line ")[0])
+    if given.is_file() and seqkd.read_recipe(given) is not None:
+        raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
+    limit = min(o.max_prompt_len, o.max_len - 1)
+    asked = [cut_prompt(example, [student, teacher], limit) for example in examples]
+    how = o.max_len, o.seqkd_temperature, o.seed
+    recipe = seqkd.make_recipe(asked, directory, teacher, student, *how)
+    if file.is_file():
+        changed = seqkd.compare_recipes(seqkd.read_recipe(file), recipe)
+        if changed:
+            raise ValueError(
+                f"{file} was made with other {' and '.join(changed)}: give another --out, or remove the file"
+            )
+        print(f"seqkd: the teacher's answers are those in {file}", file=sys.stderr)
+        return read_examples(file)
+    model = load_model(directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
+    asked = asked[: o.batch_size] if o.dry_run else asked
+    lines = seqkd.answer_prompts(asked, model, teacher, student, *how, o.batch_size)
+    if o.dry_run:
+        return [make_example(line, f"{directory}'s answer") for line in lines]
+    lines[0]["seqkd"] = recipe
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return read_examples(file)

@@ -1,0 +1,61 @@
+"""The tokenizer's files beside a trained student say what it was trained with, so that serving equals training."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, processors
+
+from model import read_json
+from runtime.tokenizer import TextTokenizer, content_of, find_template, read_if_there
+
+
+def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
+    """Make the files of a copy in `directory` say what a model was trained with here, so that `transformers` makes the
+    same ids of a prompt, and ends responses at end-of-text too."""
+    if find_template(tokenizer.tokenizer) != (tokenizer.prefix, []):
+        write_template(directory / "tokenizer.json", tokenizer)
+    end, model = tokenizer.names([tokenizer.eos_id]), read_if_there(directory / "config.json")
+    config = before = read_if_there(directory / "tokenizer_config.json")
+    config = {**config, "add_bos_token": bool(tokenizer.prefix), "add_eos_token": False}
+    if content_of(config.get("eos_token")) != end:  # in a chat format, or where only an id is given
+        config["eos_token"] = end
+    if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        # From any other class transformers 5 makes the tokenizer anew, of the vocabulary and the class's own rules:
+        # Llama's then cuts a text that begins with a space in another way than tokenizer.json.
+        bos = model.get("bos_token_id")
+        bos = tokenizer.tokenizer.id_to_token(bos) if type(bos) is int and 0 <= bos < tokenizer.size else None
+        names = {"bos_token": bos, "model_input_names": ["input_ids", "attention_mask"]}  # the class's to know
+        config = {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if config != before:
+        write_json(directory / "tokenizer_config.json", config)
+
+    special = read_if_there(directory / "special_tokens_map.json")
+    if content_of(special.get("eos_token", end)) != end:
+        write_json(directory / "special_tokens_map.json", {**special, "eos_token": end})
+
+    path = directory / "generation_config.json"
+    generation = read_if_there(path)
+    named = (generation if path.is_file() else model).get("eos_token_id")
+    if tokenizer.eos_id not in (named if isinstance(named, list) else [named]):
+        ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
+        write_json(path, {**generation, "eos_token_id": ends})
+
+
+def write_template(path: Path, tokenizer: TextTokenizer) -> None:
+    """A post-processor for tokenizer.json that puts `prefix` before a text and nothing behind it."""
+    names = {tokenizer.tokenizer.id_to_token(index): index for index in tokenizer.prefix}
+    single = [*names, "$A"]
+    second = [f"{piece}:1" for piece in (*names, "$B")]
+    bare = Tokenizer(models.WordLevel({}, unk_token=""))
+    bare.post_processor = processors.TemplateProcessing(single, [*single, *second], list(names.items()))
+    template = json.loads(bare.to_str())["post_processor"]
+    content = read_json(path)
+    before = content["post_processor"]
+    parts = before["processors"] if before and before["type"] == "Sequence" else [before]
+    offsets = [part for part in parts if part and part["type"] == "ByteLevel"]  # it trims offsets, and adds nothing
+    content["post_processor"] = {"type": "Sequence", "processors": [*offsets, template]} if offsets else template
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

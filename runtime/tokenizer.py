@@ -1,0 +1,204 @@
+"""A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, models
+
+from align import token_bytes
+from data import Example, Side, cut_prompt
+from model import read_json
+from runtime.chat import CHATS, ChatFormat
+
+
+@dataclass(eq=False)
+class TextTokenizer:
+    """A tokenizer as training needs it: plain text in, ids out. `read_tokenizer` makes one of a model's directory."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    end_ids: list[int]  # all that end a response when the model writes one, end-of-text first
+    chat: ChatFormat | None = None  # None: prompts in the plain template
+    prefix: list[int] = field(default_factory=list)  # the ids that begin every prompt (--bos)
+
+    def __post_init__(self):
+        self.eos_id = self.end_ids[0]  # end-of-text, which follows every response that the model is trained on
+        self.bytes = [spelling or b"" for spelling in token_bytes(self.tokenizer)]  # special tokens spell nothing
+        self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
+        self.size = len(self.bytes)  # all ids are below
+
+    def prompt_text(self, example: Example) -> str:
+        """The example's prompt as the model reads it, after `prefix`. Raises ValueError if that would come twice."""
+        text = self.chat.prompt_text(example) if self.chat else example.prompt_text()
+        begin = self.names(self.prefix)
+        if begin and text.startswith(begin):
+            raise ValueError(
+                f"{example.where}: the prompt begins with {begin}, which would come twice, since {self.directory} adds "
+                "it to each prompt; take it out of the data, or use --no-bos"
+            )
+        return text
+
+    def fit_prompts(self, examples: list[Example], limit: int) -> list[str]:
+        """The prompts as the model reads them, cut to at most `limit` tokens."""
+        return [self.prompt_text(cut_prompt(example, [self], limit)) for example in examples]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt: `prefix` and the text, where a special token's name is that token, as in chat formats."""
+        self.tokenizer.encode_special_tokens = False
+        return self.prefix + self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a response, where "</s>" is text, not an end."""
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_examples(self, examples: list[Example]) -> list[Side]:
+        """The examples as the model reads them, on all cores."""
+        self.tokenizer.encode_special_tokens = False
+        prompts = self.tokenizer.encode_batch([self.prompt_text(e) for e in examples], add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
+        responses = self.tokenizer.encode_batch([e.outputs[0] for e in examples], add_special_tokens=False)
+        return [
+            Side(self.prefix + prompt.ids, response.ids + ([self.eos_id] if example.ends else []))
+            for example, prompt, response in zip(examples, prompts, responses, strict=True)
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids without special tokens, and without ends, special or not."""
+        return self.tokenizer.decode([i for i in ids if i not in self.end_ids], skip_special_tokens=True)
+
+    def spell(self, ids: list[int]) -> list[bytes | None]:
+        """The bytes of each id, as `exact_token_alignment` takes them: None is end-of-text alone, the other special
+        tokens spell nothing."""
+        return [self.bytes[i] for i in ids]
+
+    def names(self, ids: list[int]) -> str:
+        return "".join(self.tokenizer.id_to_token(i) or "" for i in ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False) -> TextTokenizer:
+    """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
+    name. Raises ValueError naming the file that is wrong.
+
+    chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+    bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in GPT-2's),
+    unless the chat format begins so by itself.
+    """
+    directory, file = Path(directory), Path(directory) / "tokenizer.json"
+    if chat not in ("none", *CHATS):
+        raise ValueError(f"{directory}: no chat format is called {chat!r}, only none, {', '.join(CHATS)}")
+    tokenizer = open_tokenizer(file)
+    end_ids = find_ends(directory, tokenizer, CHATS.get(chat))
+    try:
+        read = TextTokenizer(directory, tokenizer, end_ids, CHATS.get(chat))
+    except ValueError as error:  # nobody knows what its tokens spell
+        raise ValueError(f"{file}: {error}") from error
+    if bos:
+        begin, _ = find_template(tokenizer)
+        if any(tokenizer.id_to_token(index) is None for index in begin):
+            raise ValueError(f"{file}: its post-processor adds ids {begin}, but the vocabulary lacks one of them")
+        if read.chat is None or read.encode_prompt(read.chat.text)[: len(begin)] != begin:
+            read.prefix = begin
+    return read
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        ids = tokenizer.encode("Größe\n\x00 東京 🦊", add_special_tokens=False).ids
+        tokenizer.decode(ids)  # some defects show only when it is used
+        find_template(tokenizer)
+    except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
+        raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
+    ids = tokenizer.get_vocab().values()
+    largest, distinct = max(ids, default=-1), len(set(ids))
+    if not 0 <= largest < 2**24 or distinct < len(ids):  # all ids are listed, up to the last
+        raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {largest}: not a vocabulary")
+    return tokenizer
+
+
+def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that tokenizer.json's post-processor puts before and behind a text."""
+    bare = Tokenizer(models.WordLevel({"text": 0}, unk_token="text"))  # shows them, whatever the vocabulary is
+    if tokenizer.post_processor is not None:
+        bare.post_processor = tokenizer.post_processor
+    encoding = bare.encode("text")
+    at = encoding.special_tokens_mask.index(0)
+    return encoding.ids[:at], encoding.ids[at + 1 :]
+
+
+def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatFormat | None) -> list[int]:
+    """Every id that the chat format or one of the files calls an end, end-of-text first."""
+    ends, vocabulary = [], tokenizer.get_vocab()
+    ids = set(vocabulary.values())
+    if chat is not None:
+        tokenizer.encode_special_tokens = False
+        for token in chat.special_tokens():
+            if token not in vocabulary or len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
+                raise ValueError(
+                    f"{directory}: the chat format {chat.name} needs the special token {token}, which this tokenizer "
+                    "does not have; choose another format, or none"
+                )
+        ends.append(vocabulary[chat.end])
+    for name, key in [
+        ("tokenizer_config.json", "eos_token"),
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+    ]:
+        value = content_of(read_if_there(directory / name).get(key))
+        for end in value if isinstance(value, list) else [value]:
+            index = vocabulary.get(end) if isinstance(end, str) else end
+            if type(index) is int and index in ids:
+                ends.append(index)
+            elif end is not None and (not ends or type(index) is not int):  # another unknown id is never generated
+                raise ValueError(f"{directory / name}: {key} {end!r} is not in tokenizer.json")
+    if not ends:
+        raise ValueError(f"{directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+    return list(dict.fromkeys(ends))
+
+
+def check_size(tokenizer: TextTokenizer, rows: int) -> None:
+    """Raises ValueError unless the tokenizer can belong to a model with `rows` embeddings."""
+    apart = "tokenizer.json and model.safetensors do not belong together"
+    if tokenizer.size > rows:
+        last = tokenizer.size - 1
+        raise ValueError(
+            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart}"
+        )
+    if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
+        raise ValueError(
+            f"{tokenizer.directory}: the model has {rows} embeddings, the tokenizer only {tokenizer.size} ids; {apart}"
+        )
+
+
+def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, bos_is_open: bool) -> None:
+    """A note on standard error where a tokenizer that ends turns is used without the chat format that has them, or one
+    that begins texts without what they begin with, if that was not decided."""
+    if tokenizer.chat is not None:
+        return
+    end, begin = tokenizer.names([tokenizer.eos_id]), tokenizer.names(find_template(tokenizer.tokenizer)[0])
+    if end in {chat.end for chat in CHATS.values()}:
+        print(f"note: {tokenizer.directory} ends turns ({end}), but no {chat_option} is given", file=sys.stderr)
+    if bos_is_open and begin and not tokenizer.prefix:
+        print(
+            f"note: {tokenizer.directory}: prompts are read without the {begin} that its tokenizer puts before a text "
+            "(as in the papers' code); --bos adds it",
+            file=sys.stderr,
+        )
+
+
+def read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def content_of(token):
+    """The text of a token, which these files give as such, or in an object that says more about the token."""
+    return token.get("content") if isinstance(token, dict) else token

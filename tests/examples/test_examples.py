@@ -1,0 +1,234 @@
+"""The concept files and the examples, copied alone into a folder; their losses, their gradients, what they train."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from align import vocabulary_overlap
+from projector import Projectors
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+CONCEPTS = ["losses", "projector", "align"]
+EXAMPLES = ["transformers_loop", "trainer"]
+
+
+@pytest.fixture(scope="module")
+def task(tiny_task, tmp_path_factory):
+    """A directory with student/ and teacher/, made by transformers, and data.jsonl. The student's head repeats, with
+    noise, the teacher's: then t2s is right about a part of the pairs, as with real models."""
+    root = tmp_path_factory.mktemp("examples")
+    shutil.copy(tiny_task / "train.jsonl", root / "data.jsonl")
+    tokenizers = {}
+    for name in ("student", "teacher"):
+        (root / name).mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_task / name / file, root / name)
+        tokenizers[name] = transformers.PreTrainedTokenizerFast.from_pretrained(root / name)
+    sizes = {name: len(tokenizer) for name, tokenizer in tokenizers.items()}
+    torch.manual_seed(0)
+    teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=sizes["teacher"] + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=128, eos_token_id=tokenizers["teacher"].eos_token_id,
+    ))  # fmt: skip
+    student = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=sizes["student"], n_embd=48, n_layer=1, n_head=2, n_positions=128, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, bos_token_id=0, eos_token_id=tokenizers["student"].eos_token_id,
+    ))  # fmt: skip
+    both = [tokenizers[name].backend_tokenizer for name in ("teacher", "student")]
+    teacher_ids, student_ids = map(torch.tensor, vocabulary_overlap(*both))
+    head = student.get_output_embeddings().weight
+    with torch.no_grad():
+        teacher.lm_head.weight *= 30  # a teacher with opinions: the terms are no small differences of like numbers
+        head[student_ids] = teacher.lm_head.weight[teacher_ids] @ torch.randn(32, 48) / 7
+        head += 0.05 * torch.randn_like(head)
+    teacher.save_pretrained(root / "teacher")
+    student.save_pretrained(root / "student")
+    return root
+
+
+@pytest.fixture(scope="module")
+def options(task):
+    return ["--student", task / "student", "--teacher", task / "teacher", "--data", task / "data.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The examples' modules, as they lie in the repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        yield {name: importlib.import_module(name) for name in ["batch", *EXAMPLES]}
+
+
+def run(arguments: list, folder: Path) -> str:
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+def test_everything_copied_alone(task, options, tmp_path):
+    """The doctests run and both examples train with nothing of the repository but the copied files."""
+    folder = tmp_path / "mine" / "alone"
+    folder.mkdir(parents=True)
+    for file in [*(ROOT / f"{name}.py" for name in CONCEPTS), *(ROOT / "examples").glob("*.py")]:
+        shutil.copy(file, folder)
+    script = f"""
+        import doctest, importlib, pathlib, sys
+        for name in {CONCEPTS}:
+            result = doctest.testmod(importlib.import_module(name))
+            assert result.attempted and not result.failed, name
+        for name in {EXAMPLES}:
+            importlib.import_module(name).main([*sys.argv[1:], "--out", name])
+        for name in {[*CONCEPTS, "batch", *EXAMPLES]}:
+            assert pathlib.Path(sys.modules[name].__file__).parent == pathlib.Path.cwd(), name
+    """
+    code = "\n".join(line[8:] for line in script.splitlines())
+    run(["-c", code, *options, "--steps", 3], folder)
+    before = weights(task / "student")
+    for name in EXAMPLES:
+        after = weights(folder / name)
+        assert after.keys() == before.keys()
+        assert all(not torch.equal(after[key], before[key]) for key in before), name
+        ids = transformers.PreTrainedTokenizerFast.from_pretrained(folder / name)("A fox.")["input_ids"]
+        assert ids == transformers.PreTrainedTokenizerFast.from_pretrained(task / "student")("A fox.")["input_ids"]
+
+
+def test_first_loss_equals_dry_run(options, tmp_path, capsys):
+    """The loop from the repository's root, on the same models and lines as train.py."""
+    out = tmp_path / "out"
+    printed = run(["examples/transformers_loop.py", *options, "--steps", 1, "--out", out], ROOT)
+    ours = json.loads(printed.splitlines()[0])
+    capsys.readouterr()
+    train.main([*map(str, options), "--batch-size", "4", "--device", "cpu", "--dry-run"])
+    expected = json.loads(capsys.readouterr().out)
+    for name in ("loss", "ce", "kd", "t2s_ce", "t2s_kd", "s2t_kd"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert 0 < expected["t2s_agreement"] < 1 and expected["t2s_kd"] > 0  # else the comparison says little
+
+
+class Recorder(transformers.TrainerCallback):
+    """The gradient of each update, before the optimizer takes it."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others):
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+@pytest.fixture
+def loaded(examples, options):
+    """(student, teacher, tokenizers, rows)"""
+    return examples["batch"].load(examples["batch"].parse_options("", [*map(str, options)], out=""))
+
+
+def make_trainer(examples, loaded, rows: list, out: Path, **settings):
+    """A Trainer whose updates are over two micro-batches of two rows, for two epochs, and its recorder."""
+    student, teacher, tokenizers, _ = loaded
+    args = transformers.TrainingArguments(
+        out, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, max_grad_norm=0.0,
+        logging_steps=1, use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False,
+        disable_tqdm=True, ddp_find_unused_parameters=False, **settings,
+    )  # fmt: skip
+    recorder = Recorder()
+    trainer = examples["trainer"].DSKDTrainer(
+        student, args, train_dataset=rows, data_collator=examples["batch"].collate, callbacks=[recorder],
+        teacher=teacher, tokenizers=tokenizers,
+    )  # fmt: skip
+    return trainer, recorder
+
+
+def update_of_loop(examples, loaded, rows: list) -> tuple[dict, dict]:
+    """The terms and the gradient that the loop has on these rows as one batch, named as the Trainer's."""
+    student, teacher, tokenizers, _ = loaded
+    head, teacher_head = student.get_output_embeddings().weight.detach(), teacher.get_output_embeddings().weight
+    student_shared, teacher_shared, token = examples["batch"].compare_vocabularies(*tokenizers, len(teacher_head))
+    student.projectors = Projectors(head[student_shared], teacher_head[teacher_shared])
+    batch = examples["batch"].collate(rows)
+    student.zero_grad()
+    terms = examples["transformers_loop"].compute_terms(
+        student, teacher, student.projectors, student_shared, token, batch
+    )
+    terms["loss"].backward()
+    gradient = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return {name: term.item() for name, term in terms.items()}, gradient
+
+
+def check_gradients(gradient: dict, expected: dict):
+    assert gradient.keys() == expected.keys() and "projectors.t2s.weight" in expected
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", [4, 3, 2])
+def test_accumulated_update_equals_one_batch(examples, loaded, tmp_path, count):
+    """The Trainer's update over two micro-batches, of which the second may be smaller or missing, has the terms and the
+    gradient of the loop's update on all rows as one batch."""
+    rows = loaded[3][:count]
+    trainer, recorder = make_trainer(examples, loaded, rows, tmp_path, learning_rate=0.0)
+    trainer.train()
+    terms, gradient = update_of_loop(examples, loaded, rows)
+    assert len(recorder.gradients) == 2  # nothing moves between the two
+    for step in range(2):
+        check_gradients(recorder.gradients[step], gradient)
+        logged = trainer.state.log_history[step]
+        assert logged["loss"] == pytest.approx(terms["loss"], abs=1e-4)  # the Trainer rounds it
+        for name in terms.keys() - {"loss"}:
+            assert logged[name] == pytest.approx(terms[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_student_and_t2s_are_trained_alone(examples, loaded, tmp_path, name):
+    student, teacher, tokenizers, rows = loaded
+    student_before, teacher_before = ([p.detach().clone() for p in model.parameters()] for model in (student, teacher))
+    head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    student_shared, teacher_shared, _ = examples["batch"].compare_vocabularies(*tokenizers, len(teacher_head))
+    start = Projectors(head.detach()[student_shared], teacher_head[teacher_shared])
+    if name == "trainer":
+        trainer, _ = make_trainer(examples, loaded, rows[:12], tmp_path, learning_rate=1e-2)
+        trainer.train()
+        projectors = student.projectors
+        del student.projectors
+    else:
+        projectors = examples[name].distil(student.train(), teacher, tokenizers, rows, steps=3, batch_size=4, lr=1e-2)
+    assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), student_before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(teacher.parameters(), teacher_before, strict=True))
+    assert not torch.equal(projectors.t2s.weight, start.t2s.weight)
+    # s2t moves too, but by no gradient: it follows the student's head
+    assert not torch.equal(projectors.s2t.weight, start.s2t.weight)
+    assert projectors.s2t.weight.grad is None and not projectors.s2t.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_batch(examples, options, loaded, tmp_path):
+    """Two processes of the Trainer, started by torchrun, have the gradient of the loop on all their rows at once."""
+    code = f"""
+        import sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "examples"), str(ROOT)]}
+        import batch, test_examples, torch, trainer
+        loaded = batch.load(batch.parse_options("", {[*map(str, options)]}, out=""))
+        trainer, recorder = test_examples.make_trainer(
+            {{"batch": batch, "trainer": trainer}}, loaded, loaded[3][:8], ".", learning_rate=0.0,
+        )
+        trainer.train()
+        torch.save(recorder.gradients[0], f"{{trainer.args.process_index}}.pt")
+    """
+    (tmp_path / "process.py").write_text("\n".join(line[8:] for line in code.splitlines()))
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "process.py"], tmp_path)
+    _, expected = update_of_loop(examples, loaded, loaded[3][:8])
+    for process in range(2):
+        gradient = torch.load(tmp_path / f"{process}.pt")
+        check_gradients({name.removeprefix("module."): value for name, value in gradient.items()}, expected)

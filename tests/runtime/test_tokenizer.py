@@ -1,0 +1,140 @@
+"""runtime/tokenizer.py: ends, special tokens, and what can be wrong with a tokenizer's files."""
+
+import json
+
+import pytest
+from helpers import SENTENCES
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from data import Example, tokenise
+from runtime.tokenizer import check_size, read_tokenizer
+
+
+@pytest.fixture(scope="module")
+def student(trained_folder):
+    return read_tokenizer(trained_folder / "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(trained_folder):
+    return read_tokenizer(trained_folder / "teacher")
+
+
+def with_files(tmp_path, trained_folder, files, which="student"):
+    """A copy of a tokenizer with these further files: {name: content}."""
+    (tmp_path / "tokenizer.json").write_bytes((trained_folder / which / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"tokenizer_config.json": {"eos_token": "A"}, "generation_config.json": {"eos_token_id": 5}}, ["A", 5]),
+        ({"tokenizer_config.json": {"eos_token": {"content": "B", "lstrip": False}}}, ["B"]),
+        ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": 5}}, [5]),
+        ({"tokenizer_config.json": {}, "generation_config.json": {"eos_token_id": [7, 8]}, "config.json": {}}, [7, 8]),
+        ({"generation_config.json": {"eos_token_id": [7, 0, 7]}, "config.json": {"eos_token_id": 6}}, [7, 0, 6]),
+        ({"config.json": {"eos_token_id": [0, -1, None, 3, 10**6]}}, [0, 3]),  # unknown ones are never generated
+    ],
+)
+def test_which_ids_are_ends(tmp_path, trained_folder, files, expected):
+    """All that the files name, in this order; the first is end-of-text, whether or not it is special."""
+    tokenizer = read_tokenizer(with_files(tmp_path, trained_folder, files))
+    ids = [tokenizer.tokenizer.token_to_id(end) if isinstance(end, str) else end for end in expected]
+    assert tokenizer.end_ids == ids and tokenizer.eos_id == ids[0] and tokenizer.bytes[ids[0]] is None
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, "no end-of-text token: give eos_token in tokenizer_config.json"),
+        ({"config.json": {"eos_token_id": None}}, "no end-of-text token"),
+        ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, "tokenizer_config.json: eos_token '<nowhere>' is not"),
+        ({"config.json": {"eos_token_id": 50256}}, "config.json: eos_token_id 50256 is not in tokenizer.json"),
+        ({"config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not in"),
+        ({"config.json": {"eos_token_id": []}}, "no end-of-text token"),
+        ({"config.json": {"eos_token_id": [0, True]}}, "config.json: eos_token_id True is not in tokenizer.json"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: expected a JSON object"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: cannot be read as a tokenizer"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path, trained_folder, files, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_tokenizer(with_files(tmp_path, trained_folder, files))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_and_unalignable_tokenizers_are_named(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
+        read_tokenizer(tmp_path)
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(ValueError, match="tokenizer.json: cannot tell which bytes.*WordPiece") as caught:
+        read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_special_tokens_in_the_data_are_text(student, teacher):
+    text = "a <|endoftext|></s><s> <unk> b"
+    for tokenizer in (student, teacher):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids and all(tokenizer.bytes[i] is not None for i in ids)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+    assert teacher.encode("x")[0] != teacher.tokenizer.token_to_id("<s>")  # no special tokens are added
+
+
+def test_texts_encoded_together_are_what_they_are_alone(tiny_task):
+    """A special token's name is that token in a prompt, and text in a response."""
+    tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
+    ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in tokenizers]
+    texts = [f"The fox {end} and the owl number {number}." for number in range(600) for end in ends]
+    examples = [Example("here", [text], prompt=text) for text in texts]
+    rows, _ = tokenise(examples, *tokenizers, max_len=256, max_prompt_len=128)
+    for text, row in zip(texts, rows, strict=True):
+        for tokenizer, side in zip(tokenizers, (row.student, row.teacher), strict=True):
+            assert side.prompt == tokenizer.encode_prompt(text)
+            assert side.response == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert all(tokenizers[0].eos_id in row.student.prompt for row in rows[::2])
+    assert all(tokenizers[0].eos_id not in row.student.response[:-1] for row in rows)
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path, trained_folder):
+    tokenizer = Tokenizer.from_file(str(trained_folder / "student" / "tokenizer.json"))
+    long, short = len(tokenizer.encode(SENTENCES[0] * 9).ids), len(tokenizer.encode("a").ids)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    ours = read_tokenizer(tmp_path)
+    assert len(ours.encode(SENTENCES[0] * 9)) == long > 50 and len(ours.encode("a")) == short
+
+
+def test_a_tokenizer_belongs_to_models_of_about_its_size(student):
+    size = student.size
+    assert size == student.tokenizer.get_vocab_size() == len(student.bytes)
+    for rows in (size, size + 300, int(1.1 * size) + 1024):
+        check_size(student, rows)
+    for rows in (size - 1, 10):
+        with pytest.raises(ValueError, match=f"ids up to {size - 1}, the model only {rows} embeddings.*not belong"):
+            check_size(student, rows)
+    for rows in (int(1.1 * size) + 1025, 32000):
+        with pytest.raises(ValueError, match=f"has {rows} embeddings, the tokenizer only {size} ids.*not belong"):
+            check_size(student, rows)
+
+
+def test_size_counts_ids_not_tokens(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 9}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<x>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    assert read_tokenizer(tmp_path).size == 10
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')  # a hole
+    with pytest.raises(ValueError, match="eos_token_id 5 is not in tokenizer.json"):
+        read_tokenizer(tmp_path)
