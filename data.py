@@ -7,8 +7,10 @@ A label at position i is token i+1: the last prompt token predicts the first res
 predicts end-of-text. The shift happens once, in `collate_side`; everything after it works on response positions.
 
 A tokenizer is a TextTokenizer of runtime/tokenizer.py: `prompt_text(example)` is the prompt as its model reads it,
-`encode_prompt(text)` and `encode(text)` are ids of a prompt and of a response, `spell(ids)` are their bytes, and
-`end_ids` end a response, `eos_id` each that is trained on. What is wrong with a file, runtime/formats.py says.
+`encode_prompt(text)` and `encode(text)` give the ids of a prompt and of a response, `spell(ids)` their bytes. `eos_id`
+ends each response that a model is trained on, any of `end_ids` one that it writes.
+
+runtime/formats.py finds what is wrong with a data file. Errors here are about one example that does not fit.
 """
 
 import json
@@ -145,30 +147,27 @@ def tokenise(
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report, limit = [], CutReport(len(examples)), min(max_prompt_len, max_len - 1)
-    for first in range(0, len(examples), 1000):  # the library's encodings of all at once would need gigabytes
-        part = examples[first : first + 1000]
-        for example, *sides in zip(part, *(t.encode_examples(part) for t in tokenizers), strict=True):
-            if any(len(side.prompt) > limit or len(side) > max_len for side in sides):
-                shorter = cut_to_fit(example, tokenizers, limit, max_len, report)
-                sides = [tokenizer.encode_examples([shorter])[0] for tokenizer in tokenizers]
-            if not all(side.prompt for side in sides):
-                raise ValueError(
-                    f"{example.where}: the prompt has no tokens, so that nothing could predict the response"
-                )
-            if not all(side.response for side in sides):
-                raise ValueError(f"{example.where}: the response has no tokens")
-            if align == "none" and sides[0].response != sides[-1].response:
-                raise ValueError(
-                    f"{example.where}: the tokenizers have the same vocabulary but cut this response differently; "
-                    "use --align eta (recipe v2) or cma (recipe v1)"
-                )
-            rows.append(Row(*sides))
-            if align == "eta":
-                rows[-1].pairs = align_responses(rows[-1], student, teacher)
+    for example, *sides in zip(examples, *(t.encode_examples(examples) for t in tokenizers), strict=True):
+        if any(len(side.prompt) > limit or len(side) > max_len for side in sides):
+            shorter = cut_to_fit(example, tokenizers, limit, max_len, report)
+            sides = [next(tokenizer.encode_examples([shorter])) for tokenizer in tokenizers]
+        if not all(side.prompt for side in sides):
+            raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
+        if not all(side.response for side in sides):
+            raise ValueError(f"{example.where}: the response has no tokens")
+        if align == "none" and sides[0].response != sides[-1].response:
+            raise ValueError(
+                f"{example.where}: the tokenizers have the same vocabulary but cut this response differently; "
+                "use --align eta (recipe v2) or cma (recipe v1)"
+            )
+        rows.append(Row(*sides))
+        if align == "eta":
+            rows[-1].pairs = align_responses(rows[-1], student, teacher)
     return rows, report
 
 
 def align_responses(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
+    """(teacher, student) indices of the response tokens that are equal and have equal histories."""
     return exact_token_alignment(teacher.spell(row.teacher.response), student.spell(row.student.response))
 
 
@@ -242,18 +241,17 @@ def find_longest(length: int, fits: Callable[[int], bool]) -> int:
 
 
 def replace_response(row: Row, response: list[int], student, teacher, max_len: int, align: str) -> Row:
-    """The row with a response that the student sampled in the place of the gold one (v2, eq. 18).
+    """The row with a response that the student sampled in place of the gold one (v2, eq. 18).
 
-    response: the new ids, with the end unless the length cut it. The student keeps these ids, whether or not it
-    would cut their text into them itself. With `align` "none" the teacher reads the same ids, otherwise their text:
+    The student keeps the sampled ids, even where it would cut their text differently. With `align` "none" the teacher
+    reads the same ids, otherwise their text:
 
-    - bytes that are no UTF-8 become U+FFFD in it, as for any reader; such tokens have no exact counterpart, those
-      around them do. Where the length cut a character in two, the teacher's text ends before it;
-    - end-of-text stands on both sides or on neither, an empty response is end-of-text alone; where the student ended
-      with another of its ends, end-of-text takes its place, as it follows every gold response;
+    - bytes that are no UTF-8 become U+FFFD in it, and such tokens have no exact counterpart; where the length limit
+      cut a character in two, the teacher's text ends before it;
+    - end-of-text stands on both sides or on neither; it replaces any other end that the student wrote;
     - what does not fit into the teacher's `max_len` is cut off both.
 
-    Returns `row` itself where one side has no token left (nothing but special tokens before the cut, or no room).
+    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room.
     """
     if response and response[-1] in student.end_ids:
         response = [*response[:-1], student.eos_id]

@@ -1,6 +1,7 @@
 """A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,16 +54,16 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = True
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_examples(self, examples: list[Example]) -> list[Side]:
-        """The examples as the model reads them, on all cores."""
-        self.tokenizer.encode_special_tokens = False
-        prompts = self.tokenizer.encode_batch([self.prompt_text(e) for e in examples], add_special_tokens=False)
-        self.tokenizer.encode_special_tokens = True
-        responses = self.tokenizer.encode_batch([e.outputs[0] for e in examples], add_special_tokens=False)
-        return [
-            Side(self.prefix + prompt.ids, response.ids + ([self.eos_id] if example.ends else []))
-            for example, prompt, response in zip(examples, prompts, responses, strict=True)
-        ]
+    def encode_examples(self, examples: list[Example]) -> Iterator[Side]:
+        """The examples as the model reads them, whole; encoded on all cores, a thousand at once to save memory."""
+        for first in range(0, len(examples), 1000):
+            part = examples[first : first + 1000]
+            self.tokenizer.encode_special_tokens = False  # as in `encode_prompt`
+            prompts = self.tokenizer.encode_batch([self.prompt_text(e) for e in part], add_special_tokens=False)
+            self.tokenizer.encode_special_tokens = True  # as in `encode`
+            responses = self.tokenizer.encode_batch([e.outputs[0] for e in part], add_special_tokens=False)
+            for example, prompt, response in zip(part, prompts, responses, strict=True):
+                yield Side(self.prefix + prompt.ids, response.ids + ([self.eos_id] if example.ends else []))
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens, and without ends, special or not."""
