@@ -187,8 +187,7 @@ def run(options) -> None:
                     scores = evaluate(model, tokenizer, data, seeds, *lengths, options.batch_size, options.device)
                 results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix}
                 file = write_report(name, directory, data, options, scores)
-                chat = tokenizer.chat.name if tokenizer.chat else "none"
-                print(f"{name}, {data.name}: {describe(scores, data, chat, file)}", file=sys.stderr)
+                print(f"{name}, {data.name}: {describe(scores, data, tokenizer.chat, file)}", file=sys.stderr)
     finally:  # also of what an error or Ctrl-C left undone
         if results:
             print(compare(sets, results))

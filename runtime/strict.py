@@ -123,6 +123,21 @@ def check_numbers(o: Options) -> None:
         raise ValueError(f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)")
 
 
+def check_values(options: dict, at_least: dict, below: dict) -> None:
+    """Raises ValueError naming an option that is empty, or one that is (or has) a number out of [at_least, below).
+
+    below: the bounds that are not 2**31.
+    """
+    for name, value in options.items():
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
+    for name, least in at_least.items():
+        most = below.get(name, 2**31)
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            if value is not None and not least <= value < most:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
+
+
 def check_processes(o: Options) -> None:
     by_torchrun, own = parallel.by_torchrun(), f"cuda:{os.environ.get('LOCAL_RANK')}"
     if o.shard and not by_torchrun:
@@ -190,25 +205,6 @@ def check_lora(o: Options) -> Options:
     if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
         targets = sorted(set(" ".join(targets).replace(",", " ").split()))
     return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-
-
-def check_values(options: dict, at_least: dict, below: dict) -> None:
-    """Raises ValueError naming an option that is empty, or one that is (or has) a number out of [at_least, below).
-
-    below: the bounds that are not 2**31.
-    """
-    for name, value in options.items():
-        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
-            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
-    for name, least in at_least.items():
-        most = below.get(name, 2**31)
-        for value in options[name] if isinstance(options[name], list) else [options[name]]:
-            if value is not None and not least <= value < most:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

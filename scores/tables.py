@@ -54,9 +54,9 @@ def count_unfinished(found: list[dict]) -> str:
     return f"{sum(sum(s['not_ended']) for s in found)} of {sum(len(r) for s in found for r in s['responses'])}"
 
 
-def describe(scores: dict, data: DataSet, chat: str, file) -> str:
+def describe(scores: dict, data: DataSet, chat, file) -> str:
     """What was done, of one model and one set, and where the report is; with programs, what became of them."""
-    line = f"{len(data.examples)} examples" + (f" in the chat format {chat}" if chat != "none" else "")
+    line = f"{len(data.examples)} examples" + (f" in the chat format {chat.name}" if chat else "")
     if scores["prompts_cut"]:
         line += f", {scores['prompts_cut']} prompts cut to fit"
     if any(scores["not_ended"]):

@@ -214,10 +214,7 @@ def test_commands_were_found():
 # Copying
 
 
-DOCTESTS = "model lora projector align losses scores/rouge scores/answers scores/programs"
-
-
-@pytest.mark.parametrize("file", DOCTESTS.split())
+@pytest.mark.parametrize("file", "model lora projector align losses scores/rouge scores/answers".split())
 def test_concept_files_work_alone(tmp_path, file):
     """Copied into an empty folder, each imports nothing of the project and its docstring's example runs."""
     name = Path(file).name

@@ -1,10 +1,12 @@
 """The program in a response, on cases made by hand."""
 
+import doctest
 import runpy
 import textwrap
 
 import pytest
 
+from scores import programs
 from scores.programs import code_runs, humaneval_program, mbpp_program
 
 PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef area(r):\n    """Of a circle.\n    """\n'
@@ -173,3 +175,8 @@ def test_statements_and_prose():
     for prose in ("This is x.", "The result = 3", "from the list we take", "import it first", "if so, do", "Note: x"):
         assert code_runs(prose + "\n") == [], prose
         assert code_runs("x = 1\n" + prose + "\ny = 2\n") == ["x = 1\n", "y = 2\n"], prose
+
+
+def test_the_docstring_example_runs():
+    result = doctest.testmod(programs)
+    assert result.attempted == 2 and result.failed == 0
