@@ -89,6 +89,8 @@ def check_options(o: Options) -> Options:
     ])  # fmt: skip
     if o.projectors is not None:  # only that it can be read; whether it fits is known once the models are there
         try:
+            if not Path(o.projectors).is_file():  # a pipe would be waited for
+                raise FileNotFoundError("no such file")
             with safe_open(o.projectors, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
