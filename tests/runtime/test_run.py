@@ -91,8 +91,10 @@ def kill_again_and_again(task, tmp_path, kills: int, seed: int, **options) -> No
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(task, tmp_path):
-    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["eta"])
+@pytest.mark.parametrize("method", ["eta", "best"])
+def test_a_killed_run_ends_as_if_it_had_not_been(task, tmp_path, method):
+    """With "best" it keeps its best student, too."""
+    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS[method])
 
 
 @pytest.mark.slow
@@ -102,8 +104,52 @@ def test_a_run_killed_again_and_again(task, tmp_path, method):
     kill_again_and_again(task, tmp_path, kills, seed=2, max_steps=15, **METHODS[method])
 
 
-def test_a_killed_run_keeps_its_best_student(task, tmp_path):
-    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["best"])
+RESUMED = {
+    "eta": {"on_policy": 0.5, "max_len": 60, "seed": 4},  # both kinds of update, before and after
+    "cma, adapters": {"recipe": "v1", "lora": 4, "lora_dropout": 0.3, "lora_alpha": 16},
+    "seqkd": METHODS["seqkd"],
+    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "batch_size": 6, "grad_accum": 2},
+    "by a budget": {"tokens_per_batch": 200, "recipe": "v1", "batch_size": 6, "grad_accum": 2},
+}  # those by length over the end of an epoch, which is an update of four examples
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(task, tmp_path, stopped_by_ctrl_c, name):
+    """Bit for bit: weights, projectors, adapters, optimiser and log, with dropout in the student."""
+    options = {"max_steps": 6, "log_every": 1, **RESUMED[name]}
+    train.main(command(task, tmp_path / "whole", **options))
+    with stopped_by_ctrl_c():
+        train.main(command(task, tmp_path / "parts", **options))
+    assert step_of(tmp_path / "parts") == 2
+    train.main(command(task, tmp_path / "parts", **options, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    lines = [line for line in log_of(tmp_path / "whole") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    if name == "eta":
+        kinds = [line["on_policy"] for line in lines]
+        assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
+
+
+@pytest.mark.parametrize(
+    "option, value, wrong, before",
+    [
+        ("on_policy_after", None, 1, "0"),
+        ("lora_targets", "all-linear", "c_attn", r"\['all-linear'\]"),  # older runs adapted all layers
+    ],
+)
+def test_a_run_that_is_older_than_an_option_goes_on(task, tmp_path, stopped_by_ctrl_c, option, value, wrong, before):
+    options = {"on_policy": 1, "max_len": 60, "lora": 4}
+    train.main(command(task, tmp_path / "whole", **options, **{option: value}, max_steps=3))
+    with stopped_by_ctrl_c():
+        train.main(command(task, tmp_path / "run", **options, **{option: value}, max_steps=3))
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    del record[option]
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(SystemExit, match=f"--resume: {flag} is .*, but .* was started with {before}"):
+        train.main(command(task, tmp_path / "run", **options, **{option: wrong}, max_steps=3, resume=True))
+    train.main(command(task, tmp_path / "run", **options, max_steps=3, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,46 +266,45 @@ def stopping_at(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPPED = {"max_steps": 5, "on_policy": 1, "max_len": 60}
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory):
+    """A run of these options that nothing has stopped."""
+    out = tmp_path_factory.mktemp("stopped") / "whole"
+    train.main(command(task, out, **STOPPED))
+    return out
+
+
 @pytest.mark.parametrize(
-    "name, call, step", [("distil", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 4)]
+    "name, call, numbers, step, words",
+    [
+        ("distil", 3, [signal.SIGTERM], 3, "stopped after update 3 of 5, which is saved in"),
+        ("held_out_cross_entropy", 1, [signal.SIGINT], 2, "stopped after update 2 of 5"),
+        ("save_checkpoint", 2, [signal.SIGINT], 4, "stopped after update 4 of 5"),
+        ("write_samples", 1, [signal.SIGTERM], 5, "stopped after the last update"),
+        ("distil", 4, [signal.SIGINT] * 2, 2, "stopped at once\ngo on with: python"),  # asked twice
+        ("distil", 1, [signal.SIGINT] * 2, None, "stopped at once\ngo on with: python"),
+    ],
 )
 def test_asked_to_stop_a_run_saves_first(
-    task, tmp_path, stopping_at, monkeypatch, capsys, name, call, step, number, code
+    task, whole, tmp_path, stopping_at, monkeypatch, capsys, name, call, numbers, step, words
 ):
-    options = {"max_steps": 5, "on_policy": 1, "max_len": 60}
-    train.main(command(task, tmp_path / "whole", **options))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopping_at(name, call, number)
+    stopping_at(name, call, *numbers)
+    run = tmp_path / "run"
     with pytest.raises(SystemExit) as caught:
-        train.main(command(task, tmp_path / "run", **options))
+        train.main(command(task, run, **STOPPED))
     monkeypatch.undo()
-    assert caught.value.code == code and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("go on with: python ")]
-    assert line.endswith(" --resume") and str(tmp_path / "run") in line
-    assert step_of(tmp_path / "run") == step
-    train.main([*command(task, tmp_path / "run", **options), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_asked_to_stop_while_it_writes_samples_a_run_is_complete(task, tmp_path, stopping_at, capsys):
-    stopping_at("write_samples", 1, signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"):
-        train.main(command(task, tmp_path / "run"))
-    assert "stopped after the last update" in capsys.readouterr().err
-    assert (tmp_path / "run" / "samples.txt").is_file() and step_of(tmp_path / "run") == 2
-
-
-def test_asked_twice_a_run_stops_at_once(task, tmp_path, stopping_at, monkeypatch, capsys):
-    train.main(command(task, tmp_path / "whole", max_steps=5))
-    stopping_at("distil", 4, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(SystemExit, match="130"):
-        train.main(command(task, tmp_path / "run", max_steps=5))
-    monkeypatch.undo()
-    assert "stopped at once\ngo on with: python" in capsys.readouterr().err
-    assert step_of(tmp_path / "run") == 2
-    train.main([*command(task, tmp_path / "run", max_steps=5), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert caught.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[numbers[0]]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    error = capsys.readouterr().err
+    [line] = [line for line in error.splitlines() if line.startswith("go on with: python ")]
+    assert words in error and line.endswith(" --resume") and str(run) in line
+    assert (step_of(run) if (run / "resume" / "state.safetensors").is_file() else None) == step
+    train.main(command(task, run, **STOPPED, resume=True))
+    assert_same_run(whole, run)
 
 
 def test_stopped_while_loading_there_is_nothing_to_go_on_with(task, tmp_path, stopping_at, capsys):
@@ -528,18 +573,18 @@ def live_tensors() -> int:
 
 @pytest.mark.parametrize("method", ["eta", "cma"])
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
-    """As many tensors are alive before update 45 as before update 20, checkpoints and sampled responses included."""
+    """As many tensors are alive before update 35 as before update 21, checkpoints and sampled responses included."""
     distil, counts = train.distil, []
 
     def counting(*things):
-        counts.append(live_tensors() if len(counts) in (20, 44) else None)
+        counts.append(live_tensors() if len(counts) in (20, 34) else None)
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "ahead", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
-    train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
-    assert counts[20] == counts[44]
+    train.main(command(tiny_task, tmp_path / "run", max_steps=35, checkpoint_every=10, **options))
+    assert counts[20] == counts[34]
 
 
 @pytest.mark.slow
