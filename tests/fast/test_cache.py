@@ -330,19 +330,3 @@ def test_two_runs_do_not_fill_one_file_at_once(setting, capsys):
         assert stream.seek(0, 2) == 0
     other.join()
     assert made.rows[0].states is not None
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "sft"}, "--method sft has no teacher"),
-        ({"method": "seqkd"}, "keeps the teacher's text, in seqkd.jsonl"),
-        ({"on_policy": 0.5}, "new in every update"),
-        ({"dry_run": True}, "rounded to bfloat16"),
-        ({"cache_teacher": __file__}, "not a directory"),
-    ],
-)
-def test_where_it_cannot_be_it_says_why(tiny_task, tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        train.main(arguments(tiny_task, tmp_path / "run", **{"cache_teacher": tmp_path / "states", **options}))
-    assert not (tmp_path / "states").exists()

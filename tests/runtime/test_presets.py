@@ -7,6 +7,7 @@ llama2's and mistral's were compared with copies of the files); the parameter co
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import arguments, log_of, same, weights_of
 
 import model
 import train
+from runtime import load as loading
 from runtime.hub import MODELS
 
 
@@ -136,7 +138,7 @@ def test_where_the_settings_come_from_is_said(capsys):
 def presets(tiny_task, monkeypatch):
     """The tiny task's models under the names of presets."""
     models = {"qwen": tiny_task / "teacher", "gpt2": tiny_task / "student"}
-    monkeypatch.setattr(train, "model_directory", lambda name, weights=True: models.get(name, train.Path(name)))
+    monkeypatch.setattr(loading, "model_directory", lambda name, weights=True: models.get(name, Path(name)))
 
 
 def test_settings_are_stored_and_a_resumed_run_has_the_same(tiny_task, tmp_path, presets, capsys):
@@ -231,25 +233,3 @@ def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stop
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
     train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "sft"}, "--teacher-sft belongs to training with a teacher"),
-        ({"dry_run": True}, "--teacher-sft belongs to training with a teacher"),
-        ({"method": "kd"}, "equal vocabularies"),
-        ({"student": "nowhere"}, "nowhere"),
-        ({"student_chat": "qwen2.5"}, "special token"),
-    ],
-)
-def test_a_stage_in_vain_is_not_begun(tiny_task, tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        train.main(arguments(tiny_task, tmp_path / "run", teacher_sft=True, **options))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("words", [["--task", "math"], ["--teacher-sft"]])
-def test_the_embedded_task_has_its_own(words):
-    with pytest.raises(SystemExit, match="the embedded task has its own settings and trains its teacher"):
-        train.main(words)

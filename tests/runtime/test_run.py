@@ -219,15 +219,6 @@ def test_scores_that_are_no_numbers_are_not_the_best(task, tmp_path, monkeypatch
     assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
 
 
-def test_the_best_checkpoint_needs_held_out_examples(task, tmp_path):
-    words = arguments(task, tmp_path / "run", keep_best="rouge")
-    with pytest.raises(SystemExit, match="--keep-best rouge is by the scores on held-out examples: give them with --v"):
-        train.main(words)
-    with pytest.raises(SystemExit, match="--keep-best ce is by the scores on held-out examples"):
-        train.main(["--keep-best", "ce", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
 def test_what_is_best_may_not_change_between_two_parts_of_a_run(task, tmp_path):
     run = tmp_path / "run"
     train.main(command(task, run, keep_best="ce"))
