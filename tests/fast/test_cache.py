@@ -66,9 +66,8 @@ def test_a_run_equals_one_with_rounded_states_bit_for_bit(tiny_task, tmp_path, m
     assert cached[0]["ce"] == exact[0]["ce"] and cached[0]["kd"] == pytest.approx(exact[0]["kd"], rel=2e-3)
 
 
-@pytest.mark.parametrize("recipe", ["v1", "v2"])
-def test_in_a_bf16_run_nothing_is_rounded(tiny_task, tmp_path, recipe):
-    options = {"dtype": "bf16", "recipe": recipe, "batch_size": 1, "grad_accum": 4}
+def test_in_a_bf16_run_nothing_is_rounded(tiny_task, tmp_path):
+    options = {"dtype": "bf16", "recipe": "v2", "batch_size": 1, "grad_accum": 4}
     train.main(arguments(tiny_task, tmp_path / "cached", cache_teacher=tmp_path / "states", **options))
     train.main(arguments(tiny_task, tmp_path / "exact", **options))
     assert terms_of(tmp_path / "cached") == terms_of(tmp_path / "exact")
@@ -155,17 +154,16 @@ def two_students(tiny_task, tmp_path_factory):
 @pytest.mark.parametrize(
     "recipe, second, entries",
     [
-        ("v2", {"student": "other"}, 1),
         ("v1", {"student": "other"}, 1),
         ("v2", {"student": "chatting", "student_chat": "smollm2"}, 1),
-        ("v2", {"student": "other", "max_len": 300}, 2),  # what is cut for the student is cut for the teacher
+        # what is cut for the student is cut for the teacher
         ("v2", {"student": "chatting", "student_chat": "smollm2", "max_len": 140}, 2),
     ],
 )
 def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_path, capsys, recipe, second, entries):
     """Bit for bit, however it cuts and wraps the same texts."""
     lengths = {"max_len": 500, "max_prompt_len": 400}
-    options = {"data": two_students / "train.jsonl", "recipe": recipe, "max_steps": 10, **lengths}
+    options = {"data": two_students / "train.jsonl", "recipe": recipe, "max_steps": 4, **lengths}
     train.main(arguments(two_students, tmp_path / "first", cache_teacher=tmp_path / "shared", **options))
     second = {**options, **second, "student": two_students / second["student"]}
     second["max_prompt_len"] = min(400, second["max_len"] - 30)

@@ -212,10 +212,10 @@ def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_scores_that_are_no_numbers_are_not_the_best(task, tmp_path, monkeypatch):
-    scores = iter([math.nan, 6.0, math.inf])
+def test_scores_that_are_no_numbers_or_no_better_are_not_the_best(task, tmp_path, monkeypatch):
+    scores = iter([math.nan, 6.0, math.inf, 6.0])
     monkeypatch.setattr(train, "held_out_cross_entropy", lambda *arguments: next(scores))
-    train.main(command(task, tmp_path / "run", keep_best="ce", max_steps=6))
+    train.main(command(task, tmp_path / "run", keep_best="ce", max_steps=8))
     assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
 
 
@@ -531,7 +531,7 @@ def test_a_float16_checkpoint_is_trained_in_float32(task, tmp_path):
         train.main(arguments(task, tmp_path / "other", dtype="fp16"))
 
 
-@pytest.mark.parametrize("options", [{}, {"recipe": "v1"}, {"method": "kd", "teacher": "twin"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recipe": "v1"}], ids=str)
 def test_bf16_learns_as_float32_does(tiny_task, tmp_path, options):
     """After 20 updates at a high learning rate: loss and held-out cross-entropy within 2% (ce fell by 10% or more)."""
     last = {}
