@@ -158,38 +158,6 @@ def test_a_rank_above_the_width_and_a_second_adapter():
     assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which layers
-
-TINYLLAMA = {**LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-             "num_attention_heads": 32, "num_key_value_heads": 4}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "targets, parameters",
-    [
-        (None, 22 * 256 * ((2048 + 2048) + (2048 + 256))),  # 36,044,800: q_proj, v_proj
-        ("all-linear", 22 * 256 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632))),  # 201,850,880
-    ],
-)
-def test_trained_parameters_of_the_papers_student(targets, parameters):
-    with torch.device("meta"):
-        m = lora.attach(model.Decoder(TINYLLAMA), 256, 8.0, targets=targets)
-    assert sum(p.numel() for p in m.parameters() if p.requires_grad) == parameters
-
-
-def test_all_linear_is_every_layer_but_a_head_of_its_own():
-    m = lora.attach(random_model({**GPT2, "tie_word_embeddings": False}), 4, 8, targets="all-linear")
-    assert set(lora.adapted_layers(m)) == {f"blocks.{i}.{name}" for i in range(2) for name in GPT2_LAYERS}
-
-
-@pytest.mark.parametrize("family", model.FIELDS)
-def test_the_default_is_what_peft_adapts_in_every_family(peft, family):
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
-
-    assert lora.default_targets(random_model(EVERY_CONFIG[family])) == theirs[family]
-
-
 @pytest.mark.parametrize("family", model.FIELDS)
 @pytest.mark.parametrize("targets", [None, "all-linear", "some"])
 def test_peft_reads_our_adapter_and_means_the_same(peft, recwarn, family, targets, tmp_path):

@@ -87,16 +87,6 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
     assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
-def with_dropout(tiny_task, tmp_path):
-    """The tiny task's student, with dropout."""
-    student = tmp_path / "student"
-    shutil.copytree(tiny_task / "student", student)
-    config = json.loads((student / "config.json").read_text())
-    dropout = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
-    (student / "config.json").write_text(json.dumps({**config, **dropout}))
-    return student
-
-
 @pytest.mark.parametrize(
     "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
                          ("teacher", {"lora": 2}), (None, {})]
@@ -123,7 +113,7 @@ def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctr
 def test_recompute_changes_no_bit(tiny_task, tmp_path, monkeypatch, options):
     calls = []
     monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
-    options = {"student": with_dropout(tiny_task, tmp_path), **options}
+    options = {"student": tiny_task / "dropout", **options}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
     assert not calls
     train.main(arguments(tiny_task, tmp_path / "recomputed", **options, recompute=True))

@@ -147,15 +147,6 @@ def test_a_run_is_kept_on_request(root, tmp_path, capsys):
         reproduce.main(["--out", str(root), "--keep", str(tmp_path / "other"), "same"])
 
 
-def test_half_made_pieces_are_made_again(tmp_path):
-    (tmp_path / "piece.new").mkdir()
-    (tmp_path / "piece.new" / "half").touch()
-    made = []
-    for _ in range(2):
-        path = reproduce.shared(tmp_path / "piece", lambda new: made.append((new / "whole").touch()))
-    assert [file.name for file in path.iterdir()] == ["whole"] and len(made) == 1
-
-
 def test_labels_that_are_the_teachers_answers(root, tmp_path):
     """The prompts are those of the labels; the answers what SeqKD would learn from; made once."""
     cell = parse(f"v2-fkl+answers {SETTING}")
