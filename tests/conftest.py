@@ -50,7 +50,7 @@ def trained(trained_folder):
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory):
     """A directory with train.jsonl (40 examples), valid.jsonl (10), test.jsonl (10), teacher/ and student/ of different
-    vocabularies, and twin/, a wider model with the student's tokenizer."""
+    vocabularies, twin/, a wider model with the student's tokenizer, and dropout/, the student with dropout."""
     root = tmp_path_factory.mktemp("tiny")
     data = tiny.make_data(seed=0, teacher_train=2000, student_train=40, valid=10, test=10)
     texts = [text for example in data["teacher_train"] for text in example.values()]
@@ -66,6 +66,9 @@ def tiny_task(tmp_path_factory):
     ):
         torch.manual_seed(seed)
         model.save_model(model.build_model(config), root / name)
+    shutil.copytree(root / "student", root / "dropout")
+    config = {**model.load_model(root / "student").config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+    (root / "dropout" / "config.json").write_text(json.dumps(config))
     return root
 
 

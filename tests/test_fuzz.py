@@ -23,7 +23,6 @@ import eval as evaluation
 import lora
 import model
 import train
-from data import tokenise
 from model import load_model
 from runtime import hub, strict
 from runtime.formats import read_examples
@@ -92,290 +91,10 @@ def mutated_bytes(rng, content, within=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Files
 
-GPT2 = {"model_type": "gpt2", "vocab_size": 20, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
-LLAMA = {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 16, "hidden_size": 8,
-         "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 1}  # fmt: skip
-CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 4},
-           "qwen2": {**LLAMA, "model_type": "qwen2"}, "qwen3": {**LLAMA, "model_type": "qwen3"}}  # fmt: skip
-ROPE = [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, {"type": "linear", "factor": 0},
-        {"rope_type": []}, {"rope_type": "llama3"}, {"rope_type": "linear", "factor": "2"},
-        {"rope_type": "linear", "factor": float("nan")}, {"rope_theta": -1}, {"rope_theta": "x"}, {"type": 3},
-        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 1,
-         "original_max_position_embeddings": 8}]  # fmt: skip
 INPUT = torch.arange(14)[None]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        torch.manual_seed(seed)
-        model.save_model(model.build_model(config), root / name)
-    return root
-
-
-def open_model(directory):
-    """As a run does."""
-    strict.check_model(directory)
-    return load_model(directory)
-
-
-@torch.no_grad()
-def hidden_of(directory):
-    return load_model(directory)(INPUT)
-
-
-@pytest.fixture
-def spoilt(checkpoints, tmp_path):
-    """spoilt(family): a fresh copy of a good checkpoint."""
-
-    def make(family):
-        shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        return shutil.copytree(checkpoints / family, tmp_path / "model")
-
-    return make
-
-
-@mutants(60, 500)
-def test_configs(count, checkpoints, spoilt):
-    for rng in generators(count, "config"):
-        family = rng.choice(list(CONFIGS))
-        directory = spoilt(family)
-        config = json.loads((directory / "config.json").read_text())
-        used = [*model.FIELDS[family], *model.FIELDS[family], "model_type"]
-        others = [*strict.ONLY, *sorted(strict.HARMLESS), "quantization_config", "new"]
-        fields = rng.choices(used + others, k=rng.choice([1, 1, 2]))
-        for field in fields:
-            if rng.random() < 0.1:
-                config.pop(field, None)
-            else:
-                config[field] = rng.choice(ODD + ROPE * ("rope" in field))
-        print(family, {field: config.get(field, "removed") for field in fields})
-        (directory / "config.json").write_text(json.dumps(config))
-        loaded = result(lambda d=directory: open_model(d), directory)
-        if loaded is None or loaded.limit < INPUT.size(1):
-            assert loaded or not set(fields) <= strict.HARMLESS - {"model_type"}
-            continue
-        for field in fields:  # what was accepted is what such a field holds
-            value = config.get(field)
-            if field in strict.VALUES and value is not None:
-                kinds = {int: [int], float: [int, float], bool: [bool], str: [str], list: [list], dict: [dict]}
-                assert type(value) in kinds[strict.VALUES[field][0]] or field in strict.ONLY.keys() - set(used)
-        loaded.train()(INPUT)
-        hidden = loaded.eval()(INPUT)
-        assert hidden.isfinite().all()
-        if set(fields) <= strict.HARMLESS - {"model_type"}:
-            assert torch.equal(hidden, hidden_of(checkpoints / family))
-        model.save_model(loaded, directory.parent / "again")
-        assert torch.equal(hidden_of(directory.parent / "again"), hidden)
-
-
-def read_header(file):
-    content = file.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def write_header(file, header, body, length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
-
-
-@mutants(40, 500)
-def test_damaged_weights(count, checkpoints, spoilt):
-    """Accidents in the header or the length of the file: it is refused, or (a note was hit) read as if nothing were."""
-    for rng in generators(count, "bytes"):
-        family = rng.choice(list(CONFIGS))
-        file = spoilt(family) / "model.safetensors"
-        header, body = read_header(file)
-        if rng.random() < 0.5:
-            text, what = mutated_json(rng, json.dumps(header))
-            write_header(file, text.encode(), body, rng.choice([None, None, 0, 1, 2**40, 2**64 - 1]))
-        else:
-            content = file.read_bytes()
-            content, what = mutated_bytes(rng, content, within=len(content) - len(body))
-            file.write_bytes(content)
-        print(family, what)
-        loaded = result(lambda f=file: open_model(f.parent), file.parent)
-        if loaded is not None:
-            assert torch.equal(loaded(INPUT), hidden_of(checkpoints / family))
-
-
-READABLE = {torch.float64: 1e-6, torch.float32: 0.0, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@mutants(40, 250)
-def test_other_tensors(count, checkpoints, spoilt):
-    for rng in generators(count, "tensors"):
-        family = rng.choice(list(CONFIGS))
-        file = spoilt(family) / "model.safetensors"
-        tensors = load_file(file)
-        name = rng.choice(list(tensors))
-        tensor, near = tensors[name], None
-        kind = rng.choice(["dtype", "shape", "missing", "extra", "value", "renamed", "tied"])
-        if kind == "dtype":
-            dtype = rng.choice([*READABLE, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
-            tensors[name], near = tensor.to(dtype), READABLE.get(dtype)
-        elif kind == "shape":
-            others = tensor[None], tensor[:-1], tensor.flatten(), tensor[..., :1], tensor.new_zeros(0), torch.ones(())
-            tensors[name] = rng.choice(others).clone()
-            near = 0.0 if tensors[name].shape == tensor.shape else None
-        elif kind == "missing":
-            del tensors[name]
-        elif kind == "extra":  # constants that old versions saved, and nothing else
-            constant = rng.random() < 0.3
-            tensors["transformer.h.0.attn.bias" if constant else rng.choice(["x", "", name + "_scale"])] = torch.ones(2)
-            near = 0.0 if constant else None
-        elif kind == "value":
-            tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
-        elif kind == "renamed":  # GPT-2's first files have no prefix
-            tensors = {n.removeprefix("transformer.").removeprefix("model."): t for n, t in tensors.items()}
-            near = 0.0
-        else:
-            other = rng.random() < 0.5
-            embedding = tensors[next(n for n in tensors if "wte" in n or "embed_tokens" in n)]
-            tensors["lm_head.weight"] = embedding + 1 if other else embedding.clone()
-            near = 0.0 if family != "gpt2" or not other else None  # a head that is not tied is another head
-        print(family, kind, name, tensors.get(name, tensor).dtype, list(tensors.get(name, tensor).shape))
-        save_file(tensors, file, metadata={"format": "pt"})
-        loaded = result(lambda f=file: open_model(f.parent), file.parent)
-        assert (loaded is not None) == (near is not None)
-        if loaded is not None:
-            assert torch.allclose(loaded(INPUT), hidden_of(checkpoints / family), atol=10 * near, rtol=near)
-
-
-@mutants(25, 150)
-def test_shards(count, checkpoints, spoilt, tmp_path):
-    """An index may point at files of its directory alone, and must find each tensor once."""
-    for rng in generators(count, "shards"):
-        directory = spoilt(rng.choice(["gpt2", "llama"]))
-        family = json.loads((directory / "config.json").read_text())["model_type"]
-        tensors = load_file(directory / "model.safetensors")
-        names = list(tensors)
-        (directory / "model.safetensors").unlink()
-        shards = {f"model-{n}.safetensors": {name: tensors[name] for name in names[n::2]} for n in range(2)}
-        outside = tmp_path / "model-1.safetensors"
-        for shard, part in shards.items():
-            save_file(part, directory / shard)
-        save_file(shards["model-1.safetensors"], outside)
-        places = {name: shard for shard, part in shards.items() for name in part}
-        kind = rng.choice(["none", "place", "twice", "absent", "tree", "bytes", "weights"])
-        text = json.dumps({"metadata": {}, "weight_map": places})
-        if kind == "place":
-            place = rng.choice([str(outside), "../model-1.safetensors", "./model-1.safetensors", "..", "", "a\0b", 3,
-                                None, "\\\\host\\x", "~/x", "model-1.safetensors/", "no.safetensors"])  # fmt: skip
-            text = json.dumps({"weight_map": {**places, rng.choice(names): place}})
-            if rng.random() < 0.5:  # instead of the good one, not beside it
-                moved = {name: place for name, shard in places.items() if shard == "model-1.safetensors"}
-                text = json.dumps({"weight_map": {**places, **moved}})
-        elif kind == "twice":
-            save_file(tensors, directory / "model-1.safetensors")
-        elif kind == "absent":
-            (directory / rng.choice(list(shards))).unlink()
-        elif kind == "tree":
-            text, kind = mutated_json(rng, text)
-        elif kind == "bytes":
-            text, kind = mutated_bytes(rng, text.encode())
-        elif kind == "weights":
-            shard = directory / rng.choice(list(shards))
-            shard.write_bytes(shard.read_bytes()[: rng.randrange(100)])
-        print(family, kind)
-        (directory / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        result(lambda d=directory: hub.missing_files(d, True), directory)
-        loaded = result(lambda d=directory: open_model(d), directory)
-        assert loaded is not None or kind != "none"
-        assert loaded is None or kind not in ("place", "twice", "absent", "weights")
-        if loaded is not None:
-            assert torch.equal(loaded(INPUT), hidden_of(checkpoints / family))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
 TEXTS = ["The fox.", " a  b\n\tc", "Größe 東京 🦊\0 </s><|endoftext|>", "\u2028é", "x" * 50, ""]
-
-
-@pytest.fixture(scope="module")
-def texts_of(tiny_task):
-    """{name: what the good tokenizer makes of TEXTS}"""
-    return {name: read_all(read_tokenizer(tiny_task / name)) for name in ("student", "teacher")}
-
-
-def read_all(tokenizer):
-    ids = [tokenizer.encode(text) for text in TEXTS] + [tokenizer.encode_prompt(text) for text in TEXTS]
-    assert all(0 <= i < tokenizer.size for part in ids for i in part) and 0 <= tokenizer.eos_id < tokenizer.size
-    assert len(tokenizer.bytes) == tokenizer.size and tokenizer.bytes[tokenizer.eos_id] is None
-    return ids, [tokenizer.decode(part) for part in ids], [tokenizer.spell(part) for part in ids], tokenizer.eos_id
-
-
-@mutants(40, 200)
-def test_tokenizers(count, tiny_task, tmp_path, texts_of):
-    for rng in generators(count, "tokenizer"):
-        name = rng.choice(["student", "teacher"])
-        for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-            shutil.copy(tiny_task / name / file, tmp_path / file)
-        file = tmp_path / "tokenizer.json"
-        text = file.read_text(encoding="utf-8")
-        tree = json.loads(text)
-        vocabulary, added = tree["model"]["vocab"], tree["added_tokens"]
-        token = rng.choice(list(vocabulary))
-        kind = rng.choice(["bytes", "tree", "tree", "parts", "id", "hole", "added", "added id", "kind", "normalizer"])
-        if kind == "bytes":
-            content, kind = mutated_bytes(rng, text.encode())
-        elif kind == "tree":
-            content, kind = mutated_json(rng, text)
-        else:
-            if kind == "parts":
-                part = rng.choice(["model", "decoder", "pre_tokenizer", "normalizer", "added_tokens", "post_processor"])
-                tree[part] = rng.choice([None, [], {}, *({"type": t} for t in ("ByteLevel", "Sequence", "WordPiece"))])
-            elif kind == "id":
-                vocabulary[token] = rng.choice([-1, 0, 5, 2**31, 2**32 - 1, 2**32, 10**6, 10**9, 1.5, "3", None])
-            elif kind == "hole":
-                del vocabulary[token]
-            elif kind == "added":
-                options = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
-                name_of_it = rng.choice(["<new>", "", token, "fox"])
-                added.append({"id": len(vocabulary), "content": name_of_it, "special": rng.random() < 0.5, **options})
-            elif kind == "added id":
-                rng.choice(added)["id"] = rng.choice([7, 10**4, 10**9, 2**32 - 1])
-            elif kind == "kind":
-                tree["model"] = rng.choice([
-                    {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                     "max_input_chars_per_word": 100, "vocab": vocabulary},
-                    {"type": "WordLevel", "unk_token": "[UNK]", "vocab": vocabulary},
-                    {"type": "Unigram", "unk_id": rng.choice([None, 0, 10**6]), "byte_fallback": True,
-                     "vocab": [[t, -float(i)] for t, i in vocabulary.items()]},
-                ])  # fmt: skip
-            else:
-                tree["normalizer"] = rng.choice([
-                    {"type": "NFC"}, {"type": "Lowercase"}, {"type": "NFKC"},
-                    {"type": "Replace", "pattern": {"Regex": "("}, "content": ""},
-                    {"type": "Strip", "strip_left": True, "strip_right": True},
-                ])  # fmt: skip
-            content = json.dumps(tree)
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        if rng.random() < 0.3:
-            other = tmp_path / rng.choice(["tokenizer_config.json", "config.json"])
-            content, what = mutated_json(rng, other.read_text())
-            other.write_text(content)
-            kind += f", {other.name} {what}"
-        print(name, kind)
-        tokenizer = result(lambda: read_tokenizer(tmp_path), tmp_path)
-        if tokenizer is None:
-            continue
-        assert tokenizer.size < 10**7
-        read_all(tokenizer)
-        result(lambda t=tokenizer: check_size(t, 900), tmp_path)
-        if file.read_text(encoding="utf-8") == text and tokenizer.eos_id == texts_of[name][3]:
-            assert read_all(tokenizer) == texts_of[name]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
 GOOD = [{"prompt": "Which fox?", "output": "This fox. \u2028 Größe 🦊"},
         {"instruction": "Go", "input": "on", "output": "é"},
         {"instruction": "List", "output": ["one", "two"]}, {"prompt": "half", "output": "a", "end_of_text": False},
@@ -384,52 +103,135 @@ GOOD = [{"prompt": "Which fox?", "output": "This fox. \u2028 Größe 🦊"},
         {"text": "Do", "code": "x = 1", "test_list": ["assert x"]}]  # fmt: skip
 
 
-def parts(examples):
-    return [(e.prompt_text(), e.outputs, e.ends, e.code) for e in examples]
-
-
-@mutants(60, 750)
-def test_data(count, tmp_path, tiny_task):
-    tokenizer = read_tokenizer(tiny_task / "student")
-    file = tmp_path / "ex amples é.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in GOOD))
-    good = parts(read_examples(file))
-    for rng in generators(count, "data"):
-        lines = [json.dumps(line, ensure_ascii=rng.random() < 0.5) for line in GOOD]
-        end, same, n = "\n", False, rng.randrange(len(lines))
-        kind = rng.choice(["harmless", "bytes", "tree", "tree", "tree", "line", "key twice", "encoding", "surrogate"])
-        content = None
-        if kind == "harmless":
-            same, end = True, rng.choice(["\n", "\r\n", "\n\n", " \n\t\n"])
-            lines[n] = json.dumps(dict(reversed(GOOD[n].items())) | {"other": [float("nan"), 10**400, {"output": 1}]})
-            content = rng.choice([b"", b"\xef\xbb\xbf"]) + end.join(lines).encode() + rng.choice([b"", b"\n", b"\n \n"])
-        elif kind == "bytes":
-            content, kind = mutated_bytes(rng, ("\n".join(lines) + "\n").encode())
-        elif kind == "tree":
-            lines[n], kind = mutated_json(rng, lines[n])
-        elif kind == "line":
-            lines[n] = rng.choice(["[]", "3", "null", "NaN", '"x"', "{}", "[" * 100_000, '{"a":' * 100_000, "\0", "{",
-                                   "}{", '{"prompt": "p", "output": [["a"]]}', '{"prompt": "p", "output": []}',
-                                   "\ufeff{}", lines[0] + lines[0], "1" * 5000])  # fmt: skip
-        elif kind == "key twice":
-            lines[n] = '{"output": "another", ' + lines[n][1:] if n < 4 else '{"answer": "2", "answer": "3"}'
-        elif kind == "encoding":
-            name = rng.choice(["utf-16", "utf-16-le", "utf-32", "latin-1", "utf-7"])
-            content = ("\n".join(lines) + "\n").encode(name, "replace")
+def mutate(rng, file):
+    """Spoil a file: a value in its JSON, or some bytes; of a safetensors file only in the header, since the rest are
+    numbers like any others."""
+    content = file.read_bytes()
+    whole_json = file.suffix == ".json" and rng.random() < 0.7
+    if file.suffix == ".jsonl" and rng.random() < 0.7:
+        lines = content.decode().splitlines()
+        n = rng.randrange(len(lines))
+        lines[n], what = mutated_json(rng, lines[n])
+        content = "\n".join(lines).encode()
+    elif whole_json:
+        text, what = mutated_json(rng, content.decode())
+        content = text.encode()
+    elif file.suffix == ".safetensors":
+        header, body = read_header(file)
+        if rng.random() < 0.5:
+            text, what = mutated_json(rng, json.dumps(header))
+            write_header(file, text.encode(), body, rng.choice([None, None, 0, 1, 2**40, 2**64 - 1]))
+            content = file.read_bytes()
         else:
-            lines[n] = '{"prompt": "p", "output": "a\\ud800b"}' if n else '{"prompt": "\\udc00", "output": "a"}'
-        content = (end.join(lines) + end).encode() if content is None else content
-        print(kind, f"line {n + 1}: {lines[n]:.200}")
-        file.write_bytes(content)
-        examples = result(lambda: read_examples(file), f"{file}, line ", f"{file}: ")
-        assert examples is not None or not same
-        if examples is None:
-            continue
-        assert kind not in ("line", "key twice", "surrogate")
-        if same:
-            assert parts(examples) == good
-        for example in examples:
-            result(lambda e=example: tokenise([e], tokenizer, max_len=128, max_prompt_len=100), example.where)
+            content, what = mutated_bytes(rng, content, within=len(content) - len(body))
+    else:
+        content, what = mutated_bytes(rng, content)
+    file.write_bytes(content)
+    print(file.name, what)
+
+
+def read_header(file):
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write_header(file, header: bytes, body, length=None):
+    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
+
+
+@torch.no_grad()
+def open_model(directory):
+    """What a run does, and the states; those of a copy are the same, and training changes nothing about them."""
+    strict.check_model(directory)
+    hub.missing_files(directory, True)
+    m = load_model(directory)
+    if m.limit < INPUT.size(1):
+        return None
+    m.train()(INPUT)
+    hidden = m.eval()(INPUT)
+    assert hidden.isfinite().all()
+    model.save_model(m, directory / "again")
+    assert torch.equal(load_model(directory / "again")(INPUT), hidden)
+    return hidden
+
+
+def open_tokenizer(directory):
+    tokenizer = read_tokenizer(directory)
+    ids = [tokenizer.encode(text) for text in TEXTS] + [tokenizer.encode_prompt(text) for text in TEXTS]
+    assert all(0 <= i < tokenizer.size for part in ids for i in part) and 0 <= tokenizer.eos_id < tokenizer.size
+    assert len(tokenizer.bytes) == tokenizer.size < 10**7 and tokenizer.bytes[tokenizer.eos_id] is None
+    result(lambda: check_size(tokenizer, 900), directory)
+    return ids, [tokenizer.decode(part) for part in ids], [tokenizer.spell(part) for part in ids], tokenizer.eos_id
+
+
+def open_data(directory):
+    return [(e.prompt_text(), e.outputs, e.ends, e.code) for e in read_examples(directory / "examples é.jsonl")]
+
+
+def open_adapter(directory):
+    return load_adapter(load_model(directory.parent / "gpt2"), directory).eval()(INPUT)
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory, tiny_task):
+    """{kind: (directory, function that reads it, names of the files to spoil)}"""
+    root = tmp_path_factory.mktemp("good")
+    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "hidden_size": 8,
+             "max_position_embeddings": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1}  # fmt: skip
+    kinds = {}
+    for seed, family in enumerate(model.FIELDS):
+        config = {name: value for name, value in sizes.items() if name in model.FIELDS[family]}
+        torch.manual_seed(seed)
+        model.save_model(model.build_model({"model_type": family, **config}), root / family)
+        kinds[family] = root / family, open_model, ["config.json", "model.safetensors"]
+    names = list(load_file(root / "llama" / "model.safetensors"))
+    shards = {f"model-{n}.safetensors": names[n::2] for n in range(2)}
+    (root / "shards").mkdir()
+    shutil.copy(root / "llama" / "config.json", root / "shards")
+    for shard, part in shards.items():
+        tensors = load_file(root / "llama" / "model.safetensors")
+        save_file({name: tensors[name] for name in part}, root / "shards" / shard)
+    places = {name: shard for shard, part in shards.items() for name in part}
+    (root / "shards" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    kinds["shards"] = root / "shards", open_model, ["model.safetensors.index.json", *shards]
+    adapted = lora.attach(load_model(root / "gpt2"), 2, 4.0)
+    for layer in lora.adapted_layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_adapter(adapted, root / "adapter")
+    kinds["adapter"] = root / "adapter", open_adapter, ["adapter_config.json", "adapter_model.safetensors"]
+    for name in ("student", "teacher"):
+        kinds[f"{name}'s tokenizer"] = tiny_task / name, open_tokenizer, ["tokenizer.json", "tokenizer.json",
+                                                                         "tokenizer_config.json", "config.json"]
+    (root / "data").mkdir()
+    (root / "data" / "examples é.jsonl").write_text("".join(json.dumps(line) + "\n" for line in GOOD))
+    kinds["data"] = root / "data", open_data, ["examples é.jsonl"]
+    return kinds
+
+
+KINDS = [*model.FIELDS, "shards", "adapter", "student's tokenizer", "teacher's tokenizer", "data"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@mutants(30, 500)
+def test_spoilt_files(count, kind, good_files, tmp_path):
+    """Refused by name or, if it is weights that the accident has not touched, read as if nothing were."""
+    source, read, names = good_files[kind]
+    shutil.copytree(good_files["gpt2"][0], tmp_path / "gpt2")
+    expected, accepted = read(shutil.copytree(source, tmp_path / "whole")), 0
+    for rng in generators(count, kind):
+        directory = tmp_path / "spoilt"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(source, directory)
+        file = directory / rng.choice(names)
+        before = file.read_bytes()
+        mutate(rng, file)
+        found = result(lambda d=directory: read(d), directory)
+        accepted += found is not None
+        if found is not None and (file.suffix == ".safetensors" or file.read_bytes() == before):
+            assert torch.equal(found, expected) if torch.is_tensor(found) else found == expected
+    assert accepted < count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,67 +380,12 @@ def test_resuming_from_a_damaged_run(count, tiny_task, tmp_path, capsys):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(tmp_path / "good", run)
         (run / "args.json").write_text((run / "args.json").read_text().replace(str(tmp_path / "good"), str(run)))
-        file = run / rng.choice(["args.json", "log.jsonl", "resume/state.safetensors", "resume/state.safetensors"])
-        content = file.read_bytes()
-        if file.suffix == ".safetensors":
-            header, body = read_header(file)
-            if rng.random() < 0.5:
-                text, kind = mutated_json(rng, json.dumps(header))
-                write_header(file, text.encode(), body)
-            else:
-                content, kind = mutated_bytes(rng, content, within=len(content) - len(body))
-                file.write_bytes(content)
-        elif rng.random() < 0.5 and file.suffix == ".json":
-            text, kind = mutated_json(rng, content.decode())
-            file.write_text(text)
-        else:
-            content, kind = mutated_bytes(rng, content)
-            file.write_bytes(content)
-        print(file.name, kind)
+        mutate(rng, run / rng.choice(["args.json", "log.jsonl", "resume/state.safetensors"]))
         message = refusal(train.main, [*arguments, f"--out={run}", "--resume"], capsys)
         assert message is None or str(run) in message, message
         if message is None:
             resumed = load_file(run / "student" / "model.safetensors")
             assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
-
-
-@mutants(15, 75)
-def test_adapters(count, checkpoints, tmp_path):
-    for rng in generators(count, "adapter"):
-        family = rng.choice(["gpt2", "llama"])
-        torch.manual_seed(0)
-        trained = lora.attach(load_model(checkpoints / family), 2, 4.0)
-        for layer in lora.adapted_layers(trained).values():
-            torch.nn.init.normal_(layer.lora_B)
-        save_adapter(trained, tmp_path)
-        file = tmp_path / rng.choice(["adapter_config.json", "adapter_model.safetensors"])
-        if file.suffix == ".json":
-            if rng.random() < 0.5:
-                content, kind = mutated_bytes(rng, file.read_bytes())
-            else:
-                text, kind = mutated_json(rng, file.read_text())
-                content = text.encode()
-            file.write_bytes(content)
-        elif rng.random() < 0.5:
-            header, body = read_header(file)
-            text, kind = mutated_json(rng, json.dumps(header))
-            write_header(file, text.encode(), body)
-        else:
-            tensors = load_file(file)
-            name, kind = rng.choice(list(tensors)), rng.choice(["nan", "int", "float8", "shape", "missing", "extra"])
-            tensor = tensors.pop(name)
-            changed = {"nan": tensor * float("nan"), "int": tensor.to(torch.int8), "shape": tensor.mT.contiguous(),
-                       "float8": tensor.to(torch.float8_e4m3fn), "extra": tensor}  # fmt: skip
-            if kind != "missing":
-                tensors[name] = changed[kind]
-            if kind == "extra":
-                tensors[name.replace("lora_", "dora_")] = tensor.clone()
-            save_file(tensors, file)
-        print(family, file.name, kind)
-        loaded = result(lambda f=family: load_adapter(load_model(checkpoints / f), tmp_path), tmp_path)
-        assert loaded is None or kind not in ("nan", "int", "float8", "shape", "missing", "extra")
-        if loaded is not None and file.suffix != ".json":
-            assert torch.equal(loaded.eval()(INPUT), trained.eval()(INPUT))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,8 +415,7 @@ def test_grading_of_any_text(count):
 # Vocabularies padded to different numbers of rows, as 151936 and 152064 for 151646 tokens
 
 
-@pytest.mark.parametrize("method", ["kd", "dskd", "seqkd"])
-@pytest.mark.parametrize("rows", [(936, 964), (964, 936), (900, 1000)])
+@pytest.mark.parametrize("method, rows", [("dskd", (936, 964)), ("seqkd", (964, 936)), ("seqkd", (900, 1000))])
 def test_padded_vocabularies(method, rows, tiny_task, tmp_path, capsys):
     """From the command line to the scores; the padding's rows are large, and yet never a prediction or a sample."""
     directories = {}
@@ -692,18 +438,6 @@ def test_padded_vocabularies(method, rows, tiny_task, tmp_path, capsys):
     if method == "seqkd":
         answers = read_examples(tmp_path / "run" / "seqkd.jsonl")
         assert len(answers) == 10
-
-
-def test_padding_is_never_sampled(tiny_task, tmp_path):
-    m = load_model(tiny_task / "student")
-    m = model.build_model({**m.config, "vocab_size": 964})
-    tokenizer = read_tokenizer(tiny_task / "student")
-    m.embed.weight.data[900:] *= 100
-    ids = [tokenizer.encode("The fox")]
-    assert max(model.generate(m, ids, 30, None, seed=0)[0]) >= 900
-    [response] = evaluation.respond(m, tokenizer, ["The fox"], 30, 1.0, seed=0)
-    expected = model.generate(m, ids, 30, tokenizer.eos_id, seed=0, vocabulary=900)
-    assert response == tokenizer.decode(expected[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

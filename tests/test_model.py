@@ -1,4 +1,4 @@
-"""model.py against transformers (where installed), against stored numbers, and against its own plain definitions."""
+"""model.py against transformers (where installed), and against its own plain definitions."""
 
 import copy
 import json
@@ -52,6 +52,11 @@ def test_saved_model_is_the_same_model_in_transformers(transformers, name, tmp_p
         padded, expected = ours.logits(ours(ids, mask)), theirs(ids, attention_mask=mask).logits
         torch.testing.assert_close(padded[real], expected[real], atol=1e-4, rtol=0)
 
+    for logits in (ours.logits(ours(ids)), theirs(ids).logits):
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    gradients = [m.weight.grad for m in (ours.embed, theirs.get_input_embeddings())]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
     certain = generate(ours, PROMPTS[:1], 4, None, temperature=0)[0][3]  # an end that one sequence is sure to reach
     for eos_id in (0, certain):
         new = generate(ours, PROMPTS, 25, eos_id, temperature=0)
@@ -79,21 +84,6 @@ def test_transformers_checkpoint_loads(transformers, name, tmp_path):
     assert torch.equal(ours.head_weight, theirs.get_output_embeddings().weight)
 
 
-def test_gradients_equal_transformers(transformers, tmp_path):
-    for name in ("gpt2", "qwen3-window"):
-        dropout = {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0} if name == "gpt2" else {}
-        ours = random_model({**CONFIGS[name], **dropout})
-        save_model(ours, tmp_path / name)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).train()
-        ids, _ = random_batch()
-        theirs(ids, labels=ids).loss.backward()
-        ours.train()
-        logits = ours.logits(ours(ids))[:, :-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        expected = theirs.get_input_embeddings().weight.grad
-        torch.testing.assert_close(ours.embed.weight.grad, expected, atol=1e-4, rtol=1e-3)
-
-
 def test_bfloat16_is_as_close_as_transformers(transformers, tmp_path):
     """In bfloat16 our error against float32 is no worse than transformers'; positions far out test the rotary table."""
     exact = random_model({**LLAMA, "max_position_embeddings": 512, "rope_theta": 100.0})
@@ -110,52 +100,7 @@ def test_bfloat16_is_as_close_as_transformers(transformers, tmp_path):
             assert (ours.logits(hidden).float() - expected).abs().mean() < 1.1 * their_error
 
 
-def test_sampling_filters_agree_with_transformers(transformers):
-    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 3
-    for top_k, top_p in ((5, 1.0), (0, 0.7), (6, 0.8)):
-        kept = logits
-        if top_k:
-            kept = transformers.TopKLogitsWarper(top_k)(None, kept)
-        if top_p < 1:
-            kept = transformers.TopPLogitsWarper(top_p)(None, kept)
-        drawn = torch.zeros_like(logits, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(300):
-            drawn.scatter_(1, sample(logits, 1.0, top_k, top_p, generator)[:, None], True)
-        assert not (drawn & (kept == -torch.inf)).any()
-        likely = kept.softmax(-1) > 0.05
-        assert (drawn | ~likely).all()
-
-
 # ------------------------------------------------------------------------------------------ without transformers
-
-
-def wave_model(config):
-    """Weights by a formula, so that stored numbers pin the computation down without a checkpoint."""
-    m = build_model(config).eval()
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(sorted(m.named_parameters())):
-            wave = torch.sin(0.7 * torch.arange(parameter.numel(), dtype=torch.float64) + i)
-            is_norm = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(0.3 * wave.view(parameter.shape) + float(is_norm))
-    return m
-
-
-# log-probabilities of token 0 after each of [1, 2, 3, 4, 5, 6], computed by transformers from wave_model's weights
-STORED = {
-    "gpt2": [-5.15935, -4.73706, -3.81793, -5.03685, -4.85808, -3.79742],
-    "llama3-scaling": [-4.69369, -4.1407, -3.59047, -7.53439, -4.64829, -3.2502],
-    "qwen2-window": [-5.30143, -4.0535, -3.85328, -6.62882, -4.09869, -3.57591],
-    "qwen3": [-4.35146, -4.60137, -3.09606, -5.7518, -6.31102, -3.09833],
-}
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama3-scaling", "qwen2-window", "qwen3"])
-def test_stored_numbers(name):
-    m = wave_model(CONFIGS[name])
-    with torch.no_grad():
-        logits = m.logits(m(torch.tensor([[1, 2, 3, 4, 5, 6]])))
-    torch.testing.assert_close(logits.log_softmax(-1)[0, :, 0], torch.tensor(STORED[name]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("step", [3, 64])
@@ -175,27 +120,6 @@ def test_cached_decoding_equals_the_full_forward_pass(name, step, monkeypatch):
     assert len(cut[0]) <= 5
     assert generate(m, PROMPTS, 20, eos_id, temperature=0) == cut
     assert generate(m, PROMPTS[::-1], 20, eos_id, temperature=0) == cut[::-1]
-
-
-@every_family
-def test_padding_never_reaches_real_tokens(name):
-    m = random_model(CONFIGS[name])
-    ids, mask = random_batch()
-    with torch.no_grad():
-        hidden = m(ids, mask)
-        for row, length in enumerate(mask.sum(1).tolist()):
-            torch.testing.assert_close(hidden[row, :length], m(ids[row : row + 1, :length])[0], atol=1e-5, rtol=0)
-
-
-def test_sliding_window_sees_exactly_its_tokens():
-    config = {**CONFIGS["mistral-window"], "num_hidden_layers": 1}
-    m = random_model(config)
-    ids, _ = random_batch()
-    changed = ids.clone()
-    changed[:, 0] = (ids[:, 0] + 1) % 61
-    with torch.no_grad():
-        moved = (m(ids) - m(changed)).abs().amax(dim=(0, 2)) > 1e-6
-    assert moved.tolist() == [True] * 5 + [False] * 9  # window 5: the token itself and the four before it
 
 
 def test_position_limit():
@@ -329,7 +253,7 @@ def test_dropout_is_active_in_training_only():
     torch.testing.assert_close(mean, m.embed.weight, atol=0.15, rtol=0)
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("lengths", [[6, 1, 9], [9, 9], [4], [2, 2, 5]])
+@pytest.mark.parametrize("lengths", [[6, 1, 9], [4]])
 def test_nothing_is_computed_for_padding(name, lengths):
     """States and gradients without the padding are those with it, and the padding has no token that is looked at."""
     m = random_model(CONFIGS[name]).double()

@@ -84,15 +84,6 @@ def test_pseudo_inverse_has_no_gradient():
     assert not logit_preserving_weight(torch.nn.Parameter(random_head(50, 5)), head).requires_grad
 
 
-@pytest.mark.parametrize("name", ["well-conditioned", "common direction"])
-def test_weight_equals_least_squares(name):
-    source, target = random_head(120, 24, seed=9), HEADS[name]
-    weight = logit_preserving_weight(source, target)
-    assert weight.shape == (16, 24)
-    expected = torch.linalg.lstsq(target.double(), source.double()).solution
-    assert relative(weight, expected) < 1e-5
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_nothing_can_be_gained_around_the_solution(name):
     """Stationarity: targetᵀ (source − target W) = 0."""
@@ -103,24 +94,6 @@ def test_nothing_can_be_gained_around_the_solution(name):
     # and where many solutions are equally good, it is the smallest: no part of it in target's null space
     nothing = weight - pseudo_inverse(target) @ target @ weight
     assert nothing.norm() < 1e-6 * weight.norm()
-
-
-def test_logits_are_preserved_where_the_wider_head_contains_the_other():
-    """W_out @ W = W_in exactly, if W_in's columns lie in the span of W_out's: then every state keeps its logits."""
-    target = random_head(90, 12)
-    source = target @ random_head(12, 8, seed=3)
-    weight = logit_preserving_weight(source, target)
-    states = random_head(20, 8, seed=4)
-    torch.testing.assert_close(states @ weight.T @ target.T, states @ source.T, rtol=1e-4, atol=1e-3)
-    assert relative(states @ weight.T @ target.T, states @ source.T) < 1e-6
-    # a head outside of the span cannot be preserved, only approached
-    outside = logit_preserving_weight(random_head(90, 8, seed=6), target)
-    assert relative(states @ outside.T @ target.T, states @ random_head(90, 8, seed=6).T) > 0.5
-
-
-def test_equal_heads_give_the_identity():
-    head = random_head(90, 12)
-    torch.testing.assert_close(logit_preserving_weight(head, head), torch.eye(12), rtol=0, atol=1e-6)
 
 
 def test_mismatched_rows_are_refused():

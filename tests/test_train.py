@@ -17,29 +17,19 @@ from experiments import tiny
 from losses import DIVERGENCES
 from runtime.tokenizer import read_tokenizer
 
-COMBINATIONS = [
-    ("sft", "v2", "none", "fkl", "student", 0),
-    ("seqkd", "v2", "auto", "fkl", "teacher", 0),
-    ("uld", "v2", "auto", "fkl", "teacher", 0),
-    ("uld", "v2", "auto", "fkl", "twin", 0),
-    ("mined", "v2", "auto", "fkl", "teacher", 0),
-    ("mined", "v2", "auto", "fkl", "twin", 0),
-] + [
-    (method, recipe, align, divergence, teacher, on_policy)
-    for method, recipe, align, teacher in [
-        ("kd", "v2", "none", "twin"),
-        ("dskd", "v1", "none", "twin"),
-        ("dskd", "v2", "none", "twin"),
-        ("dskd", "v1", "cma", "teacher"),
-        ("dskd", "v2", "eta", "teacher"),
-    ]
-    for divergence in DIVERGENCES
-    for on_policy in (0, 1)
-]
+KINDS = [("kd", "v2", "none", "twin"), ("dskd", "v1", "none", "twin"), ("dskd", "v2", "none", "twin"),
+         ("dskd", "v1", "cma", "teacher"), ("dskd", "v2", "eta", "teacher")]  # fmt: skip
+EVERY_KIND = [("sft", "v2", "none", "student", 0), ("seqkd", "v2", "auto", "teacher", 0)]
+EVERY_KIND += [(method, "v2", "auto", teacher, 0) for method in ("uld", "mined") for teacher in ("teacher", "twin")]
+EVERY_KIND += [(*kind, on_policy) for kind in KINDS for on_policy in (0, 1)]
+# every kind and every divergence: each divergence is an option of every kind, so that they need not meet all
+COMBINATIONS = [(kind, "fkl" if kind[0] not in ("kd", "dskd") else list(DIVERGENCES)[n % 6])
+                for n, kind in enumerate(EVERY_KIND)]  # fmt: skip
 
 
-@pytest.mark.parametrize("method, recipe, align, divergence, teacher, on_policy", COMBINATIONS)
-def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe, align, divergence, teacher, on_policy):
+@pytest.mark.parametrize("kind, divergence", COMBINATIONS, ids=str)
+def test_every_combination_runs_two_updates(tiny_task, tmp_path, kind, divergence):
+    method, recipe, align, teacher, on_policy = kind
     options = {"method": method, "recipe": recipe, "align": align, "divergence": divergence}
     if on_policy:
         options |= {"on_policy": 1, "max_len": 60}
@@ -56,43 +46,7 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, method, recipe,
         assert 0 < last["generation_share"] < 1 and last["generation_tokens_per_second"] > 0
     before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
     assert all(not torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "kd"}, "equal vocabularies"),
-        ({"method": "kd", "align": "eta"}, "belongs to --method dskd"),
-        ({"align": "none"}, "equal vocabularies"),
-        ({"method": "uld", "align": "eta"}, "--align eta belongs to --method dskd"),
-        ({"method": "mined", "align": "none"}, "pairs tokens itself"),
-        *[({"method": "uld", "divergence": name}, "--method uld compares sorted") for name in list(DIVERGENCES)[1:]],
-        *[({"method": "mined", "divergence": name}, "only the forward KL") for name in list(DIVERGENCES)[1:]],
-        ({"method": "seqkd", "teacher": None}, "--teacher is missing"),
-        ({"seqkd_temperature": 1.0}, "--seqkd-temperature belongs to --method seqkd"),
-        ({"method": "seqkd", "projectors": "p.safetensors"}, "--projectors belongs to --method dskd"),
-        ({"recipe": "v1", "align": "eta"}, "belongs to --recipe v2"),
-        ({"recipe": "v2", "align": "cma"}, "belongs to --recipe v1"),
-        ({"method": "sft", "on_policy": 0.5}, "--on-policy belongs to --method kd and dskd; --method sft has"),
-        *[({"method": name, "on_policy": 0.5}, "--on-policy belongs") for name in ("uld", "mined", "seqkd")],
-        ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
-        ({"on_policy_after": 3}, "--on-policy-after 3 belongs to --on-policy, which is not given"),
-        ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so that no update would be"),
-    ],
-)
-def test_combinations_that_are_not_allowed_say_why(tiny_task, tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        train.main(arguments(tiny_task, tmp_path / "run", **options))
-
-
-def test_auto_alignment_follows_vocabularies_and_recipe(tiny_task, capsys):
-    def terms(**options):
-        train.main(arguments(tiny_task, None, dry_run=True, **options))
-        return json.loads(capsys.readouterr().out)
-
-    assert "align_ratio" in terms()
-    assert "align_ratio" not in terms(teacher=tiny_task / "twin")
-    assert terms(recipe="v1") == terms(recipe="v1", align="cma")
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_run_is_deterministic(tiny_task, tmp_path):
@@ -133,16 +87,6 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
     assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
-def with_dropout(tiny_task, tmp_path):
-    """The tiny task's student, with dropout."""
-    student = tmp_path / "student"
-    shutil.copytree(tiny_task / "student", student)
-    config = json.loads((student / "config.json").read_text())
-    dropout = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
-    (student / "config.json").write_text(json.dumps({**config, **dropout}))
-    return student
-
-
 @pytest.mark.parametrize(
     "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
                          ("teacher", {"lora": 2}), (None, {})]
@@ -165,51 +109,16 @@ def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctr
     assert log_of(tmp_path / "run")[-1]["step"] == 2
 
 
-@pytest.mark.parametrize("align, recipe, on_policy", [("eta", "v2", 0), ("cma", "v1", 0), ("eta", "v2", 0.5)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, align, recipe, on_policy):
-    """Bit for bit: weights, projectors, optimiser and log, also with dropout in the student."""
-    options = {"student": with_dropout(tiny_task, tmp_path), "align": align, "recipe": recipe, "max_steps": 5,
-               "checkpoint_every": 2, "on_policy": on_policy, "seed": 4}  # fmt: skip
-    train.main(arguments(tiny_task, tmp_path / "whole", **options))
-    with stopped_by_ctrl_c():
-        train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    with pytest.raises(SystemExit, match="--resume: --lr"):
-        train.main(arguments(tiny_task, tmp_path / "parts", **options, lr=1.0, resume=True))
-    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
-    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
-    assert same(*states) and any(name.startswith("projectors.") for name in states[0])
-    speeds = {"tokens_per_second", "generation_share", "generation_tokens_per_second"}
-    logs = [[{k: v for k, v in line.items() if k not in speeds} for line in log_of(tmp_path / name)]
-            for name in ("whole", "parts")]  # fmt: skip
-    if on_policy:  # both kinds of update, before and after the interruption
-        kinds = [line["on_policy"] for line in logs[0]]
-        assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("options", [{}, {"lora": 4, "dtype": "bf16"}, {"method": "sft", "batch_size": 2}])
-def test_recompute_changes_no_bit_and_may_come_with_resume(
-    tiny_task, tmp_path, stopped_by_ctrl_c, monkeypatch, options
-):
+@pytest.mark.parametrize("options", [{}, {"lora": 4, "dtype": "bf16"}])
+def test_recompute_changes_no_bit(tiny_task, tmp_path, monkeypatch, options):
     calls = []
     monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
-    options = {"student": with_dropout(tiny_task, tmp_path), "max_steps": 3, "checkpoint_every": 2, **options}
+    options = {"student": tiny_task / "dropout", **options}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
-    with stopped_by_ctrl_c():
-        train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert not calls
-    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True, recompute=True))
     train.main(arguments(tiny_task, tmp_path / "recomputed", **options, recompute=True))
-    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts", "recomputed")]
-    assert same(states[0], states[1]) and same(states[0], states[2]) and calls
-
-
-def test_no_on_policy_is_on_policy_with_probability_0(tiny_task, tmp_path):
-    train.main(arguments(tiny_task, tmp_path / "without"))
-    train.main(arguments(tiny_task, tmp_path / "zero", on_policy=0))
-    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("without", "zero")))
-    without, zero = (log_of(tmp_path / name)[-1] for name in ("without", "zero"))
-    assert without | {"tokens_per_second": 0} == zero | {"tokens_per_second": 0}
+    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "recomputed")))
+    assert calls
 
 
 def test_sampled_responses_change_the_update_and_mix_with_gold_ones(tiny_task, tmp_path):
@@ -250,19 +159,6 @@ def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path, stopped_by_c
         train.main(arguments(tiny_task, tmp_path / "parts", **{**options, **after, "on_policy_after": 2}, resume=True))
 
 
-def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped_by_ctrl_c):
-    with stopped_by_ctrl_c():
-        train.main(arguments(tiny_task, tmp_path / "run", checkpoint_every=1, on_policy=1, max_len=60))
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    del record["on_policy_after"]
-    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
-    options = {"checkpoint_every": 1, "on_policy": 1, "max_len": 60, "resume": True}
-    with pytest.raises(SystemExit, match="--resume: --on-policy-after is 1, but .* was started with 0"):
-        train.main(arguments(tiny_task, tmp_path / "run", **options, on_policy_after=1))
-    train.main(arguments(tiny_task, tmp_path / "run", **options))
-    assert log_of(tmp_path / "run")[-1]["step"] == 2
-
-
 def test_the_log_sums_up_the_updates_since_the_last_line():
     meter = train.Meter()
     for tokens in (20, 40):
@@ -285,19 +181,6 @@ def test_a_response_that_cannot_be_used_leaves_the_gold_one(tiny_task, tmp_path,
     assert line["on_policy"] == 0.5 and line["student_tokens"] > 2 * len(word)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_task, tmp_path, monkeypatch):
-    def stop(*things):
-        raise KeyboardInterrupt
-
-    train.main(arguments(tiny_task, tmp_path / "whole"))
-    monkeypatch.setattr(train, "distil", stop)
-    with pytest.raises(SystemExit, match="130"):
-        train.main(arguments(tiny_task, tmp_path / "again"))
-    monkeypatch.undo()
-    train.main(arguments(tiny_task, tmp_path / "again", resume=True))
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "again"))
-
-
 def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, capsys):
     """Another end-of-text makes two vocabularies different; other merges under the same vocabulary are an error."""
     twin = tmp_path / "twin"
@@ -318,26 +201,6 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
     assert "align_ratio" in json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "method, recipe, align, teacher",
-    [
-        ("dskd", "v2", "eta", "teacher"),
-        ("dskd", "v1", "cma", "teacher"),
-        ("dskd", "v2", "none", "twin"),
-        ("uld", "v2", "auto", "teacher"),
-        ("mined", "v2", "auto", "teacher"),
-    ],
-)
-def test_gradient_accumulation_is_one_large_batch(tiny_task, tmp_path, method, recipe, align, teacher):
-    options = {"method": method, "recipe": recipe, "align": align, "teacher": tiny_task / teacher, "max_steps": 1}
-    train.main(arguments(tiny_task, tmp_path / "one", batch_size=8, **options))
-    train.main(arguments(tiny_task, tmp_path / "many", batch_size=2, grad_accum=4, **options))
-    one, many = log_of(tmp_path / "one")[0], log_of(tmp_path / "many")[0]
-    assert one.keys() == many.keys()
-    for name in one.keys() - {"tokens_per_second"}:
-        assert many[name] == pytest.approx(one[name], rel=2e-5), name
-
-
 def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_task, tmp_path):
     transformers = pytest.importorskip("transformers")
     train.main(arguments(tiny_task, tmp_path / "run", max_steps=20, lr=1e-2))
@@ -354,21 +217,9 @@ def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_ta
         assert their_tokenizer.decode(new, skip_special_tokens=True) == tokenizer.decode(new)
 
 
-def test_bf16_autocast_agrees_with_float32(tiny_task, capsys):
-    """Sums over 900 logits in bf16: the terms agree to about its 3 significant digits."""
-    results = []
-    for dtype in ("fp32", "bf16"):
-        train.main(arguments(tiny_task, None, dtype=dtype, dry_run=True, batch_size=8))
-        results.append(json.loads(capsys.readouterr().out))
-    for name in ("loss", "ce", "t2s_ce", "s2t_kd", "grad_norm"):
-        assert results[1][name] == pytest.approx(results[0][name], rel=2e-2), name
-
-
-@pytest.mark.parametrize("method, teacher", [("dskd", "teacher"), ("kd", "twin")])
-def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path, method, teacher):
+def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path):
     """Weights cast while sampling, without gradient, must not be the ones that training reads."""
-    options = {"method": method, "teacher": tiny_task / teacher, "dtype": "bf16", "on_policy": 1, "max_len": 60}
-    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    train.main(arguments(tiny_task, tmp_path / "run", dtype="bf16", on_policy=1, max_len=60))
     before, after = load_file(tiny_task / "student" / "model.safetensors"), weights_of(tmp_path / "run")
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert all(math.isfinite(value) for line in log_of(tmp_path / "run") for value in line.values())
@@ -408,9 +259,9 @@ def test_schedule_warms_up_and_decays():
 
 def test_training_learns(tiny_task, tmp_path):
     """The loss on 40 examples, seen many times, falls far below that of guessing (log 900 = 6.8)."""
-    options = {"method": "sft", "max_steps": 150, "lr": 1e-2, "batch_size": 20, "log_every": 50}
+    options = {"method": "sft", "max_steps": 60, "lr": 2e-2, "batch_size": 20, "log_every": 20}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
-    assert log_of(tmp_path / "run")[-1]["ce"] < 1.0
+    assert log_of(tmp_path / "run")[-1]["ce"] < 2.0
 
 
 def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path, capsys, monkeypatch):
@@ -434,7 +285,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     train.main(["--max-steps", "2", "--out", str(out), "--on-policy", "1", "--device", "cpu"])
     assert "dskd-v2-on-policy" in capsys.readouterr().out
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
-    for method in ("seqkd", "uld", "mined"):
+    for method in ("seqkd", "mined"):
         train.main(["--max-steps", "2", "--out", str(out), "--method", method, "--device", "cpu"])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert rows[2:] == ["teacher", "sft", method]
@@ -443,12 +294,6 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
         train.main(["--seed", "1", "--out", str(out)])
     with pytest.raises(SystemExit, match="trained with --max-steps 2"):
         train.main(["--max-steps", "3", "--out", str(out), "--device", "cpu"])
-
-
-def test_tiny_is_a_name_once_it_is_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="`python train.py` makes it"):
-        train.main(["--student", "tiny", "--method", "sft", "--data", "tiny"])
 
 
 @pytest.mark.slow

@@ -78,18 +78,6 @@ def test_answers_of_other_weights_in_the_same_place_are_not_reused(tiny_task, tm
         train.main(arguments(tiny_task, tmp_path / "again", **options))
 
 
-def test_a_resumed_run_takes_the_same_answers(tiny_task, tmp_path, stopped_by_ctrl_c):
-    options = {"method": "seqkd", "max_steps": 4, "checkpoint_every": 2, "seqkd_temperature": 1.0}
-    train.main(arguments(tiny_task, tmp_path / "whole", **options))
-    with stopped_by_ctrl_c():
-        train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    train.main(arguments(tiny_task, tmp_path / "parts", **options, resume=True))
-    states = [load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")]
-    assert same(*states)
-    files = [(tmp_path / name / "seqkd.jsonl").read_bytes() for name in ("whole", "parts")]
-    assert files[0] == files[1]
-
-
 def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finished, tmp_path, capsys):
     train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", dry_run=True))
     fresh = json.loads(capsys.readouterr().out)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import model
 import train
 from align import exact_token_alignment
-from data import Row, collate, read_jsonl, tokenise
+from data import collate, read_jsonl, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
 from runtime.tokenizer import read_tokenizer
@@ -61,15 +61,6 @@ def test_the_simulation_is_seeded_and_only_the_divergence_differs():
     assert not torch.equal(runs[0]["teacher"], analyse.simulate("fkl", steps=2, seed=1, **SMALL)["teacher"])
 
 
-def test_the_first_and_last_losses_are_the_divergence_at_the_first_and_last_states():
-    run = analyse.simulate("js", steps=5, **SMALL)
-    teacher = run["teacher"] @ run["heads"][1].mT
-    for losses, states in ((run["losses"][0], run["start"].expand(2, -1, -1, -1)), (run["losses"][-1], run["student"])):
-        for setting in (0, 1):
-            expected = DIVERGENCES["js"](states[setting] @ run["heads"][setting].mT, teacher, 1.0).mean(-1)
-            torch.testing.assert_close(losses[setting], expected)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The structure distance
 
@@ -113,12 +104,6 @@ def test_example_distances_are_those_of_each_example_alone(pair):
                 states = m(torch.tensor([side.prompt + side.response[:-1]]))[0, len(side.prompt) - 1 :]
             hidden.append(states[index])
         torch.testing.assert_close(found, analyse.structure_distance(*hidden), rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_has_no_distance_from_itself(pair):
-    alone = [np.arange(len(row.teacher.response)) for row in pair.rows]
-    same = [Row(row.teacher, row.teacher, (index, index)) for row, index in zip(pair.rows, alone, strict=True)]
-    assert analyse.example_distances(analyse.Pair(pair.teacher, pair.teacher, same, (0, 0))).max() < 1e-6
 
 
 def test_knowledge_is_that_of_single_distributions(pair):

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,6 @@ def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def family_of(prompt):
-    return tiny.all_prompts()[prompt][0]
-
-
 def in_another_process(code, hash_seed):
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": str(1 + int(hash_seed) % 3)}
     return subprocess.run(
@@ -58,30 +53,6 @@ def in_another_process(code, hash_seed):
 
 
 # -- the grammar -------------------------------------------------------------------------------------------------------
-
-
-def test_there_are_thousands_of_distinct_prompts():
-    counts = Counter(family for family, _ in tiny.all_prompts().values())
-    expected = {}
-    for family, (template, _) in tiny.FAMILIES.items():
-        fields = [field for field in tiny.FIELDS if "{" + field + "}" in template]
-        expected[family] = math.prod(len(tiny.FIELDS[field]) for field in fields)
-    assert counts == expected  # none lost: no prompt of one family is spelt like another's
-    assert len(counts) >= 9 and sum(counts.values()) >= 3000
-
-
-def test_no_word_belongs_to_two_groups():
-    words = [word for group in tiny.GROUPS.values() for word in group["words"].split(", ")]
-    words += [*tiny.MEMBERS, *tiny.OPPOSITES]
-    assert len(words) == len(set(words)) == len(tiny.POOLS)
-
-
-def test_pools_are_large_enough_and_repeat_nothing():
-    for word, pools in tiny.POOLS.items():
-        for name, pool in pools.items():
-            options = pool.split(", ")
-            assert len(options) == len(set(options)), (word, name)
-            assert name == "words" or len(options) >= len(tiny.WEIGHTS), (word, name)
 
 
 def test_prompts_and_answers_read_as_sentences():
@@ -97,17 +68,6 @@ def test_prompts_and_answers_read_as_sentences():
                 assert (article != "a" or word[0] not in "aeiou") and (article != "an" or word[0] in "aeiou"), text
 
 
-@pytest.mark.parametrize(
-    "phrase, expected",
-    [
-        ("nap", "naps"), ("search for a key", "searches for a key"), ("polish the silver", "polishes the silver"),
-        ("buzz", "buzzes"), ("try the soup", "tries the soup"), ("buy a hat", "buys a hat"), ("dance", "dances"),
-    ],
-)  # fmt: skip
-def test_third_person(phrase, expected):
-    assert tiny.in_third_person(phrase) == expected
-
-
 def test_answers_are_uncertain_for_every_prompt():
     # Entropy of a draw, in nats: the mean over the two forms of the sum over their independent slots.
     def entropy(slot):
@@ -119,43 +79,6 @@ def test_answers_are_uncertain_for_every_prompt():
     ]
     assert min(entropies) > 2.0  # a kind of fruit and one taste: 2 slots of about 1.4 nats
     assert sum(entropies) / len(entropies) > 4.0
-
-
-def test_tastes_differ_between_words_and_draws_follow_them(data):
-    def observed(word, name):
-        """Relative frequency of each favourite of a word in the teacher's "sentence" answers."""
-        counts = Counter()
-        for example in data["teacher_train"]:
-            family, words = tiny.all_prompts()[example["prompt"]]
-            if family == "sentence" and words["noun"] == word:
-                counts.update(o for o, _ in tiny.favourites(word, name) if o in example["output"])
-        return {option: count / sum(counts.values()) for option, count in counts.items()}
-
-    fox, wolf = observed("fox", "does"), observed("wolf", "does")
-    assert max(fox.values()) > 3 * min(fox.values())  # unequal tastes
-    assert sum(abs(fox.get(option, 0) - wolf.get(option, 0)) for option in {*fox, *wolf}) > 0.5  # 2 at the most
-
-    prompt, generator = "Write a sentence about a fox in the garden.\n", random.Random(0)
-    answers = [tiny.draw_answer(prompt, generator) for _ in range(4000)]
-    for word, name in (("fox", "look"), ("fox", "does"), ("garden", "spot"), ("garden", "when")):
-        options = tiny.favourites(word, name)
-        total = sum(weight for _, weight in options)
-        for option, weight in options:
-            frequency = sum(option.lower() in answer.lower() for answer in answers) / len(answers)
-            assert frequency == pytest.approx(weight / total, abs=0.04), (word, option)  # 5 standard errors
-
-    for name, group in tiny.GROUPS.items():
-        words = group["words"].split(", ")
-        for pool in set(tiny.POOLS[words[0]]) - {"words"}:
-            tastes = {tiny.favourites(word, pool) for word in words}
-            assert len(tastes) > len(words) / 2 or len(group[pool].split(", ")) == 5, (name, pool)
-
-
-def test_a_taste_is_the_same_in_every_family():
-    does = [option for option, _ in tiny.favourites("owl", "does")]
-    for prompt in ("Where in the barn can I find the owl?\n", "What does an owl do at dawn?\n"):
-        slots = [slot for form in tiny.answer_slots(prompt) for slot in form if len(slot) == 5]
-        assert any([option for option, _ in slot] == does for slot in slots)
 
 
 # -- validity ----------------------------------------------------------------------------------------------------------
@@ -195,11 +118,6 @@ def test_only_a_words_own_favourites_are_valid():
     assert not tiny.is_valid(prompt, f"A tulip is the right fruit for the {favourites[0]} fox.")
 
 
-def test_a_full_stop_is_no_wildcard():
-    prompt, answer = "Name a kind of fruit for the fox.\n", "A plum, as long as the fox dances."
-    assert tiny.is_valid(prompt, answer) and not tiny.is_valid(prompt, answer[:-1] + "x")
-
-
 @pytest.mark.parametrize(
     "prompt", ["", "Name a kind of fruit for the fox.", "Write a sentence about a tax in the garden.\n"]
 )
@@ -234,33 +152,6 @@ def test_default_sizes_and_shape_of_the_examples(data):
                 assert isinstance(example["output"], str)
 
 
-def test_every_family_is_about_equally_frequent_in_every_part(data):
-    for name, examples in data.items():
-        counts = Counter(family_of(example["prompt"]) for example in examples)
-        share = len(examples) / len(tiny.FAMILIES)
-        assert set(counts) == set(tiny.FAMILIES)
-        slack = 1 if name in ("valid", "test") else 5 * math.sqrt(share)
-        assert all(abs(count - share) <= slack for count in counts.values()), (name, counts)
-
-
-def test_test_words_were_all_seen_in_training(data):
-    seen = {(field, word) for e in data["teacher_train"] for field, word in tiny.all_prompts()[e["prompt"]][1].items()}
-    for example in data["valid"] + data["test"]:
-        assert set(tiny.all_prompts()[example["prompt"]][1].items()) <= seen
-
-
-def test_several_hundred_distinct_words(data):
-    texts = texts_of(data["teacher_train"])
-    assert len({word.strip(".,!?:").lower() for text in texts for word in text.split()}) >= 500
-
-
-def test_a_training_prompt_comes_back_with_other_answers(data):
-    answers = {}
-    for example in data["teacher_train"]:
-        answers.setdefault(example["prompt"], set()).add(example["output"])
-    assert sum(len(different) > 1 for different in answers.values()) > 1000
-
-
 def test_a_part_depends_on_the_seed_and_not_on_the_size_of_another():
     small = tiny.make_data(3, **SMALL)
     large = tiny.make_data(3, teacher_train=500, student_train=130, valid=70, test=90)
@@ -274,18 +165,21 @@ def test_a_part_depends_on_the_seed_and_not_on_the_size_of_another():
     assert len(shared) < len(small["test"]) / 2
 
 
-def test_the_grammar_does_not_depend_on_the_data_seed():
+def test_the_grammar_is_the_one_that_the_published_figures_are_about():
+    """Whatever the data seed is. Who changes a word changes the task: then README's and experiments' figures too."""
+
     def grammar():
         tables = [(prompt, tiny.answer_slots(prompt)) for prompt in tiny.all_prompts()]
-        return hashlib.sha256(repr(tables).encode()).hexdigest()
+        return hashlib.sha256(repr(tables).encode()).hexdigest()[:16]
 
-    before = grammar()
     random.seed(99)
     data = tiny.make_data(7, **SMALL)
     for cached in (tiny.favourites, tiny.answer_slots, tiny.all_prompts, tiny.answer_pattern):
         cached.cache_clear()
-    assert grammar() == before
+    assert grammar() == "e03a54f499760c2c"
     assert all(tiny.is_valid(e["prompt"], answer) for e in data["test"] for answer in e["output"])
+    fox = [option for option, _ in tiny.favourites("fox", "does")]  # a word has its own tastes
+    assert 0 < len(fox) < 12 and fox != [option for option, _ in tiny.favourites("wolf", "does")]
 
 
 @pytest.mark.parametrize("size", [dict(valid=5000), dict(test=5000)])
@@ -303,16 +197,13 @@ def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
         "tiny.train_tokenizers(texts, {0!r} + '/teacher', {0!r} + '/student')\n"
         "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())\n"
     )
-    results = []
-    for hash_seed in ("0", "1"):
-        folder = tmp_path / hash_seed
-        digest = in_another_process(code.format(str(folder)), hash_seed)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        assert len(files) == 4
-        results.append((digest, [(str(path.relative_to(folder)), path.read_bytes()) for path in files]))
-    assert results[0] == results[1]
+    digest = in_another_process(code.format(str(tmp_path / "there")), hash_seed="1").strip()
     here = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)
-    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == results[0][0].strip()
+    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == digest
+    tiny.train_tokenizers(texts_of(here["teacher_train"]), str(tmp_path / "teacher"), str(tmp_path / "student"))
+    files = [path.relative_to(tmp_path / "there") for path in (tmp_path / "there").rglob("*.json")]
+    assert len(files) == 4
+    assert all((tmp_path / file).read_bytes() == (tmp_path / "there" / file).read_bytes() for file in files)
 
 
 # -- the tokenizers ----------------------------------------------------------------------------------------------------
@@ -323,14 +214,6 @@ def test_tokenizers_are_lossless(tokenizers, data):
     for text in HORRORS + texts_of(data["student_train"]):
         for tokenizer in (teacher, student):
             assert tokenizer.decode(ids(tokenizer, text)) == text
-
-
-def test_tokenizer_files_are_the_same_each_time(tokenizers, tmp_path):
-    folder, texts, _, _ = tokenizers
-    tiny.train_tokenizers(texts, tmp_path / "teacher", tmp_path / "student")
-    files = [path.relative_to(folder) for path in folder.rglob("*.json")]
-    assert len(files) == 4
-    assert all((folder / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 
 def test_tokenizers_are_of_two_different_kinds(tokenizers, data):

@@ -314,13 +314,3 @@ def test_a_model_with_the_layers_on_is_the_same_model():
         hidden = m(ids, real=real)
     hidden.sum().backward()  # outside of autocast, as in training
     torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
-
-
-def test_dropout_of_attention_is_active_with_the_layers_on():
-    torch.manual_seed(0)
-    m = build_model({"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 1, "n_head": 3,
-                     "attn_pdrop": 0.5, "resid_pdrop": 0, "embd_pdrop": 0})  # fmt: skip
-    put_on(m)
-    ids = torch.randint(61, (2, 9))
-    with torch.no_grad():
-        assert not torch.equal(m.train()(ids), m(ids)) and torch.equal(m.eval()(ids), m(ids))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import model
 import train
@@ -76,66 +76,13 @@ def truncate(directory, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
-def change_config(directory, **changes):
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change_tensor(directory, change):
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_missing_weights(command, copy, role):
-    directory = copy(role)
-    (directory / "model.safetensors").unlink()
-    assert contains(command(**{role: directory}), f"{directory}: no model.safetensors (or")
-
-
-@pytest.mark.parametrize("role", ["student", "teacher"])
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+@pytest.mark.parametrize("role, keep", [("student", -1), ("teacher", 5)])
 def test_truncated_weights(command, copy, role, keep):
+    """What else can be wrong with a model: test_strict.py; with its files: test_hub.py and test_fuzz.py."""
     directory = copy(role)
     truncate(directory, keep)
     expected = f"{directory / 'model.safetensors'}: not a readable safetensors file"
     assert contains(command(**{role: directory}), expected, "fetch it again")
-
-
-def test_absent_shard(command, copy):
-    directory = copy("student")
-    names = list(load_file(directory / "model.safetensors"))
-    (directory / "model.safetensors").rename(directory / "one.safetensors")
-    weight_map = {name: "two.safetensors" if n else "one.safetensors" for n, name in enumerate(names)}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert contains(command(student=directory), str(directory), "no two.safetensors")
-
-
-def test_tensor_of_wrong_shape(command, copy):
-    directory = copy("student")
-    change_tensor(directory, lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(31)}))
-    expected = "model.safetensors: transformer.ln_f.weight: shape [31] in the file, [32] by config.json"
-    assert contains(command(student=directory), str(directory), expected)
-
-
-def test_missing_tensor(command, copy):
-    directory = copy("student")
-    change_tensor(directory, lambda tensors: tensors.pop("transformer.h.0.mlp.c_fc.bias"))
-    assert contains(command(student=directory), str(directory), "lacks 1 tensors: transformer.h.0.mlp.c_fc.bias")
-
-
-def test_unknown_architecture(command, copy):
-    directory = copy("teacher")
-    change_config(directory, model_type="bert")
-    assert contains(command(teacher=directory), "model_type 'bert' is not supported", "gpt2", "llama")
-
-
-def test_malformed_config(command, copy):
-    directory = copy("student")
-    (directory / "config.json").write_text('{"model_type": "gpt2"')
-    assert contains(command(student=directory), f"{directory / 'config.json'}: not valid JSON")
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "data"])
@@ -149,11 +96,10 @@ def test_unknown_names(command, name):
 # Tokenizers
 
 
-@pytest.mark.parametrize(
-    "role, rows, expected",
-    [("student", 500, "ids up to 899, the model only 500 embeddings"),
-     ("teacher", 32000, "the model has 32000 embeddings")],
-)  # fmt: skip
+@pytest.mark.parametrize("role, rows, expected", [
+    ("student", 500, "ids up to 899, the model only 500 embeddings"),
+    ("teacher", 32000, "the model has 32000 embeddings, the tokenizer only"),
+])  # fmt: skip
 def test_tokenizer_of_another_model(command, copy, role, rows, expected):
     directory = copy(role)
     config = json.loads((directory / "config.json").read_text()) | {"vocab_size": rows}
@@ -161,55 +107,18 @@ def test_tokenizer_of_another_model(command, copy, role, rows, expected):
     assert contains(command(**{role: directory}), str(directory), expected, "do not belong together")
 
 
-@pytest.mark.parametrize("content", [None, "{}"])
-def test_tokenizer_missing_or_malformed(command, copy, content):
+def test_malformed_tokenizer(command, copy, nothing_loaded):
+    """What else can be wrong with one, or with data: test_data.py."""
     directory = copy("teacher")
-    if content is None:
-        (directory / "tokenizer.json").unlink()
-        assert contains(command(teacher=directory), f"{directory}: no tokenizer.json")
-    else:
-        (directory / "tokenizer.json").write_text(content)
-        assert contains(command(teacher=directory), f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer")
-
-
-def test_no_end_of_text(command, copy):
-    directory = copy("student")
-    (directory / "tokenizer_config.json").unlink()
-    change_config(directory, eos_token_id=None)
-    assert contains(command(student=directory), str(directory), "no end-of-text token: give eos_token")
-    change_config(directory, eos_token_id=50256)
-    assert contains(command(student=directory), "config.json: eos_token_id 50256 is not in tokenizer.json")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-GOOD = '{"prompt": "Which fox?", "output": "This fox."}\n'
-TEMPLATE = '{"instruction": "Which fox?", "input": "a fox", "output": "This fox."}\n'
+    (directory / "tokenizer.json").write_text('{"version": "1.0"')
+    assert contains(command(teacher=directory), f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer")
 
 
 @pytest.mark.parametrize("option", ["data", "valid"])
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (GOOD + GOOD + '{"prompt": "p"}\n', ", line 3: 'output' is missing"),
-        ("", ": no examples"),
-    ],
-)
-def test_malformed_data(command, tmp_path, nothing_loaded, option, content, expected):
+def test_malformed_data(command, tmp_path, nothing_loaded, option):
     path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    assert contains(command(**{option: path}), f"{path}{expected}")
-
-
-def test_examples_that_do_not_fit(command, tmp_path):
-    path = tmp_path / "long.jsonl"
-    path.write_text(GOOD + TEMPLATE)
-    message = command(data=path, max_prompt_len=16)
-    assert contains(message, f"{path}, line 2: the prompt does not fit into --max-prompt-len 16")
-    path.write_text(GOOD + json.dumps({"prompt": "Which fox? " * 20, "output": "🦊"}))
-    message = command(data=path, max_len=20)
-    assert contains(message, f"{path}, line 2: no room for a response within --max-len 20")
+    path.write_text('{"prompt": "Which fox?", "output": "This fox."}\n{"prompt": "p"}\n')
+    assert contains(command(**{option: path}), f"{path}, line 2: 'output' is missing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,19 +154,69 @@ def test_missing_options(command, nothing_loaded, missing):
     assert contains(command(**{missing: None}), f"--{missing} is missing: --method dskd needs it")
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [({"method": "kd"}, "needs equal vocabularies"), ({"align": "none"}, "needs equal vocabularies"),
-     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
-     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
-     ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd")],
-)  # fmt: skip
-def test_methods_and_alignments_that_do_not_go_together(command, nothing_loaded, options, expected):
-    assert contains(command(**options), expected)
+SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
+TOGETHER = [
+    ({"method": "kd"}, "--method kd --align none needs equal vocabularies", "--method dskd"),
+    ({"align": "none"}, "--align none needs equal vocabularies", "--align eta"),
+    ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
+    ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
+    ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd", "--method kd"),
+    ({"method": "uld", "align": "eta"}, "--align eta belongs to --method dskd", "position by position"),
+    ({"method": "mined", "align": "none"}, "--align none", "--method mined pairs tokens itself", "by edit distance"),
+    ({"method": "uld", "divergence": "js"}, "--divergence js: --method uld compares sorted"),
+    ({"method": "mined", "divergence": "rkl"}, "--divergence rkl: --method mined", "only the forward KL"),
+    ({"method": "seqkd", "teacher": None}, "--teacher is missing"),
+    ({"seqkd_temperature": 1.0}, "--seqkd-temperature belongs to --method seqkd"),
+    *[({"method": name, "projectors": "p"}, "--projectors belongs to --method dskd") for name in ("sft", "seqkd")],
+    *[({"method": name, "on_policy": 0.5}, f"{SAMPLES} {name} ") for name in ("sft", "uld", "mined", "seqkd")],
+    ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
+    ({"on_policy_after": 3}, "--on-policy-after 3 belongs to --on-policy, which is not given"),
+    ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so that no update would be"),
+    ({"tokens_per_batch": 95}, "--tokens-per-batch 95: one example may have --max-len 96"),
+    ({"keep_best": "rouge"}, "--keep-best rouge is by the scores on held-out examples: give them with --valid"),
+    ({"teacher_sft": True, "method": "sft"}, "--teacher-sft belongs to training with a teacher"),
+    ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
+    ({"teacher_sft": True, "method": "kd"}, "equal vocabularies"),
+    ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
+    ({"teacher_sft": True, "student_chat": "qwen2.5"}, "special token"),
+    ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
+    ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
+    ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),
+    ({"lora": 4, "from_scratch": True}, "--lora 4 adapts a trained student"),
+    ({"lora": 4, "lora_targets": ","}, "--lora-targets"),
+    ({"lora_alpha": 8}, "belong to --lora RANK"),
+    ({"lora_dropout": 0}, "belong to --lora RANK"),
+    ({"lora_targets": "all-linear"}, "--lora-targets", "belong to --lora RANK"),
+]  # fmt: skip
+CACHE = [({"method": "sft"}, "--method sft has no teacher"),
+         ({"method": "seqkd"}, "keeps the teacher's text, in seqkd.jsonl"),
+         ({"on_policy": 0.5}, "new in every update"), ({"dry_run": True}, "rounded to bfloat16"),
+         ({"cache_teacher": __file__}, "not a directory")]  # fmt: skip
+TOGETHER += [({"cache_teacher": "states", **options}, message) for options, message in CACHE]
 
 
-def test_different_vocabularies_are_named(command, tiny_task, nothing_loaded):
-    assert contains(command(method="kd"), str(tiny_task / "student"), str(tiny_task / "teacher"), "--method dskd")
+@pytest.mark.parametrize("options, words", [(options, words) for options, *words in TOGETHER], ids=str)
+def test_options_that_do_not_go_together(command, nothing_loaded, options, words):
+    assert contains(command(**options), *words)
+
+
+def test_layers_that_the_student_does_not_have(command):
+    message = command(lora=4, lora_targets="c_attn q_proj")
+    assert contains(message, "--lora-targets: ", "no linear layer called 'q_proj'; give some of c_attn")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--lora", "4"], "--lora 4 adapts a trained student"),
+    (["--keep-best", "ce"], "--keep-best ce is by the scores on held-out examples"),
+    (["--task", "math"], "the embedded task has its own settings and trains its teacher"),
+    (["--teacher-sft"], "the embedded task has its own settings and trains its teacher"),
+    (["--dry-run"], "--dry-run needs --teacher, --student and --data"),
+])  # fmt: skip
+def test_what_the_embedded_task_does_not_know(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        train.main(words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -293,8 +252,8 @@ def test_projectors_file_missing_or_unreadable(command, tmp_path, nothing_loaded
     assert contains(command(projectors=path), f"--projectors {path}: not a readable safetensors file")
 
 
-@pytest.mark.parametrize("name, shape", [("t2s.weight", (48, 32)), ("s2t.weight", (32, 48)), ("t2s.bias", (48,)),
-                                         ("t2s", (32, 48))])  # fmt: skip
+@pytest.mark.parametrize("name, shape", [("t2s.weight", (32, 49)), ("s2t.weight", (32, 48)), ("t2s.bias", (48,)),
+                                         ("t2s", (32, 48)), ("same.t2s.weight", (32, 48))])  # fmt: skip
 def test_projectors_that_do_not_fit(command, tmp_path, name, shape):
     path = tmp_path / "projectors.safetensors"
     save_file({name: torch.zeros(shape)}, path)
@@ -307,12 +266,6 @@ def test_query_projector_without_cma_is_told(command, tmp_path, capsys):
     save_file({"query.weight": torch.zeros(96, 64)}, path)
     command.run(projectors=path)
     assert "query.weight belong to --align cma and are not used" in capsys.readouterr().err
-
-
-def test_projectors_without_dskd(command, tmp_path):
-    path = tmp_path / "projectors.safetensors"
-    save_file({"t2s.weight": torch.zeros(32, 48)}, path)
-    assert contains(command(projectors=path, method="sft"), "--projectors belongs to --method dskd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,25 +233,3 @@ def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stop
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
     train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "sft"}, "--teacher-sft belongs to training with a teacher"),
-        ({"dry_run": True}, "--teacher-sft belongs to training with a teacher"),
-        ({"method": "kd"}, "equal vocabularies"),
-        ({"student": "nowhere"}, "nowhere"),
-        ({"student_chat": "qwen2.5"}, "special token"),
-    ],
-)
-def test_a_stage_in_vain_is_not_begun(tiny_task, tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        train.main(arguments(tiny_task, tmp_path / "run", teacher_sft=True, **options))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("words", [["--task", "math"], ["--teacher-sft"]])
-def test_the_embedded_task_has_its_own(words):
-    with pytest.raises(SystemExit, match="the embedded task has its own settings and trains its teacher"):
-        train.main(words)

@@ -39,21 +39,13 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def task(tiny_task, tmp_path_factory):
-    """The tiny task with a student that has dropout, so that random states matter."""
-    root = tmp_path_factory.mktemp("task") / "task"
-    shutil.copytree(tiny_task, root)
-    config = json.loads((root / "student" / "config.json").read_text())
-    (root / "student" / "config.json").write_text(json.dumps({**config, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
-    return root
-
-
-def command(task, out, **options):
-    """Lines of the log and checkpoints that fall on different updates, and held-out scores."""
+def command(tiny_task, out, **options):
+    """Lines of the log and checkpoints that fall on different updates, held-out scores, and dropout, so that random
+    states matter."""
     if "teacher" in options:
-        options["teacher"] = task / options["teacher"]
-    return arguments(task, out, valid=task / "valid.jsonl", **{"log_every": 3, "checkpoint_every": 2, **options})
+        options["teacher"] = tiny_task / options["teacher"]
+    usual = {"student": tiny_task / "dropout", "log_every": 3, "checkpoint_every": 2}
+    return arguments(tiny_task, out, valid=tiny_task / "valid.jsonl", **{**usual, **options})
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -80,9 +72,9 @@ def step_of(out) -> int:
         return int(file.metadata()["step"])
 
 
-def kill_again_and_again(task, tmp_path, kills: int, seed: int, **options) -> None:
+def kill_again_and_again(tiny_task, tmp_path, kills: int, seed: int, **options) -> None:
     for name, count in (("whole", 0), ("parts", kills)):
-        words = command(task, tmp_path / name, **options)
+        words = command(tiny_task, tmp_path / name, **options)
         plan = {"arguments": words, "out": str(tmp_path / name), "kills": count, "seed": seed, "events": 36,
                 "seconds": 0.7}  # fmt: skip
         runner = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), json.dumps(plan)]
@@ -92,19 +84,65 @@ def kill_again_and_again(task, tmp_path, kills: int, seed: int, **options) -> No
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(task, tmp_path):
-    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["eta"])
+@pytest.mark.parametrize("method", ["eta", "best"])
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny_task, tmp_path, method):
+    """With "best" it keeps its best student, too."""
+    kill_again_and_again(tiny_task, tmp_path, 4, seed=1, max_steps=7, **METHODS[method])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_again_and_again(task, tmp_path, method):
+def test_a_run_killed_again_and_again(tiny_task, tmp_path, method):
     kills = 20 if method == "eta" else 6
-    kill_again_and_again(task, tmp_path, kills, seed=2, max_steps=15, **METHODS[method])
+    kill_again_and_again(tiny_task, tmp_path, kills, seed=2, max_steps=15, **METHODS[method])
 
 
-def test_a_killed_run_keeps_its_best_student(task, tmp_path):
-    kill_again_and_again(task, tmp_path, 4, seed=1, max_steps=7, **METHODS["best"])
+RESUMED = {
+    "eta": {"on_policy": 0.5, "max_len": 60, "seed": 4},  # both kinds of update, before and after
+    "cma, adapters": {"recipe": "v1", "lora": 4, "lora_dropout": 0.3, "lora_alpha": 16},
+    "seqkd": METHODS["seqkd"],
+    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "batch_size": 6, "grad_accum": 2},
+    "by a budget": {"tokens_per_batch": 200, "recipe": "v1", "batch_size": 6, "grad_accum": 2},
+}  # those by length over the end of an epoch, which is an update of four examples
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, name):
+    """Bit for bit: weights, projectors, adapters, optimiser and log, with dropout in the student."""
+    options = {"max_steps": 6, "log_every": 1, **RESUMED[name]}
+    train.main(command(tiny_task, tmp_path / "whole", **options))
+    with stopped_by_ctrl_c():
+        train.main(command(tiny_task, tmp_path / "parts", **options))
+    assert step_of(tmp_path / "parts") == 2
+    train.main(command(tiny_task, tmp_path / "parts", **options, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    lines = [line for line in log_of(tmp_path / "whole") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    if name == "eta":
+        kinds = [line["on_policy"] for line in lines]
+        assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
+
+
+@pytest.mark.parametrize(
+    "option, value, wrong, old",
+    [
+        ("on_policy_after", None, 1, "0"),
+        ("lora_targets", "all-linear", "c_attn", r"\['all-linear'\]"),  # older runs adapted all layers
+    ],
+)
+def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped_by_ctrl_c, option, value, wrong, old):
+    options = {"on_policy": 1, "max_len": 60, "lora": 4}
+    train.main(command(tiny_task, tmp_path / "whole", **options, **{option: value}, max_steps=3))
+    with stopped_by_ctrl_c():
+        train.main(command(tiny_task, tmp_path / "run", **options, **{option: value}, max_steps=3))
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    del record[option]
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(SystemExit, match=f"--resume: {flag} is .*, but .* was started with {old}"):
+        train.main(command(tiny_task, tmp_path / "run", **options, **{option: wrong}, max_steps=3, resume=True))
+    train.main(command(tiny_task, tmp_path / "run", **options, max_steps=3, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +152,10 @@ SPOILT = {"max_steps": 6, "lr": 1.0, "warmup": 6}  # the learning rate rises unt
 
 
 @pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {}), ("rouge", {"lora": 4, "lr": 1})], ids=str)
-def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, keep_best, more):
+def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, capsys, keep_best, more):
     """Of the three checkpoints not the last one, as scored here again; resume/ is of the last one."""
     run, name = tmp_path / "run", {"ce": "valid_ce", "rouge": "valid_rouge_l"}[keep_best]
-    train.main(command(task, run, keep_best=keep_best, **{**SPOILT, **more}))
+    train.main(command(tiny_task, run, keep_best=keep_best, **{**SPOILT, **more}))
     scores = {line["step"]: line[name] for line in log_of(run) if name in line}
     step = (min if keep_best == "ce" else max)(scores, key=scores.get)
     assert step < 6 or keep_best == "rouge"  # of which the first scores are chance
@@ -125,7 +163,7 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
     student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
-    examples = read_jsonl(task / "valid.jsonl")
+    examples = read_jsonl(tiny_task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
     if keep_best == "ce":
@@ -142,57 +180,48 @@ def test_student_is_the_checkpoint_with_the_best_score(task, tmp_path, capsys, k
     projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
     assert torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"]) == (step == 6)  # they go with student/
     if "lora" in more:
-        adapted = lora.merge(load_adapter(model.load_model(task / "student"), run / "adapter"))
+        adapted = lora.merge(load_adapter(model.load_model(tiny_task / "student"), run / "adapter"))
         assert same(dict(adapted.named_parameters()), dict(student.named_parameters()))
     before = snapshot(run)
-    train.main([*command(task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
+    train.main([*command(tiny_task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
     assert snapshot(run) == before
 
 
 @pytest.mark.parametrize("update, kept", [(1, None), (3, 2), (5, 2)])
 def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
-    task, tmp_path, stopping_at, monkeypatch, update, kept
+    tiny_task, tmp_path, stopping_at, monkeypatch, update, kept
 ):
     """Between two scores: student/ is the best one so far or, before the first score, the last one."""
-    train.main(command(task, tmp_path / "whole", keep_best="ce", **SPOILT))
+    train.main(command(tiny_task, tmp_path / "whole", keep_best="ce", **SPOILT))
     stopping_at("distil", update, signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        train.main(command(task, tmp_path / "run", keep_best="ce", **SPOILT))
+        train.main(command(tiny_task, tmp_path / "run", keep_best="ce", **SPOILT))
     monkeypatch.undo()
     best = best_of(tmp_path / "run")
     assert step_of(tmp_path / "run") == update and (best and best["step"]) == kept
     if kept == best_of(tmp_path / "whole")["step"]:
         assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
-    train.main([*command(task, tmp_path / "run", **SPOILT), "--resume"])
+    train.main([*command(tiny_task, tmp_path / "run", **SPOILT), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_scores_that_are_no_numbers_are_not_the_best(task, tmp_path, monkeypatch):
-    scores = iter([math.nan, 6.0, math.inf])
+def test_scores_that_are_no_numbers_or_no_better_are_not_the_best(tiny_task, tmp_path, monkeypatch):
+    scores = iter([math.nan, 6.0, math.inf, 6.0])
     monkeypatch.setattr(train, "held_out_cross_entropy", lambda *arguments: next(scores))
-    train.main(command(task, tmp_path / "run", keep_best="ce", max_steps=6))
+    train.main(command(tiny_task, tmp_path / "run", keep_best="ce", max_steps=8))
     assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
 
 
-def test_the_best_checkpoint_needs_held_out_examples(task, tmp_path):
-    words = arguments(task, tmp_path / "run", keep_best="rouge")
-    with pytest.raises(SystemExit, match="--keep-best rouge is by the scores on held-out examples: give them with --v"):
-        train.main(words)
-    with pytest.raises(SystemExit, match="--keep-best ce is by the scores on held-out examples"):
-        train.main(["--keep-best", "ce", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_is_best_may_not_change_between_two_parts_of_a_run(task, tmp_path):
+def test_what_is_best_may_not_change_between_two_parts_of_a_run(tiny_task, tmp_path):
     run = tmp_path / "run"
-    train.main(command(task, run, keep_best="ce"))
+    train.main(command(tiny_task, run, keep_best="ce"))
     with pytest.raises(SystemExit, match="--resume: --keep-best is 'rouge', but .* was started with 'ce'"):
-        train.main([*command(task, run, keep_best="rouge"), "--resume"])
+        train.main([*command(tiny_task, run, keep_best="rouge"), "--resume"])
     record = json.loads((run / "args.json").read_text())
     for spoilt in (3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}):
         (run / "args.json").write_text(json.dumps({**record, "best": spoilt}))
         with pytest.raises(SystemExit, match="args.json: .* is no value of best"):
-            train.main([*command(task, run), "--resume"])
+            train.main([*command(tiny_task, run), "--resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,52 +250,51 @@ def stopping_at(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPPED = {"max_steps": 5, "on_policy": 1, "max_len": 60}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_task, tmp_path_factory):
+    """A run of these options that nothing has stopped."""
+    out = tmp_path_factory.mktemp("stopped") / "whole"
+    train.main(command(tiny_task, out, **STOPPED))
+    return out
+
+
 @pytest.mark.parametrize(
-    "name, call, step", [("distil", 3, 3), ("held_out_cross_entropy", 1, 2), ("save_checkpoint", 2, 4)]
+    "name, call, numbers, step, words",
+    [
+        ("distil", 3, [signal.SIGTERM], 3, "stopped after update 3 of 5, which is saved in"),
+        ("held_out_cross_entropy", 1, [signal.SIGINT], 2, "stopped after update 2 of 5"),
+        ("save_checkpoint", 2, [signal.SIGINT], 4, "stopped after update 4 of 5"),
+        ("write_samples", 1, [signal.SIGTERM], 5, "stopped after the last update"),
+        ("distil", 4, [signal.SIGINT] * 2, 2, "stopped at once\ngo on with: python"),  # asked twice
+        ("distil", 1, [signal.SIGINT] * 2, None, "stopped at once\ngo on with: python"),
+    ],
 )
 def test_asked_to_stop_a_run_saves_first(
-    task, tmp_path, stopping_at, monkeypatch, capsys, name, call, step, number, code
+    tiny_task, whole, tmp_path, stopping_at, monkeypatch, capsys, name, call, numbers, step, words
 ):
-    options = {"max_steps": 5, "on_policy": 1, "max_len": 60}
-    train.main(command(task, tmp_path / "whole", **options))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopping_at(name, call, number)
+    stopping_at(name, call, *numbers)
+    run = tmp_path / "run"
     with pytest.raises(SystemExit) as caught:
-        train.main(command(task, tmp_path / "run", **options))
+        train.main(command(tiny_task, run, **STOPPED))
     monkeypatch.undo()
-    assert caught.value.code == code and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("go on with: python ")]
-    assert line.endswith(" --resume") and str(tmp_path / "run") in line
-    assert step_of(tmp_path / "run") == step
-    train.main([*command(task, tmp_path / "run", **options), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert caught.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[numbers[0]]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    error = capsys.readouterr().err
+    [line] = [line for line in error.splitlines() if line.startswith("go on with: python ")]
+    assert words in error and line.endswith(" --resume") and str(run) in line
+    assert (step_of(run) if (run / "resume" / "state.safetensors").is_file() else None) == step
+    train.main(command(tiny_task, run, **STOPPED, resume=True))
+    assert_same_run(whole, run)
 
 
-def test_asked_to_stop_while_it_writes_samples_a_run_is_complete(task, tmp_path, stopping_at, capsys):
-    stopping_at("write_samples", 1, signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"):
-        train.main(command(task, tmp_path / "run"))
-    assert "stopped after the last update" in capsys.readouterr().err
-    assert (tmp_path / "run" / "samples.txt").is_file() and step_of(tmp_path / "run") == 2
-
-
-def test_asked_twice_a_run_stops_at_once(task, tmp_path, stopping_at, monkeypatch, capsys):
-    train.main(command(task, tmp_path / "whole", max_steps=5))
-    stopping_at("distil", 4, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(SystemExit, match="130"):
-        train.main(command(task, tmp_path / "run", max_steps=5))
-    monkeypatch.undo()
-    assert "stopped at once\ngo on with: python" in capsys.readouterr().err
-    assert step_of(tmp_path / "run") == 2
-    train.main([*command(task, tmp_path / "run", max_steps=5), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_stopped_while_loading_there_is_nothing_to_go_on_with(task, tmp_path, stopping_at, capsys):
+def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_path, stopping_at, capsys):
     stopping_at("tokenise", 1, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
-        train.main(command(task, tmp_path / "run"))
+        train.main(command(tiny_task, tmp_path / "run"))
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("there is nothing yet to go on with; start again with: python")
     assert "--resume" not in message and not (tmp_path / "run").exists()
@@ -305,10 +333,10 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, tmp_path, monkeypatch):
     """A limit on the size of files, between the student's and the state's, stands for it; then writing really fails."""
     options = {"max_steps": 5, "log_every": 1}
-    train.main(command(task, tmp_path / "whole", **options))
+    train.main(command(tiny_task, tmp_path / "whole", **options))
     student = (tmp_path / "whole" / "student" / "model.safetensors").stat().st_size
     run, save, before = tmp_path / "run", checkpoint.save_checkpoint, {}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -322,14 +350,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_checkpoint", with_little_room)
     try:
         with pytest.raises(SystemExit) as caught:
-            train.main(command(task, run, **options))
+            train.main(command(tiny_task, run, **options))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     message = caught.value.code
     assert message.startswith(f"error: {run}") and "File too large" in message and "with --resume" in message
     assert snapshot(run) == before and step_of(run) == 2
-    train.main([*command(task, run, **options), "--resume"])
+    train.main([*command(tiny_task, run, **options), "--resume"])
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -348,7 +376,7 @@ def test_a_full_disk_leaves_the_text_that_was_there(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == {"args.json": b"new"}
 
 
-def test_the_first_checkpoint_appears_with_all_its_files(task, tmp_path, monkeypatch):
+def test_the_first_checkpoint_appears_with_all_its_files(tiny_task, tmp_path, monkeypatch):
     """And the state after all the others: when it is moved, they are in their places, on the disk."""
     run, order = tmp_path / "run", []
     for name in ("replace", "fsync"):
@@ -362,7 +390,7 @@ def test_the_first_checkpoint_appears_with_all_its_files(task, tmp_path, monkeyp
         monkeypatch.setattr(os, name, noted)
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("needs /proc")
-    train.main(command(task, run, lora=2, keep_best="ce"))
+    train.main(command(tiny_task, run, lora=2, keep_best="ce"))
     moved = order.index(("replace", "resume/state.safetensors"))
     named = [at for at, what in enumerate(order) if what == ("replace", "args.json")][-1]  # the best student
     places = "student", "adapter", "projectors.safetensors"
@@ -375,7 +403,7 @@ def test_the_first_checkpoint_appears_with_all_its_files(task, tmp_path, monkeyp
     assert order.index(("fsync", "log.jsonl")) < moved < order.index(("fsync", "resume"), moved)
 
 
-def test_a_cut_off_last_line_is_dropped_and_other_damage_named(task, tmp_path):
+def test_a_cut_off_last_line_is_dropped_and_other_damage_named(tiny_task, tmp_path):
     log = tmp_path / "log.jsonl"
     lines = ['{"step": 1, "loss": 0.1}\n', '{"step": 2, "loss": 1e-07}\n', '{"step": 3, "lo']
     log.write_text("".join(lines))
@@ -391,41 +419,32 @@ def test_a_cut_off_last_line_is_dropped_and_other_damage_named(task, tmp_path):
         assert log.read_text() == lines[0] + damage + lines[1]
 
 
-def test_one_process_at_a_time(task, tmp_path):
+def test_one_process_at_a_time(tiny_task, tmp_path):
     run = tmp_path / "run"
-    train.main(command(task, run))
+    train.main(command(tiny_task, run))
     held = f"{run} is in use by process {os.getpid()} on "
     with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
-        train.main([*command(task, run), "--resume"])
-    train.main([*command(task, run), "--resume"])
+        train.main([*command(tiny_task, run), "--resume"])
+    train.main([*command(tiny_task, run), "--resume"])
     (run / "args.json").unlink()
     shutil.rmtree(run / "student")
     with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
-        train.main(command(task, run))
+        train.main(command(tiny_task, run))
 
 
-def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(task, tmp_path, monkeypatch):
+def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task, tmp_path, monkeypatch):
     load, run = train.load, tmp_path / "run"
 
     def load_while_another_starts(o):
         pieces = load(o)
         monkeypatch.undo()
-        train.main(command(task, run))
+        train.main(command(tiny_task, run))
         return pieces
 
     monkeypatch.setattr(train, "load", load_while_another_starts)
     with pytest.raises(SystemExit, match=f"{run} was taken by another run"):
-        train.main(command(task, run))
+        train.main(command(tiny_task, run))
     assert step_of(run) == 2
-
-
-@pytest.mark.parametrize("file", ["args.json", "resume/state.safetensors", "log.jsonl"])
-def test_damaged_files_of_a_run_are_named(task, tmp_path, file):
-    run = tmp_path / "run"
-    train.main(command(task, run))
-    (run / file).write_bytes((run / file).read_bytes()[:20] + b"\n...\n")
-    with pytest.raises(SystemExit, match=f"error: {run / file}"):
-        train.main([*command(task, run), "--resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,10 +452,10 @@ def test_damaged_files_of_a_run_are_named(task, tmp_path, file):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, monkeypatch, what):
+def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, tmp_path, monkeypatch, what):
     """On disk, exactly: without the cause, the run goes on as if there had been none (dropout's random state too)."""
     options = {"max_steps": 7, "checkpoint_every": 4, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
-    train.main(command(task, tmp_path / "whole", **options))
+    train.main(command(tiny_task, tmp_path / "whole", **options))
     distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
@@ -450,34 +469,34 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(task, tmp_path, 
 
     monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit) as caught:
-        train.main(command(task, run, **options))
+        train.main(command(tiny_task, run, **options))
     monkeypatch.undo()
     message, term = caught.value.code, {"loss": "t2s_ce is nan", "gradient": "the gradient's norm is"}[what]
     assert message.startswith(f"error: update 4: {term}") and f"the state before it is in {run}" in message
-    assert f"({task / 'train.jsonl'}, lines " in message and message.count(",") > 8 and "--lr" in message
+    assert f"({tiny_task / 'train.jsonl'}, lines " in message and message.count(",") > 8 and "--lr" in message
     assert step_of(run) == 3
-    train.main([*command(task, run, **options), "--resume"])
+    train.main([*command(tiny_task, run, **options), "--resume"])
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_a_failure_in_the_first_update_leaves_nothing_of_it(task, tmp_path, monkeypatch):
+def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, tmp_path, monkeypatch):
     """No moments either, which the optimiser has only after an update."""
-    train.main(command(task, tmp_path / "whole", max_steps=3))
+    train.main(command(tiny_task, tmp_path / "whole", max_steps=3))
 
     def fail(*things):
         raise FloatingPointError("ce is nan")
 
     monkeypatch.setattr(train, "distil", fail)
     with pytest.raises(SystemExit, match="update 1: ce is nan .*the state before it is in"):
-        train.main(command(task, tmp_path / "run", max_steps=3))
+        train.main(command(tiny_task, tmp_path / "run", max_steps=3))
     monkeypatch.undo()
     assert step_of(tmp_path / "run") == 0
     assert not any("exp_avg" in name for name in load_file(tmp_path / "run" / "resume" / "state.safetensors"))
-    train.main([*command(task, tmp_path / "run", max_steps=3), "--resume"])
+    train.main([*command(tiny_task, tmp_path / "run", max_steps=3), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, monkeypatch):
     distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
@@ -488,24 +507,24 @@ def test_weights_that_are_not_finite_are_not_saved(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
-        train.main(command(task, run, max_steps=5))
+        train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
 
 
-def test_a_float16_checkpoint_is_trained_in_float32(task, tmp_path):
+def test_a_float16_checkpoint_is_trained_in_float32(tiny_task, tmp_path):
     for name in ("student", "teacher"):
-        shutil.copytree(task / name, tmp_path / name)
-        weights = {key: value.half() for key, value in load_file(task / name / "model.safetensors").items()}
+        shutil.copytree(tiny_task / name, tmp_path / name)
+        weights = {key: value.half() for key, value in load_file(tiny_task / name / "model.safetensors").items()}
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     run = tmp_path / "run"
-    train.main(arguments(task, run, student=tmp_path / "student", teacher=tmp_path / "teacher"))
+    train.main(arguments(tiny_task, run, student=tmp_path / "student", teacher=tmp_path / "teacher"))
     assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
     assert all(math.isfinite(value) for line in log_of(run) for value in line.values())
     with pytest.raises(SystemExit, match="2"):
-        train.main(arguments(task, tmp_path / "other", dtype="fp16"))
+        train.main(arguments(tiny_task, tmp_path / "other", dtype="fp16"))
 
 
-@pytest.mark.parametrize("options", [{}, {"recipe": "v1"}, {"method": "kd", "teacher": "twin"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recipe": "v1"}], ids=str)
 def test_bf16_learns_as_float32_does(tiny_task, tmp_path, options):
     """After 20 updates at a high learning rate: loss and held-out cross-entropy within 2% (ce fell by 10% or more)."""
     last = {}
@@ -529,18 +548,18 @@ def live_tensors() -> int:
 
 @pytest.mark.parametrize("method", ["eta", "cma"])
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
-    """As many tensors are alive before update 45 as before update 20, checkpoints and sampled responses included."""
+    """As many tensors are alive before update 35 as before update 21, checkpoints and sampled responses included."""
     distil, counts = train.distil, []
 
     def counting(*things):
-        counts.append(live_tensors() if len(counts) in (20, 44) else None)
+        counts.append(live_tensors() if len(counts) in (20, 34) else None)
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "prefetch", iter)  # no thread that is somewhere in the middle of the next batch
     options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
-    train.main(command(tiny_task, tmp_path / "run", max_steps=45, checkpoint_every=15, **options))
-    assert counts[20] == counts[44]
+    train.main(command(tiny_task, tmp_path / "run", max_steps=35, checkpoint_every=10, **options))
+    assert counts[20] == counts[34]
 
 
 @pytest.mark.slow
