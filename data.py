@@ -251,7 +251,9 @@ class TextTokenizer:
             self.tokenizer.no_padding()
             self.decode(self.encode("Größe\n\x00 東京 🦊"))  # some defects show only when it is used
             self.template = self._template()
-        except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
+        except BaseException as error:  # the library raises bare Exception, and what it panics with is not even that
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
         ids = self.vocabulary().values()
         self.size = max(ids, default=-1) + 1
