@@ -429,7 +429,7 @@ def read_log(path: Path) -> list[dict]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
         elif number < len(texts):
             raise ValueError(f"{path}, line {number}: not a JSON object with a step; repair or remove that line")

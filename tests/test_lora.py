@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import GPT2, LLAMA, QWEN, arguments, log_of, random_batch, random_model, same, weights_of
+from helpers import GPT2, LLAMA, QWEN, arguments, random_batch, random_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -434,13 +434,3 @@ def test_layers_that_the_command_line_names(tiny_task, tmp_path, capsys, words, 
     assert {name.split(".", 2)[2] for name in lora.adapted_layers(m)} == layers
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lora_targets"] == targets
     assert f"LoRA on {', '.join(targets)}: " in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_compiled_training(tiny_task, tmp_path):
-    terms = []
-    for name, options in {"eager": {}, "compiled": {"compile": True}}.items():
-        train.main(command(tiny_task, tmp_path / name, lora_dropout=0, **options))
-        terms.append(log_of(tmp_path / name)[-1])
-    for name in ("loss", "ce", "kd", "grad_norm"):
-        assert terms[1][name] == pytest.approx(terms[0][name], rel=1e-3), name

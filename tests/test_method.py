@@ -66,14 +66,12 @@ def random_model(config, rows, seed):
 
 
 class Setting:
-    """Models, rows and a distiller of one method."""
+    """Models and rows, and what one method makes of them."""
 
-    def __init__(self, tokenizers, name, student=None, teacher=None, projectors=None, padding=(0, 0),
-                 teacher_tokenizer=None, divergence="fkl", **options):  # fmt: skip
+    def __init__(self, tokenizers, name, student=None, teacher=None, padding=(0, 0), **options):
         self.method, self.recipe, self.align = METHODS[name]
         cross = self.align != "none"
-        self.tokenizer = tokenizers[1]
-        self.teacher_tokenizer = teacher_tokenizer or tokenizers[0 if cross else 1]
+        self.tokenizer, self.teacher_tokenizer = tokenizers[1], tokenizers[0 if cross else 1]
         self.student = student or random_model(GPT2, self.tokenizer.size + padding[0], seed=0)
         config = LLAMA if cross else {**GPT2, "n_embd": 24}
         self.teacher = teacher or random_model(config, self.teacher_tokenizer.size + padding[1], seed=1)
@@ -82,7 +80,7 @@ class Setting:
         torch.manual_seed(2)
         self.o = train.Options(
             method=self.method, recipe=self.recipe, align=self.align, device="cpu", dtype="fp32", projector_lr=1e-3,
-            divergence=divergence, projectors=projectors, **options,
+            **options,
         )  # fmt: skip
         both = self.student, self.tokenizer, self.teacher, self.teacher_tokenizer
         self.made = train.Method(self.o, *both)

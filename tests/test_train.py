@@ -297,9 +297,10 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(tiny_task, capsys):
+@pytest.mark.parametrize("more", [{}, {"lora": 4}], ids=str)
+def test_compiled_equals_eager(tiny_task, capsys, more):
     results = []
     for options in ({}, {"compile": True}, {"compile": True, "recompute": True}):
-        train.main(arguments(tiny_task, None, dry_run=True, **options))
+        train.main(arguments(tiny_task, None, dry_run=True, **more, **options))
         results.append(json.loads(capsys.readouterr().out))
     assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)

@@ -163,20 +163,6 @@ def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
         assert again == generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
 
 
-@pytest.mark.parametrize("dtype, autocast", [("bfloat16", False), ("float32", True), ("float32", False)])
-def test_without_instructions_for_bf16_only_float32_is_packed(calls, decoder, monkeypatch, dtype, autocast):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    decoder.to(getattr(torch, dtype))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = states(decoder)
-        with packed(decoder):
-            found = states(decoder)
-    if dtype == "float32" and not autocast:
-        assert calls
-    else:
-        assert not calls and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tmp_path):
     """oneDNN is told that there is AVX2 alone, which it reads when first used; on processors other than x86 that says
     nothing."""

@@ -107,10 +107,13 @@ def test_tokenizer_of_another_model(command, copy, role, rows, expected):
     assert contains(command(**{role: directory}), str(directory), expected, "do not belong together")
 
 
-def test_malformed_tokenizer(command, copy, nothing_loaded):
-    """What else can be wrong with one, or with data: test_data.py."""
+@pytest.mark.parametrize("damage", [("}", ""), ('"special_tokens":{', '"special_tokens":{}, "other":{')])
+def test_malformed_tokenizer(command, copy, nothing_loaded, damage):
+    """What else can be wrong with one, or with data: test_data.py. At the second the library panics, in Rust."""
     directory = copy("teacher")
-    (directory / "tokenizer.json").write_text('{"version": "1.0"')
+    content = json.dumps(json.loads((directory / "tokenizer.json").read_text()), separators=(",", ":"))
+    assert damage[0] in content
+    (directory / "tokenizer.json").write_text(content.replace(*damage, 1))
     assert contains(command(teacher=directory), f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer")
 
 

@@ -412,7 +412,7 @@ def test_a_cut_off_last_line_is_dropped_and_other_damage_named(tiny_task, tmp_pa
     assert log.read_text() == lines[0] + lines[1] + '{"step": 3}\n'
     checkpoint.Log(log, 1)
     assert log.read_text() == lines[0]
-    for damage in ('{"step": 1, "lo\n', "\n", "[1]\n", '{"loss": 1}\n', "\0\0\n"):
+    for damage in ('{"step": 1, "lo\n', "\n", "[1]\n", '{"loss": 1}\n', '{"step": [2]}\n', "\0\0\n"):
         log.write_text(lines[0] + damage + lines[1])
         with pytest.raises(ValueError, match=f"{log}, line 2: not a JSON object with a step"):
             checkpoint.Log(log, 2)
