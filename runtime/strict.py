@@ -91,8 +91,6 @@ def check_options(o: Options) -> Options:
         if not Path(o.projectors).is_file():  # opening a pipe would wait for a writer
             raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
         try:
-            if not Path(o.projectors).is_file():  # a pipe would be waited for
-                raise FileNotFoundError("no such file")
             with safe_open(o.projectors, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
