@@ -117,7 +117,9 @@ def open_tokenizer(file: Path) -> Tokenizer:
         ids = tokenizer.encode("Größe\n\x00 東京 🦊", add_special_tokens=False).ids
         tokenizer.decode(ids)  # some defects show only when it is used
         find_template(tokenizer)
-    except Exception as error:  # the library raises bare Exception, for missing and for malformed files alike
+    except BaseException as error:  # the library raises bare Exception, and what it panics with is not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
     ids = tokenizer.get_vocab().values()
     largest, distinct = max(ids, default=-1), len(set(ids))
