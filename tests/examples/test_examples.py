@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from align import vocabulary_overlap
@@ -218,17 +219,18 @@ def test_two_processes_equal_one_batch(examples, options, loaded, tmp_path):
     code = f"""
         import sys
         sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "examples"), str(ROOT)]}
-        import batch, test_examples, torch, trainer
+        import batch, test_examples, trainer
+        from safetensors.torch import save_file
         loaded = batch.load(batch.parse_options("", {[*map(str, options)]}, out=""))
         trainer, recorder = test_examples.make_trainer(
             {{"batch": batch, "trainer": trainer}}, loaded, loaded[3][:8], ".", learning_rate=0.0,
         )
         trainer.train()
-        torch.save(recorder.gradients[0], f"{{trainer.args.process_index}}.pt")
+        save_file(recorder.gradients[0], f"{{trainer.args.process_index}}.safetensors")
     """
     (tmp_path / "process.py").write_text("\n".join(line[8:] for line in code.splitlines()))
     run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "process.py"], tmp_path)
     _, expected = update_of_loop(examples, loaded, loaded[3][:8])
     for process in range(2):
-        gradient = torch.load(tmp_path / f"{process}.pt")
+        gradient = load_file(tmp_path / f"{process}.safetensors")
         check_gradients({name.removeprefix("module."): value for name, value in gradient.items()}, expected)
