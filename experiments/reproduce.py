@@ -55,7 +55,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.run import tokenizer_of
 from runtime.tokenizer import TextTokenizer
-from scores.tables import table
+from scores.tables import spread, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -70,7 +70,7 @@ class Cell:
     split: str = "test"  # what it is scored on; the search's cells say valid
     teacher: str = "different"  # vocabulary from the student's, or "same"
     text: str = "plain"  # or "accents"
-    vocabulary: int = 900  # tokens of the student's; the teacher has tiny.TEACHER_VOCABULARY
+    vocabulary: int = 900  # tokens of the student's; the teacher has TEACHER_VOCABULARY
     labels: int = 500
     width: int = 128
     student: str = "noisy"  # what it has read before: "noisy", "untasted" (see `make_world`), or "nothing"
@@ -175,6 +175,7 @@ def untasted(prompt: str, generator: random.Random) -> str:
     return "".join((generator.choice(slot) if len(slot) > 1 else slot[0])[0] for slot in slots)
 
 
+TEACHER_VOCABULARY = 1000
 NOISE = 0.5  # share of the noisy texts that have no taste
 SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
 
@@ -185,7 +186,7 @@ def world(root: Path, cell: Cell) -> Path:
 
 
 def make_world(cell: Cell, directory: Path) -> None:
-    parts = tiny.make_data(cell.seed, **SIZES)
+    parts = tiny.make_data(cell.seed, **SIZES, test_share=15, unseen=())
     generator = random.Random(f"{cell.seed} pretrain")
     prompts = [example["prompt"] for example in parts["teacher_train"]]
     parts["untasted"] = [{"prompt": prompt, "output": untasted(prompt, generator)} for prompt in prompts]
@@ -200,10 +201,10 @@ def make_world(cell: Cell, directory: Path) -> None:
             example["output"] = accented(output) if isinstance(output, str) else list(map(accented, output))
         write_jsonl(directory / f"{name}.jsonl", examples)
     texts = [text for example in parts["teacher_train"] for text in (example["prompt"], example["output"])]
-    tiny.train_tokenizers(texts, directory / "teacher", directory / "student", cell.vocabulary)
+    tiny.train_tokenizers(texts, directory / "teacher", directory / "student", cell.vocabulary, TEACHER_VOCABULARY)
 
 
-TEACHER_STEPS, START_STEPS = tiny.TEACHER_STAGE["max_steps"], 500  # of 64 examples
+TEACHER_STEPS, START_STEPS = 800, 500  # of 64 examples
 
 
 def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates: int) -> None:
@@ -499,14 +500,6 @@ MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "e
             "cross_entropy": "cross-entropy"}  # fmt: skip
 
 
-def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """mean ± standard deviation (of a sample: n − 1)"""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
-
-
 def differences(results: dict[int, dict], first: dict[int, dict]) -> list[float]:
     """Of the measure that is compared, for each seed that both have."""
     return [results[seed][COMPARED] - first[seed][COMPARED] for seed in results if seed in first]
@@ -522,7 +515,7 @@ def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -
             digits = 3 if measure == "cross_entropy" else 1
             cells.append(spread([result[measure] for result in results.values()], digits))
         gaps = differences(results, first)
-        paired = spread(gaps)
+        paired = spread(gaps, 1)
         if results is first:
             paired = ""
         elif gaps:
@@ -538,8 +531,8 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
     lines = [["", *methods]]
     for regime in dict.fromkeys(name.partition(" ")[2] for name in rows):
         first, *others = [rows.get(f"{method} {regime}".strip(), {}) for method in methods]
-        line = [spread([result[COMPARED] for result in first.values()])]
-        line += [spread(differences(results, first), sign="+") for results in others]
+        line = [spread([result[COMPARED] for result in first.values()], 1)]
+        line += [spread(differences(results, first), 1, "+") for results in others]
         lines.append([f"`{regime or 'default'}`", *line])
     return table(lines)
 

@@ -1,16 +1,19 @@
 """The embedded tiny task: a generated English instruction data set, and the two tokenizers that go with it.
 
-Why the task is open-ended. Distillation pays where the teacher knows more than the labels say. On a deterministic task
-(reverse a word, add two numbers) a good teacher is nearly one-hot on the gold token: it repeats the label and only
-halves its weight. Here most prompts have hundreds of equally proper answers, and the gold answer is *one random draw*
-from a small slot grammar in which every word has tastes of its own: a fox mostly sniffs the flowers, sometimes dances
-and never hides, a wolf does. A teacher that reads 16,000 draws learns those conditional distributions; the 500 single
-draws of the student do not show them, but the teacher's soft predictions do. Test prompts combine words that training
-only shows apart.
+    python -m experiments.tiny      what `python train.py` does, over eight seeds; finished seeds are kept
 
-The grammar is fixed: the tastes of a word are seeded by the word itself, so that all data seeds share one language.
+Why the task is open-ended. Distillation pays where the teacher knows more than the labels say. Here most prompts have
+hundreds of equally proper answers, and the gold answer is *one random draw* from a small slot grammar in which every
+word has tastes of its own: a fox mostly sniffs the flowers, sometimes dances and never hides, a wolf does. A teacher
+that reads 16,000 draws learns those conditional distributions; the 500 single draws of the student do not show them,
+but the teacher's soft predictions do. Test prompts combine words that training only shows apart.
+
+The student is pre-trained, as the papers' are: of the answers it has read, half were given without any taste. So it
+speaks the language, and half believes what the teacher knows. The tastes of a word are seeded by the word itself, so
+that all data seeds share one language.
 """
 
+import argparse
 import json
 import random
 import re
@@ -30,103 +33,16 @@ from model import load_model
 from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
-from scores.tables import table
+from scores.tables import spread, table
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The words. A group has its words and, for every property, the pool in which each word has favourites of its own.
+# The words. A group has its words and, for every property, the pool in which each word has favourites of its own;
+# "shared" are pools of more than one group, "members" and "opposites" words whose options are all their own.
+
+WORDS = json.loads(Path(__file__).with_name("tiny_words.json").read_text())
+GROUPS, MEMBERS, OPPOSITES = WORDS["groups"], WORDS["members"], WORDS["opposites"]
 
 # fmt: off
-GROUPS = {
-    "animal": {
-        "words": "fox, owl, otter, hedgehog, mouse, wolf, goose, rabbit, bear, duck, frog, squirrel, badger, turtle, "
-        "pony, sheep",
-        "look": "sleepy, shy, clever, hungry, muddy, proud, fluffy, curious, grumpy, gentle, noisy, spotted",
-        "do": "nap, hide, dance, sing, hum softly, dig for treasure, chase butterflies, count the clouds, sniff the "
-        "flowers, wait for supper, watch the rain, roll around",
-        "feature": "bright eyes, a round belly, muddy feet, a crooked smile, a tiny scarf, soft cheeks, a lucky spot, "
-        "a leaf on its head, jam on its chin, a worried face",
-    },
-    "person": {
-        "words": "baker, sailor, teacher, gardener, painter, queen, wizard, farmer, pirate, doctor, child, thief, "
-        "fisherman, dentist",
-        "look": "cheerful, tired, brave, careless, famous, lonely, patient, polite, clumsy, stubborn, dreamy, wise",
-        "do": "read old letters, whistle a tune, drink hot tea, tell long jokes, search for a key, sketch strangers, "
-        "write poems, argue with pigeons, practise the violin, polish the silver, fall asleep, juggle lemons",
-        "feature": "a torn coat, silver buttons, ink on both hands, a feathered hat, enormous boots, flour "
-        "everywhere, a secret smile, messy hair, a borrowed umbrella, odd socks",
-        "greet": "good morning, hush now, bless you, come closer, watch out, never mind, well done, good night, at "
-        "last, excuse me",
-        "ask": "have some of my soup, stop eating my hat, please mind the step, let us go home, the tide is rising, "
-        "sing that song again, tell nobody about this, lend me your blanket, I forgot your name, dinner is burning",
-    },
-    "thing": {
-        "words": "robot, kite, clock, piano, kettle, lantern, umbrella, wagon, bicycle, puppet, shelf, broom",
-        "look": "rusty, shiny, wooden, broken, heavy, dusty, painted, crooked, antique, precious, forgotten, polished",
-        "do": "creak, rattle, gleam, gather dust, glow, lean to one side, tip over, buzz, spin slowly, wobble, "
-        "frighten the cat, confuse the visitors",
-        "feature": "a missing screw, golden edges, a faded label, three scratches, a loose handle, a red ribbon, a "
-        "spider inside, strange markings, a price tag, green spots",
-    },
-    "outdoor": {
-        "words": "garden, harbour, market, forest, meadow, orchard, village, beach, park, vineyard",
-        "spot": "by the gate, under the oak, behind the hedge, beside the well, on a wobbly bench, between two "
-        "baskets, near the bridge, in the tall grass, next to the fountain, on the stone wall, under the stars, along "
-        "the path",
-    },
-    "indoor": {
-        "words": "kitchen, library, castle, attic, bakery, museum, lighthouse, school, theatre, barn, palace, "
-        "workshop",
-        "spot": "under the stairs, behind the door, near the window, next to the stove, in the far corner, on the top "
-        "step, behind the curtain, under the table, beside the ladder, on the carpet, between the barrels, inside a "
-        "cupboard",
-    },
-    "time": {
-        "words": "at dawn, at midnight, on Monday, after supper, in spring, during a storm, on holiday, before "
-        "school, in the snow, on a train, by moonlight, after a bath",
-        "why": "nobody is watching, the air smells sweet, it is good luck, the radio is broken, there is time to "
-        "spare, that keeps everyone warm, the moon says so, it costs nothing, old habits are strong, sleep is "
-        "impossible",
-    },
-    "country": {
-        "words": "France, Spain, Italy, Japan, Egypt, Norway, Greece, Poland, Peru, Kenya, Cuba, Austria",
-        "sight": "the old bridge, the clock tower, the night market, the opera, the royal gardens, the fish hall, the "
-        "puppet theatre, the river boats, the library, the toy museum, the city walls, the tram depot",
-        "treat": "eat a pancake, buy a postcard, ride a donkey, feed the swans, learn a waltz, try the soup, climb a "
-        "hill, meet the mayor, lose a glove, send a letter",
-    },
-}
-SHARED = {  # pools of more than one group
-    "friend": "a good friend, two ducks, the neighbours, a small dragon, an old spoon, three mice, a paper boat, the "
-    "mayor, a brass band, nobody else",
-    "own": "a blue teapot, a jar of buttons, two left boots, a map, a silver whistle, some string, a ripe pear, a "
-    "love letter, seven candles, a wool blanket, a box of nails, a spare hat",
-    "when": "at sunset, after lunch, on rainy days, before breakfast, every Sunday, in winter, when the bells ring, "
-    "while others sleep, in the evening, once a year, at noon, during concerts",
-    "hold": "a ladder, an empty cage, some chalk, a bucket of sand, a drum, old newspapers, a mirror, ten corks, a "
-    "sleeping cat, a telescope, wet towels, a cake tin",
-}
-
-# Words whose options are all their own. The first two tables double as groups of words for prompts.
-MEMBERS = {
-    "fruit": "pear, plum, cherry, lemon, melon", "tree": "birch, pine, willow, maple, cedar",
-    "flower": "rose, tulip, daisy, lily, poppy", "bird": "robin, swan, parrot, heron, raven",
-    "tool": "hammer, saw, shovel, chisel, rake", "instrument": "flute, harp, trumpet, cello, banjo",
-    "hat": "bonnet, beret, turban, helmet, crown", "vegetable": "carrot, turnip, pumpkin, leek, radish",
-    "boat": "canoe, ferry, raft, tugboat, yacht", "dance": "polka, tango, waltz, jig, samba",
-    "cake": "muffin, brownie, doughnut, waffle, tart", "jewel": "ruby, pearl, diamond, sapphire, garnet",
-}
-OPPOSITES = {
-    "cold": "hot, warm, mild, cosy, heated", "loud": "quiet, silent, peaceful, calm, hushed",
-    "dark": "bright, sunny, light, sparkling, radiant", "empty": "full, crowded, packed, busy, lively",
-    "dirty": "clean, spotless, tidy, neat, swept", "dangerous": "safe, harmless, secure, friendly, protected",
-    "boring": "exciting, thrilling, amusing, fun, fascinating", "huge": "small, little, tiny, cramped, modest",
-    "ugly": "pretty, lovely, beautiful, charming, elegant", "modern": "old, ancient, historic, dated, traditional",
-}
-CAPITALS = dict(France="Paris", Spain="Madrid", Italy="Rome", Japan="Tokyo", Egypt="Cairo", Norway="Oslo",
-                Greece="Athens", Poland="Warsaw", Peru="Lima", Kenya="Nairobi", Cuba="Havana", Austria="Vienna")
-PLURALS = dict(mouse="mice", wolf="wolves", goose="geese", sheep="sheep", child="children", thief="thieves",
-               fisherman="fishermen", shelf="shelves", pony="ponies", fox="foxes")
-
 # family: (prompt, answers). {noun} is the prompt's own word, {noun.look} one of that word's favourite looks.
 FAMILIES = {
     "sentence": ("Write a sentence about a {noun} in the {place}.",
@@ -165,6 +81,8 @@ FAMILIES = {
 }
 # fmt: on
 
+UNSEEN = ("find", "plural", "story")  # no label is of these families, but all words and tastes are in other families
+
 FIELDS = {  # the groups that a {field} of a prompt runs through
     "noun": ("animal", "person", "thing"),
     "place": ("outdoor", "indoor"),
@@ -172,7 +90,7 @@ FIELDS = {  # the groups that a {field} of a prompt runs through
 }
 FIELDS = {field: ", ".join(GROUPS[name]["words"] for name in names).split(", ") for field, names in FIELDS.items()}
 FIELDS |= {"kind": list(MEMBERS), "quality": list(OPPOSITES)}
-POOLS = {word: group | SHARED for group in GROUPS.values() for word in group["words"].split(", ")}
+POOLS = {word: group | WORDS["shared"] for group in GROUPS.values() for word in group["words"].split(", ")}
 POOLS |= {word: {"member": pool} for word, pool in MEMBERS.items()}
 POOLS |= {word: {"opposite": pool} for word, pool in OPPOSITES.items()}
 
@@ -189,9 +107,9 @@ def favourites(word: str, name: str, tasted: bool = True) -> tuple[tuple[str, in
     """The options of one property of a word with their weights: (("shy", 6), ("muddy", 4), ...) for ("fox", "look").
     Not `tasted`: every option of the pool, each as likely."""
     if name == "plural":
-        return ((PLURALS.get(word, word + "s"), 1),)
+        return ((WORDS["plurals"].get(word, word + "s"), 1),)
     if name == "capital":
-        return ((CAPITALS[word], 1),)
+        return ((WORDS["capitals"][word], 1),)
     if name == "does":  # the same taste as "do"
         return tuple((in_third_person(option), weight) for option, weight in favourites(word, "do", tasted))
     pool = POOLS[word][name].split(", ")
@@ -238,9 +156,9 @@ def answer_slots(prompt: str, tasted: bool = True) -> tuple[tuple[tuple[tuple[st
     return tuple(forms)
 
 
-def draw_answer(prompt: str, generator: random.Random) -> str:
-    """One random answer: a form, then every slot by its word's taste."""
-    slots = generator.choice(answer_slots(prompt))
+def draw_answer(prompt: str, generator: random.Random, tasted: bool = True) -> str:
+    """One random answer: a form, then every slot by its word's taste; not `tasted`: by chance."""
+    slots = generator.choice(answer_slots(prompt, tasted))
     return "".join(generator.choices(*zip(*slot, strict=True))[0] for slot in slots)
 
 
@@ -269,34 +187,39 @@ def score_answers(model, tokenizer: TextTokenizer, examples: list[Example], spel
 
 
 def make_data(
-    seed: int = 0, teacher_train: int = 16000, student_train: int = 500, valid: int = 200, test: int = 300
+    seed: int = 0, teacher_train: int = 16000, student_train: int = 500, valid: int = 400, test: int = 2000,
+    reading: int = 0, test_share: int = 50, unseen: tuple[str, ...] = UNSEEN,
 ) -> dict[str, list[dict]]:
-    """The four parts of the data set, each a list of {"prompt", "output"}.
+    """The parts of the data set, each a list of {"prompt", "output"}.
 
-    The seed parts the prompts of every family once: 10% for validation, 15% for the test, the rest for training.
-    teacher_train and student_train are single draws for random training prompts, every family equally often (a prompt
-    may come back with another answer); valid and test have distinct prompts, evenly over the families, each with five
-    reference draws as "output". A part does not change with the size of another. Raises ValueError where valid or test
-    ask for more prompts than exist.
+    The seed parts the prompts of every family once: 10% for validation, `test_share`% for the test, the rest for
+    training. teacher_train, student_train and reading are single draws for random training prompts, every family
+    equally often (a prompt may come back with another answer); student_train is without the `unseen` families, and in
+    reading every second answer is without tastes. valid and test have distinct prompts without the unseen families,
+    test_unseen half as many of these alone, each with five reference draws as "output". A part does not change with the
+    size of another. Raises ValueError where a test asks for more prompts than exist.
     """
-    groups = {"train": [], "valid": [], "test": []}
+    groups: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
     for family in FAMILIES:
         prompts = [prompt for prompt, (its_family, _) in all_prompts().items() if its_family == family]
         random.Random(f"{seed} split {family}").shuffle(prompts)
-        first, second = len(prompts) // 10, len(prompts) // 4
-        groups["valid"].append(prompts[:first])
-        groups["test"].append(prompts[first:second])
-        groups["train"].append(prompts[second:])
+        first, second = len(prompts) // 10, len(prompts) * (10 + test_share) // 100
+        groups["valid"][family], groups["test"][family] = prompts[:first], prompts[first:second]
+        groups["train"][family] = prompts[second:]
 
-    data = {}
-    for name, size in (("teacher_train", teacher_train), ("student_train", student_train)):
+    seen, data = [family for family in FAMILIES if family not in unseen], {}
+    drawn = {"teacher_train": (teacher_train, [*FAMILIES]), "student_train": (student_train, seen)}
+    for name, (size, families) in (drawn | {"reading": (reading, [*FAMILIES])}).items():
         generator = random.Random(f"{seed} {name}")
-        prompts = (generator.choice(generator.choice(groups["train"])) for _ in range(size))
-        data[name] = [{"prompt": prompt, "output": draw_answer(prompt, generator)} for prompt in prompts]
-    for name, size in (("valid", valid), ("test", test)):
+        prompts = enumerate(generator.choice(groups["train"][generator.choice(families)]) for _ in range(size))
+        every = 2 if name == "reading" else 1
+        data[name] = [{"prompt": p, "output": draw_answer(p, generator, i % every == 0)} for i, p in prompts]
+    held_out = {"valid": (valid, seen), "test": (test, seen), "test_unseen": (test // 2 if unseen else 0, unseen)}
+    for name, (size, families) in held_out.items():
         generator = random.Random(f"{seed} {name}")
         # one prompt of each family in turn, as long as the family has any
-        in_turn = [prompt for turn in zip_longest(*groups[name]) for prompt in turn if prompt is not None]
+        turns = zip_longest(*(groups[name.removesuffix("_unseen")][family] for family in families))
+        in_turn = [prompt for turn in turns for prompt in turn if prompt is not None]
         if size > len(in_turn):
             raise ValueError(f"{name}={size}, but the tiny task has only {len(in_turn)} {name} prompts; ask for fewer")
         chosen = in_turn[:size]
@@ -313,7 +236,7 @@ def write_jsonl(file: Path, examples: list[dict]) -> None:
 # The tokenizers: two kinds that share no convention, as a Llama teacher and a GPT-2 student do.
 
 
-TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1000, 900
+TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1300, 1200  # most words are one token, as in real vocabularies
 
 
 def train_tokenizers(
@@ -321,6 +244,7 @@ def train_tokenizers(
     teacher_directory: str | Path,
     student_directory: str | Path,
     student_vocabulary: int = STUDENT_VOCABULARY,
+    teacher_vocabulary: int = TEACHER_VOCABULARY,
 ) -> None:
     """Train both tokenizers on the texts and write tokenizer.json and tokenizer_config.json into the two directories.
 
@@ -329,7 +253,7 @@ def train_tokenizers(
     Student: byte-level BPE as GPT-2's.
     """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    teacher = train_sentencepiece_style(texts, TEACHER_VOCABULARY, list(special.values()))
+    teacher = train_sentencepiece_style(texts, teacher_vocabulary, list(special.values()))
     save_tokenizer(teacher, teacher_directory, {"add_bos_token": True, "add_eos_token": False, **special})
     student = train_byte_level(texts, student_vocabulary, "<|endoftext|>")
     save_tokenizer(student, student_directory, dict.fromkeys(special, "<|endoftext|>"))
@@ -399,15 +323,25 @@ STUDENT = {
     "eos_token_id": 0,
 }  # fmt: skip
 DEFAULTS = {  # of options; what is not named here is as on the command line
-    "lr": 3e-3, "projector_lr": 1e-2, "max_len": 96, "max_prompt_len": 48, "weight_decay": 0.1, "warmup": 20,
-    "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
+    "lr": 3e-3, "projector_lr": 1e-2, "temperature": 1.0, "max_len": 96, "max_prompt_len": 48, "weight_decay": 0.1,
+    "warmup": 20, "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
 DISTILLATION = (  # options that say nothing about supervised fine-tuning
     "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
     "projectors projector_lr cache_teacher"
 ).split()
-TEACHER_STAGE = {"max_steps": 800, "batch_size": 64}
-STUDENT_STAGE = {"max_steps": 600, "batch_size": 32}
+TEACHER_STAGE = {"max_steps": 500, "batch_size": 64, "lr": 3e-3}
+READING_STAGE = {"max_steps": 300, "batch_size": 64, "lr": 3e-3}
+STUDENT_STAGE = {"max_steps": 300, "batch_size": 32, "lr": 5e-4, "from_scratch": False}
+SEEDS = Path(__file__).with_suffix(".json")  # a list of what `run` returns, for seed 0, 1, ...
+COLUMNS = {
+    "valid": "valid answers, %", "rouge_l": "Rouge-L",
+    "valid_unseen": "valid, families without labels", "rouge_l_unseen": "Rouge-L, families without labels",
+}  # fmt: skip
+MEANING = """\
+start: the student before, pre-trained; sft: from there on 500 labels alone; dskd: the same labels, updates and batches,
+and the teacher. The difference is what the teacher adds. Valid: the grammar allows the whole answer. The labels never
+show the families of the last two columns; the teacher has seen them."""
 
 
 def find(role: str) -> Path:
@@ -418,9 +352,10 @@ def find(role: str) -> Path:
     return path
 
 
-def run(given: dict) -> None:
-    """`python train.py` without a model: teacher, supervised twin and distilled student (same start, same batches),
-    then their scores on the test split. Finished stages in the directory are kept and reused.
+def run(given: dict) -> dict[str, dict[str, float]]:
+    """`python train.py` without a model: teacher, pre-trained student, and from that the supervised twin and the
+    distilled student (same batches). Prints and returns their scores on the test splits. Finished stages in the
+    directory are kept and reused.
 
     given: the options that were given on the command line.
     """
@@ -428,39 +363,60 @@ def run(given: dict) -> None:
         raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
     train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
-    root, start = Path(o.out), Path(o.out) / "start"
+    root, untrained = Path(o.out), Path(o.out) / "untrained"
     prepare(root, o.seed)
     if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
-        tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
+        tokenizers = read_tokenizer(untrained / "teacher"), read_tokenizer(untrained / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    names = []
 
-    def stage(name: str, **changes) -> float:
+    def stage(name: str, **changes) -> None:
         options = {**asdict(o), "out": str(root / name), "checkpoint_every": 10**6, **changes}
-        options |= {key: given[key] for key in ("max_steps", "batch_size", "checkpoint_every") if key in given}
-        if options["method"] == "sft":  # one teacher and one twin serve every way to distil
+        options |= {key: given[key] for key in ("max_steps", "batch_size", "lr", "checkpoint_every") if key in given}
+        if options["method"] == "sft":  # one teacher, start and twin serve every way to distil
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
-        return train.run_stage(train.Options(**options), name)
+        train.run_stage(train.Options(**options), name)
+        names.append(name)
 
-    taught = {"data": str(root / "teacher_train.jsonl"), "student": str(start / "teacher"), **TEACHER_STAGE}
-    learned = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), **STUDENT_STAGE}
+    taught = {"data": str(root / "teacher_train.jsonl"), "student": str(untrained / "teacher"), **TEACHER_STAGE}
+    reading = {"data": str(root / "reading.jsonl"), "student": str(untrained / "student"), **READING_STAGE}
+    learned = {"data": str(root / "student_train.jsonl"), "student": str(root / "start" / "student"), **STUDENT_STAGE}
     recipe = [o.recipe] if o.method == "dskd" else []
     words = [o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)]
-    distilled = "-".join([*words, "on-policy"] if o.on_policy else words)
-    seconds = {"teacher": stage("teacher", method="sft", **taught), "sft": stage("sft", method="sft", **learned)}
+    stage("teacher", method="sft", **taught)
+    stage("start", method="sft", **reading)
+    stage("sft", method="sft", **learned)
     if o.method != "sft":
-        seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
-    rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
-    examples = read_jsonl(root / "test.jsonl")
-    for name in seconds:
-        directory = root / name / "student"
-        model = load_model(directory, device=o.device or "cpu")
-        scores = {"examples": len(examples), "parameters": sum(p.numel() for p in model.parameters()),
-                  **score_answers(model, tokenizer_of(directory), examples)}  # fmt: skip
-        write_text(root / name / "scores.json", json.dumps(scores, indent=1) + "\n")
-        figures = f"{scores['parameters'] / 1e6:.2f} M", f"{scores['valid']:.1f} %", f"{scores['rouge_l']:.1f}"
-        rows.append([name, *figures, f"{seconds[name]:.0f} s"])
-    print(f"\n{len(examples)} test prompts, greedy answers; seed {o.seed}; everything is in {root}\n")
-    print(table(rows))
+        stage("-".join([*words, "on-policy"] if o.on_policy else words), teacher=f"{root}/teacher/student", **learned)
+    scores = {name: score_stage(root, name, o.device or "cpu") for name in names}
+    print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores])}\n\n{MEANING}")
+    if given.keys() <= {"seed", "out", "device", "resume"}:  # the settings that these are about
+        seeds = json.loads(SEEDS.read_text())
+        print(f"\nmean ± standard deviation over {len(seeds)} seeds (python -m experiments.tiny)\n\n{tabulate(seeds)}")
+    return scores
+
+
+def score_stage(root: Path, name: str, device: str) -> dict[str, float]:
+    """The scores of a finished stage on both test splits, kept in its scores.json."""
+    file, directory = root / name / "scores.json", root / name / "student"
+    if not file.is_file():
+        scores, model, tokenizer = {}, load_model(directory, device=device), tokenizer_of(directory)
+        for test, suffix in (("test", ""), ("test_unseen", "_unseen")):
+            found = score_answers(model, tokenizer, read_jsonl(root / f"{test}.jsonl"))
+            scores |= {measure + suffix: round(value, 2) for measure, value in found.items()}
+        write_text(file, json.dumps(scores) + "\n")
+    return json.loads(file.read_text())
+
+
+def tabulate(seeds: list[dict[str, dict[str, float]]]) -> str:
+    """The scores of every model with each seed as a table; its last line is the last model's lead over the twin."""
+    rows = {name: [[scores[name][key] for scores in seeds] for key in COLUMNS] for name in seeds[0]}
+    lines = [["", *COLUMNS.values()], *([name, *(spread(values, 1) for values in row)] for name, row in rows.items())]
+    *_, last = rows
+    if last != "sft":
+        gaps = [[b - a for a, b in zip(*both, strict=True)] for both in zip(rows["sft"], rows[last], strict=True)]
+        lines.append([f"{last} − sft", *(spread(gap, 1, "+") for gap in gaps)])
+    return table(lines)
 
 
 def prepare(root: Path, seed: int) -> None:
@@ -470,14 +426,14 @@ def prepare(root: Path, seed: int) -> None:
         if made != seed:
             raise ValueError(f"--seed {seed}: {root} was made with --seed {made}; give another --out")
         return
-    data = make_data(seed)
+    data = make_data(seed, reading=16000)
     root.mkdir(parents=True, exist_ok=True)
     for name, examples in data.items():
         write_jsonl(root / f"{name}.jsonl", examples)
     texts = [text for example in data["teacher_train"] for text in (example["prompt"], example["output"])]
-    train_tokenizers(texts, root / "start" / "teacher", root / "start" / "student")
+    train_tokenizers(texts, root / "untrained" / "teacher", root / "untrained" / "student")
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
-        (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (root / "untrained" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
 
 
@@ -491,3 +447,18 @@ def write_untrained(directory: Path, tokenizer: Path, config: dict) -> Path:
     config = {**config, "vocab_size": read.size, "bos_token_id": read.eos_id, "eos_token_id": read.eos_id}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return directory
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The embedded task over several seeds.")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds 0, 1, ...: each another data set, split and models")
+    parser.add_argument("--out", default="runs/tiny-seeds", help="a directory for each; finished stages are kept")
+    parser.add_argument("--scores", type=Path, default=SEEDS, help="the file that `python train.py` shows")
+    o = parser.parse_args(arguments)
+    seeds = [run({"seed": seed, "out": f"{o.out}/{seed}"}) for seed in range(o.seeds)]
+    o.scores.write_text("[\n" + ",\n".join(map(json.dumps, seeds)) + "\n]\n")
+    print(f"\n{tabulate(seeds)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -266,14 +266,14 @@ def test_training_learns(tiny_task, tmp_path):
 
 def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path, capsys, monkeypatch):
     make_data = tiny.make_data
-    monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11))
+    monkeypatch.setattr(tiny, "make_data", lambda seed, reading: make_data(seed, 300, 40, 11, 22, reading=40))
     out = tmp_path / "tiny"
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["teacher", "sft", "dskd-v2"]
-    logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:]}
+    assert rows[2:] == ["teacher", "start", "sft", "dskd-v2", "dskd-v2 − sft"]
+    logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:6]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
-    assert scores["examples"] == 11 and 0 <= scores["rouge_l"] <= 100
+    assert all(0 <= scores[name] <= 100 for name in ("valid", "rouge_l", "valid_unseen", "rouge_l_unseen"))
 
     # the twins start from the same weights and see the same batches: equal cross-entropy before the first update
     first = {name: log_of(out / name)[0] for name in ("sft", "dskd-v2")}
@@ -288,7 +288,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     for method in ("seqkd", "mined"):
         train.main(["--max-steps", "2", "--out", str(out), "--method", method, "--device", "cpu"])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:] == ["teacher", "sft", method]
+        assert rows[2:] == ["teacher", "start", "sft", method, f"{method} − sft"]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from experiments import tiny
 
 ROOT = Path(tiny.__file__).parent.parent
-SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80)
+SMALL = dict(teacher_train=400, student_train=100, valid=60, test=80, reading=50)
 HORRORS = [
     "", " ", "  two leading spaces", "trailing  ", "naïve café, Ærøskøbing ß", "漢字と仮名", "مرحبا بالعالم",
     "\U0001f642 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e8\U0001f1ed", "tabs\tand\n\nnew lines\r\n",
@@ -85,9 +85,9 @@ def test_answers_are_uncertain_for_every_prompt():
 
 
 def test_gold_answers_and_references_are_valid(data):
-    for name, examples in data.items():
+    for examples in data.values():
         for example in examples:
-            answers = example["output"] if name in ("valid", "test") else [example["output"]]
+            answers = example["output"] if isinstance(example["output"], list) else [example["output"]]
             assert all(tiny.is_valid(example["prompt"], answer) for answer in answers), example
 
 
@@ -131,22 +131,31 @@ def test_a_foreign_prompt_is_an_error(prompt):
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 12345])
 def test_the_splits_share_no_prompt(seed):
-    data = tiny.make_data(seed, teacher_train=8000, valid=500, test=800)
-    train, valid, test = (
-        {example["prompt"] for name in names for example in data[name]}
-        for names in (("teacher_train", "student_train"), ("valid",), ("test",))
-    )
-    assert not train & valid and not train & test and not valid & test
-    assert len(valid) == 500 and len(test) == 800  # and no prompt twice
+    data = tiny.make_data(seed, teacher_train=8000, reading=8000)
+    prompts = {name: {example["prompt"] for example in examples} for name, examples in data.items()}
+    trained_on = prompts["teacher_train"] | prompts["student_train"] | prompts["reading"]
+    held_out = [prompts[name] for name in ("valid", "test", "test_unseen")]
+    assert len(set().union(trained_on, *held_out)) == sum(map(len, [trained_on, *held_out]))
+    assert [len(part) for part in held_out] == [400, 2000, 1000]  # no prompt twice
+    families = {name: {tiny.all_prompts()[prompt][0] for prompt in part} for name, part in prompts.items()}
+    assert families["teacher_train"] == families["reading"] == set(tiny.FAMILIES)
+    assert families["test_unseen"] == set(tiny.UNSEEN)
+    assert families["student_train"] == families["valid"] == families["test"] == set(tiny.FAMILIES) - set(tiny.UNSEEN)
+
+
+def test_half_of_what_the_student_has_read_is_without_taste():
+    valid = [tiny.is_valid(e["prompt"], e["output"]) for e in tiny.make_data(0, 0, 0, 0, 0, reading=1000)["reading"]]
+    assert all(valid[::2]) and 0.05 < sum(valid[1::2]) / 500 < 0.2  # by chance, where few tastes are asked for
 
 
 def test_default_sizes_and_shape_of_the_examples(data):
     sizes = {name: len(examples) for name, examples in data.items()}
-    assert sizes == {"teacher_train": 16000, "student_train": 500, "valid": 200, "test": 300}
+    held_out = {"valid": 400, "test": 2000, "test_unseen": 1000}
+    assert sizes == {"teacher_train": 16000, "student_train": 500, "reading": 0, **held_out}
     for name, examples in data.items():
         for example in examples:
             assert set(example) == {"prompt", "output"}
-            if name in ("valid", "test"):
+            if name in held_out:
                 assert len(example["output"]) == 5 and all(isinstance(answer, str) for answer in example["output"])
             else:
                 assert isinstance(example["output"], str)
@@ -160,7 +169,7 @@ def test_a_part_depends_on_the_seed_and_not_on_the_size_of_another():
     assert tiny.make_data(3, **SMALL) == small
     other = tiny.make_data(4, **SMALL)
     assert all(other[name] != small[name] for name in small)
-    # The partition itself follows the seed: most test prompts of one seed are training prompts of another.
+    # The partition itself follows the seed.
     shared = {example["prompt"] for example in small["test"]} & {example["prompt"] for example in other["test"]}
     assert len(shared) < len(small["test"]) / 2
 
