@@ -15,8 +15,8 @@ One file, no imports but torch and safetensors. `Decoder` is the whole model; a 
     [5, 5]
 
 Families (config.json's model_type): gpt2; llama (Llama 1 to 3.x, TinyLlama, SmolLM2); mistral; qwen2 (Qwen1.5 to 2.5);
-qwen3. Not here: quantised weights, mixture of experts, YaRN and dynamic rotary scaling, cross-attention, pickled (.bin)
-checkpoints. This file trusts its input; what a config or a checkpoint can have wrong is found by runtime/strict.py.
+qwen3. Not here: quantised weights, mixture of experts, LongRoPE, cross-attention, pickled (.bin) checkpoints. This file
+trusts its input; what a config or a checkpoint can have wrong is found by runtime/strict.py.
 
 Shapes: B batch, T sequence, S keys attended to, D width, V vocabulary.
 """
@@ -152,9 +152,9 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary position embedding: pairs (x_i, x_{i + head_dim/2}) turn by the angle position · frequency_i."""
 
-    def __init__(self, inverse_frequencies: torch.Tensor):
+    def __init__(self, inverse_frequencies: torch.Tensor, scale: float):
         super().__init__()
-        self.exact = inverse_frequencies
+        self.exact, self.scale = inverse_frequencies, scale
         self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -165,7 +165,7 @@ class Rotary(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine (B or 1, T, 1, head_dim / 2) in float32, for positions (B or 1, T); once for all layers."""
         angles = (positions[..., None].float() * self.inverse_frequencies).unsqueeze(2)
-        return angles.cos(), angles.sin()
+        return self.scale * angles.cos(), self.scale * angles.sin()
 
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         self.config, self.limit, self.windows, self.recompute = copy.deepcopy(config), c.limit, c.windows, False
         self.embed = embedding(c.vocab_size, c.width)
         self.positions = embedding(c.limit, c.width) if gpt2 else None
-        self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
+        self.rotary = None if gpt2 else Rotary(*c.rotary)
         self.dropout = nn.Dropout(c.embd_dropout if gpt2 else 0.0)
         self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
         self.norm = nn.LayerNorm(c.width, eps=c.eps) if gpt2 else RMSNorm(c.width, c.eps)
@@ -324,9 +324,10 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json: GPT-2's names and LLaMA's brought together
 
-# The fields that are used, with transformers' defaults.
+# The fields that are used, with transformers' defaults. null is a default too, but where it means that there is none.
 REQUIRED = object()
-_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
+NULL_IS_NONE = {"num_key_value_heads", "head_dim", "sliding_window"}
+_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "original_max_position_embeddings": None}
 _LLAMA = {"vocab_size": REQUIRED, "max_position_embeddings": REQUIRED, "hidden_size": REQUIRED,
           "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED, "num_attention_heads": REQUIRED,
           "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,
@@ -343,25 +344,36 @@ FIELDS = {
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
 
+# What each kind of rotary scaling uses. "dynamic" begins beyond max_position_embeddings, where no model here goes.
+ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                 "mscale_all_dim", "truncate")}  # fmt: skip
+
+
+def read_fields(config: dict) -> SimpleNamespace:
+    """The fields of the family's table, and all others as they are."""
+    given = {field: value for field, value in config.items() if value is not None or field in NULL_IS_NONE}
+    return SimpleNamespace(**{**FIELDS[config["model_type"]], **given})
+
+
 def read_config(config: dict) -> SimpleNamespace:
     """What the model needs of a Hugging Face config. runtime/strict.py says whether it can be trusted."""
-    family = config["model_type"]
-    f = SimpleNamespace(**{**FIELDS[family], **config})
+    f, family = read_fields(config), config["model_type"]
     if family == "gpt2":
         c = SimpleNamespace(width=f.n_embd, layers=f.n_layer, heads=f.n_head, kv_heads=f.n_head, limit=f.n_positions,
                             head_dim=f.n_embd // f.n_head, inner=f.n_inner or 4 * f.n_embd, eps=f.layer_norm_epsilon,
                             activation=f.activation_function, embd_dropout=f.embd_pdrop, attn_dropout=f.attn_pdrop,
                             resid_dropout=f.resid_pdrop, windows=[None] * f.n_layer)  # fmt: skip
     else:
+        bias = "attention_bias" in FIELDS[family] and f.attention_bias
         c = SimpleNamespace(width=f.hidden_size, layers=f.num_hidden_layers, heads=f.num_attention_heads,
                             kv_heads=f.num_key_value_heads or f.num_attention_heads, limit=f.max_position_embeddings,
                             head_dim=f.head_dim or f.hidden_size // f.num_attention_heads, inner=f.intermediate_size,
-                            eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout or 0.0,
-                            qkv_bias=family == "qwen2" or getattr(f, "attention_bias", False),
-                            out_bias=family != "qwen2" and getattr(f, "attention_bias", False),
-                            mlp_bias=getattr(f, "mlp_bias", False), qk_norm=family == "qwen3",
-                            windows=read_windows(family, f),
-                            inverse_frequencies=rotary_frequencies(f))  # fmt: skip
+                            eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout,
+                            qkv_bias=family == "qwen2" or bias, out_bias=bias,
+                            mlp_bias=family == "llama" and f.mlp_bias, qk_norm=family == "qwen3",
+                            windows=read_windows(family, f), rotary=rotary_frequencies(f))  # fmt: skip
     c.family, c.vocab_size, c.tied, c.init_std = family, f.vocab_size, f.tie_word_embeddings, f.initializer_range
     return c
 
@@ -369,37 +381,49 @@ def read_config(config: dict) -> SimpleNamespace:
 def read_windows(family: str, f: SimpleNamespace) -> list[int | None]:
     """How many tokens, itself included, a query of each layer sees; None for all of them."""
     if family in ("llama", "mistral"):
-        return [getattr(f, "sliding_window", None)] * f.num_hidden_layers
+        return [f.sliding_window if family == "mistral" else None] * f.num_hidden_layers
+    sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
     if f.layer_types is not None:
         sliding = [kind == "sliding_attention" for kind in f.layer_types]
-    else:
-        sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
     return [f.sliding_window if slides else None for slides in sliding]
 
 
-def read_rope(f: SimpleNamespace) -> dict:
-    """{"rope_type", "rope_theta", ...}: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in
-    `rope_parameters`."""
-    rope = dict(f.rope_parameters or f.rope_scaling or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or f.rope_theta or 10000.0
-    return rope
+def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
+    """{"rope_type", "rope_theta", ...: all that the kind uses}, of the config or of one of its two spellings:
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`."""
+    rope = f.rope_parameters or f.rope_scaling or {} if rope is None else rope
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    original = f.original_max_position_embeddings or f.max_position_embeddings
+    rope = {"rope_theta": f.rope_theta or 10000.0, "original_max_position_embeddings": original} | {
+        field: value for field, value in rope.items() if value is not None
+    }
+    return {"rope_type": kind, **{field: rope.get(field) for field in ("rope_theta", *ROPE[kind])}}
 
 
-def rotary_frequencies(f: SimpleNamespace) -> torch.Tensor:
-    """θ^(-2i/head_dim), (head_dim / 2,) float32, with linear or Llama-3 long-context scaling."""
-    rope, head_dim = read_rope(f), f.head_dim or f.hidden_size // f.num_attention_heads
+def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
+    """θ^(-2i/head_dim), (head_dim / 2,) float32, with long-context scaling, and the factor of cosine and sine."""
+    rope, head_dim = SimpleNamespace(**read_rope(f)), f.head_dim or f.hidden_size // f.num_attention_heads
     # device="cpu": a model that is being built on the meta device still needs real numbers here
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    inverse = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        inverse = inverse / rope["factor"]
-    elif rope["rope_type"] == "llama3":  # slow waves are stretched by `factor`, fast ones kept, the rest between
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inverse = (1 - keep) * inverse / rope["factor"] + keep * inverse
-    return inverse
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    inverse = 1.0 / rope.rope_theta ** (2 * pair / head_dim)
+    if not ROPE[rope.rope_type]:
+        return inverse, 1.0
+    factor, keep, scale = rope.factor, 0.0, 1.0  # slow waves are stretched by `factor`, fast ones kept
+    if rope.rope_type == "llama3":
+        turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)  # in the original context
+        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    elif rope.rope_type == "yarn":  # between by the place among the pairs (arXiv 2309.00071, section 3)
+        original = rope.original_max_position_embeddings
+        factor, turns = factor or f.max_position_embeddings / original, (rope.beta_fast or 32, rope.beta_slow or 1)
+        first, last = (head_dim / 2 * math.log(original / (2 * math.pi * n), rope.rope_theta) for n in turns)
+        if rope.truncate is not False:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        keep = 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)
+        both = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1, 0)
+        above, below = (1 + 0.1 * mscale * math.log(max(factor, 1)) for mscale in both)
+        scale = above / below if rope.attention_factor is None else rope.attention_factor
+    return (1 - keep) * inverse / factor + keep * inverse, scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +434,7 @@ GPT2_NAMES = ("transformer.", {"embed": "wte", "positions": "wpe", "blocks": "h"
 LLAMA_NAMES = ("model.", {"embed": "embed_tokens", "blocks": "layers", "norm": "norm"})
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
-# GPT-2's checkpoints keep these weights as [in, out]; nn.Linear wants [out, in].
+# Of GPT-2; its checkpoints keep these weights as [in, out], nn.Linear wants [out, in].
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -452,7 +476,7 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
 
     Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
     and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files, ValueError
-    for tensors that are missing or do not fit, and for weights that are NaN or infinite.
+    for weights that are NaN or infinite, RuntimeError for tensors that are missing or do not fit.
     """
     with torch.device("meta"):
         m = Decoder(read_json(Path(path) / "config.json"))
@@ -462,28 +486,35 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
     # memory, also where the file has the transposed matrix (FSDP2 shards no other)
     layout = {"copy": True, "memory_format": torch.contiguous_format}
     weights = {name: tensor.to(device, dtype, **layout) for name, tensor in read_tensors(m, path)}
-    try:
-        m.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the checkpoint does not fit its config.json: {error}") from error
+    m.load_state_dict(weights, assign=True)
     return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
+    """{file: {name of a tensor in it: our parameter's name, None if m has none for it}}, in a checkpoint's order."""
+    ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
+    prefix, found = GPT2_NAMES[0] if m.config["model_type"] == "gpt2" else LLAMA_NAMES[0], {}
+    for file in checkpoint_files(Path(path)):
+        with safe_open(file, framework="pt") as tensors:  # saved without its head, a model has no prefix
+            found[file] = {theirs: ours.get(theirs) or ours.get(prefix + theirs) for theirs in tensors.keys()}
+    if m.lm_head is None and not any("embed.weight" in names.values() for names in found.values()):
+        for names in found.values():  # of a tied pair, safetensors' own save_model keeps the first name
+            names |= {theirs: "embed.weight" for theirs in names if theirs == "lm_head.weight"}
+    return found
 
 
 def read_tensors(m: Decoder, path):
     """Yield (our parameter name, tensor in our layout, mapped from the file), in the order of a checkpoint's files, but
     what m has no parameter for. Raises ValueError for weights that are NaN or infinite."""
-    gpt2, ours = m.config["model_type"] == "gpt2", {theirs: name for name, theirs in hugging_face_names(m).items()}
-    prefix = GPT2_NAMES[0] if gpt2 else LLAMA_NAMES[0]
-    for file in checkpoint_files(Path(path)):
+    for file, names in find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
-            for theirs in tensors.keys():
-                name = ours.get(theirs) or ours.get(prefix + theirs)  # saved without its head, it has no prefix
+            for theirs, name in names.items():
                 if name is None:
                     continue
                 tensor = tensors.get_tensor(theirs)
                 if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
                     raise ValueError(f"{file}: {theirs} has weights that are NaN or infinite: it is damaged")
-                yield name, tensor.mT if gpt2 and TRANSPOSED.search(name) else tensor
+                yield name, tensor.mT if TRANSPOSED.search(name) else tensor
 
 
 def read_json(file: Path) -> dict:
@@ -494,20 +525,15 @@ def read_json(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return content
+    if isinstance(content, dict):
+        return content
+    raise ValueError(f"{file}: expected a JSON object")
 
 
 def checkpoint_files(path: Path) -> list[Path]:
     """The safetensors files of a Hugging Face directory: the single file or else the shards of the index."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{path}: no weights; expected model.safetensors, or model.safetensors.index.json and "
-                                "its shards (pickled .bin checkpoints are not read)")  # fmt: skip
-    return [path / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single] if single.is_file() else [path / x for x in sorted(set(read_json(index)["weight_map"].values()))]
 
 
 def save_model(m: Decoder, path) -> None:
@@ -523,11 +549,8 @@ def save_model(m: Decoder, path) -> None:
     if set(parameters) != set(names):
         extra = sorted(set(parameters) ^ set(names))[:4]
         raise ValueError(f"save_model: not a plain model, parameters {extra} differ: merge adapters before saving")
-    gpt2 = m.config["model_type"] == "gpt2"
-    tensors = {}
-    for ours, theirs in names.items():
-        tensor = parameters[ours].detach()
-        tensors[theirs] = (tensor.mT if gpt2 and TRANSPOSED.search(ours) else tensor).contiguous()
+    tensors = {name: parameters[ours].detach() for ours, name in names.items()}
+    tensors = {name: (x.mT if TRANSPOSED.search(name) else x).contiguous() for name, x in tensors.items()}
     config = {**m.config, "architectures": [ARCHITECTURES[m.config["model_type"]]]}
     # transformers loads in the dtype that the config states
     config["dtype" if "dtype" in config else "torch_dtype"] = str(m.embed.weight.dtype).removeprefix("torch.")
