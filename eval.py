@@ -34,9 +34,9 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.evaluation import parse
 from runtime.formats import read_examples
-from runtime.hub import data_file, model_directory
+from runtime.hub import data_file
+from runtime.load import find_model
 from runtime.run import chat_of, tokenizer_of, write_text
-from runtime.strict import check_model
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
@@ -169,9 +169,7 @@ def run(options) -> None:
     """Every model on every set: a report of each in a file, and one table."""
     models = {}
     for name in options.directories:  # before anything is loaded: all of them must be there
-        student = Path(name) / "student"
-        models[name] = model_directory(str(student if student.is_dir() else name))
-        check_model(models[name])
+        models[name] = find_model(name, "student")
     sets = read_sets(options)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     results: dict[tuple[str, str], dict] = {}

@@ -24,7 +24,8 @@ from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.options import Options
 from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
-from runtime.run import chat_of, tokenizer_of, write_text
+from runtime.peft import base_of, is_adapter, merge_into
+from runtime.run import chat_of, run_of, tokenizer_of, write_text
 from runtime.strict import check_model, choose_alignment, fit_lengths
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
 
@@ -97,11 +98,18 @@ class Pieces:
 
 
 def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
+    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged).
+    Raises if it lacks something, or cannot be used."""
     if name == "tiny":
         from experiments import tiny  # which imports this file
 
         directory = tiny.find(role)
+    elif is_adapter(Path(name)) and run_of(Path(name).parent / "student"):
+        directory = Path(name).parent / "student"  # the two merged already
+    elif is_adapter(Path(name)):
+        directory = find_model(base_of(Path(name)), role, weights)
+        with parallel.main_first():
+            directory = merge_into(directory, Path(name)) if weights else directory
     else:
         directory = model_directory(name, weights)
     check_model(directory, weights)

@@ -125,7 +125,9 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
             lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
-        base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
+        base = MODELS.get(o.student, o.student)
+        if Path(o.student).is_dir():
+            base = str(pieces.student_tokenizer.directory.resolve())
         save_adapter(student, out / "adapter", base)
         lora.merge(student)
     save_model(student, out / "student")
@@ -327,8 +329,9 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
     Raises ValueError for a tokenizer that cannot belong to the model."""
     if bos is None:
         bos = "bos" in (run_of(directory) or {})
-    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos)
-    check_size(tokenizer, read_config(read_json(Path(directory) / "config.json")).vocab_size)
+    rows = read_config(read_json(Path(directory) / "config.json")).vocab_size
+    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos, rows)
+    check_size(tokenizer, rows)
     return tokenizer
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +34,7 @@ from model import (
 )
 from runtime import parallel
 from runtime.options import Options
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, say_once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The options
@@ -245,12 +244,6 @@ HARMLESS = set("""model_type architectures _name_or_path name_or_path transforme
     finetuning_task n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config transformers.js_config
     max_length min_length do_sample temperature top_k top_p repetition_penalty is_decoder chunk_size_feed_forward
     tie_encoder_decoder""".split())  # fmt: skip
-
-
-@cache
-def say_once(note: str) -> None:
-    """A note on standard error, the first time that it comes up."""
-    print(f"note: {note}", file=sys.stderr)
 
 
 def check_config(config: dict, file="config.json") -> SimpleNamespace:

@@ -1,8 +1,10 @@
 """A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, models
@@ -82,11 +84,14 @@ class TextTokenizer:
 # Reading
 
 
-def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False) -> TextTokenizer:
+def read_tokenizer(
+    directory: str | Path, chat: str = "none", bos: bool = False, rows: int | None = None
+) -> TextTokenizer:
     """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
     name. Raises ValueError naming the file that is wrong.
 
     chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+    rows: the model's embeddings. A special token beyond them, often for padding, is left out, with a note.
     bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in GPT-2's),
     unless the chat format begins so by itself.
     """
@@ -95,6 +100,10 @@ def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False)
         raise ValueError(f"{directory}: no chat format is called {chat!r}, only none, {', '.join(CHATS)}")
     tokenizer = open_tokenizer(file)
     end_ids = find_ends(directory, tokenizer, CHATS.get(chat))
+    if rows is not None:
+        needed = {tokenizer.id_to_token(end_ids[0]), *(CHATS[chat].special_tokens() if chat in CHATS else [])}
+        tokenizer = leave_out_tokens(file, tokenizer, rows, needed)
+        end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, CHATS.get(chat))
     except ValueError as error:  # nobody knows what its tokens spell
@@ -126,6 +135,22 @@ def open_tokenizer(file: Path) -> Tokenizer:
     if not 0 <= largest < 2**24 or distinct < len(ids):  # all ids are listed, up to the last
         raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {largest}: not a vocabulary")
     return tokenizer
+
+
+def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, needed: set[str]) -> Tokenizer:
+    """The tokenizer without the special tokens whose ids are `rows` and above, but those that are needed: then their
+    names are text like any other."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    beyond = {token.content: i for i, token in added if token.special and i >= rows and token.content not in needed}
+    if not beyond:
+        return tokenizer
+    named = ", ".join(f"{token} ({i})" for token, i in beyond.items())
+    say_once(f"{file}: the model has no embedding for {named}; left out, their names are text like any other")
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"] = {token: i for token, i in content["model"]["vocab"].items() if token not in beyond}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -174,7 +199,8 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     if tokenizer.size > rows:
         last = tokenizer.size - 1
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart} "
+            f"(the first without one is {tokenizer.names([rows])!r})"
         )
     if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
         raise ValueError(
@@ -196,6 +222,12 @@ def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, bos_is_open: bo
             "(as in the papers' code); --bos adds it",
             file=sys.stderr,
         )
+
+
+@cache
+def say_once(note: str) -> None:
+    """A note on standard error, the first time that it comes up."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 def read_if_there(path: Path) -> dict:
