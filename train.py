@@ -59,7 +59,7 @@ from runtime.run import (
     write_text,
 )
 from runtime.strict import check_options, choose_alignment, read_projectors
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, count_shared
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -104,8 +104,11 @@ class Method(nn.Module):
             return
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
         self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
-        device, shared = student.head_weight.device, slice(min(len(student.head_weight), len(teacher.head_weight)))
-        self.teacher_shared = self.student_shared = shared  # rows of both heads; one tokenizer, perhaps padded heads
+        device, rows = student.head_weight.device, min(len(student.head_weight), len(teacher.head_weight))
+        shared = count_shared(teacher_tokenizer, student_tokenizer)
+        if shared == max(teacher_tokenizer.size, student_tokenizer.size):
+            shared = rows  # one vocabulary, perhaps padded heads
+        self.teacher_shared = self.student_shared = slice(shared)  # rows of both heads
         both = teacher_tokenizer.tokenizer, student_tokenizer.tokenizer
         ends = teacher_tokenizer.eos_id, student_tokenizer.eos_id
         if self.align == "eta":
@@ -208,8 +211,9 @@ class Method(nn.Module):
             return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **chunk)
         teacher_head, counts = self.teacher.head_weight, totals.counts
         if self.name == "kd":
-            options = o.divergence, o.temperature, o.kd_rate
-            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, counts, *options, **chunk)
+            options = counts, o.divergence, o.temperature, o.kd_rate
+            teacher_head = teacher_head[self.teacher_shared]  # the divergence is over these rows
+            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, *options, **chunk)
         states = hidden, gold, answer.rows, answer.hidden, head, teacher_head
         if self.name == "uld":
             return uld.uld_loss(*states, counts, o.kd_rate, **chunk)

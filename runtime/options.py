@@ -37,7 +37,7 @@ class Options:
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option(
-        "auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
+        "auto", "auto: none for vocabularies of one family, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
     )
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")

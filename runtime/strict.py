@@ -34,7 +34,7 @@ from model import (
 )
 from runtime import parallel
 from runtime.options import Options
-from runtime.tokenizer import TextTokenizer, say_once
+from runtime.tokenizer import TextTokenizer, count_shared, say_once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The options
@@ -429,21 +429,27 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
             how = {"uld": "position by position", "mined": "by edit distance"}[method]
             raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
-    equal = teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab() and teacher.eos_id == student.eos_id
+    shared = count_shared(teacher, student)
     if align == "auto":
-        align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
+        align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if method == "kd" and align != "none":
         raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
-    if align == "none" and not equal:
+    if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
         differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"
         raise ValueError(
-            f"--method {method} --align none needs equal vocabularies; {teacher.directory} and {student.directory} "
-            f"{differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
+            f"--method {method} --align none needs vocabularies of one family; {teacher.directory} and "
+            f"{student.directory} {differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
         )
     if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
         other = {"eta": "v2", "cma": "v1"}[align]
         raise ValueError(f"--align {align} belongs to --recipe {other} (the papers pair v1 with cma, v2 with eta)")
+    sides = {"teacher": teacher, "student": student}
+    more = [f"the {side}'s {t.names([i])}" for side, t in sides.items() for i in range(shared, t.size) if t.names([i])]
+    if align == "none" and more:
+        more[8:] = [f"{len(more) - 8} others"] if len(more) > 8 else []
+        say_once(f"{teacher.directory} and {student.directory}: compared on the {shared} ids that both have; left out: "
+                 f"{', '.join(more)}")  # fmt: skip
     return align
 
 

@@ -208,6 +208,19 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
         )
 
 
+def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
+    """How many ids, from 0 on, both vocabularies have for the same tokens, where they are of one family: where only
+    added tokens, special ones mostly, follow, and end-of-text is the same. 0 where they are not."""
+    vocabularies = [tokenizer.tokenizer.get_vocab() for tokenizer in (teacher, student)]
+    apart = vocabularies[0].items() ^ vocabularies[1].items()
+    shared = min((index for _, index in apart), default=teacher.size)
+    for tokenizer, vocabulary in zip((teacher, student), vocabularies, strict=True):
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+        if any(index >= shared and index not in added for index in vocabulary.values()):
+            return 0
+    return shared if teacher.eos_id == student.eos_id < shared else 0
+
+
 def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, bos_is_open: bool) -> None:
     """A note on standard error where a tokenizer that ends turns is used without the chat format that has them, or one
     that begins texts without what they begin with, if that was not decided."""

@@ -159,8 +159,8 @@ def test_missing_options(command, nothing_loaded, missing):
 
 SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
 TOGETHER = [
-    ({"method": "kd"}, "--method kd --align none needs equal vocabularies", "--method dskd"),
-    ({"align": "none"}, "--align none needs equal vocabularies", "--align eta"),
+    ({"method": "kd"}, "--method kd --align none needs vocabularies of one family", "--method dskd"),
+    ({"align": "none"}, "--align none needs vocabularies of one family", "--align eta"),
     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
     ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd", "--method kd"),
@@ -179,7 +179,7 @@ TOGETHER = [
     ({"keep_best": "rouge"}, "--keep-best rouge is by the scores on held-out examples: give them with --valid"),
     ({"teacher_sft": True, "method": "sft"}, "--teacher-sft belongs to training with a teacher"),
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
-    ({"teacher_sft": True, "method": "kd"}, "equal vocabularies"),
+    ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
     ({"teacher_sft": True, "student_chat": "qwen2.5"}, "special token"),
     ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
