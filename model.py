@@ -15,9 +15,7 @@ One file, no imports but torch and safetensors. `Decoder` is the whole model; a 
     [5, 5]
 
 Families (config.json's model_type): gpt2; llama (Llama 1 to 3.x, TinyLlama, SmolLM2); mistral; qwen2 (Qwen1.5 to 2.5);
-qwen3. Not here: quantised weights, mixture of experts, LongRoPE, cross-attention, pickled (.bin) checkpoints. This file
-trusts its input; what a config or a checkpoint can have wrong is found by runtime/strict.py.
-
+qwen3. Not here: quantised weights, mixture of experts, LongRoPE. runtime/strict.py checks what this file trusts.
 Shapes: B batch, T sequence, S keys attended to, D width, V vocabulary.
 """
 
@@ -189,9 +187,8 @@ class LlamaAttention(Attention):
         self.qk_norm = c.qk_norm
 
     def forward(self, x, layer, rotation, *where):
-        q, k, v = (
-            project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, T, heads, head_dim), k and v with kv_heads
+        # (B, T, heads, head_dim), k and v with kv_heads
+        q, k, v = (project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
@@ -311,10 +308,8 @@ def hidden_at(m: nn.Module, side) -> torch.Tensor:
 
 
 def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor | None:
-    """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before.
-
-    None where that is the plain causal triangle, which needs no mask.
-    """
+    """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before;
+    None where that is the plain causal triangle, which needs no mask."""
     if positions.size(1) == n_keys and (window is None or window >= n_keys):
         return None
     back = positions[:, None, :, None] - torch.arange(n_keys, device=positions.device)  # how far back the key lies
@@ -324,9 +319,8 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json: GPT-2's names and LLaMA's brought together
 
-# The fields that are used, with transformers' defaults. null is a default too, but where it means that there is none.
+# The fields that are used, with transformers' defaults.
 REQUIRED = object()
-NULL_IS_NONE = {"num_key_value_heads", "head_dim", "sliding_window"}
 _ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "original_max_position_embeddings": None}
 _LLAMA = {"vocab_size": REQUIRED, "max_position_embeddings": REQUIRED, "hidden_size": REQUIRED,
           "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED, "num_attention_heads": REQUIRED,
@@ -344,7 +338,7 @@ FIELDS = {
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
 
-# What each kind of rotary scaling uses. "dynamic" begins beyond max_position_embeddings, where no model here goes.
+# What each kind of rotary scaling uses. "dynamic" begins beyond the positions that a model has here.
 ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -352,8 +346,9 @@ ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
 
 
 def read_fields(config: dict) -> SimpleNamespace:
-    """The fields of the family's table, and all others as they are."""
-    given = {field: value for field, value in config.items() if value is not None or field in NULL_IS_NONE}
+    """The fields of the family's table, where null is the default, and all others as they are."""
+    nullable = "num_key_value_heads", "head_dim", "sliding_window"  # for which null has a meaning of its own
+    given = {field: value for field, value in config.items() if value is not None or field in nullable}
     return SimpleNamespace(**{**FIELDS[config["model_type"]], **given})
 
 
@@ -371,51 +366,45 @@ def read_config(config: dict) -> SimpleNamespace:
                             kv_heads=f.num_key_value_heads or f.num_attention_heads, limit=f.max_position_embeddings,
                             head_dim=f.head_dim or f.hidden_size // f.num_attention_heads, inner=f.intermediate_size,
                             eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout,
-                            qkv_bias=family == "qwen2" or bias, out_bias=bias,
-                            mlp_bias=family == "llama" and f.mlp_bias, qk_norm=family == "qwen3",
-                            windows=read_windows(family, f), rotary=rotary_frequencies(f))  # fmt: skip
+                            qkv_bias=bias or family == "qwen2", out_bias=bias, qk_norm=family == "qwen3",
+                            mlp_bias=family == "llama" and f.mlp_bias, windows=read_windows(f, family),
+                            rotary=rotary_frequencies(f))  # fmt: skip
     c.family, c.vocab_size, c.tied, c.init_std = family, f.vocab_size, f.tie_word_embeddings, f.initializer_range
     return c
 
 
-def read_windows(family: str, f: SimpleNamespace) -> list[int | None]:
+def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
     """How many tokens, itself included, a query of each layer sees; None for all of them."""
     if family in ("llama", "mistral"):
         return [f.sliding_window if family == "mistral" else None] * f.num_hidden_layers
-    sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
-    if f.layer_types is not None:
-        sliding = [kind == "sliding_attention" for kind in f.layer_types]
-    return [f.sliding_window if slides else None for slides in sliding]
+    slides = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
+    kinds = f.layer_types or ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+    return [f.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
-    """{"rope_type", "rope_theta", ...: all that the kind uses}, of the config or of one of its two spellings:
+    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, of the config or of one of its two spellings:
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`."""
-    rope = f.rope_parameters or f.rope_scaling or {} if rope is None else rope
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    original = f.original_max_position_embeddings or f.max_position_embeddings
-    rope = {"rope_theta": f.rope_theta or 10000.0, "original_max_position_embeddings": original} | {
-        field: value for field, value in rope.items() if value is not None
-    }
-    return {"rope_type": kind, **{field: rope.get(field) for field in ("rope_theta", *ROPE[kind])}}
+    rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
+    given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
+    given |= {field: value for field, value in rope.items() if value is not None}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    return {"rope_type": kind, "factor": 1.0} | {field: given.get(field) for field in ("rope_theta", *ROPE[kind])}
 
 
 def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
     """θ^(-2i/head_dim), (head_dim / 2,) float32, with long-context scaling, and the factor of cosine and sine."""
     rope, head_dim = SimpleNamespace(**read_rope(f)), f.head_dim or f.hidden_size // f.num_attention_heads
-    # device="cpu": a model that is being built on the meta device still needs real numbers here
-    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")  # real numbers, also on the meta device
     inverse = 1.0 / rope.rope_theta ** (2 * pair / head_dim)
-    if not ROPE[rope.rope_type]:
-        return inverse, 1.0
     factor, keep, scale = rope.factor, 0.0, 1.0  # slow waves are stretched by `factor`, fast ones kept
     if rope.rope_type == "llama3":
         turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)  # in the original context
         keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     elif rope.rope_type == "yarn":  # between by the place among the pairs (arXiv 2309.00071, section 3)
-        original = rope.original_max_position_embeddings
-        factor, turns = factor or f.max_position_embeddings / original, (rope.beta_fast or 32, rope.beta_slow or 1)
-        first, last = (head_dim / 2 * math.log(original / (2 * math.pi * n), rope.rope_theta) for n in turns)
+        length, turns = rope.original_max_position_embeddings, (rope.beta_fast or 32, rope.beta_slow or 1)
+        factor = factor or f.max_position_embeddings / length
+        first, last = (head_dim / 2 * math.log(length / (2 * math.pi * n), rope.rope_theta) for n in turns)
         if rope.truncate is not False:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
@@ -429,9 +418,10 @@ def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-# Hugging Face's prefix and its names for our modules. Everything inside a block has its name already.
-GPT2_NAMES = ("transformer.", {"embed": "wte", "positions": "wpe", "blocks": "h", "norm": "ln_f"})
-LLAMA_NAMES = ("model.", {"embed": "embed_tokens", "blocks": "layers", "norm": "norm"})
+# Hugging Face's names for our modules. Everything inside a block has its name already.
+GPT2_NAMES = {"embed": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h",
+              "norm": "transformer.ln_f", "lm_head": "lm_head"}  # fmt: skip
+LLAMA_NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "lm_head": "lm_head"}
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
 # Of GPT-2; its checkpoints keep these weights as [in, out], nn.Linear wants [out, in].
@@ -440,27 +430,17 @@ TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 def hugging_face_names(m: Decoder) -> dict[str, str]:
     """{our parameter name: its name in a Hugging Face checkpoint}"""
-    prefix, names = GPT2_NAMES if m.config["model_type"] == "gpt2" else LLAMA_NAMES
-
-    def rename(ours: str) -> str:
-        module, rest = ours.split(".", 1)
-        return ours if module == "lm_head" else f"{prefix}{names[module]}.{rest}"
-
-    return {ours: rename(ours) for ours, _ in m.named_parameters()}
+    names = GPT2_NAMES if m.config["model_type"] == "gpt2" else LLAMA_NAMES
+    parts = (ours.split(".", 1) for ours, _ in m.named_parameters())
+    return {f"{module}.{rest}": f"{names[module]}.{rest}" for module, rest in parts}
 
 
 def build_model(config: dict) -> Decoder:
-    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1.
-
-    As in GPT-2, whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed.
-    """
+    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1; as in GPT-2,
+    whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed."""
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
-    try:
-        m.to_empty(device="cpu")
-    except RuntimeError as error:
-        size = sum(parameter.numel() for parameter in m.parameters())
-        raise ValueError(f"build_model: a model of {size:,} parameters does not fit into the memory") from error
+    m.to_empty(device="cpu")
     c = read_config(config)
     for name, parameter in m.named_parameters():
         if parameter.dim() == 2:
@@ -492,11 +472,11 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
 
 def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
     """{file: {name of a tensor in it: our parameter's name, None if m has none for it}}, in a checkpoint's order."""
-    ours = {theirs: name for name, theirs in hugging_face_names(m).items()}
-    prefix, found = GPT2_NAMES[0] if m.config["model_type"] == "gpt2" else LLAMA_NAMES[0], {}
+    ours, found = {theirs: name for name, theirs in hugging_face_names(m).items()}, {}
+    ours |= {theirs.partition(".")[2]: name for theirs, name in ours.items() if name != "lm_head.weight"}
     for file in checkpoint_files(Path(path)):
         with safe_open(file, framework="pt") as tensors:  # saved without its head, a model has no prefix
-            found[file] = {theirs: ours.get(theirs) or ours.get(prefix + theirs) for theirs in tensors.keys()}
+            found[file] = {theirs: ours.get(theirs) for theirs in tensors.keys()}
     if m.lm_head is None and not any("embed.weight" in names.values() for names in found.values()):
         for names in found.values():  # of a tied pair, safetensors' own save_model keeps the first name
             names |= {theirs: "embed.weight" for theirs in names if theirs == "lm_head.weight"}
@@ -508,9 +488,7 @@ def read_tensors(m: Decoder, path):
     what m has no parameter for. Raises ValueError for weights that are NaN or infinite."""
     for file, names in find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
-            for theirs, name in names.items():
-                if name is None:
-                    continue
+            for theirs, name in ((theirs, name) for theirs, name in names.items() if name is not None):
                 tensor = tensors.get_tensor(theirs)
                 if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
                     raise ValueError(f"{file}: {theirs} has weights that are NaN or infinite: it is damaged")
@@ -525,9 +503,9 @@ def read_json(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if isinstance(content, dict):
-        return content
-    raise ValueError(f"{file}: expected a JSON object")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return content
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -540,19 +518,18 @@ def save_model(m: Decoder, path) -> None:
     """Write config.json and model.safetensors for transformers' (and our) loader; a tied head is not written twice.
 
     Each file is written beside its place and moved there, so a crash leaves the old file or the new one. The dtype is
-    the parameters'. Raises ValueError for parameters that are not a plain model's (merge adapters first).
+    the parameters', and config.json states it. Raises ValueError for a model with adapters: merge them first.
     """
     path = Path(path)
     with torch.device("meta"):
         names = hugging_face_names(Decoder(m.config))
     parameters = dict(m.named_parameters())
-    if set(parameters) != set(names):
-        extra = sorted(set(parameters) ^ set(names))[:4]
+    extra = sorted(parameters.keys() ^ names.keys())[:4]
+    if extra:
         raise ValueError(f"save_model: not a plain model, parameters {extra} differ: merge adapters before saving")
     tensors = {name: parameters[ours].detach() for ours, name in names.items()}
     tensors = {name: (x.mT if TRANSPOSED.search(name) else x).contiguous() for name, x in tensors.items()}
     config = {**m.config, "architectures": [ARCHITECTURES[m.config["model_type"]]]}
-    # transformers loads in the dtype that the config states
     config["dtype" if "dtype" in config else "torch_dtype"] = str(m.embed.weight.dtype).removeprefix("torch.")
 
     path.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,10 @@ def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextT
 
 def load_student(o: Options, directory: Path) -> nn.Module:
     """On the CPU, in float32, with its adapters."""
-    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    try:
+        student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    except RuntimeError as error:  # of the allocator
+        raise ValueError(f"{directory}: the model does not fit into the memory ({error!s:.200})") from error
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:

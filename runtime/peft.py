@@ -26,7 +26,8 @@ KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out
     exclude_modules megatron_core qalora_group_size""".split())
 # What makes a model of any adapter, for those that are not read here.
 MERGE = ('merge it once, python -c "import sys; from peft import AutoPeftModelForCausalLM as P; P.from_pretrained('
-         'sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])" ADAPTER MODEL')  # fmt: skip
+         "sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" ADAPTER MODEL, and copy the tokenizer's files "
+         "beside it")  # fmt: skip
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # A (rank, in), B (out, rank)
 
 

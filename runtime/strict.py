@@ -231,19 +231,16 @@ VALUES = {field: rule for fields, *rule in [
 ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
         "add_cross_attention": False, "is_encoder_decoder": False, "is_causal": True, "rope_interleaved": False,
         "use_mrope": False, "pruned_heads": {}, "partial_rotary_factor": 1.0, "quantization_config": None,
-        "compression_config": None}  # fmt: skip
+        "compression_config": None, "transformers_weights": None}  # fmt: skip
 GPT2_ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
                 "num_hidden_layers": "n_layer"}  # transformers takes either # fmt: skip
 
 # Fields that common files have beside these: of no note.
-HARMLESS = set("""model_type architectures _name_or_path name_or_path transformers_version torch_dtype dtype use_cache
-    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 pretraining_tp
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id tokenizer_class prefix
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
-    output_attentions output_hidden_states output_past return_dict id2label label2id num_labels _num_labels problem_type
-    finetuning_task n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config transformers.js_config
-    max_length min_length do_sample temperature top_k top_p repetition_penalty is_decoder chunk_size_feed_forward
-    tie_encoder_decoder""".split())  # fmt: skip
+HARMLESS = set("""model_type architectures _name_or_path transformers_version torch_dtype dtype use_cache pretraining_tp
+    _attn_implementation_autoset bos_token_id eos_token_id pad_token_id tokenizer_class task_specific_params max_length
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout output_past id2label
+    label2id _num_labels n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config return_dict
+    transformers.js_config is_decoder chunk_size_feed_forward""".split())  # fmt: skip
 
 
 def check_config(config: dict, file="config.json") -> SimpleNamespace:
@@ -253,8 +250,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
         raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
     where, f = f"{file} (model_type {family})", read_fields(config)
     for field in FIELDS[family]:
-        value = getattr(f, field)
-        if value is not None:
+        if (value := getattr(f, field)) is not None:
             check_value(field, "missing" if value is REQUIRED else value, where)
     aliases = {alias: getattr(f, field) for alias, field in GPT2_ALIASES.items()} if family == "gpt2" else {}
     only = ONLY | aliases
@@ -263,7 +259,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
             raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}")
     unused = sorted(config.keys() - FIELDS[family].keys() - only.keys() - HARMLESS)
     if unused:
-        say_once(f"{file}: not used, and nothing that {family} models are computed with: {', '.join(unused)}")
+        say_once(f"{file}: fields that do not affect a {family} model are ignored: {', '.join(unused)}")
 
     if family != "gpt2":
         check_rope(f, where)
@@ -291,10 +287,7 @@ def check_value(field: str, value, where: str) -> None:
 
 
 def check_windows(f: SimpleNamespace, where: str) -> None:
-    types = f.layer_types
-    if types is None:
-        slides = f.use_sliding_window and f.num_hidden_layers > f.max_window_layers
-        types = ["sliding_attention" if slides else "full_attention"] * f.num_hidden_layers
+    types = ["full_attention"] * f.num_hidden_layers if f.layer_types is None else f.layer_types
     if len(types) != f.num_hidden_layers or any(t not in ("full_attention", "sliding_attention") for t in types):
         raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
     if "sliding_attention" in types and not (f.use_sliding_window and f.sliding_window):
