@@ -217,8 +217,8 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a st
          dict: "an object"}  # fmt: skip
 VALUES = {field: rule for fields, *rule in [
     ("n_layer num_hidden_layers", int, 1, 2**10),
-    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
-     "max_window_layers", int, 1, 2**20),
+    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim", int, 1,
+     2**20), ("max_window_layers", int, 0, 2**20),
     ("vocab_size n_positions max_position_embeddings original_max_position_embeddings sliding_window", int, 1, 2**24),
     ("embd_pdrop attn_pdrop resid_pdrop attention_dropout layer_norm_epsilon rms_norm_eps", float, 0, 1),
     ("initializer_range mscale mscale_all_dim", float, 0, 100),
