@@ -176,7 +176,7 @@ def run(options) -> None:
     try:
         for name, directory in models.items():
             tokenizer = tokenizer_of(directory, options.chat, options.bos)
-            say_if_forgotten(tokenizer, "--chat", options.bos is None)
+            say_if_forgotten(tokenizer, "--chat", chat_of(directory) == "none", options.bos is None)
             model = load_model(directory, dtype, options.device)
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
@@ -205,7 +205,7 @@ def read_sets(options) -> list[DataSet]:
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
     """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
-    report["chat"] = options.chat or chat_of(directory)
+    report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
     if Path(name).is_dir():
         path = Path(name) / f"eval-{data.name}.json"

@@ -4,7 +4,6 @@ import argparse
 
 import torch
 
-from runtime.chat import CHATS
 from runtime.strict import check_device, check_values
 
 
@@ -14,15 +13,15 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("directories", nargs="+", help="runs or model directories")
 
     add = parser.add_argument_group("what is scored").add_argument
-    add("--data", required=True, nargs="+", help="named sets (their test split) or JSONL files (no default)")
+    add("--data", required=True, nargs="+", help="named sets (their test split) or files (no default)")
     add("--limit", type=int, help="only the first LIMIT examples (default: all)")
     add("--task", choices=["rouge", "math", "code"], help="what to score (default: what follows from the data)")
     help = "run generated programs (pass@1), in a sandbox (default: no, so that sets of programs are refused)"
     add("--run-code", action="store_true", help=help)
 
     add = parser.add_argument_group("prompts").add_argument
-    help = "prompts in this chat format (default: the one that a run was trained with, else none)"
-    add("--chat", choices=["none", *CHATS], help=help)
+    help = "chat template of prompts: own (the model's; --chat alone), thinking (own, with thinking), a path, or none"
+    add("--chat", nargs="?", const="own", help=f"{help} (default: as a run was trained, else none)")
     help = "begin prompts as the model's tokenizer begins a text (default: as a run was trained, else not)"
     add("--bos", action=argparse.BooleanOptionalAction, help=help)
     help = "tokens of the prompt; a longer one is cut (default: half of --max-len)"

@@ -15,12 +15,12 @@ from torch import nn
 
 import lora
 from baselines import mined, seqkd, uld
-from data import Batch, Example, Row, collate, cut_prompt, make_example, tokenise
+from data import Batch, Example, Row, collate, cut_prompt, tokenise
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import put_on
 from model import build_model, load_model, read_json
 from runtime import parallel
-from runtime.formats import read_examples
+from runtime.formats import read_examples, read_record
 from runtime.hub import data_file, model_directory
 from runtime.options import Options
 from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
@@ -169,14 +169,15 @@ def load(o: Options) -> Pieces:
 def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
     """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
-    o.student_chat = o.student_chat or chat_of(student_directory)
+    o.student_chat = o.student_chat or chat_of(student_directory) or "none"
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    say_if_forgotten(tokenizer, "--student-chat", o.bos is None and not o.from_scratch)
+    known = o.from_scratch or chat_of(student_directory) == "none"
+    say_if_forgotten(tokenizer, "--student-chat", known, o.bos is None and not o.from_scratch)
     if o.method != "sft":
         teacher_directory = find_model(o.teacher, "teacher")
-        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory) or "none"
         teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        say_if_forgotten(teacher_tokenizer, "--teacher-chat", o.bos is None)
+        say_if_forgotten(teacher_tokenizer, "--teacher-chat", chat_of(teacher_directory) == "none", o.bos is None)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
     return student_directory, teacher_directory, tokenizer, teacher_tokenizer
 
@@ -237,7 +238,7 @@ def load_answers(
     asked = asked[: o.batch_size] if o.dry_run else asked
     lines = seqkd.answer_prompts(asked, model, teacher, student, *how, o.batch_size)
     if o.dry_run:
-        return [make_example(line, f"{directory}'s answer") for line in lines]
+        return [read_record(line, f"{directory}'s answer") for line in lines]
     lines[0]["seqkd"] = recipe
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -17,6 +17,8 @@ from fast import losses as fast_losses
 from losses import RECIPES, Counts
 from model import build_model, save_model
 
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation
 import model
-from data import CodeTask, Example, read_jsonl, tokenise
+from data import CodeTask, Example, tokenise
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 
@@ -21,7 +22,7 @@ def student(tiny_task):
 
 def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     together = evaluation.respond(m, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     alone = [evaluation.respond(m, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone and len(set(together)) > 1
@@ -29,7 +30,7 @@ def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, 
 
 def test_sampling_is_seeded(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     runs = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
@@ -37,7 +38,7 @@ def test_sampling_is_seeded(tiny_task, student):
 def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
     m, tokenizer = student
     m.train()
-    rows, _ = tokenise(read_jsonl(tiny_task / "valid.jsonl"), tokenizer)
+    rows, _ = tokenise(read_examples(tiny_task / "valid.jsonl"), tokenizer)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in rows:  # one by one, no padding, from the definition

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import model
 import train
 from align import exact_token_alignment
-from data import collate, read_jsonl, tokenise
+from data import collate, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 SMALL = {"states": 4, "repetitions": 3}
@@ -91,7 +92,7 @@ def pair(tiny_task):
     """Both models, and the tokenised test examples, aligned."""
     models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
     tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
-    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), *tokenizers, align="eta")
+    rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), *tokenizers, align="eta")
     return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
 

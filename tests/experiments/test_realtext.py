@@ -9,9 +9,10 @@ import pytest
 
 import eval
 import train
-from data import PROMPT, read_jsonl
+from data import PROMPT
 from experiments import realtext
 from model import read_json
+from runtime.formats import read_examples
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_the_split_keeps_prompts_apart(instructions, tiny_task, tmp_path, monkey
         again = {"instruction": "question 5", "output": "another"}
     (tmp_path / "all.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
     realtext.split(tmp_path / "all.jsonl", tmp_path)
-    parts = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    parts = {name: read_examples(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
     prompts = {name: {example.prompt_text() for example in part} for name, part in parts.items()}
     assert len(prompts["valid"]) == 3 and len(prompts["test"]) == 4
     assert sum(map(len, parts.values())) == len(lines) + 1
@@ -64,7 +65,7 @@ def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
     lines += [{"instruction": what, "input": "", "output": "yes"} for what in "de"]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a", PROMPT.format(instruction="d")})
-    kept = [example.prompt or example.instruction for example in read_jsonl(tmp_path / "reading.jsonl")]
+    kept = [example.prompt or example.instruction for example in read_examples(tmp_path / "reading.jsonl")]
     assert kept == ["c", "e"]
 
 

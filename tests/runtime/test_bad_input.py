@@ -181,7 +181,7 @@ TOGETHER = [
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
     ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
-    ({"teacher_sft": True, "student_chat": "qwen2.5"}, "special token"),
+    ({"teacher_sft": True, "student_chat": "own"}, "no chat template, neither in chat_template.jinja nor"),
     ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
     ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
     ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),

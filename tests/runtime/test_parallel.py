@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 import eval as evaluation
 import lora
 import train
-from data import read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
 from runtime import run as checkpoint
+from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
 
@@ -267,7 +267,7 @@ def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
     step = max(scores, key=scores.get)
     assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
     student, tokenizer = load_model(run / "student"), read_tokenizer(run / "student")
-    examples, total = read_jsonl(task / "valid.jsonl"), 0.0
+    examples, total = read_examples(task / "valid.jsonl"), 0.0
     for share in (examples[::2], examples[1::2]):
         prompts = [example.prompt_text() for example in share]
         responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)

@@ -21,10 +21,11 @@ import eval as evaluation
 import lora
 import model
 import train
-from data import read_jsonl, tokenise
+from data import tokenise
 from experiments import tiny
 from runtime import load as loading
 from runtime import run as checkpoint
+from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
 
@@ -163,7 +164,7 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
     student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
-    examples = read_jsonl(tiny_task / "valid.jsonl")
+    examples = read_examples(tiny_task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
     if keep_best == "ce":
