@@ -54,6 +54,7 @@ from model import Decoder, hidden_at, load_model
 from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
 from runtime.run import tokenizer_of
+from runtime.show import show_token
 from runtime.strict import check_model, read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
@@ -238,18 +239,6 @@ def draw_structure(distances: dict[str, Tensor]):
     return figure
 
 
-def shown(token: bytes | None) -> str:
-    """A token's bytes as a label: visible spaces and line ends, hexadecimal where they are no text of their own."""
-    if token is None:
-        return "end"
-    try:
-        text = token.decode().replace(" ", "␣").replace("\n", "↵")
-    except UnicodeDecodeError:
-        return token.hex(" ").upper()
-    # the default font has no glyphs for most of what lies beyond
-    return "".join(c if c.isprintable() and ord(c) < 0x2E80 else f"U+{ord(c):X}" for c in text)
-
-
 def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pairs, line: int = 72):
     """Both token rows over each other, a token as wide as its bytes, and a line per aligned pair.
 
@@ -275,7 +264,7 @@ def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pai
             aligned = {pair[row] for pair in pairs}
             axis.text(-1.6, 1 - row, name, ha="right", va="center", fontsize=8, color=GREY)
             for i in range(begin[row], end[row]):
-                x, width, label = left[row][i] - origin, widths[row][i], shown(sides[row][i])
+                x, width, label = left[row][i] - origin, widths[row][i], show_token(sides[row][i])
                 colour = BLUE if i in aligned else ORANGE
                 axis.barh(1 - row, max(width - 0.2, 0.1), 0.44, x + 0.1, fc=colour + "22", ec=colour)
                 size = min(8.0, 10.0 * width / max(len(label), 1))
@@ -298,8 +287,8 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
     image = axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, j in zip(*(index.tolist() for index in pairs), strict=True):
         axis.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=ORANGE))
-    axis.set_xticks(range(len(teacher)), map(shown, teacher), rotation=90, fontsize=8, parse_math=False)
-    axis.set_yticks(range(len(student)), map(shown, student), fontsize=8, parse_math=False)
+    axis.set_xticks(range(len(teacher)), map(show_token, teacher), rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(student)), map(show_token, student), fontsize=8, parse_math=False)
     axis.set(xlabel="teacher's token", ylabel="student's token")
     figure.colorbar(image, label="attention weight", fraction=0.04)
     return figure

@@ -242,7 +242,7 @@ def check_resumed(o) -> None:
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
-    free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}
+    free = {"batch_size", "grad_accum", "processes", "shard", "recompute", "tensorboard"}
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
             flag = f"--{name.replace('_', '-')}"
@@ -333,8 +333,9 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
 
 
 @contextmanager
-def hold_directory(o) -> Iterator[None]:
-    """The run directory with args.json, made if need be, for this process alone (or for it and those it is 0 of)."""
+def hold_directory(o, facts: dict) -> Iterator[None]:
+    """The run directory with args.json (the options, and these facts), made if need be, for this process alone (or for
+    it and those it is 0 of)."""
     if parallel.rank() > 0:
         yield
         return
@@ -344,7 +345,8 @@ def hold_directory(o) -> Iterator[None]:
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
         best = best_checkpoint(o) if o.resume else None
-        write_text(out / "args.json", json.dumps(record_of(o) | ({"best": best} if best else {}), indent=1) + "\n")
+        record = record_of(o) | facts | ({"best": best} if best else {})
+        write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
         yield
 
 
@@ -437,10 +439,15 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """log.jsonl: one JSON object per line, written at once; lines after the point of resumption are dropped."""
+    """log.jsonl: one JSON object per line, written at once; lines after the point of resumption are dropped. With
+    `tensorboard` the same numbers in its event files, beside it."""
 
-    def __init__(self, path: Path, start: int):
-        self.path = path
+    def __init__(self, path: Path, start: int, tensorboard: bool = False):
+        self.path, self.board = path, None
+        if tensorboard and parallel.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # an extra; runtime/strict.py has looked for it
+
+            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=start + 1)
         lines = read_log(path) if start and path.is_file() else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
@@ -449,6 +456,10 @@ class Log:
             return
         with name_file_in_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name in line.keys() - {"step"}:
+                self.board.add_scalar(name, line[name], line["step"])
+            self.board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +549,7 @@ class RunDirectory:
 
     def __enter__(self):
         with ExitStack() as stack:
-            stack.enter_context(hold_directory(self.o))
+            stack.enter_context(hold_directory(self.o, self.pieces.facts(self.o)))
             self.stop = stack.enter_context(StopSignals())
             self.start, self.counts = 0, {}
             if self.o.resume:
@@ -547,7 +558,7 @@ class RunDirectory:
                 raise ValueError(
                     f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
                 )
-            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start)
+            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start, self.o.tensorboard)
             parallel.start_alike(self.parameters)
             if not self.start and parallel.rank() > 0:  # dropout of its own
                 parallel.seed_process(self.o.seed, self.start)
