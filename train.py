@@ -513,10 +513,10 @@ def run(given: dict) -> None:
             raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
         from experiments import tiny  # which imports this file
 
-        o = check_options(Options(**{**given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
+        o = check_options(Options(**{"out": tiny.ROOT, **given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
         say_device(given.get("device"), o.device)
         tiny.run(given)
-        print(f'\ntalk to one of them: python eval.py {given.get("out", tiny.ROOT)}/NAME --prompt "..."', file=sys.stderr)
+        print(f'talk to a model: python eval.py {o.out}/NAME --prompt "..."', file=sys.stderr)
         return
     o = check_options(Options(**settings(given)))
     say_device(given.get("device"), o.device)

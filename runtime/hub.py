@@ -67,7 +67,7 @@ def model_directory(name: str, weights: bool = True) -> Path:
         beside = sorted(path.name for path in Path(name).parent.glob("*/"))
         near = [f"{Path(name).parent}/{other}" for other in get_close_matches(Path(name).name, beside)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise FileNotFoundError(f"model {name!r}: there is no such directory (a path is not looked up on the hub){hint}")
+        raise FileNotFoundError(f"model {name!r}: no such directory (a path is not looked up on the hub){hint}")
     else:
         raise FileNotFoundError(
             f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"

@@ -59,7 +59,8 @@ def write_card(out: Path) -> None:
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base,
             "datasets": data and [data], "tags": ["knowledge-distillation", how.replace(" ", "-")]}  # fmt: skip
     matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    settings = ", ".join(f"{name} {record[name]}" for name in "epochs max_steps batch_size grad_accum lr seed".split())
+    names = ["max_steps" if record["max_steps"] else "epochs", *"batch_size grad_accum lr max_len seed".split()]
+    settings = ", ".join(f"{name} {record[name]}" for name in names)
     scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
     text = f"""---
 {matter}
@@ -69,12 +70,13 @@ def write_card(out: Path) -> None:
 
 # {out.resolve().name}
 
-{origin}, trained with `{how}`{taught}, on `{data or record["data"]}`. Settings: {settings}. Methods: {PAPERS}.
+{origin}, trained with `{how}`{taught}, on `{data or record["data"]}`.
+Settings: {settings}. Methods: {PAPERS}.
 
 ## Licence
 
-What licence do {origin}, the teacher and the data have, and what do they ask of a model that was made from them? Name
-it above, as `license:`.
+Which licence do the base model {origin}, the teacher and the data have,
+and what do they ask of a model that was made from them? Name it above, as `license:`.
 
 ## Scores
 

@@ -693,3 +693,8 @@ def seconds_of_finished_stage(o) -> float | None:
 def finish_stage(o, seconds: float) -> None:
     content = {"seconds": seconds, "options": asdict(replace(o, resume=False))}
     write_text(Path(o.out) / "finished.json", json.dumps(content) + "\n")
+
+
+def finished_runs(root: Path) -> dict[str, float]:
+    """Of each finished stage in a directory: its name, and how long it was trained."""
+    return {file.parent.name: read_json(file)["seconds"] for file in sorted(root.glob("*/finished.json"))}
