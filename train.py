@@ -42,10 +42,12 @@ from losses import RECIPES, Counts, predict_tokens
 from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
+from runtime.device import say_device
 from runtime.load import PAIRINGS, Pieces, find_model, load
 from runtime.options import Options, parse
 from runtime.order import prefetch, split_update
 from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
+from runtime.report import say_next, write_card
 from runtime.run import (
     Meter,
     RunDirectory,
@@ -422,6 +424,8 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
                 run.save(done, held_out_scores(o, pieces) if run.is_due(done) else {})  # Stopped, if that was asked
         run.progress.close()
         write_samples(o, pieces)
+        if parallel.rank() == 0:
+            write_card(Path(o.out))
     return run.line
 
 
@@ -513,9 +517,13 @@ def run(given: dict) -> None:
             raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
         from experiments import tiny  # which imports this file
 
+        o = check_options(Options(**{"out": tiny.ROOT, **given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
+        say_device(given.get("device"), o.device)
         tiny.run(given)
+        print(f'talk to a model: python eval.py {o.out}/NAME --prompt "..."', file=sys.stderr)
         return
     o = check_options(Options(**settings(given)))
+    say_device(given.get("device"), o.device)
     say_settings(given)
     if given.get("teacher_sft"):
         o = run_teacher_stage(given, o)
@@ -525,8 +533,9 @@ def run(given: dict) -> None:
     if o.dry_run:
         print(json.dumps(train(o)))
     else:
-        train(o)
+        line = train(o, description="student 2/2" if given.get("teacher_sft") else "train")
         print(f"student: {Path(o.out) / 'student'}")
+        say_next(given, o, line)
 
 
 def run_teacher_stage(given: dict, o: Options) -> Options:
@@ -542,7 +551,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
     print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
-    run_stage(Options(**stage), "teacher")
+    run_stage(Options(**stage), "teacher 1/2")
     return after
 
 
@@ -551,7 +560,7 @@ def run_stage(o: Options, name: str) -> float:
     seconds = seconds_of_finished_stage(o)
     if seconds is None:
         o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()
-        train(o, description=f"{name:8}")
+        train(o, description=name)
         seconds = time.perf_counter() - began
         finish_stage(o, seconds)
     return seconds

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+from difflib import get_close_matches
 from pathlib import Path
 
 MODELS = {  # preset: repository on the Hugging Face hub
@@ -63,9 +64,14 @@ def model_directory(name: str, weights: bool = True) -> Path:
         student = directory / "student"
         if (student / "config.json").is_file() and not (directory / "config.json").is_file():
             directory = student  # of a run
-    elif name in MODELS or (name.count("/") == 1 and not name.startswith((".", "/"))):
+    elif repository := repository_of(name):
         files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
-        directory = find_snapshot(MODELS.get(name, name), "model", files, name)
+        directory = find_snapshot(repository, "model", files, name)
+    elif "/" in name or os.path.exists(name):
+        beside = sorted(path.name for path in Path(name).parent.glob("*/"))
+        near = [f"{Path(name).parent}/{other}" for other in get_close_matches(Path(name).name, beside)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"model {name!r}: no such directory (a path is not looked up on the hub){hint}")
     else:
         raise FileNotFoundError(
             f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
@@ -97,6 +103,15 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
     if "tokenizer.json" in missing and files & {"vocab.json", "merges.txt", "tokenizer.model"}:
         said += f"; its older tokenizer files are not read{convert('AutoTokenizer')}"
     return said
+
+
+def repository_of(name: str) -> str | None:
+    """The hub repository that a preset or `owner/model` stands for; None for what can only be a mistyped path: it
+    begins in a directory that is here (or in runs/, ./, /, ~), has further slashes, or ends as a file of weights."""
+    owner, _, model = name.partition("/")
+    is_path = not model or "/" in model or owner == "runs" or name.startswith((".", "/", "~")) or Path(owner).is_dir()
+    is_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl")
+    return MODELS.get(name, None if is_path or is_file else name)
 
 
 def missing_files(directory: Path, weights: bool) -> list[str]:

@@ -83,6 +83,7 @@ class Options:
     resume: bool = option(False, "go on with the run in --out")
     checkpoint_every: int = option(0, "updates between checkpoints and held-out scores (0: every epoch)")
     log_every: int = option(10, "updates between lines of log.jsonl")
+    tensorboard: bool = option(False, "also write the log as TensorBoard's event files (needs that package)")
     dry_run: bool = option(False, "no update, no dropout: print the loss terms of the first --batch-size lines")
 
 

@@ -21,7 +21,7 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
     "data valid bos keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
-    "recompute seed dtype device compile checkpoint_every log_every"
+    "recompute seed dtype device compile checkpoint_every log_every tensorboard"
 ).split()
 
 
@@ -50,7 +50,8 @@ def flags(options: dict) -> str:
     words = []
     for name, value in options.items():
         flag = ("--no-" if value is False else "--") + name.replace("_", "-")
-        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(str(value))]
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [flag, *(shlex.quote(str(part)) for part in values)]
     return " ".join(words)
 
 

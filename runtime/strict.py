@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from model import (
     read_rope,
 )
 from runtime import parallel
+from runtime.device import choose_device
 from runtime.options import Options
 from runtime.tokenizer import TextTokenizer, count_shared, say_once
 
@@ -67,6 +69,8 @@ def check_options(o: Options) -> Options:
          "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
         (o.keep_best and o.valid is None,
          f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
+        (o.tensorboard and find_spec("tensorboard") is None,
+         "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
     ])  # fmt: skip
     check_cache(o)
     o = check_lora(o)
@@ -74,7 +78,7 @@ def check_options(o: Options) -> Options:
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
     check_processes(o)
-    device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = o.device or choose_device()[0]
     on_cuda = check_device(device).type == "cuda"
     if on_cuda and parallel.by_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -160,10 +164,11 @@ def check_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
-    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
-        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
+        raise ValueError(f"--device {name}: only cuda and cpu are supported (Apple's mps has no float64, in which "
+                         "projectors are solved)")  # fmt: skip
+    usable, why = choose_device(device.index or 0)
+    if device.type == "cuda" and usable != "cuda":
+        raise ValueError(f"--device {name}: there is no such CUDA device to compute on ({why}); use --device cpu")
     return device
 
 

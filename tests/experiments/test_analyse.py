@@ -178,7 +178,7 @@ def test_the_alignment_has_a_line_for_each_pair_and_a_box_for_each_token(line):
 
 def test_tokens_are_shown_as_text_where_they_are_text():
     labels = {b" a\n": "␣a↵", b"\xc3\xa9": "é", b"\xc3": "C3", b"\x00": "U+0", "北".encode(): "U+5317", None: "end"}
-    assert {token: analyse.shown(token) for token in labels} == labels
+    assert {token: analyse.show_token(token) for token in labels} == labels
 
 
 def test_the_heat_map_frames_the_aligned_pairs():
