@@ -1,6 +1,7 @@
 """What tests share: one thread, a cache of their own, and a prepared tiny task: data, tokenizers, untrained models."""
 
 import json
+import os
 import shutil
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from helpers import SENTENCES, train_byte_level
 from tokenizers import Tokenizer, normalizers
 
 import model
+import train
 from experiments import tiny
 from runtime import run as checkpoint
 
@@ -25,6 +27,16 @@ def own_cache(tmp_path_factory):
     """Vocabulary maps are kept in the user's cache: not in that of who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_ends_of_runs():
+    """What costs a run of a few updates the most is its end: samples of 128 tokens, and the wait for the disk, which is
+    for the case that the power fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAMPLE_TOKENS", 8)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

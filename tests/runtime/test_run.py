@@ -172,7 +172,7 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
         responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
         again = evaluation.score(responses, examples)["rouge_l"]
     assert again == pytest.approx(scores[step], rel=1e-5)
-    greedy = evaluation.respond(student, tokenizer, prompts[:5], 80)
+    greedy = evaluation.respond(student, tokenizer, prompts[:5], train.SAMPLE_TOKENS)
     samples = (run / "samples.txt").read_text()
     assert all(f"{prompt}\n### response\n{reply}" in samples for prompt, reply in zip(prompts, greedy, strict=False))
 
