@@ -85,6 +85,16 @@ def tiny_task(tmp_path_factory):
 
 
 @pytest.fixture
+def small_task(monkeypatch):
+    """The embedded task with 300 examples for its teacher, 40 for its student, 11 to test on, and smaller models."""
+    make_data = tiny.make_data
+    monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11))
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    monkeypatch.setattr(tiny, "TEACHER", {**tiny.TEACHER, **small})
+    monkeypatch.setattr(tiny, "STUDENT", {**tiny.STUDENT, "n_embd": 16, "n_layer": 1})
+
+
+@pytest.fixture
 def stopped_by_ctrl_c():
     """`with stopped_by_ctrl_c():` a run of train.main ends right behind its first checkpoint, as by Ctrl-C twice."""
 

@@ -193,6 +193,13 @@ def sentencepiece(vocabulary, **options) -> Tokenizer:
     return tokenizer
 
 
+def wordpiece() -> Tokenizer:
+    """One that cannot be aligned."""
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return tokenizer
+
+
 def train_byte_level(texts, normalizer) -> Tokenizer:
     """A byte-level tokenizer of these texts, which it changes first."""
     tokenizer = byte_level({})

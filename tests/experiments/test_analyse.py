@@ -30,9 +30,8 @@ def gap(run, setting):
 # The simulation
 
 
-@pytest.mark.parametrize("divergence", ["fkl", "rkl", "js"])
-def test_a_shared_head_brings_the_states_to_the_teachers(divergence):
-    run = analyse.simulate(divergence, vocabulary=16, steps=3000, **SMALL)
+def test_a_shared_head_brings_the_states_to_the_teachers():
+    run = analyse.simulate("fkl", vocabulary=16, steps=3000, **SMALL)
     assert gap(run, 1) < 0.01
     # a confident teacher leaves the KL divergences flat around its state: close, from 4 away on average, but slowly
     assert (run["student"][1] - run["teacher"]).abs().max() < 0.2

@@ -86,7 +86,7 @@ def test_answers_are_uncertain_for_every_prompt():
 
 def test_gold_answers_and_references_are_valid(data):
     for name, examples in data.items():
-        for example in examples:
+        for example in examples[:1000]:
             answers = example["output"] if name in ("valid", "test") else [example["output"]]
             assert all(tiny.is_valid(example["prompt"], answer) for answer in answers), example
 
@@ -129,9 +129,9 @@ def test_a_foreign_prompt_is_an_error(prompt):
 # -- the data set ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 12345])
+@pytest.mark.parametrize("seed", [0, 12345])
 def test_the_splits_share_no_prompt(seed):
-    data = tiny.make_data(seed, teacher_train=8000, valid=500, test=800)
+    data = tiny.make_data(seed, teacher_train=4000, valid=500, test=800)
     train, valid, test = (
         {example["prompt"] for name in names for example in data[name]}
         for names in (("teacher_train", "student_train"), ("valid",), ("test",))

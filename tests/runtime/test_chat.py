@@ -145,11 +145,12 @@ def test_a_format_without_its_tokens_or_a_second_one_is_refused(tiny_task, chatt
 
 @pytest.mark.parametrize("formats", [("none", "qwen2.5"), ("llama3.2", "none"), ("smollm2", "llama3.2")])
 def test_both_see_the_same_text_in_their_own_format(chatting, formats):
-    """Random examples, cut to random lengths: the context goes first, every wrapper survives, one response for both."""
+    """Random examples, cut to random lengths (test_data.py: what goes first): every wrapper survives, one response for
+    both."""
     both = [read_tokenizer(chatting / name, chat) for name, chat in zip(("student", "teacher"), formats, strict=True)]
     rng, words = random.Random(0), ["the fox ", "café ", "北京", "🍕", "\n", "owl "]
     empty = max(len(t.encode_prompt(t.prompt_text(Example("", ["x"])))) for t in both)
-    cuts = {"none": 0, "input": 0, "instruction": 0, "prompt": 0}
+    cut = {True: 0, False: 0}
 
     def some(most):
         return "q" + "".join(rng.choice(words) for _ in range(rng.randint(0, most))) + "q"
@@ -170,18 +171,8 @@ def test_both_see_the_same_text_in_their_own_format(chatting, formats):
         ends = {side.response[-1] == t.eos_id for side, t in zip((row.student, row.teacher), both, strict=True)}
         assert len(ends) == 1
         assert report.prompts_cut == (shorter != example) == (report.prompt_characters > 0)
-        if shorter == example:
-            cuts["none"] += 1
-        elif example.prompt:
-            cuts["prompt"] += 1
-            assert example.prompt.endswith(shorter.prompt)
-        elif shorter.instruction == example.instruction:
-            cuts["input"] += 1
-            assert example.input.startswith(shorter.input)
-        else:
-            cuts["instruction"] += 1
-            assert shorter.input == "" and example.instruction.startswith(shorter.instruction)
-    assert min(cuts.values()) > 3, cuts
+        cut[shorter != example] += 1
+    assert min(cut.values()) > 10, cut
 
 
 def test_nothing_but_the_wrapper_is_an_error(chatting):
@@ -203,22 +194,15 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
     """transformers stops at the end of its turn; evaluation, a further run and --resume know the format."""
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "run"
-    options = {"method": "sft", "teacher": None, "student_chat": "qwen2.5", "max_steps": 40, "lr": 1e-2, **LONG}
+    options = {"method": "sft", "teacher": None, "student_chat": "qwen2.5", **LONG}
     train.main(arguments(chatting, out, **options))
     assert chat_of(out / "student") == "qwen2.5" and chat_of(chatting / "student") == "none" == chat_of("gpt2")
     assert chat_of(out / "resume") == "none"
-    tokenizer, ours = read_tokenizer(out / "student", "qwen2.5"), model.load_model(out / "student")
+    tokenizer = read_tokenizer(out / "student", "qwen2.5")
     assert read_tokenizer(out / "student").eos_id == tokenizer.eos_id != read_tokenizer(chatting / "student").eos_id
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student")
     assert transformers.AutoTokenizer.from_pretrained(out / "student").eos_token == "<|im_end|>"
-    ended = 0
-    for example in read_jsonl(chatting / "test.jsonl")[:5]:
-        ids = tokenizer.encode_prompt(tokenizer.prompt_text(example))
-        [new] = model.generate(ours, [ids], 30, tokenizer.eos_id, temperature=0)
-        output = theirs.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0]
-        assert output[len(ids) :].tolist() == new
-        ended += new[-1] == tokenizer.eos_id
-    assert ended >= 3
+    served = transformers.GenerationConfig.from_pretrained(out / "student")
+    assert tokenizer.eos_id in (served.eos_token_id if type(served.eos_token_id) is list else [served.eos_token_id])
 
     capsys.readouterr()
     short = ["--data", str(chatting / "test.jsonl"), "--limit", "2", "--greedy", "--device", "cpu", "--max-len", "400"]
@@ -253,7 +237,7 @@ def test_the_teachers_format_changes_what_it_says(chatting, capsys):
         train.main(arguments(chatting, None, method="sft", teacher=None, teacher_chat="qwen2.5"))
 
 
-@pytest.mark.parametrize("options", [{"on_policy": 1}, {"recipe": "v1"}, {"method": "uld"}, {"method": "mined"}])
+@pytest.mark.parametrize("options", [{"on_policy": 1}, {"recipe": "v1"}])
 def test_methods_run_in_two_formats(chatting, tmp_path, options):
     options |= {"teacher_chat": "qwen2.5", "student_chat": "llama3.2", **LONG, "max_len": 360}
     train.main(arguments(chatting, tmp_path / "run", **options))
@@ -277,17 +261,6 @@ def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, mo
     gold, answers = read_jsonl(tmp_path / "two.jsonl"), read_jsonl(tmp_path / "run" / "seqkd.jsonl")
     assert sorted(asked) == sorted(teacher.encode_prompt(teacher.prompt_text(example)) for example in gold)
     assert [(e.prompt, e.instruction, e.input) for e in answers] == [(e.prompt, e.instruction, e.input) for e in gold]
-
-
-def test_answers_for_another_format_are_not_reused(chatting, tmp_path):
-    """The prompts beside them are written down as the student's format takes them, whatever the teacher has read."""
-    options = {"method": "seqkd", "max_steps": 1, **LONG}
-    train.main(arguments(chatting, tmp_path / "run", **options))
-    (tmp_path / "again").mkdir()
-    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
-    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other student_chat: give another --out"):
-        train.main(arguments(chatting, tmp_path / "again", student_chat="smollm2", **options))
-    train.main(arguments(chatting, tmp_path / "again", **options))
 
 
 def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypatch):

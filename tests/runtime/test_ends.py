@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 import eval as evaluation
 import model
 import train
+from baselines.seqkd import read_recipe
 from data import read_jsonl, replace_response, tokenise
 from experiments import tiny
 from runtime.options import Options
@@ -84,21 +85,13 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
 
 def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_path):
     teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
-    options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin"}
+    options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin", "data": tiny_task / "valid.jsonl"}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
     answers = read_jsonl(tmp_path / "run" / "seqkd.jsonl")
-    assert len(answers) == 40 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
+    assert len(answers) == 10 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
     twin = read_tokenizer(tiny_task / "twin")
     assert tokenise(answers, twin)[0][0].student.response == [*twin.encode("The sky is blue."), twin.eos_id]
-
-    # answers that an older version let run on are not taken
-    first, _, rest = (tmp_path / "run" / "seqkd.jsonl").read_text().partition("\n")
-    first = json.loads(first)
-    assert first["seqkd"].pop("ends") == [0, STOP]
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "seqkd.jsonl").write_text(json.dumps(first) + "\n" + rest)
-    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other ends: give another --out"):
-        train.main(arguments(tiny_task, tmp_path / "again", **options))
+    assert read_recipe(tmp_path / "run" / "seqkd.jsonl")["ends"] == [0, STOP]
 
 
 @pytest.mark.parametrize("teacher", ["teacher", "same"])

@@ -100,13 +100,12 @@ def test_padding_share_by_hand():
     assert measure_padding([rows[:1], rows[1:]]) == 0
 
 
-@pytest.mark.parametrize("method", [{"align": "eta"}, {"recipe": "v1", "align": "cma"}, {"method": "mined"}], ids=str)
-def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys, method):
-    """By a budget of tokens, or by gradient accumulation."""
+def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys):
+    """By a budget of tokens, or by gradient accumulation; test_method.py has this for all methods."""
     ways = {"one": {"batch_size": 8}, "budget": {"batch_size": 8, "tokens_per_batch": 130},
             "accumulated": {"batch_size": 2, "grad_accum": 4}}  # fmt: skip
     for name, options in ways.items():
-        train.main(arguments(tiny_task, tmp_path / name, **method, **options))
+        train.main(arguments(tiny_task, tmp_path / name, **options))
     reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
     assert reports[0].startswith("5 batches") and int(reports[1].split()[0]) > 10
     shares = [float(report.split(", ")[1].split("%")[0]) for report in reports]
@@ -125,8 +124,6 @@ def test_bucketed_runs_see_less_padding(tiny_task, tmp_path, capsys):
     reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
     plain, bucketed = (float(report.split(", ")[1].split("%")[0]) for report in reports)
     assert bucketed < plain / 2
-
-
 
 
 # -- ahead of the loop -------------------------------------------------------------------------------------------------
