@@ -72,13 +72,12 @@ def step_of(out) -> int:
 
 
 def kill_again_and_again(tiny_task, tmp_path, kills: int, seed: int, **options) -> None:
-    for name, count in (("whole", 0), ("parts", kills)):
-        words = command(tiny_task, tmp_path / name, **options)
-        plan = {"arguments": words, "out": str(tmp_path / name), "kills": count, "seed": seed, "events": 36,
-                "seconds": 0.7}  # fmt: skip
-        runner = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), json.dumps(plan)]
-        done = subprocess.run(runner, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
+    train.main(command(tiny_task, tmp_path / "whole", **options))
+    plan = {"arguments": command(tiny_task, tmp_path / "parts", **options), "out": str(tmp_path / "parts"),
+            "kills": kills, "seed": seed, "events": 36, "seconds": 0.7}  # fmt: skip
+    runner = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), json.dumps(plan)]
+    done = subprocess.run(runner, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
     assert sum('"killed": true' in line for line in done.stdout.splitlines()) >= kills / 2, done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -98,7 +97,8 @@ def test_a_run_killed_again_and_again(tiny_task, tmp_path, method):
 RESUMED = {
     "eta": {"on_policy": 0.5, "max_len": 60, "seed": 4},  # both kinds of update, before and after
     "cma, adapters": {"recipe": "v1", "lora": 4, "lora_dropout": 0.3, "lora_alpha": 16},
-    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "batch_size": 6, "grad_accum": 2},
+    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "max_len": 60, "batch_size": 6,
+                  "grad_accum": 2},
 }  # the last over the end of an epoch, which is an update of four examples
 
 
@@ -318,7 +318,6 @@ def test_the_embedded_task_goes_on_where_it_was_stopped(small_task, tmp_path, st
     assert "11 test prompts" in capsys.readouterr().out
     for stage in ("teacher", "sft"):
         assert same(*(weights_of(tmp_path / name / stage) for name in ("whole", "parts")))
-    train.main([*words, str(tmp_path / "parts"), "--resume"])  # all stages are finished
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,18 +524,18 @@ def live_tensors() -> int:
 
 
 def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch):
-    """As many tensors are alive before update 35 as before update 21, checkpoints and sampled responses included."""
+    """As many tensors are alive before update 18 as before update 11, checkpoints and sampled responses included."""
     distil, counts = train.distil, []
 
     def counting(*things):
-        counts.append(live_tensors() if len(counts) in (20, 34) else None)
+        counts.append(live_tensors() if len(counts) in (10, 17) else None)
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "prefetch", iter)  # no thread that is somewhere in the middle of the next batch
-    options = {"max_steps": 35, "checkpoint_every": 10, "on_policy": 1, "max_len": 60}
+    options = {"max_steps": 18, "checkpoint_every": 5, "on_policy": 1, "max_len": 60}
     train.main(command(tiny_task, tmp_path / "run", **options))
-    assert counts[20] == counts[34]
+    assert counts[10] == counts[17]
 
 
 @pytest.mark.slow

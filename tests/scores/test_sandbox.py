@@ -242,6 +242,9 @@ def test_only_the_standard_library():
 
 
 TRY = """
+import ctypes, os, resource, signal, socket, sys
+
+
 def successes(*attempts):
     done = []
     for attempt in attempts:
@@ -269,7 +272,6 @@ def test_writing_outside(guards, tmp_path):
               "/tmp/sandbox-test-file", "/dev/shm/sandbox-test-file",
               os.path.expanduser("~/sandbox-test-file"), "/sandbox-test-file"]  # fmt: skip
     code = program(f"""
-        import os
         written = [place for place in {places!r} if successes(
             lambda: open(place, "a").write("theirs"), lambda: os.remove(place), lambda: os.chmod(place, 0),
             lambda: os.symlink("/etc", place))]
@@ -286,7 +288,6 @@ def test_guards_cannot_be_undone(guards):
     if not guards["files"]:
         pytest.skip("no mount namespace")
     code = program("""
-        import ctypes, os, resource
         libc = ctypes.CDLL(None, use_errno=True)
         for where in ("outside", "inside"):
             assert libc.mount(b"none", b"/", None, ctypes.c_ulong(32 | 4096), None) != 0, "remounted " + where
@@ -305,7 +306,6 @@ def test_no_network(guards):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         code = program(f"""
-            import socket
             reached = successes(lambda: socket.getaddrinfo("example.com", 80))
             for address in (("127.0.0.1", {server.getsockname()[1]}), ("1.1.1.1", 53), ("::1", 80)):
                 for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
@@ -323,7 +323,6 @@ def test_no_network(guards):
 
 def test_limits_cannot_be_raised():
     code = program("""
-        import os, resource
         kinds = [getattr(resource, "RLIMIT_" + name) for name in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE")]
         raised = [kind for kind in kinds for pid in (0, os.getpid())
                   if successes(lambda: resource.prlimit(pid, kind, (-1, -1)))]
@@ -335,7 +334,6 @@ def test_other_processes_are_out_of_reach(guards):
     if os.getuid() != 0:
         pytest.skip("the supervisor is of the same user, and only protected from signals")
     code = program("""
-        import ctypes, os, resource
         parent = os.getppid()
         reached = successes(
             lambda: resource.prlimit(parent, resource.RLIMIT_CPU, (0, 0)), lambda: os.kill(parent, 19),
@@ -356,7 +354,6 @@ def test_reading_what_is_hidden_and_writing_through_links(guards, tmp_path):
     home = os.path.expanduser("~")
     hidden = [place for place in sandbox.HIDDEN if place != "/proc"] + [home] * (home != "/")
     code = program(f"""
-        import os, sys
         hidden = {hidden!r}
         known = [os.path.realpath(sys.base_prefix), sys.base_prefix, os.getcwd(), *hidden]
         paths = [os.path.join(place, name) for place in hidden if os.path.isdir(place) for name in os.listdir(place)]
@@ -376,7 +373,6 @@ def test_killing_the_parent(guards):
     if not guards["processes"] and os.getuid() != 0:
         pytest.skip("no process namespace")
     code = program(f"""
-        import os, signal
         signal.signal(15, signal.SIG_IGN)
         for target in (os.getppid(), {os.getpid()}, {os.getppid()}, 1, *([0, -1] if {guards["processes"]} else [])):
             for number in (15, 9):
