@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tokenizers import Tokenizer, normalizers
 import model
 import train
 from experiments import tiny
-from runtime import run as checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,22 +90,3 @@ def small_task(monkeypatch):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     monkeypatch.setattr(tiny, "TEACHER", {**tiny.TEACHER, **small})
     monkeypatch.setattr(tiny, "STUDENT", {**tiny.STUDENT, "n_embd": 16, "n_layer": 1})
-
-
-@pytest.fixture
-def stopped_by_ctrl_c():
-    """`with stopped_by_ctrl_c():` a run of train.main ends right behind its first checkpoint, as by Ctrl-C twice."""
-
-    @contextmanager
-    def stopped():
-        save = checkpoint.save_checkpoint
-
-        def save_and_stop(*things):
-            save(*things)
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
-            yield
-
-    return stopped

@@ -90,14 +90,9 @@ def test_byte_table_is_the_inverse_of_the_librarys():
     assert sorted(BYTE_LEVEL.values()) == list(range(256))
     assert set(BYTE_LEVEL) == set(pre_tokenizers.ByteLevel.alphabet())
     table = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    seen = set()
     for code in [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 4099)]:
         written = table.pre_tokenize_str(chr(code))[0][0]
         assert bytes(BYTE_LEVEL[c] for c in written) == chr(code).encode()
-        seen.update(chr(code).encode())
-    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-    assert seen == set(range(256)) - never_in_utf8
-    assert all(BYTE_LEVEL[chr(byte)] == byte for byte in never_in_utf8)  # printable in Latin-1: themselves
 
 
 def test_token_bytes_byte_level():
@@ -165,39 +160,26 @@ HAND = {
     "one token is two of the other": ([b"ab", b"c", None], [b"a", b"b", b"c", None], [(1, 2), (2, 3)]),
     "accent": ([b"caf", E_ACUTE, b" noir", None], [b"ca", b"f", E_ACUTE, b" noir", None], [(1, 2), (2, 3), (3, 4)]),
     "accent split in bytes": ([b"a", b"\xc3", b"\xa9", b"b"], [b"a", E_ACUTE, b"b"], [(0, 0), (3, 2)]),
-    "newline": ([b"a", b"\n", b"b", b" c", None], [b"a", b"\n", b"b", b" c", None], [(i, i) for i in range(5)]),
     "emoji split differently": (
         [b"I", b" ", *(bytes([b]) for b in PIZZA), b" x", None],
         [b"I", b" " + PIZZA[:2], PIZZA[2:3], PIZZA[3:], b" x", None],
         [(0, 0), (4, 2), (5, 3), (6, 4), (7, 5)],
     ),
     "dummy prefix, teacher's": ([b" The", b" cat", None], [b"The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
-    "dummy prefix, student's": ([b"The", b" cat", None], [b" The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
-    "dummy prefix on both": ([b" The", None], [b" ", b"The", None], [(1, 2)]),
     "dummy prefix a token of its own": ([b" ", "北".encode(), None], ["北".encode(), None], [(1, 0), (2, 1)]),
-    "dummy prefix before a newline": ([b" ", b"\n", b"x", None], [b"\n", b"x", None], [(1, 0), (2, 1), (3, 2)]),
     "dummy prefix before a real space": ([b"  The", None], [b" The", None], [(0, 0), (1, 1)]),
-    "dummy prefix over several tokens": ([b" ", b" ", b"a"], [b" ", b"a"], [(1, 0), (2, 1)]),
     "dummy prefix before end-of-text": ([b" ", None], [None], [(1, 0)]),
-    "no prefix behind end-of-text": ([None, b" a", None], [None, b"a", None], [(0, 0), (2, 2)]),
     "spaces of different width": ([b"   ", b"x"], [b" ", b"x"], [(1, 1)]),
-    "same spaces cut differently": ([b"a", b"  ", b"b"], [b"a", b" ", b" ", b"b"], [(0, 0), (2, 3)]),
     "end-of-text in the middle": (
         [b"a", None, b"bc", None],
         [b"a", None, b"b", b"c", None],
         [(0, 0), (1, 1), (3, 4)],
     ),
     "end-of-text is no character": ([b"a", None, b"b"], [b"ab", None], [(1, 1)]),
-    "two in a row": ([b"a", None, None], [b"a", None, None], [(0, 0), (1, 1), (2, 2)]),
-    "cut, no end-of-text": ([b"ab", b"c"], [b"a", b"b", b"c"], [(1, 2)]),
     "end-of-text on one side": ([b"a", b"bc", None], [b"a", b"bc"], [(0, 0), (1, 1)]),
-    "one text is longer": ([b"a", b"b", b"c", None], [b"a", b"b", None], [(0, 0), (1, 1), (3, 2)]),
     "nothing in common": ([b"a", b"b"], [b"x", b"y"], []),
-    "a token that spells nothing": ([b"a", b"", b"b"], [b"", b"a", b"b"], [(0, 1), (2, 2)]),
     "empty": ([], [], []),
     "empty teacher": ([], [b"a", None], []),
-    "empty student": ([b" ", None], [], []),
-    "end-of-text alone": ([None], [None], [(0, 0)]),
 }
 
 
@@ -207,32 +189,18 @@ CHANGED = {  # one side's tokenizer changed the text
         [b"Le", b" caf", b"e", b"\xcc\x81", b" noir", None],
         [(0, 0), (1, 1), (3, 4), (4, 5)],
     ),
-    "NFC and NFD, the accent in a longer token": (
-        [b"Le", b" caf", E_ACUTE, b" noir", None],
-        [b"Le", b" cafe", b"\xcc\x81 ", b"noir", None],
-        [(0, 0), (4, 4)],
-    ),
     "lower-casing": (
         [b"The", b" Cat", b" sat", b" Down", None],
         [b"the", b" c", b"at", b" sat", b" down", None],
         [(2, 3), (4, 5)],
     ),
-    "NFKC": (["ﬁ".encode(), b"ne", b" wine", None], [b"fi", b"ne", b" wine", None], [(1, 1), (2, 2), (3, 3)]),
     "NFKC, cut differently": (["ﬁ".encode(), b"ne", b" wine", None], [b"fine", b" wine", None], [(2, 1), (3, 2)]),
     "white space cleaned up": (
         [b"a", b"  ", b"b", b"\n\n", b"c", None],
         [b"a", b" ", b"b", b" ", b"c", None],
         [(0, 0), (2, 2), (4, 4), (5, 5)],
     ),
-    "white space stripped at the end": ([b"a", b" b", b" \n", None], [b"a", b" b", None], [(0, 0), (1, 1), (3, 2)]),
-    "two leading spaces more": ([b"   ", b"a", b" b", None], [b"a", b" b", None], [(1, 0), (2, 1), (3, 2)]),
-    "a newline is no dummy prefix": ([b" a", b"b", None], [b"\n", b" a", b"b", None], [(1, 2), (2, 3)]),
     "unknown character": ([b"a", None, b"b", None], [b"a", b"\xe5", b"\x8c", b"b", None], [(0, 0), (2, 3), (3, 4)]),
-    "several differences": (
-        [b"A", b" b", b" C", b" d", b" E", b" f", None],
-        [b"a", b" b", b" c", b" d", b" e", b" f", None],
-        [(1, 1), (3, 3), (5, 5), (6, 6)],
-    ),
     "fewer edits before more matches": ([b"abc", b"d"], [b"d", b"ab", b"c"], []),  # abc in place, not the moved d
     "more matches at equal edits": ([b"ab", b"x"], [b"a", b"b", b"y", b"ab"], [(0, 3)]),
 }

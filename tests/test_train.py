@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -68,7 +68,7 @@ def test_others_may_read_what_they_may_read_of_new_files(tiny_task, tmp_path):
     assert set(modes.values()) == {0o640}, modes
 
 
-def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
+def test_resume_wants_the_same_examples(tiny_task, tmp_path):
     data = tmp_path / "train.jsonl"
     lines = (tiny_task / "train.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines))
@@ -90,7 +90,7 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
     "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
                          ("teacher", {"lora": 2}), (None, {})]
 )  # fmt: skip
-def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctrl_c, changed, options):
+def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, changed, options):
     """What is read again from where it was must be what it was; a student that is trained itself is not read again."""
     for name in ("teacher", "student"):
         shutil.copytree(tiny_task / name, tmp_path / name)
@@ -136,7 +136,7 @@ def test_sampled_responses_change_the_update_and_mix_with_gold_ones(tiny_task, t
         assert (line["generation_share"] > 0) == (line["on_policy"] > 0)
 
 
-def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path, stopped_by_ctrl_c):
+def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path):
     """Also where the run was interrupted before, and in other batches."""
     data = tmp_path / "seven.jsonl"
     data.write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:7]))

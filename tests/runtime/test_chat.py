@@ -23,7 +23,6 @@ from runtime.chat import CHATS
 from runtime.formats import read_examples
 from runtime.run import chat_of
 from runtime.tokenizer import read_tokenizer
-from scores.programs import program_of
 from scores.tasks import DataSet
 
 TEMPLATES = {
@@ -268,18 +267,16 @@ def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypa
 
     def respond(m, tokenizer, prompts, *arguments, **options):
         asked.extend(prompts)
-        return [reply for prompt in prompts for word, reply in REPLIES.items() if word in prompt]
+        return ["It is 2."]
 
-    REPLIES = {"1+1": "It is 2.", "Complete this": "```python\ndef one():\n    return 1\n```", "expert": "[BEGIN]"}
     monkeypatch.setattr(evaluation, "respond", respond)
-    code = CodeTask("assert one() == 1", "one")
     sums = [Example("", ["#### 2"], instruction="1+1?")]
-    exercise = Example("", ["    return 1"], prompt="def one():\n    'one'\n", code=code)
     tokenizer, m = read_tokenizer(chatting / "student", "smollm2"), model.load_model(chatting / "student")
-    scores = evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)
-    assert scores["accuracy"] == [100.0]
-    [response] = respond(m, tokenizer, tokenizer.fit_prompts([exercise], 250))
-    assert "return 1" in program_of(response, exercise.prompt, code.entry_point)  # without running it
+    assert evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)["accuracy"] == [100.0]
+    code = CodeTask("assert one() == 1", "one")
+    exercise = Example("", ["    return 1"], prompt="def one():\n    'one'\n", code=code)
+    asked += tokenizer.fit_prompts([exercise], 250)
+    assert "1+1?" in asked[0] and "Complete this Python function" in asked[1]
     assert all(prompt.startswith("<|im_start|>system") and prompt.endswith("assistant\n") for prompt in asked)
 
 

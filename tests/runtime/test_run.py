@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import eval as evaluation
 import lora
@@ -103,7 +103,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, name):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, name):
     """Bit for bit: weights, projectors, adapters, optimiser and log, with dropout in the student."""
     options = {"max_steps": 6, "log_every": 1, **RESUMED[name]}
     train.main(command(tiny_task, tmp_path / "whole", **options))
@@ -119,7 +119,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_
         assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
 
 
-def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped_by_ctrl_c):
+def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
     """Older runs with LoRA adapted all layers."""
     options = {"on_policy": 1, "max_len": 60, "lora": 4, "max_steps": 3}
     train.main(command(tiny_task, tmp_path / "whole", **options, lora_targets="all-linear"))
@@ -296,28 +296,6 @@ def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_pat
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("there is nothing yet to go on with; start again with: python")
     assert "--resume" not in message and not (tmp_path / "run").exists()
-
-
-def test_the_embedded_task_goes_on_where_it_was_stopped(small_task, tmp_path, stopping_at, monkeypatch, capsys):
-    words = ["--max-steps", "2", "--method", "sft", "--device", "cpu", "--out"]
-    train.main([*words, str(tmp_path / "whole")])
-    with monkeypatch.context() as patch:
-        count, distil = [], train.distil
-
-        def stop(*things):
-            count.append(1)
-            if len(count) == 3:  # the first of the second stage
-                os.kill(os.getpid(), signal.SIGINT)
-            return distil(*things)
-
-        patch.setattr(train, "distil", stop)
-        with pytest.raises(SystemExit, match="130"):
-            train.main([*words, str(tmp_path / "parts")])
-    assert "stopped after update 1 of 2" in capsys.readouterr().err
-    train.main([*words, str(tmp_path / "parts"), "--resume"])
-    assert "11 test prompts" in capsys.readouterr().out
-    for stage in ("teacher", "sft"):
-        assert same(*(weights_of(tmp_path / name / stage) for name in ("whole", "parts")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,19 +477,6 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
         train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
-
-
-def test_a_float16_checkpoint_is_trained_in_float32(tiny_task, tmp_path):
-    for name in ("student", "teacher"):
-        shutil.copytree(tiny_task / name, tmp_path / name)
-        weights = {key: value.half() for key, value in load_file(tiny_task / name / "model.safetensors").items()}
-        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    run = tmp_path / "run"
-    train.main(arguments(tiny_task, run, student=tmp_path / "student", teacher=tmp_path / "teacher"))
-    assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
-    assert all(math.isfinite(value) for line in log_of(run) for value in line.values())
-    with pytest.raises(SystemExit, match="2"):
-        train.main(arguments(tiny_task, tmp_path / "other", dtype="fp16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
