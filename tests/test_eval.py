@@ -86,10 +86,7 @@ def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
         scores = evaluation.score(responses, CODE, "code", unfinished)
         return scores["pass_at_1"], scores["details"]
 
-    passed, details = score([example.outputs[0] for example in CODE])
-    assert passed == 100.0 and [detail["status"] for detail in details] == ["passed", "passed"]
-    passed, details = score(["    return None\n", "def two(): return 3"])
-    assert passed == 0.0 and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
+    assert score([example.outputs[0] for example in CODE])[0] == 100.0
     passed, details = score(["    exit()", "```python\ndef two(): return 2\n```"])
     assert passed == 50.0 and details[1]["program"] == "def two(): return 2\n"
     responses = ["    return 1\n", "def two():\n    return 2\n\ndef two():\n    return 1"]  # cut, perhaps from "1 + 1"

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import arguments
 from safetensors.torch import save_file
 
 import model
@@ -17,16 +18,10 @@ from runtime import load as loading
 def command(tiny_task, tmp_path, capsys, monkeypatch):
     """command(option=value, ...): what that run is refused with. None removes an option, True is a flag."""
     monkeypatch.chdir(tmp_path)
-    usual = {"student": tiny_task / "student", "teacher": tiny_task / "teacher", "data": tiny_task / "train.jsonl",
-             "out": tmp_path / "run", "max_len": 96, "max_prompt_len": 48, "max_steps": 1, "batch_size": 2,
-             "device": "cpu"}  # fmt: skip
 
     def run(**changes):
-        options = {name: value for name, value in {**usual, **changes}.items() if value is not None}
-        arguments = []
-        for name, value in options.items():
-            arguments += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
-        train.main(arguments)
+        usual = {"log_every": None, "max_steps": 1, "batch_size": 2}
+        train.main(arguments(tiny_task, tmp_path / "run", **{**usual, **changes}))
 
     def refused(**changes):
         before = sorted(tmp_path.rglob("*"))
