@@ -134,15 +134,6 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 
 
-def test_what_a_dry_run_asks_for_is_not_written(tiny_task, tmp_path, monkeypatch):
-    few = {"dry_run": True, "batch_size": 2}
-    found = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
-    assert [example.outputs for example in found] == [["a"], ["b"]] and not list(tmp_path.iterdir())
-    answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"])
-    again = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
-    assert [example.outputs for example in again] == [["a"], ["b"], ["c"]]  # the caller takes the first
-
-
 def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypatch):
     calls = []
 
