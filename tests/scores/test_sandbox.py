@@ -28,6 +28,12 @@ def guards():
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def of_files(guards):
+    if not guards["files"]:
+        pytest.skip("no mount namespace")
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(guards, tmp_path, monkeypatch):
     """No file and no process of the sandbox outlives a run."""
@@ -189,9 +195,7 @@ def test_huge_output_is_read_and_dropped():
     assert outcome.passed and outcome.output == "x" * Limits().output
 
 
-def test_many_files_and_full_disk(guards):
-    if not guards["files"]:
-        pytest.skip("no mount namespace")
+def test_many_files_and_full_disk(of_files):
     limits = Limits(files=20, disk_bytes=1 << 20)
     for code in ("for n in range(40): open(f'{n}', 'w').close()", "import os\nfor n in range(40): os.mkdir(f'{n}')",
                  "for n in range(4):\n    open(f'{n}', 'wb').write(bytes(1 << 19))"):  # fmt: skip
@@ -284,9 +288,7 @@ def test_writing_outside(guards, tmp_path):
     assert os.path.getsize(sandbox.__file__) > 0 and os.access(sandbox.__file__, os.R_OK)
 
 
-def test_guards_cannot_be_undone(guards):
-    if not guards["files"]:
-        pytest.skip("no mount namespace")
+def test_guards_cannot_be_undone(of_files):
     code = program("""
         libc = ctypes.CDLL(None, use_errno=True)
         for where in ("outside", "inside"):
@@ -346,9 +348,7 @@ def test_other_processes_are_out_of_reach(guards):
     assert outcome.passed, outcome.reason
 
 
-def test_reading_what_is_hidden_and_writing_through_links(guards, tmp_path):
-    if not guards["files"]:
-        pytest.skip("no mount namespace")
+def test_reading_what_is_hidden_and_writing_through_links(of_files, tmp_path):
     ours = tmp_path / "ours"
     ours.write_text("ours")
     home = os.path.expanduser("~")
