@@ -63,6 +63,8 @@ from runtime.run import (
 from runtime.strict import check_options, choose_alignment, read_projectors
 from runtime.tokenizer import TextTokenizer, count_shared
 
+SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 
@@ -479,12 +481,11 @@ def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer, room = pieces.student_tokenizer, min(o.max_prompt_len, o.max_len - 1)
     prompts = tokenizer.fit_prompts((pieces.valid or pieces.examples)[:5], room)
-    longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
     with gather_parameters(o, pieces):
         if parallel.rank() > 0:
             return
         student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
-        responses = respond(student, tokenizer, prompts, min(128, max(pieces.student.limit - longest, 1)))
+        responses = respond(student, tokenizer, prompts, SAMPLE_TOKENS)
     shown = zip(prompts, responses, strict=True)
     text = "\n\n".join(f"### prompt\n{prompt}\n### response\n{response}" for prompt, response in shown)
     write_text(Path(o.out) / "samples.txt", text + "\n")

@@ -155,8 +155,6 @@ def test_a_rank_above_the_width_and_a_second_adapter():
     adapted = logits_of(m)
     with pytest.raises(ValueError, match="has adapters already"):
         lora.attach(m, 4, 8)
-    with pytest.raises(ValueError, match="merge adapters before saving"):
-        model.save_model(m, "nowhere")
     assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
 
 
@@ -297,6 +295,15 @@ def saved(tmp_path):
     return make
 
 
+def assert_refused(path, message, config=GPT2):
+    """With the file's name, and the model left as it was."""
+    m = random_model({**config, "tie_word_embeddings": False})
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_adapter(m, path)
+    assert str(path) in str(caught.value)
+    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
+
+
 FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 
 
@@ -318,11 +325,7 @@ FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
     ],
 )
 def test_adapters_of_another_kind(saved, field, value, message):
-    m, path = random_model(GPT2), saved(lambda config: config.update({field: value}))
-    with pytest.raises(ValueError, match=message) as caught:
-        load_adapter(m, path)
-    assert str(path) in str(caught.value)
-    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
+    assert_refused(saved(lambda config: config.update({field: value})), message)
 
 
 @pytest.mark.parametrize(
@@ -344,42 +347,32 @@ def test_adapters_of_another_model(saved, key, shape, message):
         tensors.pop(key, None)
         tensors.update({key: torch.ones(shape)} if shape else {})
 
-    m, path = random_model({**GPT2, "tie_word_embeddings": False}), saved(edit_tensors=edit)
-    with pytest.raises(ValueError, match=message):
-        load_adapter(m, path)
-    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
+    assert_refused(saved(edit_tensors=edit), message)
 
 
 def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):
-    with pytest.raises(ValueError, match="no tensors"):
-        load_adapter(random_model(GPT2), saved(edit_tensors=lambda tensors: tensors.clear()))
-    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model"):
-        load_adapter(random_model(LLAMA), saved())
+    assert_refused(saved(edit_tensors=lambda tensors: tensors.clear()), "no tensors")
+    assert_refused(saved(), "transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model", LLAMA)
 
 
 def test_missing_and_damaged_files(saved):
     path = saved()
-    (path / "adapter_model.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes()[:-20])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors not found"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_config.json not found"):
-        load_adapter(random_model(GPT2), path)
+    config, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-20])
+    assert_refused(path, "not a readable safetensors file")
+    tensors.unlink()
+    assert_refused(path, "adapter_model.safetensors not found")
+    config.write_text("{")
+    assert_refused(path, "not valid JSON")
+    config.unlink()
+    assert_refused(path, "adapter_config.json not found")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 METHODS = {
-    "sft": {"method": "sft"},
     "sft of the llama-style model": {"method": "sft", "student": "teacher"},
-    "kd": {"method": "kd", "teacher": "twin"},
     "eta": {"align": "eta"},
     "cma": {"recipe": "v1", "align": "cma"},
 }
@@ -436,18 +429,16 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     assert record["lora_targets"] == adapter["target_modules"] == targets
 
 
-@pytest.mark.parametrize("method", ["eta", "sft of the llama-style model"])
-def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save, method):
+def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save):
     """student/ in transformers and in our loader, and adapter/ on the base in peft, all give the logits trained."""
     import transformers
 
     out = tmp_path / "run"
-    train.main(command(tiny_task, out, method, max_steps=10))
+    train.main(command(tiny_task, out, max_steps=5))
     expected = logits_of(at_save[-1].student.eval())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student").eval()
     assert close(their_logits(theirs), expected) and close(logits_of(model.load_model(out / "student")), expected)
-    source = tiny_task / METHODS[method].get("student", "student")
-    base = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_task / "student").eval()
     assert not close(their_logits(base), expected, 1e-2)
     assert close(their_logits(peft.PeftModel.from_pretrained(base, str(out / "adapter"))), expected)
     both = peft.AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter")).eval()  # finds the base by its config

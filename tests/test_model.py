@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -475,10 +473,3 @@ def test_only_plain_models_are_saved(tmp_path):
         save_model(m, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
-
-def test_works_copied_alone(tmp_path):
-    (tmp_path / "model.py").write_text(Path(model.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import doctest, model; "
-               "failed, run = doctest.testmod(model); sys.exit(failed or not run)"]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr

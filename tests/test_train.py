@@ -7,14 +7,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 import model
 import train
-from experiments import tiny
 from losses import DIVERGENCES
 from runtime.tokenizer import read_tokenizer
 
@@ -50,14 +49,6 @@ def test_every_combination_runs_two_updates(tiny_task, tmp_path, kind, divergenc
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_run_is_deterministic(tiny_task, tmp_path):
-    for name in ("a", "b"):
-        train.main(arguments(tiny_task, tmp_path / name, max_steps=3))
-    train.main(arguments(tiny_task, tmp_path / "c", max_steps=3, seed=7))
-    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
-    assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
-
-
 @pytest.mark.skipif(os.name != "posix", reason="modes are Unix's")
 def test_others_may_read_what_they_may_read_of_new_files(tiny_task, tmp_path):
     before = os.umask(0o027)
@@ -70,7 +61,7 @@ def test_others_may_read_what_they_may_read_of_new_files(tiny_task, tmp_path):
     assert set(modes.values()) == {0o640}, modes
 
 
-def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
+def test_resume_wants_the_same_examples(tiny_task, tmp_path):
     data = tmp_path / "train.jsonl"
     lines = (tiny_task / "train.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines))
@@ -92,7 +83,7 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path, stopped_by_ctrl_c):
     "changed, options", [("teacher", {}), ("student", {"method": "sft", "teacher": None, "lora": 2}),
                          ("teacher", {"lora": 2}), (None, {})]
 )  # fmt: skip
-def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, stopped_by_ctrl_c, changed, options):
+def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, changed, options):
     """What is read again from where it was must be what it was; a student that is trained itself is not read again."""
     for name in ("teacher", "student"):
         shutil.copytree(tiny_task / name, tmp_path / name)
@@ -122,42 +113,18 @@ def test_recompute_changes_no_bit(tiny_task, tmp_path, monkeypatch, options):
     assert calls
 
 
-def test_sampled_responses_change_the_update_and_mix_with_gold_ones(tiny_task, tmp_path):
-    options = {"max_len": 60, "max_steps": 6, "seed": 3}
-    for share in (0, 0.5, 1):
-        train.main(arguments(tiny_task, tmp_path / str(share), on_policy=share, **options))
-    assert not same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
-    first = {share: log_of(tmp_path / str(share))[0] for share in (0, 1)}
-    assert first[1]["ce"] == pytest.approx(first[0]["ce"], rel=1e-6)  # on the gold responses, before any update
-    assert first[1]["kd"] != first[0]["kd"]
-    mixed = log_of(tmp_path / "0.5")
-    assert {line["on_policy"] for line in mixed} == {0, 1}
-    for line in mixed:
-        assert ("sampled_length" in line) == ("generation_tokens_per_second" in line) == (line["on_policy"] > 0)
-        assert (line["generation_share"] > 0) == (line["on_policy"] > 0)
-
-
-def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path, stopped_by_ctrl_c):
-    """Also where the run was interrupted before, by options that older runs did not have, and in other batches."""
+def test_on_policy_begins_after_so_many_epochs(tiny_task, tmp_path):
+    """Also where the run was interrupted before, and in other batches."""
     data = tmp_path / "seven.jsonl"
     data.write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:7]))
     options = {"data": data, "epochs": 3, "max_steps": 0, "checkpoint_every": 1, "max_len": 60}
     after = {"on_policy": 1, "on_policy_after": 1}
-    train.main(arguments(tiny_task, tmp_path / "never", **options))
-    train.main(arguments(tiny_task, tmp_path / "whole", **options, **after))
-    never, whole = log_of(tmp_path / "never"), log_of(tmp_path / "whole")
-    assert [(line["epoch"], line["on_policy"]) for line in whole] == [
+    with stopped_by_ctrl_c():
+        train.main(arguments(tiny_task, tmp_path / "run", **options, **after))
+    train.main(arguments(tiny_task, tmp_path / "run", **options, **after, batch_size=2, grad_accum=2, resume=True))
+    assert [(line["epoch"], line["on_policy"]) for line in log_of(tmp_path / "run")] == [
         (0.5, 0), (1.0, 0), (1.5, 1), (2.0, 1), (2.5, 1), (3.0, 1)
     ]  # fmt: skip
-    assert [line["kd"] for line in whole[:2]] == [line["kd"] for line in never[:2]]
-    for name, changed in {"parts": {}, "split": {"batch_size": 2, "grad_accum": 2}}.items():
-        with stopped_by_ctrl_c():
-            train.main(arguments(tiny_task, tmp_path / name, **options, **after))
-        train.main(arguments(tiny_task, tmp_path / name, **{**options, **after, **changed}, resume=True))
-        assert [line["on_policy"] for line in log_of(tmp_path / name)] == [0, 0, 1, 1, 1, 1]
-    assert same(*(load_file(tmp_path / name / "resume" / "state.safetensors") for name in ("whole", "parts")))
-    with pytest.raises(SystemExit, match="--resume: --on-policy-after is 2, but .* was started with 1"):
-        train.main(arguments(tiny_task, tmp_path / "parts", **{**options, **after, "on_policy_after": 2}, resume=True))
 
 
 def test_the_log_sums_up_the_updates_since_the_last_line():
@@ -294,12 +261,12 @@ def test_vocabularies_that_are_not_of_one_family(tiny_task, tmp_path, capsys):
 
 def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_task, tmp_path):
     transformers = pytest.importorskip("transformers")
-    train.main(arguments(tiny_task, tmp_path / "run", max_steps=20, lr=1e-2))
+    train.main(arguments(tiny_task, tmp_path / "run", max_steps=5, lr=1e-2))
     directory = tmp_path / "run" / "student"
     ours, tokenizer = model.load_model(directory), read_tokenizer(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    for example in json.loads("[" + ",".join((tiny_task / "test.jsonl").read_text().splitlines()) + "]")[:4]:
+    for example in json.loads("[" + ",".join((tiny_task / "test.jsonl").read_text().splitlines()) + "]")[:2]:
         ids = tokenizer.encode(example["prompt"])
         assert their_tokenizer(example["prompt"])["input_ids"] == ids
         new = model.generate(ours, [ids], 20, tokenizer.eos_id, temperature=0)[0]
@@ -350,14 +317,12 @@ def test_schedule_warms_up_and_decays():
 
 def test_training_learns(tiny_task, tmp_path):
     """The loss on 40 examples, seen many times, falls far below that of guessing (log 900 = 6.8)."""
-    options = {"method": "sft", "max_steps": 60, "lr": 2e-2, "batch_size": 20, "log_every": 20}
+    options = {"method": "sft", "max_steps": 40, "lr": 2e-2, "batch_size": 10, "log_every": 20}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
-    assert log_of(tmp_path / "run")[-1]["ce"] < 2.0
+    assert log_of(tmp_path / "run")[-1]["ce"] < 3.0
 
 
-def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path, capsys, monkeypatch):
-    make_data = tiny.make_data
-    monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11))
+def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_task, tmp_path, capsys):
     out = tmp_path / "tiny"
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -371,15 +336,10 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     assert first["sft"]["ce"] == pytest.approx(first["dskd-v2"]["ce"], rel=1e-6)
     assert first["sft"]["student_tokens"] == first["dskd-v2"]["student_tokens"]
 
-    train.main(["--max-steps", "2", "--out", str(out), "--recipe", "v1", "--device", "cpu"])  # reuses teacher and twin
-    assert "dskd-v1" in capsys.readouterr().out
-    train.main(["--max-steps", "2", "--out", str(out), "--on-policy", "1", "--device", "cpu"])
-    assert "dskd-v2-on-policy" in capsys.readouterr().out
-    assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
-    for method in ("seqkd", "mined"):
-        train.main(["--max-steps", "2", "--out", str(out), "--method", method, "--device", "cpu"])
+    for words, name in (["--recipe", "v1", "--on-policy", "1"], "dskd-v1-on-policy"), (["--method", "seqkd"], "seqkd"):
+        train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu", *words])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:] == ["teacher", "sft", method]
+        assert rows[2:] == ["teacher", "sft", name]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import arguments
 from safetensors.torch import save_file
 
 import model
@@ -17,16 +18,10 @@ from runtime import load as loading
 def command(tiny_task, tmp_path, capsys, monkeypatch):
     """command(option=value, ...): what that run is refused with. None removes an option, True is a flag."""
     monkeypatch.chdir(tmp_path)
-    usual = {"student": tiny_task / "student", "teacher": tiny_task / "teacher", "data": tiny_task / "train.jsonl",
-             "out": tmp_path / "run", "max_len": 96, "max_prompt_len": 48, "max_steps": 1, "batch_size": 2,
-             "device": "cpu"}  # fmt: skip
 
     def run(**changes):
-        options = {name: value for name, value in {**usual, **changes}.items() if value is not None}
-        arguments = []
-        for name, value in options.items():
-            arguments += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
-        train.main(arguments)
+        usual = {"log_every": None, "max_steps": 1, "batch_size": 2}
+        train.main(arguments(tiny_task, tmp_path / "run", **{**usual, **changes}))
 
     def refused(**changes):
         before = sorted(tmp_path.rglob("*"))
@@ -68,21 +63,7 @@ def test_the_usual_options_are_accepted(command, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
-
-
-def truncate(directory, keep):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-@pytest.mark.parametrize("role, keep", [("student", -1), ("teacher", 5)])
-def test_truncated_weights(command, copy, role, keep):
-    """What else can be wrong with a model: test_strict.py; with its files: test_hub.py and test_fuzz.py."""
-    directory = copy(role)
-    truncate(directory, keep)
-    expected = f"{directory / 'model.safetensors'}: not a readable safetensors file"
-    assert contains(command(**{role: directory}), expected, "fetch it again")
+# Models. What can be wrong with one: test_strict.py, test_hub.py and test_fuzz.py
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "data"])
@@ -302,8 +283,8 @@ def test_resume_with_other_options(command, tmp_path):
 def test_refused_input_can_be_mended_with_the_same_out(command, tmp_path, copy):
     directory = copy("student")
     weights = (directory / "model.safetensors").read_bytes()
-    truncate(directory, 100)
-    command(student=directory)
+    (directory / "model.safetensors").write_bytes(weights[:100])
+    assert contains(command(student=directory), f"{directory / 'model.safetensors'}: not a readable safetensors file")
     (directory / "model.safetensors").write_bytes(weights)
     command.run(student=directory)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["student"] == str(directory)

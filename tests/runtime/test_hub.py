@@ -141,19 +141,15 @@ def test_malformed_index_is_named(tmp_path, content):
         model_directory(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["gpt3", "a/b/c", "./gpt2-of-mine", "/nowhere/model"])
-def test_unknown_model_lists_the_presets(name):
-    with pytest.raises(FileNotFoundError) as caught:
-        model_directory(name)
-    message = str(caught.value)
-    assert repr(name) in message and all(preset in message for preset in ["tiny", *MODELS])
+UNKNOWN = [(model_directory, (name,), ["tiny", *MODELS]) for name in ("gpt3", "a/b/c", "./gpt2-of-mine", "/nowhere/m")]
+UNKNOWN += [(data_file, (name, "train"), DATASETS) for name in ("dolly2", "absent.jsonl", "a/b")]
 
 
-@pytest.mark.parametrize("name", ["dolly2", "absent.jsonl", "a/b"])
-def test_unknown_data_lists_the_sets(name):
+@pytest.mark.parametrize("find, arguments, known", UNKNOWN)
+def test_an_unknown_name_is_answered_with_those_that_are_known(find, arguments, known):
     with pytest.raises(FileNotFoundError) as caught:
-        data_file(name, "train")
-    assert repr(name) in str(caught.value) and all(known in str(caught.value) for known in DATASETS)
+        find(*arguments)
+    assert all(name in str(caught.value) for name in [repr(arguments[0]), *known])
 
 
 @pytest.mark.parametrize("name", hub.BY_HAND)

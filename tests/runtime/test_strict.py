@@ -102,10 +102,6 @@ def test_shards(tmp_path):
         index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": escape}}))
         with pytest.raises(ValueError, match="is not a plain file name"):
             check_model(tmp_path)
-    for broken in ({}, {"weight_map": []}, {"weight_map": {"transformer.wte.weight": 1}}):
-        index.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="expected a weight_map"):
-            check_model(tmp_path)
     index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": "model-3.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="model-3.safetensors not found, but .*index.json lists"):
         check_model(tmp_path)
