@@ -14,7 +14,7 @@ import train
 from model import read_json
 
 # All methods wait for the terms and for the gradient's norm.
-MORE_WAITS = {"eta": 2, "cma": 1, "none": 1}  # for the tokens that align and that agree; CMA's moments; those that agree
+MORE_WAITS = {"eta": 2, "cma": 1, "none": 1}  # for the aligned and the agreeing tokens; CMA's moments; the agreeing
 
 
 @pytest.fixture(scope="module")
