@@ -425,7 +425,7 @@ def hugging_face_names(m: Decoder) -> dict[str, str]:
     return {ours: rename(ours) for ours, _ in m.named_parameters()}
 
 
-def build_model(config: dict) -> Decoder:
+def build_model(config: dict, device="cpu") -> Decoder:
     """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1.
 
     As in GPT-2, whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed.
@@ -433,7 +433,7 @@ def build_model(config: dict) -> Decoder:
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
     try:
-        m.to_empty(device="cpu")
+        m.to_empty(device=device)
     except RuntimeError as error:
         size = sum(parameter.numel() for parameter in m.parameters())
         raise ValueError(f"build_model: a model of {size:,} parameters does not fit into the memory") from error

@@ -1,6 +1,7 @@
 """What a CUDA device computes is what the CPU computes; run with `python -m pytest -m cuda`, three minutes on an H100.
 
-With DEVICE=cpu the same tests run without a card, to try them: `DEVICE=cpu python -m pytest -m cuda`, fast with `-k eager`.
+With DEVICE=cpu the same tests run without a card, to try them: `DEVICE=cpu python -m pytest -m cuda`. What is compiled
+is slow there; `-k "not compiled"` leaves it out.
 """
 
 import copy
