@@ -435,12 +435,12 @@ def hugging_face_names(m: Decoder) -> dict[str, str]:
     return {f"{module}.{rest}": f"{names[module]}.{rest}" for module, rest in parts}
 
 
-def build_model(config: dict) -> Decoder:
+def build_model(config: dict, device="cpu") -> Decoder:
     """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1; as in GPT-2,
     whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed."""
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
-    m.to_empty(device="cpu")
+    m.to_empty(device=device)
     c = read_config(config)
     for name, parameter in m.named_parameters():
         if parameter.dim() == 2:
@@ -554,6 +554,7 @@ class KVCache:
 
     def __init__(self, prompt_lengths: torch.Tensor):
         self.lengths = prompt_lengths  # (B,) tokens stored per sequence, once the prompts are in
+        self.rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
         self.slots = 0
         self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
         self.values: list[torch.Tensor] = []
@@ -565,9 +566,8 @@ class KVCache:
             for new, buffers in ((k, self.keys), (v, self.values)):
                 buffers.append(F.pad(new, (0, 0, 0, self.slots - new.size(2))))
             return k, v
-        rows = torch.arange(len(k), device=k.device)
-        self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
-        self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+        self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
         return self.keys[layer], self.values[layer]
 
     def make_room(self, tokens: int) -> None:
@@ -582,7 +582,7 @@ class KVCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all sequences but these."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
         for buffers in (self.keys, self.values):
             for layer in range(len(buffers)):  # one at a time: the peak is one layer's copy
                 buffers[layer] = buffers[layer][rows]
@@ -592,7 +592,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     """One token id per row of logits (B, V) -> (B,): greedy at temperature 0, else from softmax(logits / temperature).
 
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
-    Raises FloatingPointError for logits that are not finite.
+    -1 for a row whose logits are not finite: to raise for it would be one more wait for the device.
     """
     logits = logits.float()
     if temperature == 0:
@@ -602,8 +602,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probabilities = logits.softmax(-1)
-    if probabilities[:, 0].isnan().any():  # one logit that is inf or nan makes its whole row nan
-        raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
+    spoilt = probabilities[:, 0].isnan()  # one logit that is inf or nan makes its whole row nan
     if top_p < 1:
         likeliest, ids = probabilities.sort(dim=-1, descending=True)
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
@@ -614,7 +613,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     whole = mass[:, -1:]
     draw = torch.rand(len(mass), 1, generator=generator, device=mass.device) * whole
     below = torch.nextafter(whole, torch.zeros_like(whole))  # so that a draw that was rounded up finds a token too
-    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1)
+    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1).masked_fill(spoilt, -1)
 
 
 @torch.no_grad()
@@ -627,7 +626,7 @@ def generate(
     one per prompt), or when prompt and new ids fill all positions. Only ids below `vocabulary` are drawn (None: all
     rows of the head, also those that pad it). temperature 0 is greedy; seed=None draws from torch's global generator.
     Greedy results do not depend on the batch; sampled ones do, for a seed fixes the draws of the batch as a whole.
-    Raises ValueError for impossible arguments.
+    Raises ValueError for impossible arguments, FloatingPointError for logits that are not finite.
     """
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
@@ -660,7 +659,10 @@ def generate(
         hidden = m(ids, cache=cache, real=real)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
         while True:
             tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
-            for i, token in zip(rows, tokens.tolist(), strict=True):
+            drawn = tokens.tolist()  # the one wait for the device
+            if min(drawn) < 0:
+                raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
+            for i, token in zip(rows, drawn, strict=True):
                 if budget[i] > 0:
                     outputs[i].append(token)
                     budget[i] = 0 if token in ends else budget[i] - 1

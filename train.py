@@ -172,7 +172,7 @@ class Method(nn.Module):
         if self.align == "none":
             return TeacherAnswer(hidden, slice(None), predicted)
         label = self.student_token[predicted]
-        known = label >= 0  # eq. 14: only pairs whose prediction exists in the student's vocabulary
+        known = (label >= 0).nonzero()[:, 0]  # eq. 14: only pairs whose prediction exists in the student's vocabulary
         return TeacherAnswer(hidden[known], batch.student_index[known], label[known])
 
     @torch.no_grad()
@@ -188,7 +188,8 @@ class Method(nn.Module):
         if self.recipe is not None and self.recipe.average_stu == "agreeing":
             for answer in said:
                 predicted = predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
-                agreeing += int((predicted == answer.label).sum())
+                agreeing += (predicted == answer.label).sum()
+            agreeing = int(agreeing)  # one wait for the device, not one for each batch
         if self.align == "cma":
             each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, said, strict=True)]
             moments = [sum(column) for column in zip(*each, strict=True)]
@@ -209,20 +210,20 @@ class Method(nn.Module):
         """
         o, side, head = self.o, batch.student, student.head_weight
         hidden, gold = hidden_at(student, side), side.labels if is_gold else None  # (N, d), (N,)
-        chunk = {"chunk": o.chunk} if o.chunk else {}
+        how = {"chunk": o.chunk, "fused": o.compile and head.is_cuda} if o.chunk else {}
         if answer is None:
             rate = 0.0 if self.name == "sft" else o.kd_rate
-            return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **chunk)
+            return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **how)
         teacher_head, counts = self.teacher.head_weight, totals.counts
         if self.name == "kd":
             options = counts, o.divergence, o.temperature, o.kd_rate
             teacher_head = teacher_head[self.teacher_shared]  # the divergence is over these rows
-            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, *options, **chunk)
+            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, *options, **how)
         states = hidden, gold, answer.rows, answer.hidden, head, teacher_head
         if self.name == "uld":
-            return uld.uld_loss(*states, counts, o.kd_rate, **chunk)
+            return uld.uld_loss(*states, counts, o.kd_rate, **how)
         if self.name == "mined":
-            return mined.mined_loss(*states, *self.columns, counts, o.temperature, o.kd_rate, **chunk)
+            return mined.mined_loss(*states, *self.columns, counts, o.temperature, o.kd_rate, o.chunk)
 
         if self.align == "cma":
             ours = ResponseTokens(side.inputs, side.labels, side.lengths, student.embed.weight, hidden)
@@ -232,7 +233,7 @@ class Method(nn.Module):
             t2s_hidden, s2t_hidden = self.projectors.t2s(answer.hidden), self.projectors.s2t(hidden[answer.rows])
         return self.objective.dskd_loss(
             hidden, gold, answer.rows, t2s_hidden, answer.label, s2t_hidden, answer.hidden, head, teacher_head,
-            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **chunk,
+            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **how,
         )  # fmt: skip
 
 
