@@ -653,10 +653,10 @@ def generate(
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
         real = [row * longest + at for row, i in enumerate(rows) for at in range(len(prompts[i]))]
-        real = torch.tensor(real, device=device)
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,)
         cache = KVCache(lengths)
-        hidden = m(ids, cache=cache, real=real)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
+        hidden = m(ids, cache=cache, real=torch.tensor(real, device=device))  # (B, T, D)
+        hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
         while True:
             tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
             drawn = tokens.tolist()  # the one wait for the device
