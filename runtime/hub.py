@@ -53,7 +53,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 
 def model_directory(name: str, weights: bool = True) -> Path:
-    """The local directory of a model: `name` is a directory, a preset, or a hub repository `owner/model`.
+    """The local directory of a model: `name` is a directory, of a model or a run, a preset, or a hub repository
+    `owner/model`.
 
     Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run. Raises
     FileNotFoundError saying which files are missing, and where they could be put, if there is neither a directory, nor
@@ -92,9 +93,9 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
 
     files, said = {file.name for file in directory.iterdir()}, ""
     inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
-    if inside:
+    if missing[0] == "config.json" and inside:
         said += f"; there is a model in {' and in '.join(inside[:4])}"
-    elif "args.json" in files:
+    elif missing[0] == "config.json" and "args.json" in files:
         said += "; it is a run without a checkpoint, --resume goes on with it"
     if missing[-1] not in MODEL_FILES and any(file.startswith("pytorch_model") for file in files):
         said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
