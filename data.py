@@ -29,13 +29,14 @@ from align import exact_token_alignment
 
 # The Alpaca template, in the form that the Dolly-based KD papers use (MiniLLM, arXiv 2306.08543)
 TASK = "Below is an instruction that describes a task"
-ASK, ANSWER = "\n\n### Instruction:\n", "\n\n### Response:\n"
-PROMPT = TASK + ". Write a response that appropriately completes the request." + ASK + "{instruction}" + ANSWER
+PROMPT = TASK + (
+    ". Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
 PROMPT_WITH_INPUT = TASK + (
     ", paired with an input that provides further context. Write a response that appropriately completes the request."
-    + ASK + "{instruction}\n\n### Input:\n{input}" + ANSWER
-)  # fmt: skip
-MARKS = {"user": ASK, "assistant": ANSWER, "system": "\n\n"}  # of the turns before
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+MARKS = {"user": "\n\n### Instruction:\n", "assistant": "\n\n### Response:\n", "system": "\n\n"}  # before each turn
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Example:
         if self.prompt is not None:
             return "\n\n".join([*(turn["content"] for turn in self.history), self.prompt])
         template = PROMPT_WITH_INPUT if self.input else PROMPT
-        task, mark, ask = template.format(instruction=self.instruction, input=self.input).partition(ASK)
+        task, mark, ask = template.format(instruction=self.instruction, input=self.input).partition(MARKS["user"])
         return task + "".join(MARKS[turn["role"]] + turn["content"] for turn in self.history) + mark + ask
 
 

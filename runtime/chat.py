@@ -82,6 +82,5 @@ class ChatTemplate:
 
     def as_trained(self) -> str:
         """The source, with this `enable_thinking` where none is given, as `transformers` gives none by itself."""
-        default = f"{{% set enable_thinking = {str(self.thinking).lower()} %}}"
-        default = f"{{% if enable_thinking is not defined %}}{default}{{% endif %}}\n"
-        return default * ("enable_thinking" in self.source) + self.source
+        default = f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {str(self.thinking).lower()} %}}"
+        return f"{default}{{% endif %}}\n" * ("enable_thinking" in self.source) + self.source

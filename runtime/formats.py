@@ -18,8 +18,8 @@ ASKS = "prompt", "instruction", "question", "problem", "query"  # which a pair m
 ANSWERS = "output", "completion", "response", "solution", "answer"
 CONTEXTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "system_message")
 UNREAD = set(  # of a record or a turn: what changes the text in a way that is not understood
-    "tools functions tool_calls function_call document documents passage image images video videos audio audios choices "
-    "options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
+    "tools functions tool_calls function_call document documents passage image images video videos audio audios "
+    "choices options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
 )
 ROLES = dict.fromkeys(["user", "human", "prompter"], "user") | dict.fromkeys(["system", "developer"], "system")
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "assistant")
@@ -27,9 +27,7 @@ ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "
 
 def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
     """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows.
-
-    Raises ValueError naming the file, the place and the key of what is wrong, and what the record looks like.
-    """
+    Raises ValueError naming the file, the place and the key of what is wrong, and what the record looks like."""
     examples = [read_record(record, where) for where, record in read_records(path, first, last)]
     empty = [example.where.removeprefix(f"{path}, ") for example in examples if not all(example.outputs)]
     if empty:
@@ -85,10 +83,8 @@ def read_parquet(path: str | Path, content: bytes) -> list[dict]:
         from pyarrow import parquet  # of a package that nothing else needs
 
         return parquet.read_table(io.BytesIO(content)).to_pylist()
-    except ImportError as error:
-        raise ValueError(f"{path}: a parquet file, which pyarrow reads: pip install pyarrow, or give JSONL") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: looks like a parquet file, but cannot be read: {error}") from error
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: parquet, which takes pyarrow to read (or give JSONL): {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,10 +123,9 @@ def read_pair(record: dict, where: str) -> Example:
     if not asks or not answers:
         raise ValueError("neither 'prompt' nor 'instruction'" if not asks else "the response is missing")
     outputs = get_strings(record, answers[0])
-    if asks[0] == "problem" and answers[0] in ("solution", "answer"):
-        solution, answer = get_string(record, "solution", ""), get_string(record, "answer", "")
-        if answer and "\\boxed{" not in solution:  # MATH's own solutions mark the final answer
-            outputs = [f"{solution}\n#### {answer}".lstrip()]
+    if asks[0] == "problem" and answers[0] in ("solution", "answer") and record.get("answer"):
+        solution = get_string(record, "solution", "")  # MATH's own marks the final answer
+        outputs = [solution if "\\boxed{" in solution else f"{solution}\n#### {get_string(record, 'answer')}".lstrip()]
     if asks[0] == "prompt":  # it is whole: an instruction beside it is what it was made of
         if not get_string(record, "prompt"):
             raise ValueError("'prompt' is empty, so that nothing could predict the first response token")

@@ -152,8 +152,8 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
             why += "no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
         raise ValueError(f"{directory}: {why}")
     named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
-    tokens = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
-    tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    named = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
+    tokens = {name: token for name, token in named.items() if isinstance(token, str)}
     name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
     return ChatTemplate(source, tokens, name, source == own, chat == "thinking")
 
