@@ -139,8 +139,8 @@ def tokenise(
             raise ValueError(f"{example.where}: the response has no tokens")
         if align == "none" and sides[0].response != sides[-1].response:
             raise ValueError(
-                f"{example.where}: the tokenizers have the same vocabulary but cut this response differently; "
-                "use --align eta (recipe v2) or cma (recipe v1)"
+                f"{example.where}: the tokenizers cut this response differently, or one has a token of it that the "
+                "other lacks; use --align eta (recipe v2) or cma (recipe v1)"
             )
         rows.append(Row(*sides))
         if align == "eta":
@@ -237,7 +237,8 @@ def replace_response(row: Row, response: list[int], student, teacher, max_len: i
     - end-of-text stands on both sides or on neither; it replaces any other end that the student wrote;
     - what does not fit into the teacher's `max_len` is cut off both.
 
-    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room.
+    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room; with
+    `align` "none" also where the teacher lacks one of the tokens.
     """
     if response and response[-1] in student.end_ids:
         response = [*response[:-1], student.eos_id]
@@ -253,6 +254,8 @@ def replace_response(row: Row, response: list[int], student, teacher, max_len: i
     room = max_len - len(row.teacher.prompt)
     length = find_longest(len(response), lambda n: len(for_teacher(n)) <= room) if response else 0
     if length < 1 or not for_teacher(length):
+        return row
+    if align == "none" and student.names(response) != teacher.names(response):
         return row
     sampled = Row(Side(row.student.prompt, response[:length]), Side(row.teacher.prompt, for_teacher(length)))
     if align == "eta":

@@ -36,7 +36,7 @@ class Options:
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option(
-        "auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
+        "auto", "auto: none for vocabularies of one family, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
     )
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
@@ -83,6 +83,7 @@ class Options:
     resume: bool = option(False, "go on with the run in --out")
     checkpoint_every: int = option(0, "updates between checkpoints and held-out scores (0: every epoch)")
     log_every: int = option(10, "updates between lines of log.jsonl")
+    tensorboard: bool = option(False, "also write the log as TensorBoard's event files (needs that package)")
     dry_run: bool = option(False, "no update, no dropout: print the loss terms of the first --batch-size lines")
 
 

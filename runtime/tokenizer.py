@@ -1,9 +1,11 @@
 """A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, models
@@ -85,11 +87,14 @@ class TextTokenizer:
 # Reading
 
 
-def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False) -> TextTokenizer:
+def read_tokenizer(
+    directory: str | Path, chat: str = "none", bos: bool = False, rows: int | None = None
+) -> TextTokenizer:
     """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
     name. Raises ValueError naming the file that is wrong.
 
     chat: as in `read_chat`, or "none" for the plain template. What ends a turn in a chat template is end-of-text.
+    rows: the model's embeddings. A special token beyond them, often for padding, is left out, with a note.
     bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in GPT-2's),
     unless the chat template begins so by itself.
     """
@@ -97,6 +102,10 @@ def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False)
     tokenizer = open_tokenizer(file)
     template = None if chat == "none" else read_chat(directory, tokenizer, chat)
     end_ids = find_ends(directory, tokenizer, template)
+    if rows is not None:
+        written = template.source if template else ""
+        tokenizer = leave_out_tokens(file, tokenizer, rows, tokenizer.id_to_token(end_ids[0]), written)
+        end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, template)
     except ValueError as error:  # nobody knows what its tokens spell
@@ -128,6 +137,22 @@ def open_tokenizer(file: Path) -> Tokenizer:
     if not 0 <= largest < 2**24 or distinct < len(ids):  # all ids are listed, up to the last
         raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {largest}: not a vocabulary")
     return tokenizer
+
+
+def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, written: str) -> Tokenizer:
+    """The tokenizer without the special tokens whose ids are `rows` and above, but for the end and those that the chat
+    template `written` writes: the names of the others are then text like any other."""
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    beyond = {token: i for token, i in special.items() if i >= rows and token != end and token not in written}
+    if not beyond:
+        return tokenizer
+    named = ", ".join(f"{token} ({i})" for token, i in beyond.items())
+    say_once(f"{file}: the model has no embedding for {named}; left out, their names are text like any other")
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"] = {token: i for token, i in content["model"]["vocab"].items() if token not in beyond}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -204,12 +229,26 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     if tokenizer.size > rows:
         last = tokenizer.size - 1
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart} "
+            f"(the first without one is {tokenizer.names([rows])!r})"
         )
     if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
         raise ValueError(
             f"{tokenizer.directory}: the model has {rows} embeddings, the tokenizer only {tokenizer.size} ids; {apart}"
         )
+
+
+def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
+    """How many ids, from 0 on, both vocabularies have for the same tokens, where they are of one family: where only
+    added tokens, special ones mostly, follow, and end-of-text is the same. 0 where they are not."""
+    vocabularies = [tokenizer.tokenizer.get_vocab() for tokenizer in (teacher, student)]
+    apart = vocabularies[0].items() ^ vocabularies[1].items()
+    shared = min((index for _, index in apart), default=teacher.size)
+    for tokenizer, vocabulary in zip((teacher, student), vocabularies, strict=True):
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+        if any(index >= shared and index not in added for index in vocabulary.values()):
+            return 0
+    return shared if teacher.eos_id == student.eos_id < shared else 0
 
 
 def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: bool, bos_is_open: bool) -> None:
@@ -230,6 +269,12 @@ def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: 
                   "code); --bos adds it"]  # fmt: skip
     for note in notes:
         print(f"note: {directory}: {note}", file=sys.stderr)
+
+
+@cache
+def say_once(note: str) -> None:
+    """A note on standard error, the first time that it comes up."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 def read_if_there(path: Path) -> dict:

@@ -16,10 +16,12 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def spread(values: list[float]) -> str:
-    """mean ± standard deviation"""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
+    """mean ± standard deviation (of a sample: n − 1)"""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
 
 
 def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:

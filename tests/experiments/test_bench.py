@@ -1,5 +1,6 @@
 """bench.py: the official rule and the made-up text are what they claim to be, and every case runs and reports."""
 
+import gc
 import importlib.util
 import json
 import statistics
@@ -34,7 +35,7 @@ MINIATURE = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return bench.stand_in(MINIATURE, 20, tmp_path_factory.mktemp("text") / "made up")
+    return bench.stand_in(MINIATURE, 8, tmp_path_factory.mktemp("text") / "made up")
 
 
 def test_the_official_rule_and_ours_agree_on_plain_text(text):
@@ -65,8 +66,9 @@ def test_made_up_text_is_as_long_as_dolly(tmp_path):
 
 
 @pytest.mark.parametrize("case", bench.CASES)
-def test_every_case_reports(text, case, capfd):
+def test_every_case_reports(text, case, capfd, monkeypatch):
     """In this process, in miniature, with the check that all alternatives compute the same."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # half of the time, with all that tests have imported
     results = bench.run(MINIATURE, text, "cpu", ["fp32"], [case], run_step=bench.measure_step)
     assert results and all(result.ratio > 0 for result in results if not isinstance(result.other, str))
     assert all("NOT" not in result.note for result in results)

@@ -27,11 +27,8 @@ from runtime.tokenizer import read_tokenizer
 
 METHODS = [
     ({"method": "kd"}, "twin"),
-    ({"method": "uld"}, "teacher"),
     ({"method": "mined"}, "teacher"),
-    ({"recipe": "v1"}, "twin"),
     ({"recipe": "v1"}, "teacher"),
-    ({"recipe": "v2"}, "twin"),
     ({"recipe": "v2"}, "teacher"),
 ]
 every_method = pytest.mark.parametrize("options, teacher", METHODS)
