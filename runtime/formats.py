@@ -21,7 +21,7 @@ UNREAD = set(  # of a record or a turn: what changes the text in a way that is n
     "tools functions tool_calls function_call document documents passage image images video videos audio audios "
     "choices options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
 )
-ROLES = dict.fromkeys(["user", "human", "prompter"], "user") | dict.fromkeys(["system", "developer"], "system")
+ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "assistant")
 
 
@@ -83,7 +83,7 @@ def read_parquet(path: str | Path, content: bytes) -> list[dict]:
         from pyarrow import parquet  # of a package that nothing else needs
 
         return parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: parquet, which takes pyarrow to read (or give JSONL): {error}") from error
 
 

@@ -311,7 +311,7 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
         err = capsys.readouterr().err
         assert ("2 examples in " in err and "student's chat template" in err) == (chat == "own")
         assert ("prompts are not in the model's chat template; --chat own" in err) == (chat == "none")
-        assert json.loads((directory / "eval-test.json").read_text())["chat"] == chat
+        assert json.loads((directory / "eval-test-first-2.json").read_text())["chat"] == chat
 
     train.main(arguments(chatting, tmp_path / "next", teacher=out / "student", **LONG))
     record = json.loads((tmp_path / "next" / "args.json").read_text())
