@@ -95,7 +95,8 @@ def base(chatting, tmp_path):
 @pytest.mark.parametrize("name", SOURCES)
 def test_prompts_are_what_transformers_renders(base, name):
     transformers = pytest.importorskip("transformers")
-    tokens = {"bos_token": BEGINS.get(name, "<|endoftext|>"), "eos_token": ENDS[name]}
+    end = ENDS[name] if "eos_token" in SOURCES[name] or "end▁of" in ENDS[name] else "<|endoftext|>"
+    tokens = {"bos_token": BEGINS.get(name, "<|endoftext|>"), "eos_token": end}
     give_template(base, SOURCES[name], **tokens)
     ours = read_tokenizer(base, "own")
     theirs = transformers.PreTrainedTokenizerFast(
