@@ -40,10 +40,10 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"test": ("11_/valid.jsonl", 0, 10_000)}),
 }
 
-# The hub has these as parquet only, which would take another package to read
+# The hub has these as parquet only, which takes another package to read
 BY_HAND = {  # name: (repository with the JSONL original, file in it)
     "gsm8k": ("https://github.com/openai/grade-school-math", "grade_school_math/data/test.jsonl"),
-    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz, decompressed"),
+    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz"),
     "mbpp": ("https://github.com/google-research/google-research", "mbpp/mbpp.jsonl"),
 }
 
@@ -140,8 +140,8 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     if name in BY_HAND:
         repository, file = BY_HAND[name]
         raise FileNotFoundError(
-            f"{name!r}: the hub has this set as parquet only, which this project does not read; fetch the original, "
-            f"{file} of {repository}, and give its path instead of the name: --data FILE.jsonl"
+            f"{name!r}: the hub has this set as parquet only; fetch that (pyarrow reads it) or the original, {file} of "
+            f"{repository}, and give its path instead of the name: --data FILE"
         )
     if name not in DATASETS:
         names = ", ".join([*DATASETS, *BY_HAND])
