@@ -269,8 +269,10 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11))
     out = tmp_path / "tiny"
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed, progress = capsys.readouterr()
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["teacher", "sft", "dskd-v2"]
+    assert all(stage in progress for stage in ("teacher 1/3:", "sft 2/3:", "dskd-v2 3/3:", "device: cpu"))
     logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
     assert scores["examples"] == 11 and 0 <= scores["rouge_l"] <= 100
@@ -288,7 +290,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(tmp_path,
     for method in ("seqkd", "mined"):
         train.main(["--max-steps", "2", "--out", str(out), "--method", method, "--device", "cpu"])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:] == ["teacher", "sft", method]
+        assert rows[2:5] == ["teacher", "sft", method] and {"dskd-v1", "dskd-v2", "dskd-v2-on-policy"} <= {*rows[5:]}
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

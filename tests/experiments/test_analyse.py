@@ -206,6 +206,24 @@ def test_simulate_command(tmp_path, capsys):
     assert is_png(tmp_path / "new" / "folder" / "simulation.png")
 
 
+def test_curves_command(tiny_task, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    logs = {"a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "valid_ce": 3.0}], "b": [{"step": 1, "loss": 4.0}]}
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [str(tmp_path / name) for name in logs]
+    analyse.main(["curves", *runs, "--out", str(tmp_path)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert rows[0] == ["", "loss", "valid_ce"] and rows[2:] == [[runs[0], "1.0000", "3.0000"], [runs[1], "4.0000", "-"]]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    panels = analyse.draw_curves(logs, ["loss", "valid_ce"]).axes
+    drawn = [[line.get_xydata().tolist() for line in panel.lines] for panel in panels]
+    assert drawn == [[[[1, 2], [2, 1]], [[1, 4]]], [[[2, 3]], []], [[], []]]
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        analyse.main(["curves", "nowhere", "--out", str(tmp_path)])
+
+
 def test_structure_command(tiny_task, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     where = {name: str(tiny_task / name) for name in ("teacher", "student", "twin")}
