@@ -300,11 +300,10 @@ def teacher_moments(teacher: ResponseTokens) -> list[float]:
     """(count, sum, sum of squares) of each of the three tensors of `Deviations`, nine numbers in float64: they add up
     over batches and processes."""
     inputs, labels = teacher.embeddings()
-    moments: list[float] = []
-    for x in (torch.cat([inputs, labels], -1), labels, teacher.hidden):
-        squares = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
-        moments += [x.numel(), float(x.sum(dtype=torch.float64)), float(squares)]
-    return moments
+    three = torch.cat([inputs, labels], -1), labels, teacher.hidden
+    sums = [[x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64) ** 2] for x in three]
+    sums = torch.stack(sum(sums, [])).view(3, 2).tolist()  # one wait for the device
+    return [number for x, both in zip(three, sums, strict=True) for number in (x.numel(), *both)]
 
 
 def deviations(moments: list[float]) -> Deviations:

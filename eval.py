@@ -36,10 +36,10 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.evaluation import parse
 from runtime.formats import read_examples
-from runtime.hub import data_file, model_directory
+from runtime.hub import data_file
+from runtime.load import find_model
 from runtime.report import write_card
 from runtime.run import chat_of, run_of, tokenizer_of, write_text
-from runtime.strict import check_model
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
@@ -172,9 +172,7 @@ def run(options) -> None:
     """Every model's answers to --prompt; or every model on every set, a report of each in a file, and one table."""
     models = {}
     for name in options.directories:  # before anything is loaded: all of them must be there
-        student = Path(name) / "student"
-        models[name] = model_directory(str(student if student.is_dir() else name))
-        check_model(models[name])
+        models[name] = find_model(name, "student")
     if options.prompt:
         return answer(options, models)
     sets = read_sets(options)
@@ -198,7 +196,7 @@ def run(options) -> None:
 
 def open_model(directory: Path, options) -> tuple:
     tokenizer = tokenizer_of(directory, options.chat, options.bos)
-    say_if_forgotten(tokenizer, "--chat", options.bos is None)
+    say_if_forgotten(tokenizer, "--chat", chat_of(directory) == "none", options.bos is None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     return load_model(directory, dtype, options.device), tokenizer
 
@@ -246,7 +244,7 @@ def read_sets(options) -> list[DataSet]:
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
     """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
-    report["chat"] = options.chat or chat_of(directory)
+    report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
     if Path(name).is_dir():
         path = Path(name) / f"eval-{data.name}.json"

@@ -54,10 +54,11 @@ from losses import DIVERGENCES
 from model import Decoder, hidden_at, load_model
 from runtime.device import choose_device
 from runtime.formats import read_examples
-from runtime.hub import data_file, model_directory
+from runtime.hub import data_file
+from runtime.load import find_model
 from runtime.run import read_log, tokenizer_of
 from runtime.show import show_token
-from runtime.strict import check_model, read_projectors
+from runtime.strict import read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
@@ -316,16 +317,8 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 # The commands
 
 
-def find(name: str, weights: bool = True) -> Path:
-    """The model directory of a run, preset, hub repository or directory."""
-    student = Path(name) / "student"
-    directory = model_directory(str(student if student.is_dir() else name), weights)
-    check_model(directory, weights)
-    return directory
-
-
 def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
-    directory = find(name)
+    directory = find_model(name, "student")
     return load_model(directory, device=device).eval(), tokenizer_of(directory)
 
 
@@ -401,7 +394,8 @@ def run_alignment(o: argparse.Namespace) -> None:
     example = next((e for e in read_examples(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
-    directories = [find(name, bool(o.projectors)) for name in (o.teacher, o.student)]
+    roles = {"teacher": o.teacher, "student": o.student}
+    directories = [find_model(name, role, bool(o.projectors)) for role, name in roles.items()]
     teacher, student = map(tokenizer_of, directories)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
     theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)

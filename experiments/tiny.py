@@ -24,9 +24,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import train
-from data import Example, read_jsonl
+from data import Example
 from eval import respond, score
 from model import load_model
+from runtime.formats import read_examples
 from runtime.run import TOKENIZER_FILES, finished_runs, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
@@ -452,7 +453,7 @@ def run(given: dict) -> None:
         seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
     seconds |= finished_runs(root)  # also those of earlier calls
     rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
-    examples = read_jsonl(root / "test.jsonl")
+    examples = read_examples(root / "test.jsonl")
     for name in seconds:
         directory = root / name / "student"
         model = load_model(directory, device=o.device or "cpu")

@@ -2,7 +2,6 @@
 
 import argparse
 
-from runtime.chat import CHATS
 from runtime.device import choose_device, say_device
 from runtime.strict import check_device, check_values
 
@@ -14,7 +13,7 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
 
     what = parser.add_argument_group("what is scored")
     one = what.add_mutually_exclusive_group(required=True).add_argument
-    one("--data", nargs="+", help="named sets (their test split) or JSONL files (no default)")
+    one("--data", nargs="+", help="named sets (their test split) or files (no default)")
     help = "score nothing: print the response to this prompt or, without a text, to each line of standard input"
     one("--prompt", nargs="?", const=True, metavar="TEXT", help=f"{help}; greedy, unless --seeds are given")
     add = what.add_argument
@@ -24,8 +23,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     add("--run-code", action="store_true", help=help)
 
     add = parser.add_argument_group("prompts").add_argument
-    help = "prompts in this chat format (default: the one that a run was trained with, else none)"
-    add("--chat", choices=["none", *CHATS], help=help)
+    help = "chat template of prompts: own (the model's; --chat alone), thinking (own, with thinking), a path, or none"
+    add("--chat", nargs="?", const="own", help=f"{help} (default: as a run was trained, else none)")
     help = "begin prompts as the model's tokenizer begins a text (default: as a run was trained, else not)"
     add("--bos", action=argparse.BooleanOptionalAction, help=help)
     help = "tokens of the prompt; a longer one is cut (default: half of --max-len)"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def model_directory(name: str, weights: bool = True) -> Path:
     """
     if os.path.isdir(name):
         directory = Path(name)
+        student = directory / "student"
+        if (student / "config.json").is_file() and not (directory / "config.json").is_file():
+            directory = student  # of a run
     elif repository := repository_of(name):
         files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
         directory = find_snapshot(repository, "model", files, name)
@@ -74,9 +78,31 @@ def model_directory(name: str, weights: bool = True) -> Path:
         )
     missing = missing_files(directory, weights)
     if missing:
-        hint = "; a student --from-scratch needs no weights" if missing[0] not in MODEL_FILES else ""
-        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{hint}")
+        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{explain_missing(directory, missing)}")
     return directory
+
+
+def explain_missing(directory: Path, missing: list[str]) -> str:
+    """What the directory has instead, and what makes a model's directory of it."""
+
+    def convert(kind: str) -> str:
+        code = f"import sys; from transformers import {kind} as T; T.from_pretrained(sys.argv[1])"
+        code += ".save_pretrained(sys.argv[1])"
+        return f'; if you trust them, convert once: python -c "{code}" {shlex.quote(str(directory))}'
+
+    files, said = {file.name for file in directory.iterdir()}, ""
+    inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
+    if inside:
+        said += f"; there is a model in {' and in '.join(inside[:4])}"
+    elif "args.json" in files:
+        said += "; it is a run without a checkpoint, --resume goes on with it"
+    if missing[-1] not in MODEL_FILES and any(file.startswith("pytorch_model") for file in files):
+        said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
+    if missing[0] not in MODEL_FILES:
+        said += "; a student --from-scratch needs no weights"
+    if "tokenizer.json" in missing and files & {"vocab.json", "merges.txt", "tokenizer.model"}:
+        said += f"; its older tokenizer files are not read{convert('AutoTokenizer')}"
+    return said
 
 
 def repository_of(name: str) -> str | None:

@@ -15,17 +15,18 @@ from torch import nn
 
 import lora
 from baselines import mined, seqkd, uld
-from data import Batch, Example, Row, collate, cut_prompt, make_example, tokenise
+from data import Batch, Example, Row, collate, cut_prompt, tokenise
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import put_on
 from model import build_model, load_model, read_json
 from runtime import parallel
-from runtime.formats import read_examples
+from runtime.formats import read_examples, read_record
 from runtime.hub import data_file, model_directory
 from runtime.options import Options
 from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
+from runtime.peft import base_of, is_adapter, merge_into
 from runtime.report import base_model, prompt_form
-from runtime.run import chat_of, tokenizer_of, write_text
+from runtime.run import chat_of, run_of, tokenizer_of, write_text
 from runtime.show import describe_alignment, measure_alignment
 from runtime.strict import check_model, choose_alignment, fit_lengths
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
@@ -106,11 +107,18 @@ class Pieces:
 
 
 def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
+    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged).
+    Raises if it lacks something, or cannot be used."""
     if name == "tiny":
         from experiments import tiny  # which imports this file
 
         directory = tiny.find(role)
+    elif is_adapter(Path(name)) and run_of(Path(name).parent / "student"):
+        directory = Path(name).parent / "student"  # the two merged already
+    elif is_adapter(Path(name)):
+        directory = find_model(base_of(Path(name)), role, weights)
+        with parallel.main_first():
+            directory = merge_into(directory, Path(name)) if weights else directory
     else:
         directory = model_directory(name, weights)
     check_model(directory, weights)
@@ -175,21 +183,25 @@ def load(o: Options) -> Pieces:
 def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
     """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
-    o.student_chat = o.student_chat or chat_of(student_directory)
+    o.student_chat = o.student_chat or chat_of(student_directory) or "none"
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    say_if_forgotten(tokenizer, "--student-chat", o.bos is None and not o.from_scratch)
+    known = o.from_scratch or chat_of(student_directory) == "none"
+    say_if_forgotten(tokenizer, "--student-chat", known, o.bos is None and not o.from_scratch)
     if o.method != "sft":
         teacher_directory = find_model(o.teacher, "teacher")
-        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory) or "none"
         teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        say_if_forgotten(teacher_tokenizer, "--teacher-chat", o.bos is None)
+        say_if_forgotten(teacher_tokenizer, "--teacher-chat", chat_of(teacher_directory) == "none", o.bos is None)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
     return student_directory, teacher_directory, tokenizer, teacher_tokenizer
 
 
 def load_student(o: Options, directory: Path) -> nn.Module:
     """On the CPU, in float32, with its adapters."""
-    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    try:
+        student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    except RuntimeError as error:  # of the allocator
+        raise ValueError(f"{directory}: the model does not fit into the memory ({error!s:.200})") from error
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:
@@ -240,7 +252,7 @@ def load_answers(
     asked = asked[: o.batch_size] if o.dry_run else asked
     lines = seqkd.answer_prompts(asked, model, teacher, student, *how, o.batch_size)
     if o.dry_run:
-        return [make_example(line, f"{directory}'s answer") for line in lines]
+        return [read_record(line, f"{directory}'s answer") for line in lines]
     lines[0]["seqkd"] = recipe
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

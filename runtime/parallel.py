@@ -13,6 +13,7 @@ Without torchrun every function here does nothing, or what one process would do.
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -182,11 +183,12 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was. Raises
     FloatingPointError if it is not finite."""
     norm = gradient_norm(parameters)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+    found = float(norm)
+    if not math.isfinite(found):
+        raise FloatingPointError(f"the gradient's norm is {found}")
     for part in split_by_placement(parameters):
         clip_grads_with_norm_(part, largest, norm)
-    return float(norm)
+    return found
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

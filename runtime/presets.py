@@ -85,7 +85,7 @@ def say_teacher(given: dict, o: Options, directory: Path, run: dict | None) -> N
         same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
         print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
         return
-    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
+    published = not Path(o.teacher).is_dir()  # came from the hub, under a preset's or a repository's name
     known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
     which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
     print(

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import lora
 from model import Decoder, read_config, read_json, save_model
 from runtime import parallel
+from runtime.chat import FORMER
 from runtime.hub import MODELS
 from runtime.peft import save_adapter
 from runtime.serving import write_as_trained
@@ -125,7 +126,9 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
             lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
-        base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
+        base = MODELS.get(o.student, o.student)
+        if Path(o.student).is_dir():
+            base = str(pieces.student_tokenizer.directory.resolve())
         save_adapter(student, out / "adapter", base)
         lora.merge(student)
     save_model(student, out / "student")
@@ -243,6 +246,7 @@ def check_resumed(o) -> None:
             setattr(o, name, before.get(name))
     check_update_size(o, before)
     free = {"batch_size", "grad_accum", "processes", "shard", "recompute", "tensorboard"}
+    free |= {name for name in ("student_chat", "teacher_chat") if before.get(name) in FORMER}  # the tokens are compared
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
             flag = f"--{name.replace('_', '-')}"
@@ -315,9 +319,12 @@ def run_of(directory: str | Path) -> dict | None:
     return read_json(record)
 
 
-def chat_of(directory: str | Path) -> str:
-    """The chat format that a model directory was trained with here, "none" if it was not."""
-    return (run_of(directory) or {}).get("student_chat") or "none"
+def chat_of(directory: str | Path) -> str | None:
+    """The chat template that a model directory was trained with here, which is its own since then, or "none"; None if
+    it was not trained here. Older runs name one of FORMER, which `read_chat` refuses."""
+    record = run_of(directory)
+    chat = record and (record.get("student_chat") or "none")
+    return chat if chat in (None, "none", "thinking", *FORMER) else "own"
 
 
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
@@ -327,8 +334,9 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
     Raises ValueError for a tokenizer that cannot belong to the model."""
     if bos is None:
         bos = "bos" in (run_of(directory) or {})
-    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos)
-    check_size(tokenizer, read_config(read_json(Path(directory) / "config.json")).vocab_size)
+    rows = read_config(read_json(Path(directory) / "config.json")).vocab_size
+    tokenizer = read_tokenizer(directory, chat or chat_of(directory) or "none", bos, rows)
+    check_size(tokenizer, rows)
     return tokenizer
 
 

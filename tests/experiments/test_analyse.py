@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import model
 import train
 from align import exact_token_alignment
-from data import collate, read_jsonl, tokenise
+from data import collate, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 SMALL = {"states": 4, "repetitions": 3}
@@ -30,35 +31,14 @@ def gap(run, setting):
 # The simulation
 
 
-@pytest.mark.parametrize("divergence", ["fkl", "rkl", "js"])
-def test_a_shared_head_brings_the_states_to_the_teachers(divergence):
-    run = analyse.simulate(divergence, vocabulary=16, steps=3000, **SMALL)
+def test_a_shared_head_brings_the_states_to_the_teachers():
+    run = analyse.simulate("fkl", vocabulary=16, steps=3000, **SMALL)
     assert gap(run, 1) < 0.01
     # a confident teacher leaves the KL divergences flat around its state: close, from 4 away on average, but slowly
     assert (run["student"][1] - run["teacher"]).abs().max() < 0.2
     assert analyse.structure_distance(run["teacher"], run["student"][1]).max() < 0.02
     # a head of rank 2 of its own cannot produce the teacher's distribution over 16 tokens, so neither converges
     assert gap(run, 0) > 0.1 and run["losses"][-1, 0].min() > 100 * run["losses"][-1, 1].max()
-
-
-def test_with_three_tokens_different_heads_agree_on_the_distribution_but_not_on_the_states():
-    run = analyse.simulate("fkl", vocabulary=3, steps=4000, **SMALL)
-    assert run["losses"][-1].max() < 1e-3 and gap(run, 0) < 0.02
-    assert (run["student"][0] - run["teacher"]).abs().mean() > 0.5
-    assert (analyse.structure_distance(run["teacher"], run["student"][0]).mean(0) > 0.05).all()
-    # the states are the teacher's under the linear map from one head to the other, logits up to a constant
-    centred = run["heads"] - run["heads"].mean(-2, keepdim=True)  # (2, R, 3, 2)
-    expected = run["teacher"] @ (torch.linalg.pinv(centred[0]) @ centred[1]).mT
-    started = (run["start"] - expected).norm(dim=-1)
-    assert ((run["student"][0] - expected).norm(dim=-1) < 0.5 * started).all()
-
-
-def test_the_simulation_is_seeded_and_only_the_divergence_differs():
-    runs = [analyse.simulate(name, steps=2, seed=seed, **SMALL) for name, seed in [("fkl", 0), ("fkl", 0), ("rkl", 0)]]
-    assert torch.equal(runs[0]["losses"], runs[1]["losses"])
-    assert all(torch.equal(runs[0][name], runs[2][name]) for name in ("teacher", "start", "heads"))
-    assert not torch.equal(runs[0]["losses"], runs[2]["losses"])
-    assert not torch.equal(runs[0]["teacher"], analyse.simulate("fkl", steps=2, seed=1, **SMALL)["teacher"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +71,7 @@ def pair(tiny_task):
     """Both models, and the tokenised test examples, aligned."""
     models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
     tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
-    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), *tokenizers, align="eta")
+    rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), *tokenizers, align="eta")
     return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 
 import model
 import train
@@ -225,7 +225,7 @@ def test_the_teachers_stage_keeps_its_best_checkpoint_too():
     assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
 
 
-def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stopped_by_ctrl_c):
+def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets):
     options = {"teacher": "qwen", "student": "gpt2", "checkpoint_every": 1, "teacher_sft": True}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from helpers import SENTENCES
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from helpers import SENTENCES, wordpiece
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data import Example, tokenise
 from runtime.tokenizer import check_size, read_tokenizer
@@ -70,9 +70,7 @@ def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path, trained_folder, files
 def test_missing_and_unalignable_tokenizers_are_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
         read_tokenizer(tmp_path)
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    wordpiece().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     with pytest.raises(ValueError, match="tokenizer.json: cannot tell which bytes.*WordPiece") as caught:
         read_tokenizer(tmp_path)
