@@ -38,7 +38,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +56,7 @@ from runtime.formats import read_examples
 from runtime.hub import data_file
 from runtime.load import find_model
 from runtime.run import read_log, tokenizer_of
-from runtime.show import show_token
+from runtime.show import show_pairs, show_token
 from runtime.strict import read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
@@ -258,45 +257,6 @@ def draw_structure(distances: dict[str, Tensor]):
     return figure
 
 
-def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pairs, line: int = 72):
-    """Both token rows over each other, a token as wide as its bytes, and a line per aligned pair.
-
-    Aligned tokens are blue, others orange. Goes on in a new row of the picture at the first pair beyond `line` bytes.
-    """
-    sides, pairs = [teacher, student], list(zip(*(index.tolist() for index in pairs), strict=True))
-    widths = [[3 if token is None else len(token) for token in tokens] for tokens in sides]  # 3: the word "end"
-    left = [[0, *accumulate(side)] for side in widths]
-    if pairs:  # where they begin to agree is one place in both: a dummy leading space sticks out on the left
-        shift = left[0][pairs[0][0] + 1] - left[1][pairs[0][1] + 1]
-        left[0] = [x - shift for x in left[0]]
-    cuts = [(0, 0)]  # the first teacher and student token of each row of the picture
-    for pair in pairs[:-1]:  # the last pair is end-of-text, which needs no row of its own
-        if left[1][pair[1] + 1] - left[1][cuts[-1][1]] > line and pair > cuts[-1]:
-            cuts.append(pair)
-    parts = list(pairwise([*cuts, (len(teacher), len(student))]))
-
-    extent = max(left[row][end[row]] - left[1][begin[1]] for begin, end in parts for row in (0, 1))
-    figure = new_figure(0.8 + 0.115 * extent, 0.2 + 0.9 * len(parts))
-    for axis, (begin, end) in zip(figure.subplots(len(parts), 1, squeeze=False).flat, parts, strict=True):
-        origin = left[1][begin[1]]
-        for row, name in enumerate(["teacher", "student"]):
-            aligned = {pair[row] for pair in pairs}
-            axis.text(-1.6, 1 - row, name, ha="right", va="center", fontsize=8, color=GREY)
-            for i in range(begin[row], end[row]):
-                x, width, label = left[row][i] - origin, widths[row][i], show_token(sides[row][i])
-                colour = BLUE if i in aligned else ORANGE
-                axis.barh(1 - row, max(width - 0.2, 0.1), 0.44, x + 0.1, fc=colour + "22", ec=colour)
-                size = min(8.0, 10.0 * width / max(len(label), 1))
-                axis.text(x + width / 2, 1 - row, label, ha="center", va="center", fontsize=size, parse_math=False)
-        for pair in pairs:
-            if begin <= pair < end:
-                half = widths[1][pair[1]] / 2  # from the right end: the dummy space belongs to the teacher's token
-                axis.plot([left[row][pair[row] + 1] - origin - half for row in (0, 1)], [0.78, 0.22], color=BLUE)
-        axis.set(xlim=(-7, extent + 0.2), ylim=(-0.3, 1.3))
-        axis.axis("off")
-    return figure
-
-
 def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[bytes | None], pairs):
     """CMA's weights as a heat map, student tokens downwards; the exactly aligned pairs are framed."""
     from matplotlib.patches import Rectangle
@@ -400,7 +360,6 @@ def run_alignment(o: argparse.Namespace) -> None:
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
     theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
-    pictures = {"alignment.png": draw_alignment(theirs, ours, row.pairs)}
     if o.projectors:
         models = [load(name, "cpu")[0] for name in (o.teacher, o.student)]
         given = projectors_of(o.projectors, models[1], models[0])
@@ -413,10 +372,9 @@ def run_alignment(o: argparse.Namespace) -> None:
         figures["attention on the aligned token"] = f"{weights[at_student, at_teacher].mean():.3f}"
         figures["uniform attention"] = f"{1 / len(theirs):.3f}"
         figures["largest on the aligned token"] = f"{hits} of {len(at_teacher)}"
-        pictures["attention.png"] = draw_attention(weights, theirs, ours, row.pairs)
-    print(table([list(figures), [str(figure) for figure in figures.values()]]))
-    for name, picture in pictures.items():
-        save(picture, o.out, name)
+        save(draw_attention(weights, theirs, ours, row.pairs), o.out, "attention.png")
+    print(table([list(figures), [str(figure) for figure in figures.values()]]) + "\n")
+    print(show_pairs(theirs, ours, row.pairs))
 
 
 def make_parser() -> argparse.ArgumentParser:

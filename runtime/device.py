@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+CARDS = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver lists them there on Linux, whatever torch can use
 
 def choose_device(index: int = 0) -> tuple[str, str]:
     """cuda or cpu, and why: CUDA if this torch can compute on that card."""
-    cards = [file.read_text() for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    cards = [file.read_text() for file in CARDS.glob("*/information")]
     version = f"this torch ({torch.__version__})"
     if torch.cuda.is_available() and index < torch.cuda.device_count():
         name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)

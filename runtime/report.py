@@ -104,7 +104,8 @@ def say_next(given: dict, o: Options, line: dict) -> None:
     test = o.data if o.data in DATASETS else "TEST.jsonl"
     further = {name: value for name, value in given.items() if name not in ("resume", "from_scratch", "teacher_sft")}
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
-    print(f"""after {line["step"]} updates: {losses}
-score it:       python eval.py {o.out} --data {test}
+    if line:  # not of a run that was finished before
+        print(f"after {line['step']} updates: {losses}", file=sys.stderr)
+    print(f"""score it:       python eval.py {o.out} --data {test}
 talk to it:     python eval.py {o.out} --prompt "..."
 train further:  python train.py {flags(further)}""", file=sys.stderr)  # fmt: skip

@@ -90,7 +90,7 @@ def show_pairs(teacher: list[bytes | None], student: list[bytes | None], pairs, 
     for theirs, mark, ours in columns:
         cells = "·".join(map(show_token, theirs)), mark, "·".join(map(show_token, ours))
         space = max(map(len, cells)) if theirs or ours else 0
-        if len(lines[-1][0]) + space > width:
+        if space and len(lines[-1][0]) + space > width:
             lines.append(["        "] * 3)
         lines[-1] = [line + cell.ljust(space + 1) * bool(space) for line, cell in zip(lines[-1], cells, strict=True)]
     return "\n\n".join("\n".join(map(str.rstrip, rows)) for rows in lines)

@@ -168,7 +168,7 @@ def check_device(name: str) -> torch.device:
                          "projectors are solved)")  # fmt: skip
     usable, why = choose_device(device.index or 0)
     if device.type == "cuda" and usable != "cuda":
-        raise ValueError(f"--device {name}: there is no such CUDA device to compute on ({why}); use --device cpu")
+        raise ValueError(f"--device {name}: no CUDA device to compute on here ({why}); use --device cpu")
     return device
 
 

@@ -1,5 +1,6 @@
 """Scores: generation in batches, held-out cross-entropy, the table and the JSON file."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-------", "one", "two"]
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
-    report = json.loads((tmp_path / "one" / "eval-test.json").read_text())
+    report = json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text())
     assert report["examples"] == 3 and len(report["rouge_l"]) == 2 and len(report["responses"][1]) == 3
     evaluation.main(["one", "--data", data, "--greedy", "--limit", "2", *short])
     assert "±" not in capsys.readouterr().out
@@ -151,7 +152,7 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
     evaluation.main([run, "--data", text, sums, exercises, *options])
     out, err = capsys.readouterr()
     head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
+    assert head == ["model", "test-first-2 Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
     assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00", "0 of 10"] and "sandbox: " in err and "2 passed" in err
     report = json.loads((tmp_path / "run" / "eval-exercises.json").read_text())
     assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
@@ -173,11 +174,12 @@ def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, student):
     for limit, cut in (("1", 0), ("2", 0), ("3", 1)):
         evaluation.main([run, "--data", data, "--greedy", "--limit", limit, "--max-len", "60", "--max-prompt-len", "50",
                          "--device", "cpu"])  # fmt: skip
-        report, replies = replies_of(run, "set")
+        report, replies = replies_of(run, "set" if limit == "3" else f"set-first-{limit}")
         assert report["new_tokens"] == 10 and report["prompts_cut"] == cut
         assert replies[:2] == evaluation.respond(m, tokenizer, prompts[:2], max_new_tokens=10)[: int(limit)]
     evaluation.main([run, "--data", data, "--greedy", "--limit", "1", "--max-len", "60", "--device", "cpu"])
-    assert replies_of(run, "set")[0]["new_tokens"] == 30
+    assert replies_of(run, "set-first-1")[0]["new_tokens"] == 30
+    assert replies_of(run, "set")[0]["examples"] == 3  # of the whole set: still there
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,28 @@ def test_prompts_must_leave_room_for_responses(tiny_task, tmp_path, monkeypatch)
     for options in (["--max-len", "60", "--max-prompt-len", "60"], ["--max-prompt-len", "512", "--task", "rouge"]):
         with pytest.raises(SystemExit, match="--max-prompt-len .* leaves no token of --max-len .* for the response"):
             evaluation.main([run, "--data", data, "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("trained", ["{}\n", "Say {}!"])
+def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkeypatch, student, trained):
+    run, (m, tokenizer) = run_directory(tiny_task, tmp_path), student
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"prompts": trained, "bos": None}))
+    words = [run, "--device", "cpu", "--max-len", "30", "--prompt"]
+    expected = [evaluation.respond(m, tokenizer, [trained.replace("{}", text)], 15)[0] for text in ("A fox", "An owl")]
+    evaluation.main([*words, "A fox"])
+    assert capsys.readouterr().out == expected[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("A fox\n\nAn owl\n"))  # no terminal: a line each
+    evaluation.main(words)
+    assert capsys.readouterr().out == "".join(f"{response}\n" for response in expected)
+    evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
+    sampled = capsys.readouterr().out.splitlines()
+    assert sampled != [expected[0]] * len(sampled)
+
+
+def test_prompts_and_sets_are_either_or(tiny_task, capsys):
+    for words in ([], ["--data", "x", "--prompt", "y"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main([str(tiny_task / "student"), *words])
 
 
 def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):

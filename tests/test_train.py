@@ -328,8 +328,10 @@ def test_training_learns(tiny_task, tmp_path):
 def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_task, tmp_path, capsys):
     out = tmp_path / "tiny"
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed, progress = capsys.readouterr()
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["teacher", "sft", "dskd-v2"]
+    assert all(stage in progress for stage in ("teacher 1/3:", "sft 2/3:", "dskd-v2 3/3:", "device: cpu"))
     logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
     assert scores["examples"] == 11 and 0 <= scores["rouge_l"] <= 100
@@ -342,7 +344,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
     for words, name in (["--recipe", "v1", "--on-policy", "1"], "dskd-v1-on-policy"), (["--method", "seqkd"], "seqkd"):
         train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu", *words])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:] == ["teacher", "sft", name]
+        assert rows[2:5] == ["teacher", "sft", name] and "dskd-v2" in rows[5:]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

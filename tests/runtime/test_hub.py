@@ -141,7 +141,27 @@ def test_malformed_index_is_named(tmp_path, content):
         model_directory(str(tmp_path))
 
 
-UNKNOWN = [(model_directory, (name,), ["tiny", *MODELS]) for name in ("gpt3", "a/b/c", "./gpt2-of-mine", "/nowhere/m")]
+@pytest.mark.parametrize(
+    "name, hint",
+    [("runs/qwen-gtp2", "; did you mean runs/qwen-gpt2?"), ("runs/x", ""), ("here/qwen", ""), ("a/b/c", ""),
+     ("a/model.safetensors", ""), ("./gpt2-of-mine", ""), ("/nowhere/model", ""), ("~/model", "")],
+)  # fmt: skip
+def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "runs" / "qwen-gpt2")
+    put(tmp_path / "here")
+    monkeypatch.setattr(hub, "find_snapshot", lambda *where: pytest.fail("it was"))
+    with pytest.raises(FileNotFoundError, match="no such directory") as caught:
+        model_directory(name)
+    assert repr(name) in str(caught.value) and str(caught.value).endswith(f"on the hub){hint}")
+
+
+def test_a_repository_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "find_snapshot", lambda repository, *where: put(tmp_path, *hub.MODEL_FILES[:2]))
+    assert model_directory("Qwen/Qwen2.5-72B", weights=False) == tmp_path
+
+
+UNKNOWN = [(model_directory, ("gpt3",), ["tiny", *MODELS])]
 UNKNOWN += [(data_file, (name, "train"), DATASETS) for name in ("dolly2", "absent.jsonl", "a/b")]
 
 
@@ -224,7 +244,7 @@ def snapshot(home, repository, kind="model"):
 
 
 def test_offline_with_an_empty_cache(tmp_path):
-    models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("runs/b@d",)]
+    models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("some/b@d",)]
     full, unweighted, other, invalid = probe(tmp_path, *(("model_directory", *arguments) for arguments in models))
     dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "test"))
     for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
@@ -232,7 +252,7 @@ def test_offline_with_an_empty_cache(tmp_path):
         assert "config.json, tokenizer.json, tokenizer_config.json" in line and "model.safetensors" in line
         assert f"of {repository} on a machine that can, and give its path instead of the name" in line
     assert unweighted.startswith("FileNotFoundError") and "safetensors" not in unweighted
-    assert invalid.startswith("FileNotFoundError 'runs/b@d' is neither a directory nor a repository's name")
+    assert invalid.startswith("FileNotFoundError 'some/b@d' is neither a directory nor a repository's name")
     for line, name, file, repository in [
         (dolly, "dolly", "raw.jsonl", "MiniLLM/dolly"),
         (uinst, "uinst", "11_/valid.jsonl", "MiniLLM/uinst"),
