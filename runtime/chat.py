@@ -73,8 +73,7 @@ class ChatTemplate:
         """What the model reads before its answer. Raises ValueError for an example that is in a chat format already."""
         message = self.message(example)
         if MARKED.match(message):
-            already = "the prompt is in a chat format already; leave out the option, or give the message alone"
-            raise ValueError(f"{example.where}: {already}")
+            raise ValueError(f"{example.where}: the prompt is in a chat format already; give the message, or no option")
         try:
             return self.render([*example.history, {"role": "user", "content": message}])
         except ValueError as error:
