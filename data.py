@@ -1,8 +1,7 @@
 """From text to batches: examples → rows (the token ids that both models read) → batches (tensors).
 
-Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: first the
-oldest turns, then a long context (`input`), then the instruction; never a template's markers or the system message. A
-cut response has no end-of-text.
+Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: the oldest
+turns, then the context (`input`), then the instruction; a template's marks never. A cut response has no end-of-text.
 
 A label at position i is token i+1: the last prompt token predicts the first response token, and the last response token
 predicts end-of-text. The shift happens once, in `collate_side`; everything after it works on response positions.
@@ -11,8 +10,7 @@ A tokenizer is a TextTokenizer of runtime/tokenizer.py: `prompt_text(example)` i
 `encode_prompt(text)` and `encode(text)` give the ids of a prompt and of a response, `spell(ids)` their bytes. `eos_id`
 ends each response that a model is trained on, any of `end_ids` one that it writes.
 
-runtime/formats.py reads data files, and finds what is wrong with one. Errors here are about one example that does not
-fit.
+runtime/formats.py reads data files. Errors here are about one example that does not fit.
 """
 
 from bisect import bisect_left
@@ -31,13 +29,14 @@ from align import exact_token_alignment
 
 # The Alpaca template, in the form that the Dolly-based KD papers use (MiniLLM, arXiv 2306.08543)
 TASK = "Below is an instruction that describes a task"
-ASK, ANSWER = "\n\n### Instruction:\n", "\n\n### Response:\n"
-PROMPT = TASK + ". Write a response that appropriately completes the request." + ASK + "{instruction}" + ANSWER
+PROMPT = TASK + (
+    ". Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
 PROMPT_WITH_INPUT = TASK + (
     ", paired with an input that provides further context. Write a response that appropriately completes the request."
-    + ASK + "{instruction}\n\n### Input:\n{input}" + ANSWER
-)  # fmt: skip
-MARKS = {"user": ASK, "assistant": ANSWER, "system": "\n\n"}  # of the turns before
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+MARKS = {"user": "\n\n### Instruction:\n", "assistant": "\n\n### Response:\n", "system": "\n\n"}  # before each turn
 
 
 @dataclass
@@ -59,18 +58,15 @@ class Example:
     input: str = ""
     ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
     code: CodeTask | None = None  # the outputs are programs
-    system: str = ""
-    history: list[dict[str, str]] = field(default_factory=list)  # the turns before: {"role", "content"}, oldest first
+    history: list[dict[str, str]] = field(default_factory=list)  # turns before: {"role", "content"}; a system's first
 
     def prompt_text(self) -> str:
         """What a base model reads before the response."""
-        head = [self.system] if self.system else []
         if self.prompt is not None:
-            return "\n\n".join([*head, *(turn["content"] for turn in self.history), self.prompt])
+            return "\n\n".join([*(turn["content"] for turn in self.history), self.prompt])
         template = PROMPT_WITH_INPUT if self.input else PROMPT
-        task, mark, ask = template.format(instruction=self.instruction, input=self.input).partition(ASK)
-        turns = [MARKS[turn["role"]] + turn["content"] for turn in self.history]
-        return "\n\n".join([*head, task]) + "".join(turns) + mark + ask
+        task, mark, ask = template.format(instruction=self.instruction, input=self.input).partition(MARKS["user"])
+        return task + "".join(MARKS[turn["role"]] + turn["content"] for turn in self.history) + mark + ask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,9 +178,10 @@ def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
         length = find_longest(len(getattr(example, part)), lambda n: fits(keep(example, part, n)))
         return length, keep(example, part, max(length, 0))
 
-    while example.history and not fits(example):  # the oldest question goes, with its answer
-        later = [i for i, turn in enumerate(example.history) if i and turn["role"] == "user"]
-        example = replace(example, history=example.history[later[0] :] if later else [])
+    system = [turn for turn in example.history[:1] if turn["role"] == "system"]
+    while len(example.history) > len(system) and not fits(example):  # the oldest question goes, with its answer
+        later = [i for i, turn in enumerate(example.history) if i > len(system) and turn["role"] == "user"]
+        example = replace(example, history=system + example.history[later[0] :] if later else system)
     if fits(example):
         return example
     for part in ["prompt"] if example.prompt is not None else ["input", "instruction"]:

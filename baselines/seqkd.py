@@ -63,7 +63,7 @@ def answer_prompts(
 
 
 def write_prompt(example: Example, student) -> dict:
-    before = {key: value for key in ("system", "history") if (value := getattr(example, key))}
+    before = {"history": example.history} if example.history else {}
     if example.prompt is None:
         return {**before, "instruction": example.instruction, "input": example.input}
     return {**before, "prompt": student.chat.message(example) if student.chat else example.prompt}

@@ -73,18 +73,14 @@ class ChatTemplate:
         """What the model reads before its answer. Raises ValueError for an example that is in a chat format already."""
         message = self.message(example)
         if MARKED.match(message):
-            raise ValueError(
-                f"{example.where}: the prompt is in a chat format already, and would be put into {self.name}; leave "
-                "out the option, or give the message alone"
-            )
-        system = [{"role": "system", "content": example.system}] if example.system else []
+            already = "the prompt is in a chat format already; leave out the option, or give the message alone"
+            raise ValueError(f"{example.where}: {already}")
         try:
-            return self.render([*system, *example.history, {"role": "user", "content": message}])
+            return self.render([*example.history, {"role": "user", "content": message}])
         except ValueError as error:
             raise ValueError(f"{example.where}: {error}") from error
 
     def as_trained(self) -> str:
         """The source, with this `enable_thinking` where none is given, as `transformers` gives none by itself."""
-        default = f"{{% set enable_thinking = {str(self.thinking).lower()} %}}"
-        default = f"{{% if enable_thinking is not defined %}}{default}{{% endif %}}\n"
-        return default * ("enable_thinking" in self.source) + self.source
+        default = f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {str(self.thinking).lower()} %}}"
+        return f"{default}{{% endif %}}\n" * ("enable_thinking" in self.source) + self.source

@@ -17,19 +17,17 @@ MBPP_PROMPT = (
 ASKS = "prompt", "instruction", "question", "problem", "query"  # which a pair may have; the first that is there counts
 ANSWERS = "output", "completion", "response", "solution", "answer"
 CONTEXTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "system_message")
-UNREAD = set(  # of a record or a message: what changes the prompt or the answer in a way that is not understood
-    "tools functions tool_calls function_call documents images image videos video audios audio choices options "
-    "passage document chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
+UNREAD = set(  # of a record or a turn: what changes the text in a way that is not understood
+    "tools functions tool_calls function_call document documents passage image images video videos audio audios "
+    "choices options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
 )
-ROLES = dict.fromkeys(["user", "human", "prompter"], "user") | dict.fromkeys(["system", "developer"], "system")
+ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "assistant")
 
 
 def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
     """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows.
-
-    Raises ValueError naming the file, the place and the key of what is wrong, and what the record looks like.
-    """
+    Raises ValueError naming the file, the place and the key of what is wrong, and what the record looks like."""
     examples = [read_record(record, where) for where, record in read_records(path, first, last)]
     empty = [example.where.removeprefix(f"{path}, ") for example in examples if not all(example.outputs)]
     if empty:
@@ -40,10 +38,6 @@ def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> 
     return examples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tuple[str, object]]:
     """Where each record is, and what it is. The content says what kind of file it is, whatever its name says."""
     content = Path(path).read_bytes()
@@ -52,23 +46,21 @@ def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tup
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: looks like a gzip file, but is damaged: {error}") from error
-    if content.startswith(b"PAR1"):
-        rows = read_parquet(path, content)[first:last]
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, first + 1))
-        return
     try:
-        text = content.decode("utf-8-sig")
+        text = "" if content.startswith(b"PAR1") else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
-    if text.lstrip()[:1] == "[":
-        items = parse(text, f"{path}, which begins as a JSON array")[first:last]
-        yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, first + 1))
-        return
-    # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
-    for number, line in enumerate(text.split("\n")[first:last], first + 1):
-        if line.strip():
-            yield f"{path}, line {number}", parse(line, f"{path}, line {number}")
+    if content.startswith(b"PAR1"):
+        place, records = "row", read_parquet(path, content)
+    elif text.lstrip()[:1] == "[":
+        place, records = "item", parse(text, f"{path}, which begins as a JSON array")
+    else:  # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
+        place, records = "line", text.split("\n")
+    for number, record in enumerate(records[first:last], first + 1):
+        where = f"{path}, {place} {number}"
+        if place != "line" or record.strip():
+            yield where, parse(record, where) if place == "line" else record
 
 
 def parse(text: str, where: str):
@@ -80,12 +72,10 @@ def parse(text: str, where: str):
 
 def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object's keys and values; of a key that comes twice json would take the last value without a word."""
-    record: dict = {}
-    for key, value in pairs:
-        if key in record:
-            raise ValueError(f"the key {key!r} comes twice")
-        record[key] = value
-    return record
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} comes twice")
+    return dict(pairs)
 
 
 def read_parquet(path: str | Path, content: bytes) -> list[dict]:
@@ -93,10 +83,8 @@ def read_parquet(path: str | Path, content: bytes) -> list[dict]:
         from pyarrow import parquet  # of a package that nothing else needs
 
         return parquet.read_table(io.BytesIO(content)).to_pylist()
-    except ImportError as error:
-        raise ValueError(f"{path}: a parquet file, which pyarrow reads: pip install pyarrow, or give JSONL") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: looks like a parquet file, but cannot be read: {error}") from error
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: parquet, which takes pyarrow to read (or give JSONL): {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,17 +97,18 @@ def read_record(record: object, where: str) -> Example:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}
-    ours = "output" in record and not record.keys().isdisjoint(ASKS)  # whatever else is there
+    if type(record.get("answer")) in (int, float):
+        record["answer"] = str(record["answer"])
     read, looks = next((FORMS[key] for key in FORMS if key in record), (read_pair, None))
     try:
         refuse_unread(record)
-        example = (read_pair if ours else read)(record, where)
+        example = read(record, where)
         if not example.input and get_only(record, CONTEXTS) and "instruction" not in record:
             raise ValueError(f"{' or '.join(CONTEXTS)} stands beside a whole prompt: put it into that")
         if not isinstance(record.get("end_of_text", True), bool):
             raise ValueError(f"'end_of_text' must be true or false, found {type(record['end_of_text']).__name__}")
-        example.system = "\n\n".join(filter(None, [get_only(record, SYSTEMS), example.system]))
-        example.history = read_turns(record.get("history") or []) + example.history
+        system = [{"role": "system", "content": text} for text in [get_only(record, SYSTEMS)] if text]
+        example.history = system + read_turns(record.get("history") or []) + example.history
         example.ends = record.get("end_of_text", True)
     except ValueError as error:
         looks = f"it looks like {looks}" if looks else f"known are {', '.join(form for _, form in FORMS.values())}"
@@ -133,13 +122,10 @@ def read_pair(record: dict, where: str) -> Example:
     asks, answers = ([key for key in keys if key in record] for keys in (ASKS, ANSWERS))
     if not asks or not answers:
         raise ValueError("neither 'prompt' nor 'instruction'" if not asks else "the response is missing")
-    if type(record.get("answer")) in (int, float):
-        record = {**record, "answer": str(record["answer"])}
     outputs = get_strings(record, answers[0])
-    if asks[0] == "problem" and answers[0] in ("solution", "answer"):
-        solution, answer = get_string(record, "solution", ""), get_string(record, "answer", "")
-        if answer and "\\boxed{" not in solution:  # MATH's own solutions mark the final answer
-            outputs = [f"{solution}\n#### {answer}".lstrip()]
+    if asks[0] == "problem" and answers[0] in ("solution", "answer") and record.get("answer"):
+        solution = get_string(record, "solution", "")  # MATH's own marks the final answer
+        outputs = [solution if "\\boxed{" in solution else f"{solution}\n#### {get_string(record, 'answer')}".lstrip()]
     if asks[0] == "prompt":  # it is whole: an instruction beside it is what it was made of
         if not get_string(record, "prompt"):
             raise ValueError("'prompt' is empty, so that nothing could predict the first response token")
@@ -157,7 +143,7 @@ def read_humaneval(record: dict, where: str) -> Example:
 
 def read_mbpp(record: dict, where: str) -> Example:
     tests = "\n".join(get_strings(record, "test_list"))
-    text = get_string(record, "prompt" if "text" not in record and "prompt" in record else "text")  # sanitised: prompt
+    text = get_string(record, "text" if "text" in record else "prompt")  # which the sanitised form has
     imports = get_strings(record, "test_imports") if record.get("test_imports") else []
     # the set-up uses the program's classes, so it comes after the program
     setup = "\n".join([*imports, get_string(record, "test_setup_code", "")])
@@ -167,13 +153,11 @@ def read_mbpp(record: dict, where: str) -> Example:
 
 def read_conversation(record: dict, where: str) -> Example:
     """The last turn is the response, and the one before it is the message; earlier ones are read and not trained on."""
-    system, turns = "", read_turns(record.get("messages", record.get("conversations")))
-    if turns and turns[0]["role"] == "system":
-        system = turns.pop(0)["content"]
+    turns = read_turns(record.get("messages", record.get("conversations")))
     if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         raise ValueError("the last two turns must be the user's and the assistant's; drop what follows, or this record")
     *history, ask, answer = turns
-    return Example(where, [answer["content"]], instruction=ask["content"], system=system, history=history)
+    return Example(where, [answer["content"]], instruction=ask["content"], history=history)
 
 
 def read_turns(turns: object) -> list[dict[str, str]]:
@@ -223,23 +207,20 @@ def get_only(record: dict, keys: Iterable[str]) -> str:
     return next(iter(texts), "")
 
 
+def get_strings(record: dict, key: str) -> list[str]:
+    """The string under that key, or the strings, of which there is one at least."""
+    values = record[key] if isinstance(record[key], list) and record[key] else [record[key]]
+    return [get_string({key: value}, key) for value in values]
+
+
 def get_string(record: dict, key: str, default: str | None = None) -> str:
     """The string under that key. Raises ValueError if it is none, or if it is missing and has no default."""
     value = record.get(key, default)
     if not isinstance(value, str):
         wrong = "is missing" if key not in record else f"must be a string, found {type(value).__name__}"
         raise ValueError(f"{key!r} {wrong}")
-    return get_strings({key: value}, key)[0]
-
-
-def get_strings(record: dict, key: str) -> list[str]:
-    """The string under that key, or the strings, of which there is one at least."""
-    values = record[key] if isinstance(record[key], list) else [record[key]]
-    if not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{key!r} must be a string or a list of strings")
-    for value in values:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, a lone \ud83d
-            raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from error
-    return values
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, a lone \ud83d
+        raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from error
+    return value

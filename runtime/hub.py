@@ -40,10 +40,10 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"test": ("11_/valid.jsonl", 0, 10_000)}),
 }
 
-# The hub has these as parquet only, which would take another package to read
+# The hub has these as parquet only, which takes another package to read
 BY_HAND = {  # name: (repository with the JSONL original, file in it)
     "gsm8k": ("https://github.com/openai/grade-school-math", "grade_school_math/data/test.jsonl"),
-    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz, decompressed"),
+    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz"),
     "mbpp": ("https://github.com/google-research/google-research", "mbpp/mbpp.jsonl"),
 }
 
@@ -53,7 +53,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 
 def model_directory(name: str, weights: bool = True) -> Path:
-    """The local directory of a model: `name` is a directory, a preset, or a hub repository `owner/model`.
+    """The local directory of a model: `name` is a directory, of a model or a run, a preset, or a hub repository
+    `owner/model`.
 
     Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run. Raises
     FileNotFoundError saying which files are missing, and where they could be put, if there is neither a directory, nor
@@ -92,9 +93,9 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
 
     files, said = {file.name for file in directory.iterdir()}, ""
     inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
-    if inside:
+    if missing[0] == "config.json" and inside:
         said += f"; there is a model in {' and in '.join(inside[:4])}"
-    elif "args.json" in files:
+    elif missing[0] == "config.json" and "args.json" in files:
         said += "; it is a run without a checkpoint, --resume goes on with it"
     if missing[-1] not in MODEL_FILES and any(file.startswith("pytorch_model") for file in files):
         said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
@@ -139,8 +140,8 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     if name in BY_HAND:
         repository, file = BY_HAND[name]
         raise FileNotFoundError(
-            f"{name!r}: the hub has this set as parquet only, which this project does not read; fetch the original, "
-            f"{file} of {repository}, and give its path instead of the name: --data FILE.jsonl"
+            f"{name!r}: the hub has this set as parquet only; fetch that (pyarrow reads it) or the original, {file} of "
+            f"{repository}, and give its path instead of the name: --data FILE"
         )
     if name not in DATASETS:
         names = ", ".join([*DATASETS, *BY_HAND])

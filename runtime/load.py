@@ -185,8 +185,8 @@ def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextT
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
     o.student_chat = o.student_chat or chat_of(student_directory) or "none"
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    known = o.from_scratch or chat_of(student_directory) == "none"
-    say_if_forgotten(tokenizer, "--student-chat", known, o.bos is None and not o.from_scratch)
+    bos_is_open = o.bos is None and not o.from_scratch
+    say_if_forgotten(tokenizer, "--student-chat", chat_of(student_directory) == "none", bos_is_open)
     if o.method != "sft":
         teacher_directory = find_model(o.teacher, "teacher")
         o.teacher_chat = o.teacher_chat or chat_of(teacher_directory) or "none"

@@ -119,10 +119,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     about = "--student-chat and --teacher-chat in one (default: none)"
     group.add_argument("--chat", nargs="?", const="own", default=argparse.SUPPRESS, help=about)
     given = vars(parser.parse_args(arguments))
-    if "chat" in given:
-        sides = ["student_chat"] if given.get("method") == "sft" else ["student_chat", "teacher_chat"]
-        given = {**dict.fromkeys(sides, given.pop("chat")), **given}
-    return given
+    sides = ["student_chat", "teacher_chat"][: 1 if given.get("method") == "sft" else 2]
+    return {**dict.fromkeys(sides if "chat" in given else [], given.pop("chat", None)), **given}
 
 
 def add_option(group, entry, kind: type, common: dict) -> None:

@@ -283,6 +283,8 @@ def is_value(value, entry: Field) -> bool:
     choices = entry.metadata["choices"]
     if value is None or choices:
         return value is None or value in choices
+    if entry.name.endswith("_chat"):
+        return value in ("own", "thinking", "none", *FORMER) or type(value) is str and Path(value).exists()
     if type(value) is bool:
         return entry.type in (bool, bool | None)
     return isinstance(value, entry.type) or (type(value) is int and isinstance(1.0, entry.type))

@@ -261,7 +261,8 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     only = ONLY | aliases
     for field in sorted(config.keys() & only.keys()):
         if config[field] is not None and config[field] != only[field]:
-            raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}")
+            hint = "; take the checkpoint that is not quantised" if field == "quantization_config" else ""
+            raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}{hint}")
     unused = sorted(config.keys() - FIELDS[family].keys() - only.keys() - HARMLESS)
     if unused:
         say_once(f"{file}: fields that do not affect a {family} model are ignored: {', '.join(unused)}")

@@ -171,17 +171,14 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
     own = find_chat(directory)
     source = own if chat in ("own", "thinking") else find_chat(Path(chat))
     if source is None:
-        why = f"the chat template {chat!r} is neither own, thinking, none, nor a path to one"
-        if chat in ("own", "thinking"):
-            why = "no chat template, neither in chat_template.jinja nor in tokenizer_config.json; name another's path"
-        elif chat in FORMER:
-            why = f"the chat format {chat!r} is no longer built in, a model brings its own: give own instead, for "
-            why += "--chat, --student-chat or --teacher-chat, or the path of a template"
+        why = "no chat template, neither in chat_template.jinja nor in tokenizer_config.json; name a path"
+        if chat not in ("own", "thinking"):
+            why = f"the chat template {chat!r} is neither own, thinking, none nor a path; {', '.join(FORMER)} are "
+            why += "no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
         raise ValueError(f"{directory}: {why}")
-    named = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        named |= {name: content_of(token) for name, token in read_if_there(directory / file).items()}
-    tokens = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
+    named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
+    named = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
+    tokens = {name: token for name, token in named.items() if isinstance(token, str)}
     name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
     return ChatTemplate(source, tokens, name, source == own, chat == "thinking")
 

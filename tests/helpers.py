@@ -238,7 +238,8 @@ CONFIGS = {
                                    "tie_word_embeddings": True},
     "llama3-scaling": {**LLAMA, "head_dim": 16, "rope_theta": 1000.0, "rope_scaling": LLAMA3},
     "llama3-scaling-5": {**LLAMA, "head_dim": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1000.0}},
-    "llama-linear-scaling": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "qwen2-yarn": {**QWEN, "model_type": "qwen2", "head_dim": 16, "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
     "mistral-window": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2": {**QWEN, "model_type": "qwen2"},

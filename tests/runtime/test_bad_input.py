@@ -102,7 +102,7 @@ def test_malformed_tokenizer(command, copy, nothing_loaded, damage):
 def test_malformed_data(command, tmp_path, nothing_loaded, option):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "Which fox?", "output": "This fox."}\n{"prompt": "p"}\n')
-    assert contains(command(**{option: path}), f"{path}, line 2: 'output' is missing")
+    assert contains(command(**{option: path}), f"{path}, line 2: the response is missing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

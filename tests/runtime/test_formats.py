@@ -95,11 +95,12 @@ SAME = [  # records that say: "Be brief.", the turns before, "Name a color.", "B
 @pytest.mark.parametrize("record", SAME)
 def test_system_and_history_are_used(tmp_path, record):
     example = read_one(tmp_path, record)
-    where, history = f"{tmp_path / 'some.jsonl'}, line 1", MESSAGES[:2]
-    assert example == Example(where, ["Blue"], instruction="Name a color.", system="Be brief.", history=history)
+    where, history = f"{tmp_path / 'some.jsonl'}, line 1", [SYSTEM, *MESSAGES[:2]]
+    assert example == Example(where, ["Blue"], instruction="Name a color.", history=history)
     assert example.prompt_text() == (
-        "Be brief.\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nName a color.\n\n### Response:\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nName a color.\n\n"
+        "### Response:\n"
     )
 
 
@@ -133,13 +134,13 @@ def test_a_files_content_says_what_it_is(tmp_path, packed):
 def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
     path = write(tmp_path, b"PAR1 and more PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="some.jsonl: a parquet file, which pyarrow reads: pip install pyarrow"):
+    with pytest.raises(ValueError, match="some.jsonl: parquet, which takes pyarrow to read .or give JSONL.: .*pyarrow"):
         read_examples(path)
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    with pytest.raises(ValueError, match="some.jsonl: looks like a parquet file, but cannot be read"):
+    with pytest.raises(ValueError, match="some.jsonl: parquet, which takes pyarrow to read .or give JSONL.: "):
         read_examples(path)
     table = pyarrow.Table.from_pylist([{"messages": MESSAGES, "tools": None}, {"messages": MESSAGES, "tools": "[]"}])
     parquet.write_table(table, path)
@@ -158,19 +159,20 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
     "record, message, form",
     [
         (without(GSM8K, "answer"), "the response is missing", "GSM8K's"),
-        ({**GSM8K, "answer": True}, "'answer' must be a string or a list of strings", "GSM8K's"),
+        ({**GSM8K, "answer": True}, "'answer' must be a string, found bool", "GSM8K's"),
         ({**GSM8K, "question": []}, "'question' must be a string, found list", "GSM8K's"),
-        ({**MATH, "answer": {}}, "'answer' must be a string, found dict", "MATH's"),
+        ({**MATH, "solution": "", "answer": {"a": 1}}, "'answer' must be a string, found dict", "MATH's"),
         ({"problem": "p"}, "the response is missing", "MATH's"),
         (without(HUMANEVAL, "test"), "'test' is missing", "HumanEval's"),
         (without(HUMANEVAL, "canonical_solution"), "'canonical_solution' is missing", "HumanEval's"),
         (without(HUMANEVAL, "prompt"), "'prompt' is missing", "HumanEval's"),
         ({**HUMANEVAL, "entry_point": "two"}, "'prompt' does not define the 'entry_point' 'two'", "HumanEval's"),
         ({**HUMANEVAL, "entry_point": "one(); two"}, "'prompt' does not define the 'entry_point'", "HumanEval's"),
-        (without(MBPP, "text"), "'text' is missing", "MBPP's"), (without(MBPP, "code"), "'code' is missing", "MBPP's"),
-        ({**MBPP, "test_list": []}, "'test_list' must be a string or a list of strings", "MBPP's"),
+        (without(MBPP, "text"), "'prompt' is missing", "MBPP's"),
+        (without(MBPP, "code"), "'code' is missing", "MBPP's"),
+        ({**MBPP, "test_list": []}, "'test_list' must be a string, found list", "MBPP's"),
         ({**MBPP, "test_setup_code": 3}, "'test_setup_code' must be a string, found int", "MBPP's"),
-        ({**SANITISED, "test_imports": [3]}, "'test_imports' must be a string or a list of", "MBPP's"),
+        ({**SANITISED, "test_imports": [3]}, "'test_imports' must be a string, found int", "MBPP's"),
         (without(DOLLY, "response"), "the response is missing", "Dolly's form (instruction, context, response)"),
         ({**DOLLY, "tools": [{"name": "f"}]}, "'tools' would change the text, and is not understood", "Dolly's"),
         ({**GSM8K, "choices": ["a"]}, "'choices' would change the text", "GSM8K's"),
@@ -217,7 +219,7 @@ MALFORMED = {
     "null": (b"null\n", ["line 1", "object", "NoneType"]),
     "no output": (GOOD + b'{"prompt": "p"}\n', ["line 2", "the response is missing"]),
     "output null": (b'{"prompt": "p", "output": null}\n', ["line 1", "the response is missing"]),
-    "output a number": (b'{"prompt": "p", "output": 3}\n', ["line 1", "'output' must be a string or a list"]),
+    "output a number": (b'{"prompt": "p", "output": 3}\n', ["line 1", "'output' must be a string, found int"]),
     "output an empty list": (b'{"prompt": "p", "output": []}\n', ["line 1", "'output' must be"]),
     "output a list of numbers": (b'{"prompt": "p", "output": ["a", 3]}\n', ["line 1", "'output' must be"]),
     "no prompt": (b'{"output": "o"}\n', ["line 1", "neither 'prompt' nor 'instruction'"]),

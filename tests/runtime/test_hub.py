@@ -174,7 +174,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_known(find, arguments, 
 
 @pytest.mark.parametrize("name", hub.BY_HAND)
 def test_sets_that_the_hub_has_as_parquet_only(name, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.*fetch the original.*--data FILE.jsonl"):
+    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.* or the original.*--data FILE"):
         data_file(name, "test")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("{}")
@@ -258,7 +258,7 @@ def test_offline_with_an_empty_cache(tmp_path):
         (uinst, "uinst", "11_/valid.jsonl", "MiniLLM/uinst"),
     ]:
         assert line.startswith(f"FileNotFoundError '{name}' is no file, it is not in the local cache, and the hub")
-        assert f"Fetch {file} of {repository} on" in line and "--data FILE.jsonl" in line
+        assert f"Fetch {file} of {repository} on" in line and "--data FILE" in line
 
 
 def test_unreachable_hub_is_as_good_as_offline(tmp_path):
