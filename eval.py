@@ -183,9 +183,8 @@ def run(options) -> None:
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
                 with by_onednn(options.device):
-                    scores = evaluate(
-                        model, tokenizer, data, options.seeds, *lengths, options.batch_size, options.device
-                    )
+                    how = options.batch_size, options.device
+                    scores = evaluate(model, tokenizer, data, options.seeds, *lengths, *how)
                 results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix}
                 file = write_report(name, directory, data, options, scores)
                 print(f"{name}, {data.name}: {describe(scores, data, tokenizer.chat, file)}", file=sys.stderr)
@@ -203,17 +202,18 @@ def open_model(directory: Path, options) -> tuple:
 
 def answer(options, models: dict[str, Path]) -> None:
     """Print the responses to --prompt, or to each line of standard input, written as in the models' training."""
-    opened = {name: open_model(directory, options) for name, directory in models.items()}
-    lengths = {name: share_tokens("rouge", options.max_len, options.max_prompt_len, model.limit)
-               for name, (model, _) in opened.items()}  # fmt: skip
+    opened = []
+    for name, directory in models.items():
+        model, tokenizer = open_model(directory, options)
+        form = "{}" if tokenizer.chat else (run_of(directory) or {}).get("prompts", "{}")
+        lengths = share_tokens("rouge", options.max_len, options.max_prompt_len, model.limit)
+        opened.append((f"{name}: " if len(models) > 1 else "", model, tokenizer, form, *lengths))
     for text in read_lines() if options.prompt is True else [options.prompt]:
-        for name, (model, tokenizer) in opened.items():
-            form = "{}" if tokenizer.chat else (run_of(models[name]) or {}).get("prompts", "{}")
-            example = Example("--prompt", [""], prompt=form.replace("{}", text))
-            prompts, room = tokenizer.fit_prompts([example], lengths[name][1]), lengths[name][0] - lengths[name][1]
+        for name, model, tokenizer, form, max_len, limit in opened:
+            prompts = tokenizer.fit_prompts([Example("--prompt", [""], prompt=form.replace("{}", text))], limit)
             for seed in options.seeds:
-                [response] = respond(model, tokenizer, prompts, room, 0.0 if seed is None else 1.0, seed=seed)
-                print(f"{name}: {response}" if len(models) > 1 else response, flush=True)
+                temperature = 0.0 if seed is None else 1.0
+                print(name + respond(model, tokenizer, prompts, max_len - limit, temperature, seed=seed)[0], flush=True)
 
 
 def read_lines() -> Iterator[str]:

@@ -1,6 +1,5 @@
 """The device that a command computes on, and why."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,12 +23,10 @@ def choose_device(index: int = 0) -> tuple[str, str]:
     if torch.cuda.is_available():
         return "cpu", f"torch sees {torch.cuda.device_count()} of them"
     if cards:
-        why = f"is built for CUDA {torch.version.cuda}, and finds no driver for it that is new enough"
-        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-            why = "may not use it: CUDA_VISIBLE_DEVICES hides it"
-        elif torch.version.cuda is None:
-            why = "is built without CUDA"
-        return "cpu", f"there is an {cards[0].partition('Model:')[2].splitlines()[0].strip()} here, but {version} {why}"
+        name = cards[0].partition("Model:")[2].splitlines()[0].strip()
+        hidden = "CUDA_VISIBLE_DEVICES hides it, or the driver is too old"
+        why = f"cannot use it: {hidden}" if torch.version.cuda else "is built without CUDA"
+        return "cpu", f"there is an {name} here, but {version} {why}"
     if torch.backends.mps.is_available():
         return "cpu", "Apple's mps has no float64, in which projectors are solved"
     return "cpu", "torch sees no CUDA card"

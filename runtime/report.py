@@ -14,22 +14,13 @@ from runtime.presets import flags
 from runtime.run import KEPT_BY, read_log, run_of, write_text
 
 MARK = "<!-- train.py and eval.py write this file again as long as this line is in it -->"
-PAPERS = "DSKD ([v1](https://arxiv.org/abs/2406.17328), [v2](https://arxiv.org/abs/2504.11426))"
 MEASURES = ("rouge_l", "exact_match", "accuracy", "pass_at_1", "cross_entropy")  # of eval-NAME.json
 
 
 def base_model(o) -> str | None:
-    """The hub's name of the model that a run's student was trained from, also through runs between; None if it has
-    none."""
+    """The hub's name of the model that a run's student began as, also through runs between; None if it has none."""
     run = run_of(o.student)
     return None if o.from_scratch else run.get("base_model") if run else repository_of(o.student)
-
-
-def command_of(record: dict) -> str:
-    """The command line whose options are in an args.json."""
-    ours = {entry.name: record.get(entry.name) for entry in fields(Options) if entry.name not in ("device", "resume")}
-    given = {name: value for name, value in ours.items() if value != getattr(Options, name, None)}
-    return f"python train.py {flags(given)}"
 
 
 def read_scores(out: Path, record: dict) -> list[str]:
@@ -61,6 +52,8 @@ def write_card(out: Path) -> None:
     matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
     names = ["max_steps" if record["max_steps"] else "epochs", *"batch_size grad_accum lr max_len seed".split()]
     settings = ", ".join(f"{name} {record[name]}" for name in names)
+    options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
+    options = {name: value for name, value in options.items() if value != getattr(Options, name)}
     scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
     text = f"""---
 {matter}
@@ -71,7 +64,7 @@ def write_card(out: Path) -> None:
 # {out.resolve().name}
 
 {origin}, trained with `{how}`{taught}, on `{data or record["data"]}`.
-Settings: {settings}. Methods: {PAPERS}.
+Settings: {settings}. Papers: [DSKD](https://arxiv.org/abs/2406.17328), [v2](https://arxiv.org/abs/2504.11426).
 
 ## Licence
 
@@ -84,7 +77,7 @@ and what do they ask of a model that was made from them? Name it above, as `lice
 
 ## Training
 
-    {command_of(record)}
+    python train.py {flags(options)}
 """
     write_text(file, text)
 
@@ -99,8 +92,7 @@ def prompt_form(example: Example) -> str:
 def say_next(given: dict, o: Options, line: dict) -> None:
     """After a run, on standard error: its last losses and scores, and the commands for its student. (On standard output
     stands where that is.)"""
-    names = "loss", "ce", "kd", *KEPT_BY.values()
-    losses = ", ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
+    losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
     test = o.data if o.data in DATASETS else "TEST.jsonl"
     further = {name: value for name, value in given.items() if name not in ("resume", "from_scratch", "teacher_sft")}
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})

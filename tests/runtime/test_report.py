@@ -34,19 +34,13 @@ def test_a_card_is_used_if_this_torch_is_built_for_it(monkeypatch, capability, b
     assert usable or "not built for the Some Card here, of compute capability" in why
 
 
-@pytest.mark.parametrize(
-    "cuda, visible, why",
-    [(None, None, "is built without CUDA"), ("13.0", None, "built for CUDA 13.0, and finds no driver"),
-     ("13.0", "", "CUDA_VISIBLE_DEVICES hides it")],
-)  # fmt: skip
-def test_a_card_that_torch_does_not_see_is_named(monkeypatch, tmp_path, capsys, cuda, visible, why):
+@pytest.mark.parametrize("cuda, why", [(None, "is built without CUDA"), ("13.0", "hides it, or the driver is too old")])
+def test_a_card_that_torch_does_not_see_is_named(monkeypatch, tmp_path, capsys, cuda, why):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   24\n")
     monkeypatch.setattr(device, "CARDS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     device.say_device(None, "cpu")
     told = capsys.readouterr().err
     assert told.startswith("device: cpu (there is an NVIDIA H100 80GB HBM3 here, but") and why in told
