@@ -104,8 +104,11 @@ def on_cpu(tiny_task, tmp_path_factory):
     return ask
 
 
-@pytest.mark.parametrize("how", MORE)
-@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+UPDATES = [(kind, how) for kind in EVERY_KIND for how in MORE
+           if how == "eager" or kind[0] != "seqkd" and not (kind[-1] and kind[2] != "eta")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, how", UPDATES, ids=str)
 def test_an_update(tiny_task, tmp_path, on_cpu, kind, how):
     """Of every method, recipe and alignment: the fast and the plain losses, eager and compiled."""
     method, recipe, align, teacher, on_policy = kind
@@ -140,18 +143,20 @@ def test_compiled_losses(name):
     states = [torch.randn(*shape, generator=generator) for shape in ((75, 16), (700, 16), (44, 24), (900, 24))]
     tokens = torch.randint(700, (75,), generator=generator).to(DEVICE)
     rows = torch.randperm(75, generator=generator)[:44].to(DEVICE)
+    label = (states[2] @ states[3].T).argmax(-1).to(DEVICE)
+    label[::3] = 0  # two of three agree
     found = {}
     for fused in (False, True):
         inputs = [x.to(DEVICE).requires_grad_() for x in copy.deepcopy(states)]
         options = {"only_agreeing": name != "uld", "ce_weight": 0.1, "target_ce_weight": 0.2, "kd_weight": 0.3}
         with torch.autocast(DEVICE.partition(":")[0], torch.bfloat16):
             terms = fast_losses.head_terms(
-                *inputs, rows, tokens, tokens[:44], **options, divergence=name, temperature=2.0, chunk=32, fused=fused
+                *inputs, rows, tokens, label, **options, divergence=name, temperature=2.0, chunk=32, fused=fused
             )
         terms.loss.backward()
         found[fused] = [terms.loss.detach(), terms.ce, terms.target_ce, terms.kd, *(x.grad for x in inputs[:3])]
     for ours, eager in zip(found[True], found[False], strict=True):
-        assert (ours.float() - eager.float()).norm() < 1e-2 * eager.float().norm()
+        assert (ours - eager).float().norm() < 1e-2 * eager.float().norm()
 
 
 @pytest.mark.parametrize("compiled", ["eager", *MORE[2:]])
