@@ -18,6 +18,7 @@ import argparse
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora
 from fast.cpu import put_on
@@ -61,9 +62,9 @@ TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, 
 ]
 
 
-def decoder(config: dict, rank: int, targets, dropout: float = 0.0) -> Decoder:
+def decoder(config: dict, rank: int, targets, dropout: float = 0.0, device: str = "meta") -> Decoder:
     """Without weights. rank, targets: of LoRA, as `lora.attach` has them; rank 0 for none."""
-    with torch.device("meta"):
+    with torch.device(device):
         m = Decoder(config)
         if rank:
             lora.attach(m, rank, 8.0, dropout, targets)
@@ -107,31 +108,30 @@ def logits_bytes(vocabulary: int, chunk: int) -> float:
 
 
 def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
-    """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on the CPU, where it
-    is asked for two lengths, since the difference is without the weights; and without attention's dropout, for which a
-    CPU keeps what CUDA's fused kernel makes again."""
+    """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on tensors that are
+    shapes alone, as a CPU would compute them, for two lengths, since the difference is without the weights; and without
+    attention's dropout, for which a CPU keeps what CUDA's fused kernel makes again."""
     gpt2 = config["model_type"] == "gpt2"
     one = {**config, "vocab_size": 8, "n_layer" if gpt2 else "num_hidden_layers": 1}
     one["attn_pdrop" if gpt2 else "attention_dropout"] = 0.0
-    m = decoder(one, rank, targets, dropout=0.1).to_empty(device="cpu").train()
-    for p in m.parameters():
-        torch.nn.init.zeros_(p)
-    put_on(m)  # dropout that keeps a byte per element, as CUDA's does; PyTorch's on a CPU keeps numbers
-    m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
+    storages: dict[int, int] = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
 
     def kept(length: int) -> int:
-        storages: dict[int, int] = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
+        storages.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
             m(torch.zeros((1, length), dtype=torch.long))
         return sum(storages.values())
 
-    return (kept(32) - kept(16)) / 16
+    with FakeTensorMode():
+        m = decoder(one, rank, targets, dropout=0.1, device="cpu").train()
+        put_on(m)  # dropout that keeps a byte per element, as CUDA's does; PyTorch's on a CPU keeps numbers
+        m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
+        return (kept(32) - kept(16)) / 16
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,

@@ -46,13 +46,14 @@ import fast.losses
 import losses
 import train
 from baselines import mined
-from data import read_jsonl, tokenise
+from data import tokenise
 from eval import held_out_cross_entropy
 from experiments import paper, tiny
 from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
+from runtime.formats import read_examples
 from runtime.run import tokenizer_of
 from runtime.tokenizer import TextTokenizer
 from scores.tables import spread, table
@@ -186,7 +187,7 @@ def world(root: Path, cell: Cell) -> Path:
 
 
 def make_world(cell: Cell, directory: Path) -> None:
-    parts = tiny.make_data(cell.seed, **SIZES, test_share=15, unseen=())
+    parts = tiny.make_data(cell.seed, **SIZES, reading=0, test_share=15, unseen=())
     generator = random.Random(f"{cell.seed} pretrain")
     prompts = [example["prompt"] for example in parts["teacher_train"]]
     parts["untasted"] = [{"prompt": prompt, "output": untasted(prompt, generator)} for prompt in prompts]
@@ -436,7 +437,7 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
 @by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
     """{rouge_l, exact_match, valid, cross_entropy, ...} of greedy answers; cross-entropy over all references."""
-    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_jsonl(file)
+    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_examples(file)
     scores = tiny.score_answers(model, tokenizer, examples, plain if text == "accents" else str)
     references = [replace(example, outputs=[output]) for example in examples for output in example.outputs]
     rows, _ = tokenise(references, tokenizer, max_len=96, max_prompt_len=48)
@@ -532,7 +533,7 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
     for regime in dict.fromkeys(name.partition(" ")[2] for name in rows):
         first, *others = [rows.get(f"{method} {regime}".strip(), {}) for method in methods]
         line = [spread([result[COMPARED] for result in first.values()], 1)]
-        line += [spread(differences(results, first), 1, "+") for results in others]
+        line += [spread(differences(results, first), 1, sign="+") for results in others]
         lines.append([f"`{regime or 'default'}`", *line])
     return table(lines)
 
@@ -575,18 +576,16 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
     print(f"{len(cells) - len(left)} of {len(cells)} cells are finished", file=sys.stderr)
     (root / "logs").mkdir(parents=True, exist_ok=True)
 
-    def launch(cell: Cell) -> str:
-        log, environment = root / "logs" / f"{cell}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(log, "w") as stream:
+    def launch(cell: Cell) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(root / "logs" / f"{cell}.txt", "w") as stream:
             done = subprocess.run(command(cell, root), cwd=REPOSITORY, env=environment, stderr=stream)
-        said = f"{cell}: failed, see {log}" if done.returncode else f"{cell}: done"
-        print(said, file=sys.stderr)
-        return said
+        print(f"{cell}: {'failed' if done.returncode else 'done'}", file=sys.stderr)
 
     with ThreadPoolExecutor(workers) as pool:
-        failures = [said for said in pool.map(launch, left) if not said.endswith(": done")]
-    if failures:
-        raise RuntimeError("\n".join(failures))
+        list(pool.map(launch, left))
+    if failed := pending(left, root):
+        raise RuntimeError("\n".join(f"{cell}: failed, see {root / 'logs' / f'{cell}.txt'}" for cell in failed))
 
 
 def search(root: Path, run) -> dict[str, dict[str, float]]:

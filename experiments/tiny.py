@@ -27,10 +27,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import train
-from data import Example, read_jsonl
+from data import Example
 from eval import respond, score
 from model import load_model
-from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
+from runtime.formats import read_examples
+from runtime.run import TOKENIZER_FILES, finished_runs, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
@@ -188,7 +189,7 @@ def score_answers(model, tokenizer: TextTokenizer, examples: list[Example], spel
 
 def make_data(
     seed: int = 0, teacher_train: int = 16000, student_train: int = 500, valid: int = 400, test: int = 2000,
-    reading: int = 0, test_share: int = 50, unseen: tuple[str, ...] = UNSEEN,
+    reading: int = 16000, test_share: int = 50, unseen: tuple[str, ...] = UNSEEN,
 ) -> dict[str, list[dict]]:
     """The parts of the data set, each a list of {"prompt", "output"}.
 
@@ -346,7 +347,7 @@ show the families of the last two columns; the teacher has seen them."""
 
 def find(role: str) -> Path:
     """The file or directory that the name "tiny" stands for as a student, teacher or data."""
-    path = Path(ROOT) / {"student": "start/student", "teacher": "teacher/student", "data": "student_train.jsonl"}[role]
+    path = Path(ROOT) / {"student": "pretrained/student", "teacher": "teacher/student", "data": "student_train.jsonl"}[role]
     if not path.exists():
         raise FileNotFoundError(f"{role} 'tiny': {path} is not there yet; `python train.py` makes it")
     return path
@@ -363,36 +364,38 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
     train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
-    root, untrained = Path(o.out), Path(o.out) / "untrained"
+    root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
     if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
-        tokenizers = read_tokenizer(untrained / "teacher"), read_tokenizer(untrained / "student")
+        tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
-    names = []
 
     def stage(name: str, **changes) -> None:
         options = {**asdict(o), "out": str(root / name), "checkpoint_every": 10**6, **changes}
         options |= {key: given[key] for key in ("max_steps", "batch_size", "lr", "checkpoint_every") if key in given}
         if options["method"] == "sft":  # one teacher, start and twin serve every way to distil
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
-        train.run_stage(train.Options(**options), name)
-        names.append(name)
+        train.run_stage(train.Options(**options), f"{name} {stages.index(name) + 1}/{len(stages)}")
 
-    taught = {"data": str(root / "teacher_train.jsonl"), "student": str(untrained / "teacher"), **TEACHER_STAGE}
-    reading = {"data": str(root / "reading.jsonl"), "student": str(untrained / "student"), **READING_STAGE}
-    learned = {"data": str(root / "student_train.jsonl"), "student": str(root / "start" / "student"), **STUDENT_STAGE}
+    taught = {"data": str(root / "teacher_train.jsonl"), "student": str(start / "teacher"), **TEACHER_STAGE}
+    reading = {"data": str(root / "reading.jsonl"), "student": str(start / "student"), **READING_STAGE}
+    learned = {"data": str(root / "student_train.jsonl"), "student": str(root / "pretrained/student"), **STUDENT_STAGE}
     recipe = [o.recipe] if o.method == "dskd" else []
     words = [o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)]
+    distilled = "-".join([*words, "on-policy"] if o.on_policy else words)
+    stages = list(dict.fromkeys(["teacher", "pretrained", "sft", distilled]))
     stage("teacher", method="sft", **taught)
-    stage("start", method="sft", **reading)
+    stage("pretrained", method="sft", **reading)
     stage("sft", method="sft", **learned)
     if o.method != "sft":
-        stage("-".join([*words, "on-policy"] if o.on_policy else words), teacher=f"{root}/teacher/student", **learned)
+        stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
+    names = dict.fromkeys([*stages, *finished_runs(root)])  # also those of earlier calls
     scores = {name: score_stage(root, name, o.device or "cpu") for name in names}
-    print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores])}\n\n{MEANING}")
+    print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores], distilled)}\n\n{MEANING}")
     if given.keys() <= {"seed", "out", "device", "resume"}:  # the settings that these are about
         seeds = json.loads(SEEDS.read_text())
-        print(f"\nmean ± standard deviation over {len(seeds)} seeds (python -m experiments.tiny)\n\n{tabulate(seeds)}")
+        print(f"\nover {len(seeds)} seeds (python -m experiments.tiny), mean ± standard deviation\n")
+        print(tabulate(seeds, distilled))
     return scores
 
 
@@ -402,20 +405,19 @@ def score_stage(root: Path, name: str, device: str) -> dict[str, float]:
     if not file.is_file():
         scores, model, tokenizer = {}, load_model(directory, device=device), tokenizer_of(directory)
         for test, suffix in (("test", ""), ("test_unseen", "_unseen")):
-            found = score_answers(model, tokenizer, read_jsonl(root / f"{test}.jsonl"))
+            found = score_answers(model, tokenizer, read_examples(root / f"{test}.jsonl"))
             scores |= {measure + suffix: round(value, 2) for measure, value in found.items()}
         write_text(file, json.dumps(scores) + "\n")
     return json.loads(file.read_text())
 
 
-def tabulate(seeds: list[dict[str, dict[str, float]]]) -> str:
-    """The scores of every model with each seed as a table; its last line is the last model's lead over the twin."""
+def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
+    """The scores of every model with each seed as a table; its last line is the distilled student's lead over sft."""
     rows = {name: [[scores[name][key] for scores in seeds] for key in COLUMNS] for name in seeds[0]}
     lines = [["", *COLUMNS.values()], *([name, *(spread(values, 1) for values in row)] for name, row in rows.items())]
-    *_, last = rows
-    if last != "sft":
-        gaps = [[b - a for a, b in zip(*both, strict=True)] for both in zip(rows["sft"], rows[last], strict=True)]
-        lines.append([f"{last} − sft", *(spread(gap, 1, "+") for gap in gaps)])
+    if distilled != "sft":
+        gaps = [[b - a for a, b in zip(*both, strict=True)] for both in zip(rows["sft"], rows[distilled], strict=True)]
+        lines.append([f"{distilled} − sft", *(spread(gap, 1, "+") for gap in gaps)])
     return table(lines)
 
 
@@ -426,14 +428,14 @@ def prepare(root: Path, seed: int) -> None:
         if made != seed:
             raise ValueError(f"--seed {seed}: {root} was made with --seed {made}; give another --out")
         return
-    data = make_data(seed, reading=16000)
+    data = make_data(seed)
     root.mkdir(parents=True, exist_ok=True)
     for name, examples in data.items():
         write_jsonl(root / f"{name}.jsonl", examples)
     texts = [text for example in data["teacher_train"] for text in (example["prompt"], example["output"])]
-    train_tokenizers(texts, root / "untrained" / "teacher", root / "untrained" / "student")
+    train_tokenizers(texts, root / "start" / "teacher", root / "start" / "student")
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
-        (root / "untrained" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
 
 
@@ -457,7 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     seeds = [run({"seed": seed, "out": f"{o.out}/{seed}"}) for seed in range(o.seeds)]
     o.scores.write_text("[\n" + ",\n".join(map(json.dumps, seeds)) + "\n]\n")
-    print(f"\n{tabulate(seeds)}")
+    print(f"\n{tabulate(seeds, 'dskd-v2')}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ def table(rows: list[list[str]]) -> str:
 
 def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
     """mean ± standard deviation (of a sample: n − 1)"""
+    if not values:
+        return "-"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}" if values else "-"
+    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
 
 
 def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
@@ -56,7 +58,7 @@ def count_unfinished(found: list[dict]) -> str:
 
 def describe(scores: dict, data: DataSet, chat, file) -> str:
     """What was done, of one model and one set, and where the report is; with programs, what became of them."""
-    line = f"{len(data.examples)} examples" + (f" in the chat format {chat.name}" if chat else "")
+    line = f"{len(data.examples)} examples" + (f" in {chat.name}" if chat else "")
     if scores["prompts_cut"]:
         line += f", {scores['prompts_cut']} prompts cut to fit"
     if any(scores["not_ended"]):

@@ -1,8 +1,8 @@
 """What tests share: one thread, a cache of their own, and a prepared tiny task: data, tokenizers, untrained models."""
 
 import json
+import os
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from helpers import SENTENCES, train_byte_level
 from tokenizers import Tokenizer, normalizers
 
 import model
+import train
 from experiments import tiny
-from runtime import run as checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +25,16 @@ def own_cache(tmp_path_factory):
     """Vocabulary maps are kept in the user's cache: not in that of who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_ends_of_runs():
+    """What costs a run of a few updates the most is its end: samples of 128 tokens, and the wait for the disk, which is
+    for the case that the power fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAMPLE_TOKENS", 8)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -52,7 +62,7 @@ def tiny_task(tmp_path_factory):
     """A directory with train.jsonl (40 examples), valid.jsonl (10), test.jsonl (10), teacher/ and student/ of different
     vocabularies, twin/, a wider model with the student's tokenizer, and dropout/, the student with dropout."""
     root = tmp_path_factory.mktemp("tiny")
-    data = tiny.make_data(seed=0, teacher_train=2000, student_train=40, valid=10, test=10)
+    data = tiny.make_data(seed=0, teacher_train=2000, student_train=40, valid=10, test=10, reading=0)
     texts = [text for example in data["teacher_train"] for text in example.values()]
     tiny.train_tokenizers(texts, str(root / "teacher"), str(root / "student"))
     for part, name in (("student_train", "train"), ("valid", "valid"), ("test", "test")):
@@ -73,19 +83,10 @@ def tiny_task(tmp_path_factory):
 
 
 @pytest.fixture
-def stopped_by_ctrl_c():
-    """`with stopped_by_ctrl_c():` a run of train.main ends right behind its first checkpoint, as by Ctrl-C twice."""
-
-    @contextmanager
-    def stopped():
-        save = checkpoint.save_checkpoint
-
-        def save_and_stop(*things):
-            save(*things)
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
-            yield
-
-    return stopped
+def small_task(monkeypatch):
+    """The embedded task with 300 examples for its teacher, 40 for its student, 11 to test on, and smaller models."""
+    make_data = tiny.make_data
+    monkeypatch.setattr(tiny, "make_data", lambda seed: make_data(seed, 300, 40, 11, 11, reading=40))
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    monkeypatch.setattr(tiny, "TEACHER", {**tiny.TEACHER, **small})
+    monkeypatch.setattr(tiny, "STUDENT", {**tiny.STUDENT, "n_embd": 16, "n_layer": 1})

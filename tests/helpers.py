@@ -2,20 +2,27 @@
 
 import json
 import math
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import losses
 from baselines.mined import mined_loss
 from baselines.uld import uld_loss
+from experiments import tiny
 from fast import losses as fast_losses
 from losses import RECIPES, Counts
 from model import build_model, save_model
+from runtime import run as checkpoint
+
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -193,6 +200,13 @@ def sentencepiece(vocabulary, **options) -> Tokenizer:
     return tokenizer
 
 
+def wordpiece() -> Tokenizer:
+    """One that cannot be aligned."""
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return tokenizer
+
+
 def train_byte_level(texts, normalizer) -> Tokenizer:
     """A byte-level tokenizer of these texts, which it changes first."""
     tokenizer = byte_level({})
@@ -224,7 +238,8 @@ CONFIGS = {
                                    "tie_word_embeddings": True},
     "llama3-scaling": {**LLAMA, "head_dim": 16, "rope_theta": 1000.0, "rope_scaling": LLAMA3},
     "llama3-scaling-5": {**LLAMA, "head_dim": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1000.0}},
-    "llama-linear-scaling": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "qwen2-yarn": {**QWEN, "model_type": "qwen2", "head_dim": 16, "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
     "mistral-window": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2": {**QWEN, "model_type": "qwen2"},
@@ -290,3 +305,47 @@ def weights_of(out) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def stopped_by_ctrl_c():
+    """Within it a run ends right behind its first checkpoint, as by Ctrl-C twice."""
+    save = checkpoint.save_checkpoint
+
+    def save_and_stop(*things):
+        save(*things)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit), match="^(130)?$"):
+        patch.setattr(checkpoint, "save_checkpoint", save_and_stop)
+        yield
+
+
+def speaker(task, directory, files=None, says=(900, 902), special=True, text="The sky is blue."):
+    """A model directory: after any token it says the first of `says`, after that the second. Its tokenizer is that of
+    the tiny task's student with 900 (the text), 901 and 902, of which these two are special or not; `files`: entries of
+    its other files, by their names."""
+    files = files or {}
+    shutil.copytree(task / "student", directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    plain = [AddedToken(token, special=False, normalized=False) for token in (text, "<turn>", "<stop>")]
+    tokenizer.add_tokens(plain[:1])
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(plain[1:])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    size = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 1024, "vocab_size": 903}
+    m = build_model({**tiny.STUDENT, **size, "tie_word_embeddings": False, **files.get("config.json", {})})
+    with torch.no_grad():
+        for parameter in [*m.blocks.parameters(), *m.positions.parameters(), *m.lm_head.parameters()]:
+            parameter.zero_()
+        for name, parameter in m.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+        one, other = torch.eye(8)[:2] - 1 / 8  # directions of zero mean, as the norms leave them
+        m.embed.weight[:] = one
+        if says[0] != says[1]:
+            m.embed.weight[says[0]] = other
+        m.lm_head.weight[says[1]], m.lm_head.weight[says[0]] = 20 * other, 20 * one
+    save_model(m, directory)
+    if generation := files.get("generation_config.json"):
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory

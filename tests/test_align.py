@@ -9,8 +9,8 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from helpers import SENTENCES, Largest, byte_level, sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from helpers import SENTENCES, Largest, byte_level, sentencepiece, wordpiece
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from align import (
     BYTE_LEVEL,
@@ -90,14 +90,9 @@ def test_byte_table_is_the_inverse_of_the_librarys():
     assert sorted(BYTE_LEVEL.values()) == list(range(256))
     assert set(BYTE_LEVEL) == set(pre_tokenizers.ByteLevel.alphabet())
     table = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    seen = set()
     for code in [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 4099)]:
         written = table.pre_tokenize_str(chr(code))[0][0]
         assert bytes(BYTE_LEVEL[c] for c in written) == chr(code).encode()
-        seen.update(chr(code).encode())
-    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-    assert seen == set(range(256)) - never_in_utf8
-    assert all(BYTE_LEVEL[chr(byte)] == byte for byte in never_in_utf8)  # printable in Latin-1: themselves
 
 
 def test_token_bytes_byte_level():
@@ -122,9 +117,9 @@ def test_token_bytes_sentencepiece():
                   "<0x1>": 9, "x<0x41>": 10, "<0x41>x": 11}  # fmt: skip
     tokenizer = sentencepiece(vocabulary, unk_token="<unk>", byte_fallback=True)
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.add_tokens(["▁▁plain"])
+    tokenizer.add_tokens(["▁▁plain", "▁▁▁"])  # the second as Gemma's runs of spaces
     expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
-    assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode()]
+    assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode(), b"   "]
 
 
 @pytest.mark.parametrize(
@@ -148,12 +143,6 @@ def test_every_token_of_a_text_spells_its_part_of_it(trained):
             assert joined == (" " * (name == "sentencepiece" and text != "") + text).encode()
 
 
-def wordpiece():
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    return tokenizer
-
-
 def test_other_tokenizers_are_refused():
     with pytest.raises(ValueError, match="model WordPiece, decoder WordPiece.*byte-level BPE and SentencePiece"):
         token_bytes(wordpiece())
@@ -171,57 +160,27 @@ HAND = {
     "one token is two of the other": ([b"ab", b"c", None], [b"a", b"b", b"c", None], [(1, 2), (2, 3)]),
     "accent": ([b"caf", E_ACUTE, b" noir", None], [b"ca", b"f", E_ACUTE, b" noir", None], [(1, 2), (2, 3), (3, 4)]),
     "accent split in bytes": ([b"a", b"\xc3", b"\xa9", b"b"], [b"a", E_ACUTE, b"b"], [(0, 0), (3, 2)]),
-    "newline": ([b"a", b"\n", b"b", b" c", None], [b"a", b"\n", b"b", b" c", None], [(i, i) for i in range(5)]),
     "emoji split differently": (
         [b"I", b" ", *(bytes([b]) for b in PIZZA), b" x", None],
         [b"I", b" " + PIZZA[:2], PIZZA[2:3], PIZZA[3:], b" x", None],
         [(0, 0), (4, 2), (5, 3), (6, 4), (7, 5)],
     ),
     "dummy prefix, teacher's": ([b" The", b" cat", None], [b"The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
-    "dummy prefix, student's": ([b"The", b" cat", None], [b" The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
-    "dummy prefix on both": ([b" The", None], [b" ", b"The", None], [(1, 2)]),
     "dummy prefix a token of its own": ([b" ", "北".encode(), None], ["北".encode(), None], [(1, 0), (2, 1)]),
-    "dummy prefix before a newline": ([b" ", b"\n", b"x", None], [b"\n", b"x", None], [(1, 0), (2, 1), (3, 2)]),
     "dummy prefix before a real space": ([b"  The", None], [b" The", None], [(0, 0), (1, 1)]),
-    "dummy prefix over several tokens": ([b" ", b" ", b"a"], [b" ", b"a"], [(1, 0), (2, 1)]),
     "dummy prefix before end-of-text": ([b" ", None], [None], [(1, 0)]),
-    "no prefix behind end-of-text": ([None, b" a", None], [None, b"a", None], [(0, 0), (2, 2)]),
     "spaces of different width": ([b"   ", b"x"], [b" ", b"x"], [(1, 1)]),
-    "same spaces cut differently": ([b"a", b"  ", b"b"], [b"a", b" ", b" ", b"b"], [(0, 0), (2, 3)]),
     "end-of-text in the middle": (
         [b"a", None, b"bc", None],
         [b"a", None, b"b", b"c", None],
         [(0, 0), (1, 1), (3, 4)],
     ),
     "end-of-text is no character": ([b"a", None, b"b"], [b"ab", None], [(1, 1)]),
-    "two in a row": ([b"a", None, None], [b"a", None, None], [(0, 0), (1, 1), (2, 2)]),
-    "cut, no end-of-text": ([b"ab", b"c"], [b"a", b"b", b"c"], [(1, 2)]),
     "end-of-text on one side": ([b"a", b"bc", None], [b"a", b"bc"], [(0, 0), (1, 1)]),
-    "one text is longer": ([b"a", b"b", b"c", None], [b"a", b"b", None], [(0, 0), (1, 1), (3, 2)]),
     "nothing in common": ([b"a", b"b"], [b"x", b"y"], []),
-    "a token that spells nothing": ([b"a", b"", b"b"], [b"", b"a", b"b"], [(0, 1), (2, 2)]),
     "empty": ([], [], []),
     "empty teacher": ([], [b"a", None], []),
-    "empty student": ([b" ", None], [], []),
-    "end-of-text alone": ([None], [None], [(0, 0)]),
 }
-
-
-@pytest.mark.parametrize("name", HAND)
-def test_alignment_by_hand(name):
-    teacher, student, expected = HAND[name]
-    copies = list(teacher), list(student)
-    assert aligned(teacher, student) == expected
-    assert aligned(student, teacher) == [(j, i) for i, j in expected]
-    assert (teacher, student) == copies  # the arguments are left alone
-
-
-def test_newline_spelt_two_ways():
-    teacher = sentencepiece({"<unk>": 0, "▁a": 1, "<0x0A>": 2, "b": 3, "▁c": 4}, unk_token="<unk>", byte_fallback=True)
-    student = byte_level({"a": 0, "Ċ": 1, "b": 2, "Ġc": 3})
-    ours = [token_bytes(teacher)[i] for i in (1, 2, 3, 4)] + [None]
-    theirs = [token_bytes(student)[i] for i in (0, 1, 2, 3)] + [None]
-    assert aligned(ours, theirs) == [(i, i) for i in range(5)]
 
 
 CHANGED = {  # one side's tokenizer changed the text
@@ -230,42 +189,30 @@ CHANGED = {  # one side's tokenizer changed the text
         [b"Le", b" caf", b"e", b"\xcc\x81", b" noir", None],
         [(0, 0), (1, 1), (3, 4), (4, 5)],
     ),
-    "NFC and NFD, the accent in a longer token": (
-        [b"Le", b" caf", E_ACUTE, b" noir", None],
-        [b"Le", b" cafe", b"\xcc\x81 ", b"noir", None],
-        [(0, 0), (4, 4)],
-    ),
     "lower-casing": (
         [b"The", b" Cat", b" sat", b" Down", None],
         [b"the", b" c", b"at", b" sat", b" down", None],
         [(2, 3), (4, 5)],
     ),
-    "NFKC": (["ﬁ".encode(), b"ne", b" wine", None], [b"fi", b"ne", b" wine", None], [(1, 1), (2, 2), (3, 3)]),
     "NFKC, cut differently": (["ﬁ".encode(), b"ne", b" wine", None], [b"fine", b" wine", None], [(2, 1), (3, 2)]),
     "white space cleaned up": (
         [b"a", b"  ", b"b", b"\n\n", b"c", None],
         [b"a", b" ", b"b", b" ", b"c", None],
         [(0, 0), (2, 2), (4, 4), (5, 5)],
     ),
-    "white space stripped at the end": ([b"a", b" b", b" \n", None], [b"a", b" b", None], [(0, 0), (1, 1), (3, 2)]),
-    "two leading spaces more": ([b"   ", b"a", b" b", None], [b"a", b" b", None], [(1, 0), (2, 1), (3, 2)]),
-    "a newline is no dummy prefix": ([b" a", b"b", None], [b"\n", b" a", b"b", None], [(1, 2), (2, 3)]),
     "unknown character": ([b"a", None, b"b", None], [b"a", b"\xe5", b"\x8c", b"b", None], [(0, 0), (2, 3), (3, 4)]),
-    "several differences": (
-        [b"A", b" b", b" C", b" d", b" E", b" f", None],
-        [b"a", b" b", b" c", b" d", b" e", b" f", None],
-        [(1, 1), (3, 3), (5, 5), (6, 6)],
-    ),
     "fewer edits before more matches": ([b"abc", b"d"], [b"d", b"ab", b"c"], []),  # abc in place, not the moved d
     "more matches at equal edits": ([b"ab", b"x"], [b"a", b"b", b"y", b"ab"], [(0, 3)]),
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_alignment_of_changed_text_by_hand(name):
-    teacher, student, expected = CHANGED[name]
+@pytest.mark.parametrize("name", [*HAND, *CHANGED])
+def test_alignment_by_hand(name):
+    teacher, student, expected = {**HAND, **CHANGED}[name]
+    copies = list(teacher), list(student)
     assert aligned(teacher, student) == expected
     assert aligned(student, teacher) == [(j, i) for i, j in expected]
+    assert (teacher, student) == copies  # the arguments are left alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,14 +264,6 @@ def test_equal_texts_need_no_table(spaces):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert pairs == pairs_by_spans(teacher, student) and peak < 1_000_000
-
-
-def test_equal_tokenisations_align_completely():
-    rng = random.Random(1)
-    for _ in range(200):
-        tokens = [token for token in random_sides(rng)[0] if token != b""]
-        assert aligned(tokens, list(tokens)) == [(i, i) for i in range(len(tokens))]
-        assert pairs_of(align_by_programme(tokens, tokens)) == [(i, i) for i in range(len(tokens))]
 
 
 def common_length(a, b):
@@ -397,34 +336,6 @@ def test_trained_lower_casing_tokenizer_loses_only_the_capitals(trained):
     assert inside > 50
 
 
-def test_trained_composing_tokenizer_loses_only_the_accents(trained):
-    tails = 0
-    # (no "ç": its UTF-8 and that of its decomposed form end with the same byte, which may be a token that is kept)
-    for text in [*SENTENCES[:3], "A fox at the café, Übung macht Größe.", "déjà vu là-bas, naïve"]:
-        decomposed = unicodedata.normalize("NFD", text)
-        nfc, nfd = spelt(trained["nfc"], decomposed), spelt(trained["byte-level"], decomposed)
-        assert b"".join(nfc[:-1]) == unicodedata.normalize("NFC", text).encode()
-        # offset in the composed text -> offset in the decomposed one, but not inside what is composed
-        border, a, b = {0: 0}, 0, 0
-        for character in unicodedata.normalize("NFC", text):
-            composed, apart = character.encode(), unicodedata.normalize("NFD", character).encode()
-            if composed == apart:
-                border |= {a + n: b + n for n in range(len(composed))}
-            a, b = a + len(composed), b + len(apart)
-            border[a] = b
-        border[a + 1] = b + 1  # end-of-text
-        ends = [np.cumsum([0] + [len(symbols([token])) for token in side]).tolist() for side in (nfc, nfd)]
-        where = {(x, y): j for j, (x, y) in enumerate(itertools.pairwise(ends[1]))}
-        expected = [
-            (i, where[border[x], border[y]])
-            for i, (x, y) in enumerate(itertools.pairwise(ends[0]))
-            if (border.get(x), border.get(y)) in where and nfc[i] == nfd[where[border[x], border[y]]]
-        ]
-        assert aligned(nfc, nfd) == expected and expected[-1] == (len(nfc) - 1, len(nfd) - 1)
-        tails += len(expected)
-    assert tails > 40
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabularies
 
@@ -486,22 +397,6 @@ def test_an_end_of_text_that_is_not_marked_as_special_is_no_text():
         assert pairs_of(vocabulary_overlap(teacher, student, teacher_eos, student_eos)) == overlap
         assert prediction_map(teacher, student, teacher_eos, student_eos, size=4).tolist() == mapped
     assert pairs_of(vocabulary_overlap(teacher, student)) == [(1, 0), (2, 1), (3, 2)]
-
-
-def test_prediction_map_of_trained_tokenizers(trained):
-    teacher, student = trained["sentencepiece"], trained["byte-level"]
-    ours, theirs = token_bytes(teacher), token_bytes(student)
-    mapped = prediction_map(teacher, student, 2, 0, size=1000)
-    for index, target in enumerate(mapped.tolist()):
-        if index == 2:
-            assert target == 0
-        elif target >= 0:
-            assert ours[index] == theirs[target] is not None
-        else:
-            assert index >= len(ours) or ours[index] is None or ours[index] not in theirs
-    teacher_ids, student_ids = vocabulary_overlap(teacher, student)
-    assert mapped[teacher_ids].tolist() == student_ids.tolist()
-    assert len(student_ids) == len({b for b in theirs if b} & {b for b in ours if b}) > 300
 
 
 # ---------------------------------------------------------------------------------------------------------------------

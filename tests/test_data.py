@@ -16,12 +16,10 @@ from data import (
     collate,
     cut_prompt,
     find_longest,
-    read_jsonl,
     replace_response,
     tokenise,
 )
 from experiments import tiny
-from model import build_model
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
@@ -85,13 +83,7 @@ def write(tmp_path, content):
     return path
 
 
-@pytest.fixture(params=[read_jsonl, read_examples])
-def read(request):
-    """The reader of our own files, and that of files of others."""
-    return request.param
-
-
-def test_both_forms(tmp_path, read):
+def test_both_forms(tmp_path):
     path = write(
         tmp_path,
         '{"prompt": "p ", "output": "o"}\n'
@@ -99,29 +91,29 @@ def test_both_forms(tmp_path, read):
         '{"instruction": "i", "output": ["a", "b"]}\n'
         '{"instruction": "", "input": "n", "output": " "}',
     )
-    first, second, third, fourth = read(path)
+    first, second, third, fourth = read_examples(path)
     assert first == Example(f"{path}, line 1", ["o"], prompt="p ")
     assert second == Example(f"{path}, line 2", ["é"], instruction="i")
     assert third.outputs == ["a", "b"] and third.input == "" and third.prompt is None
     assert (fourth.instruction, fourth.input, fourth.outputs) == ("", "n", [" "])
 
 
-def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path, read):
+def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path):
     odd = "a\u2028b\u2029c\x85d\u000be\x0cf\x1cg\x00h\u00a0\ufeff\r\n\ti"
     record = json.dumps({"prompt": odd, "output": odd}, ensure_ascii=False)
     assert "\u2028" in record and "\x85" in record
     path = write(tmp_path, b"\xef\xbb\xbf\r\n" + record.encode() + b"\r\n  \n\n" + record.encode() + b"\n\n")
-    examples = read(path)
+    examples = read_examples(path)
     assert [example.where for example in examples] == [f"{path}, line 2", f"{path}, line 5"]
     assert all(example.prompt == odd and example.outputs == [odd] for example in examples)
-    assert len(read(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
+    assert len(read_examples(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
 
 
-def test_part_of_a_file(tmp_path, read):
+def test_part_of_a_file(tmp_path):
     path = write(tmp_path, "".join(f'{{"prompt": "{n}", "output": "o"}}\n' for n in range(6)))
-    assert [e.prompt for e in read(path, 2, 4)] == ["2", "3"]
-    assert [e.where for e in read(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
-    assert len(read(path)) == 6
+    assert [e.prompt for e in read_examples(path, 2, 4)] == ["2", "3"]
+    assert [e.where for e in read_examples(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
+    assert len(read_examples(path)) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,11 +204,11 @@ def test_cutting_of_random_texts(student, teacher):
 def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):
     lines = [{"prompt": "p", "output": "abc"}, {"prompt": "p", "output": "abc", "end_of_text": False}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student)
+    rows, report = tokenise(read_examples(tmp_path / "d.jsonl"), student)
     whole, cut = (row.student.response for row in rows)
     assert whole == [*cut, student.eos_id] and report.responses_cut == 0
     length = len(rows[1].student.prompt) + len(cut)
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
+    rows, report = tokenise(read_examples(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
     assert rows[1].student.response == cut and len(rows[0].student.response) <= len(cut)
     assert report.responses_cut == 1
 
@@ -248,33 +240,9 @@ def test_cutting_of_random_template_prompts(student, teacher):
     assert min(cuts.values()) > 15, cuts
 
 
-def test_cut_prompt_by_hand(student):
-    def cut(example, text):
-        limit = len(student.encode(text))
-        assert not fits([student], example.prompt_text(), limit)
-        return cut_prompt(example, [student], limit).prompt_text()
-
-    both = Example("", ["x"], instruction="Sum up this text.", input="北京 北京 北京 北京")
-    shorter = Example("", ["x"], instruction="Sum up this text.", input="北京 北京").prompt_text()
-    assert cut(both, shorter) in (shorter, shorter.replace("北京" + MARKER, "北京 " + MARKER))
-    alone = Example("", ["x"], instruction="Sum up this text.").prompt_text()
-    assert cut(both, alone) == alone
-    assert cut(both, Example("", ["x"], instruction="Sum up").prompt_text()).endswith("Sum up" + MARKER)
-    assert cut(raw("one two three\n\nAnswer:", "x"), "\n\nAnswer:").endswith("\n\nAnswer:")
-
-
 def test_report_adds_up(student, teacher):
-    examples = [
-        raw("short", "short"),
-        raw("a" * 100, "short"),
-        raw("short", "b" * 200),
-        raw("c" * 100, "d" * 200),
-    ]
-    rows, report = tokenise(examples, student, teacher, max_len=40, max_prompt_len=20)
-    prompts, responses = ([student.decode(getattr(r.student, part)) for r in rows] for part in ("prompt", "response"))
-    assert report == CutReport(
-        4, 2, 2, 200 - len(prompts[1]) - len(prompts[3]), 400 - len(responses[2]) - len(responses[3])
-    )
+    examples = [raw("short", "short"), raw("a" * 100, "short"), raw("short", "b" * 200), raw("c" * 100, "d" * 200)]
+    report = tokenise(examples, student, teacher, max_len=40, max_prompt_len=20)[1]
     assert str(report) == (
         f"4 examples; cut to fit: 2 prompts ({report.prompt_characters} characters), "
         f"2 responses ({report.response_characters} characters)"
@@ -450,18 +418,6 @@ def rows(student, teacher):
     return tokenise(examples, student, teacher, align="eta")[0]
 
 
-def test_layout_of_one_example(student):
-    [row], _ = tokenise([raw("What is the fox?", "The dog.")], student)
-    prompt, response = student.encode("What is the fox?"), student.encode("The dog.") + [student.eos_id]
-    assert row == Row(Side(prompt, response))
-    batch = collate([row], student_pad=0)
-    assert batch.student.input_ids.tolist() == [prompt + response[:-1]]  # nothing follows the last token
-    assert batch.student.positions.tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
-    assert batch.student.labels.tolist() == response
-    assert batch.student.inputs.tolist() == [prompt[-1], *response[:-1]]
-    assert batch.teacher is None and batch.teacher_index is None and batch.align_ratios == []
-
-
 def test_training_takes_the_first_of_several_outputs(student):
     [row], _ = tokenise([Example("", ["first", "second"], prompt="p")], student)
     assert student.decode(row.student.response) == "first"
@@ -496,25 +452,13 @@ def test_collate_against_a_loop(rows, student, teacher):
         assert len(side.positions) == len(side.labels) == k and side.real.tolist() == real
 
 
-def test_padding_does_not_matter(rows, student, teacher):
+def test_padding_is_in_the_ids_alone(rows):
     one, other = collate(rows, 0, 0), collate(rows, 5, 7)
     for name in ("student", "teacher"):
         a, b = getattr(one, name), getattr(other, name)
         assert not torch.equal(a.input_ids, b.input_ids)
         for part in ("real", "positions", "labels", "inputs"):
             assert torch.equal(getattr(a, part), getattr(b, part))
-    torch.manual_seed(0)
-    config = {"model_type": "gpt2", "vocab_size": student.size, "n_positions": 64, "n_embd": 8, "n_layer": 1,
-              "n_head": 1}  # fmt: skip
-    m = build_model(config).eval()
-    with torch.no_grad():
-        hidden = [m(s.input_ids).flatten(0, 1)[s.positions] for s in (one.student, other.student)]
-        hidden.append(m(one.student.input_ids, real=one.student.real).flatten(0, 1)[one.student.positions])
-        alone = [collate([row], 3).student for row in rows]
-        apart = torch.cat([m(s.input_ids).flatten(0, 1)[s.positions] for s in alone])
-    torch.testing.assert_close(hidden[0], hidden[1])
-    torch.testing.assert_close(hidden[0], hidden[2])
-    torch.testing.assert_close(hidden[0], apart)
 
 
 def test_pairs_are_offset_by_the_examples_before(rows, student, teacher):
@@ -545,6 +489,8 @@ def test_rows_without_pairs_and_examples_without_a_pair():
     assert batch.align_ratios == [0.0, 1.0]
     assert batch.teacher_index.tolist() == [2] and batch.student_index.tolist() == [2]
     assert collate([Row(Side([1], [2]), Side([1], [2]))], 0).teacher_index is None
+    alone = collate([Row(Side([1], [2]))], 0)
+    assert alone.teacher is None and alone.teacher_index is None and alone.align_ratios == []
 
 
 def test_batch_to_moves_every_tensor(rows):

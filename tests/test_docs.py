@@ -11,8 +11,11 @@ The first line of a fenced block says what the block is:
 """
 
 import ast
+import contextlib
 import functools
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -23,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "experiments" / "README.md", ROOT / "examples" / "README.md"]
+PAGES += [ROOT / name for name in ("experiments/README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 EXCERPT = re.compile(r"^```python (\S+\.py) ([\w.]+)(?:: (.+?) \.\.\. (.+?))?\n(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^ *```sh( test)?\n(.*?)^ *```$", re.M | re.S)
@@ -167,13 +170,25 @@ COMMANDS = [(page, *command) for page, text in TEXTS.items() for command in comm
 SCRIPT = re.compile(r"(?:python|torchrun(?: --\S+)+) ((?:-m )?[\w./]+)(.*)")
 
 
+def run_here(words: list[str]) -> str:
+    """What `python WORDS` prints, run in this process, where torch is imported already."""
+    module, *arguments = words[1:] if words[0] == "-m" else words
+    start = runpy.run_module if words[0] == "-m" else runpy.run_path
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is imported already
+        patch.chdir(ROOT)
+        try:
+            start(module, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{words}: {end.code}"
+    return printed.getvalue()
+
+
 @functools.cache
 def help_of(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, f"{script} --help: {done.stderr}"
-    return done.stdout
+    return run_here([*script.split(), "--help"])
 
 
 @pytest.mark.parametrize("page, command, _", [c for c in COMMANDS if " -m venv" not in c[1] and "--" in c[1]])
@@ -197,9 +212,7 @@ def test_options_exist(page, command, _):
 def test_commands_run(page, command, tmp_path):
     words = shlex.split(command)
     assert words[0] == "python"
-    words = [word if not word.startswith("runs/") else str(tmp_path / word) for word in words[1:]]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{page}: {done.stderr}"
+    assert run_here([word if not word.startswith("runs/") else str(tmp_path / word) for word in words[1:]])
 
 
 def test_commands_were_found():
@@ -214,27 +227,35 @@ def test_commands_were_found():
 # Copying
 
 
-@pytest.mark.parametrize("file", "model lora projector align losses scores/rouge scores/answers".split())
-def test_concept_files_work_alone(tmp_path, file):
-    """Copied into an empty folder, each imports nothing of the project and its docstring's example runs."""
-    name = Path(file).name
-    (tmp_path / f"{name}.py").write_bytes((ROOT / f"{file}.py").read_bytes())
-    code = (
-        f"import doctest, sys, {name}\n"
-        f"result = doctest.testmod({name})\n"
-        "sys.exit(0 if result.attempted and not result.failed else 'no example, or it failed')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+ALONE = """
+import doctest, importlib, sys
+for name in sys.argv[1:]:
+    sys.path[0] = name
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed, f"{name}: no example, or it failed"
+    del sys.modules[name]
+"""
+
+
+def test_concept_files_work_alone(tmp_path):
+    """Each copied into an empty folder, it imports nothing of the project, and its docstring's example runs."""
+    files = "model lora projector align losses scores/rouge scores/answers".split()
+    for file in files:
+        copy = tmp_path / Path(file).name / f"{Path(file).name}.py"
+        copy.parent.mkdir()
+        copy.write_bytes((ROOT / f"{file}.py").read_bytes())
+    command = [sys.executable, "-c", ALONE, *(Path(file).name for file in files)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_snippet_to_copy_runs(tmp_path):
-    """The README's lines, on random tensors, in a folder with nothing of the repository but two files."""
+def test_the_snippet_to_copy_runs():
+    """The README's lines, on random tensors."""
     [snippet] = re.findall(r"^```python\n(.*?)^```$", TEXTS["README.md"], re.M | re.S)
     setting = """
 import torch
-from losses import *
-from projector import *
+from losses import RECIPES, Counts, dskd_loss, predict_tokens
+from projector import Projectors
 N, student_width, teacher_width, V = 6, 4, 5, 11
 student_hidden, teacher_hidden = torch.randn(N, student_width, requires_grad=True), torch.randn(N, teacher_width)
 student_head, teacher_head = torch.randn(V, student_width, requires_grad=True), torch.randn(V, teacher_width)
@@ -244,11 +265,7 @@ gold = torch.randint(V, (N,))
 trained = student_hidden, student_head, projectors.t2s.weight
 assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in trained)
 """
-    for name in ("losses", "projector"):
-        (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
-    (tmp_path / "snippet.py").write_text(setting + snippet + check)
-    done = subprocess.run([sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    exec(setting + snippet + check, {})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Scores: generation in batches, held-out cross-entropy, the table and the JSON file."""
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer
+from helpers import speaker
 
 import eval as evaluation
 import model
-from data import CodeTask, Example, read_jsonl, tokenise
+from data import CodeTask, Example, tokenise
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 
@@ -21,7 +23,7 @@ def student(tiny_task):
 
 def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     together = evaluation.respond(m, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     alone = [evaluation.respond(m, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone and len(set(together)) > 1
@@ -29,7 +31,7 @@ def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, 
 
 def test_sampling_is_seeded(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     runs = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
@@ -37,7 +39,7 @@ def test_sampling_is_seeded(tiny_task, student):
 def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
     m, tokenizer = student
     m.train()
-    rows, _ = tokenise(read_jsonl(tiny_task / "valid.jsonl"), tokenizer)
+    rows, _ = tokenise(read_examples(tiny_task / "valid.jsonl"), tokenizer)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in rows:  # one by one, no padding, from the definition
@@ -86,10 +88,7 @@ def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
         scores = evaluation.score(responses, CODE, "code", unfinished)
         return scores["pass_at_1"], scores["details"]
 
-    passed, details = score([example.outputs[0] for example in CODE])
-    assert passed == 100.0 and [detail["status"] for detail in details] == ["passed", "passed"]
-    passed, details = score(["    return None\n", "def two(): return 3"])
-    assert passed == 0.0 and details[1]["reason"] == "AssertionError in tests, line 1: assert two() == 2"
+    assert score([example.outputs[0] for example in CODE])[0] == 100.0
     passed, details = score(["    exit()", "```python\ndef two(): return 2\n```"])
     assert passed == 50.0 and details[1]["program"] == "def two(): return 2\n"
     responses = ["    return 1\n", "def two():\n    return 2\n\ndef two():\n    return 1"]  # cut, perhaps from "1 + 1"
@@ -110,7 +109,7 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-------", "one", "two"]
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
-    report = json.loads((tmp_path / "one" / "eval-test.json").read_text())
+    report = json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text())
     assert report["examples"] == 3 and len(report["rouge_l"]) == 2 and len(report["responses"][1]) == 3
     evaluation.main(["one", "--data", data, "--greedy", "--limit", "2", *short])
     assert "±" not in capsys.readouterr().out
@@ -153,7 +152,7 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
     evaluation.main([run, "--data", text, sums, exercises, *options])
     out, err = capsys.readouterr()
     head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
+    assert head == ["model", "test-first-2 Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
     assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00", "0 of 10"] and "sandbox: " in err and "2 passed" in err
     report = json.loads((tmp_path / "run" / "eval-exercises.json").read_text())
     assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
@@ -175,11 +174,12 @@ def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, student):
     for limit, cut in (("1", 0), ("2", 0), ("3", 1)):
         evaluation.main([run, "--data", data, "--greedy", "--limit", limit, "--max-len", "60", "--max-prompt-len", "50",
                          "--device", "cpu"])  # fmt: skip
-        report, replies = replies_of(run, "set")
+        report, replies = replies_of(run, "set" if limit == "3" else f"set-first-{limit}")
         assert report["new_tokens"] == 10 and report["prompts_cut"] == cut
         assert replies[:2] == evaluation.respond(m, tokenizer, prompts[:2], max_new_tokens=10)[: int(limit)]
     evaluation.main([run, "--data", data, "--greedy", "--limit", "1", "--max-len", "60", "--device", "cpu"])
-    assert replies_of(run, "set")[0]["new_tokens"] == 30
+    assert replies_of(run, "set-first-1")[0]["new_tokens"] == 30
+    assert replies_of(run, "set")[0]["examples"] == 3  # of the whole set: still there
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,28 @@ def test_prompts_must_leave_room_for_responses(tiny_task, tmp_path, monkeypatch)
     for options in (["--max-len", "60", "--max-prompt-len", "60"], ["--max-prompt-len", "512", "--task", "rouge"]):
         with pytest.raises(SystemExit, match="--max-prompt-len .* leaves no token of --max-len .* for the response"):
             evaluation.main([run, "--data", data, "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("trained", ["{}\n", "Say {}!"])
+def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkeypatch, student, trained):
+    run, (m, tokenizer) = run_directory(tiny_task, tmp_path), student
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"prompts": trained, "bos": None}))
+    words = [run, "--device", "cpu", "--max-len", "30", "--prompt"]
+    expected = [evaluation.respond(m, tokenizer, [trained.replace("{}", text)], 15)[0] for text in ("A fox", "An owl")]
+    evaluation.main([*words, "A fox"])
+    assert capsys.readouterr().out == expected[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("A fox\n\nAn owl\n"))  # no terminal: a line each
+    evaluation.main(words)
+    assert capsys.readouterr().out == "".join(f"{response}\n" for response in expected)
+    evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
+    sampled = capsys.readouterr().out.splitlines()
+    assert sampled != [expected[0]] * len(sampled)
+
+
+def test_prompts_and_sets_are_either_or(tiny_task, capsys):
+    for words in ([], ["--data", "x", "--prompt", "y"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main([str(tiny_task / "student"), *words])
 
 
 def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
@@ -252,37 +274,18 @@ def test_sets_that_would_write_the_same_file_are_refused(tiny_task, tmp_path):
         evaluation.main([run_directory(tiny_task, tmp_path), "--data", *sets, *SHORT])
 
 
-def puppet(directory, tokenizer, answer, ends=True):
-    """A GPT-2 in `directory` that continues anything with `answer`, one token of its vocabulary: once, or forever."""
-    directory.mkdir()
-    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    vocabulary.add_tokens([AddedToken(answer, special=False, normalized=False)])
-    vocabulary.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
-    size, said, end = vocabulary.get_vocab_size(), vocabulary.token_to_id(answer), read_tokenizer(directory).eos_id
-    config = {"model_type": "gpt2", "vocab_size": size, "n_positions": 1024, "n_embd": 4, "n_layer": 1, "n_head": 1,
-              "tie_word_embeddings": False}  # fmt: skip
-    m = model.build_model(config)
-    with torch.no_grad():
-        for name, weight in m.named_parameters():  # nothing but the last token's embedding reaches the head
-            weight.fill_(1.0 if "norm" in name or "ln_" in name else 0.0)
-            if name.endswith("bias"):
-                weight.zero_()
-        before, after = torch.tensor([1.0, -1, 0, 0]), torch.tensor([-1.0, 1, 0, 0])
-        m.embed.weight[:] = before
-        m.embed.weight[said] = after if ends else before
-        m.head_weight[said], m.head_weight[end] = 9 * before, 9 * after
-    model.save_model(m, directory)
-    return str(directory)
+def says(task, directory, text, ends=True):
+    """A model that continues anything with this text: once, or forever."""
+    return speaker(task, directory, says=(900, 0 if ends else 900), text=text)
 
 
-def scores_of(puppet_directory, data, capsys, *options):
+def scores_of(directory, data, capsys, *options):
     """What eval.py prints about it (a dictionary, its table's only row by the head), and its report."""
-    evaluation.main([puppet_directory, "--data", data, "--device", "cpu", *options])
+    evaluation.main([str(directory), "--data", data, "--device", "cpu", *options])
     out = capsys.readouterr().out
     head, _, row, *notes = out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, row)]
-    report = json.loads((Path(puppet_directory) / f"eval-{Path(data).stem}.json").read_text())
+    report = json.loads((directory / f"eval-{Path(data).stem}.json").read_text())
     return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report
 
 
@@ -294,15 +297,13 @@ HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 e
     "response, ends, accuracy",
     [
         ("9 * 2 = 18.\n#### 18\n\n### Instruction:\nA robe takes 2 + 1.\n\n### Response:\n#### 3", True, "100.00"),
-        ("<think>\n#### 17\n</think>\nThe answer is 18. I thought 1 time.", True, "100.00"),
         ("16 - 7 = 9, 9 * 2 = 18. Let me check that. ", False, "0.00"),  # the last number is not said to be final
-        ("The answer is 18. Let me check that: 16 - 7 = 9. ", False, "100.00"),
         ("It is 18.\n\nQuestion: How many are 2 and 1?\nAnswer: 3", False, "100.00"),
     ],
 )
 def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_path, capsys, response, ends, accuracy):
-    data, directory = write_lines(tmp_path / "hens.jsonl", HENS), tmp_path / "puppet"
-    row, report = scores_of(puppet(directory, tiny_task / "student", response, ends), data, capsys, "--greedy")
+    data, directory = write_lines(tmp_path / "hens.jsonl", HENS), tmp_path / "model"
+    row, report = scores_of(says(tiny_task, directory, response, ends), data, capsys, "--greedy")
     assert (row["accuracy"], row["not ended"]) == (accuracy, f"{1 - ends} of 1")
     assert report["not_ended"] == [1 - ends] and report["details"][0][0]["ended"] is ends
     assert report["responses"][0][0].startswith(response) and report["accuracy"] == [float(accuracy)]
@@ -311,7 +312,7 @@ def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_pa
 def test_how_many_responses_did_not_end_is_counted_over_the_seeds(tiny_task, tmp_path, capsys):
     data = write_lines(tmp_path / "talk.jsonl", *[{"prompt": "Hello", "output": "you"}] * 3)
     for name, ends, counts in (("ends", True, [0, 0]), ("goes-on", False, [3, 3])):
-        directory = puppet(tmp_path / name, tiny_task / "student", "you", ends)
+        directory = says(tiny_task, tmp_path / name, "you", ends)
         row, report = scores_of(directory, data, capsys, "--seeds", "1", "2", "--max-len", "20", "--batch-size", "2")
         assert row["not ended"] == f"{sum(counts)} of 6" and report["not_ended"] == counts
 
@@ -323,13 +324,12 @@ DRAFT, RIGHT = "```python\ndef one():\n    return 0\n```\n", "```python\ndef one
     "response, passed",
     [
         (f"My first try was\n{DRAFT}but that is wrong:\n{RIGHT}", "100.00"),
-        (f"First\n{RIGHT.replace('one', 'unit')}and then\n{RIGHT.replace('1', 'unit()')}", "100.00"),
         (f"<think>\n{RIGHT}", "0.00"),
     ],
 )
 def test_the_last_program_outside_of_thoughts_is_run(tiny_task, tmp_path, capsys, working_sandbox, response, passed):
     data = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
-    directory = puppet(tmp_path / "puppet", tiny_task / "student", response)
+    directory = says(tiny_task, tmp_path / "model", response)
     row, report = scores_of(directory, data, capsys, "--greedy", "--run-code")
     assert (row["pass@1"], row["not ended"], report["pass_at_1"]) == (passed, "0 of 1", [float(passed)])
 
@@ -338,12 +338,12 @@ def test_a_note_stands_by_a_rouge_l_that_counts_no_token(tiny_task, tmp_path, ca
     outputs = ("東京", ["القاهرة", "東京"], "Paris", ["東京", "Tokyo"])
     lines = [{"prompt": "Capital?", "output": output} for output in outputs]
     data = write_lines(tmp_path / "capitals.jsonl", *lines)
-    directory = puppet(tmp_path / "puppet", tiny_task / "student", "東京")
+    directory = says(tiny_task, tmp_path / "model", "東京")
     row, report = scores_of(directory, data, capsys, "--greedy")
     assert (row["Rouge-L"], row["exact match"], report["no_reference_tokens"]) == ("0.00*", "75.00", 2)
     assert "capitals: the references of 2 of 4 examples have no token that Rouge-L counts" in row["notes"]
     row, report = scores_of(directory, write_lines(tmp_path / "english.jsonl", lines[2]), capsys, "--greedy")
     assert (row["Rouge-L"], row["notes"], report["no_reference_tokens"]) == ("0.00", "", 0)
-    evaluation.main([directory, "--data", data, str(tmp_path / "english.jsonl"), "--greedy", "--device", "cpu"])
+    evaluation.main([str(directory), "--data", data, str(tmp_path / "english.jsonl"), "--greedy", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert "| 0.00*" in lines[2] and "| 0.00 " in lines[2] and lines[3].startswith("* capitals: ") and len(lines) == 4

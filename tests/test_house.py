@@ -1,15 +1,11 @@
-"""The house: who may import whom, how long a function may be, and how much of it one update enters.
-
-`python -m pytest tests/test_house.py -s` also prints the lines of every room, and what one update of DSKD v2 + ETA
-takes from the command line to the files written.
-"""
+"""The house: who may import whom, how long a function may be, and how much of it one update enters: the figures of
+README's table, which `python -m pytest tests/test_house.py -s` prints."""
 
 import ast
 import inspect
 import runpy
 import sys
 import threading
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,16 +45,18 @@ def read(file: Path) -> str:
 
 def imported(file: Path) -> set[str]:
     """The top files and rooms that a file imports anywhere; but the embedded task is fetched by its name in
-    the functions that need it."""
+    the functions that need it, and the command line of align.py is in runtime/show.py."""
     tree = ast.parse(read(file))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     lazy = file.as_posix() in ("train.py", "runtime/load.py")
     late = {node for function in functions for node in ast.walk(function)} if lazy else set()
+    if file.as_posix() == "align.py":
+        late = set(ast.walk(tree.body[-1])) if ast.unparse(tree.body[-1]).startswith("if __name__ ==") else set()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not (node in late and node.module == "experiments"):
+        elif isinstance(node, ast.ImportFrom) and not (node in late and node.module in ("experiments", "runtime.show")):
             names.add(node.module or "")
     return {name.split(".")[0] for name in names} & {*TOP, *ROOMS}
 
@@ -97,19 +95,6 @@ def test_every_experiment_starts(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage:") == has_command_line
 
 
-def test_lines_of_the_house():
-    """Prints; how many are too many is for people to say."""
-    rooms = defaultdict(int)
-    for file in sources(tests=True):
-        count = len(read(file).splitlines())
-        rooms[file.parts[0]] += count
-        print(f"{count:6,} {file}")
-    for name, count in rooms.items():
-        print(f"{count:6,} {name}")
-    print(f"{sum(rooms[f'{name}.py'] for name in TOP):6,} at the top")
-    print(f"{sum(rooms[f'{name}.py'] for name in ('projector', 'align', 'losses')):6,} the method")
-
-
 @contextmanager
 def entered_functions():
     """The code of all functions of the repository that are entered meanwhile, in any thread."""
@@ -129,25 +114,6 @@ def entered_functions():
         named = {code for code in codes if not code.co_name.startswith("<")}  # no lambda, comprehension or module
         here = {code for code in named if Path(code.co_filename).is_relative_to(ROOT)}
         codes &= {code for code in here if Path(code.co_filename).relative_to(ROOT) in sources(tests=False)}
-
-
-def test_what_one_update_enters(tiny_task, tmp_path):
-    """DSKD v2 + ETA from the command line to the files written: prints the functions, their lines, and the files."""
-    words = arguments(tiny_task, tmp_path / "run", recipe="v2", align="eta", max_steps=1)
-    with entered_functions() as codes:
-        train.main(words)
-    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
-    assert "dskd_loss" in {code.co_name for code in codes}
-    functions, lines = defaultdict(set), defaultdict(set)
-    for code in codes:
-        source, first = inspect.getsourcelines(code)
-        file = Path(code.co_filename).relative_to(ROOT).as_posix()
-        functions[file].add(code)
-        lines[file] |= set(range(first, first + len(source)))  # a function inside another counts once
-    for file in sorted(functions, key=lambda file: -len(lines[file])):
-        print(f"{len(functions[file]):4} functions, {len(lines[file]):5,} lines of {file}")
-    totals = (sum(map(len, group.values())) for group in (functions, lines))
-    print("{:4} functions, {:5,} lines, {} files".format(*totals, len(functions)))
 
 
 @pytest.mark.parametrize("chunk", [512, 0])

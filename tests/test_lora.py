@@ -8,10 +8,12 @@ import torch
 from helpers import GPT2, LLAMA, QWEN, arguments, random_batch, random_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import lora
 import model
 import train
 from runtime import run as checkpoint
+from runtime.load import find_model
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
@@ -153,8 +155,6 @@ def test_a_rank_above_the_width_and_a_second_adapter():
     adapted = logits_of(m)
     with pytest.raises(ValueError, match="has adapters already"):
         lora.attach(m, 4, 8)
-    with pytest.raises(ValueError, match="merge adapters before saving"):
-        model.save_model(m, "nowhere")
     assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
 
 
@@ -247,6 +247,37 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
+def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, capsys):
+    """For every command: it is merged once, and has the base's tokenizer unless it has one of its own."""
+    import transformers
+
+    base, adapter, data = tiny_task / "student", tmp_path / "adapter", tiny_task / "test.jsonl"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(adapter)
+    (adapter / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "mine": 1}')
+    merged = find_model(str(adapter), "teacher")
+    assert f"{adapter} is an adapter; with its base {base} it is the model in {merged}" in capsys.readouterr().err
+    assert close(logits_of(model.load_model(merged)), their_logits(theirs))
+    assert not close(their_logits(theirs), logits_of(model.load_model(base)), 1e-2)
+    assert (merged / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert json.loads((merged / "tokenizer_config.json").read_text())["mine"] == 1
+    stamp = (merged / "model.safetensors").stat().st_mtime_ns
+    evaluation.main([str(adapter), "--data", str(data), "--limit=1", "--greedy", "--max-len=64", "--device=cpu"])
+    assert find_model(str(adapter), "teacher") == merged == next(merged.parent.glob("merged-*"))
+    assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
+    assert find_model(str(adapter), "student", weights=False) == base
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in ("/root/elsewhere", None):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        with pytest.raises(FileNotFoundError, match=f"is an adapter, and its base is not here: .*'{base}' is neither"):
+            find_model(str(adapter), "teacher")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""
@@ -262,6 +293,15 @@ def saved(tmp_path):
         return tmp_path
 
     return make
+
+
+def assert_refused(path, message, config=GPT2):
+    """With the file's name, and the model left as it was."""
+    m = random_model({**config, "tie_word_embeddings": False})
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_adapter(m, path)
+    assert str(path) in str(caught.value)
+    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
 FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -285,11 +325,7 @@ FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
     ],
 )
 def test_adapters_of_another_kind(saved, field, value, message):
-    m, path = random_model(GPT2), saved(lambda config: config.update({field: value}))
-    with pytest.raises(ValueError, match=message) as caught:
-        load_adapter(m, path)
-    assert str(path) in str(caught.value)
-    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
+    assert_refused(saved(lambda config: config.update({field: value})), message)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +335,10 @@ def test_adapters_of_another_kind(saved, field, value, message):
         (FIRST.replace("lora_A", "lora_B"), [3, 24], r"lora_B.weight' is \[3, 24\], .* need \[72, 3\]"),
         (FIRST.replace(".0.", ".2."), [3, 24], r"no linear layer for tensor .*h\.2.* \[3, 24\]"),
         (FIRST.replace("lora_A", "lora_magnitude"), [72], "no linear layer for tensor .*lora_magnitude"),
-        ("base_model.model.lm_head.weight", [61, 24], "no linear layer for tensor .*lm_head"),
-        ("base_model.model.lm_head.lora_A.weight", [3, 24], "no linear layer for tensor .*lm_head"),
+        ("base_model.model.lm_head.weight", [61, 24], "lm_head.weight changes the head or an embedding.*peft"),
+        ("base_model.model.lm_head.lora_A.weight", [3, 24], "lm_head.lora_A.weight changes the head"),
+        ("base_model.model.transformer.wte.lora_embedding_A", [3, 61], "wte.lora_embedding_A changes the head or"),
+        ("base_model.model.model.embed_tokens.weight", [61, 24], "embed_tokens.weight changes the head or"),
         (FIRST, None, r"h\.0\.attn\.c_attn has only lora_B"),
     ],
 )
@@ -309,42 +347,32 @@ def test_adapters_of_another_model(saved, key, shape, message):
         tensors.pop(key, None)
         tensors.update({key: torch.ones(shape)} if shape else {})
 
-    m, path = random_model({**GPT2, "tie_word_embeddings": False}), saved(edit_tensors=edit)
-    with pytest.raises(ValueError, match=message):
-        load_adapter(m, path)
-    assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
+    assert_refused(saved(edit_tensors=edit), message)
 
 
 def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):
-    with pytest.raises(ValueError, match="no tensors"):
-        load_adapter(random_model(GPT2), saved(edit_tensors=lambda tensors: tensors.clear()))
-    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model"):
-        load_adapter(random_model(LLAMA), saved())
+    assert_refused(saved(edit_tensors=lambda tensors: tensors.clear()), "no tensors")
+    assert_refused(saved(), "transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model", LLAMA)
 
 
 def test_missing_and_damaged_files(saved):
     path = saved()
-    (path / "adapter_model.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes()[:-20])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors not found"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_adapter(random_model(GPT2), path)
-    (path / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_config.json not found"):
-        load_adapter(random_model(GPT2), path)
+    config, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-20])
+    assert_refused(path, "not a readable safetensors file")
+    tensors.unlink()
+    assert_refused(path, "adapter_model.safetensors not found")
+    config.write_text("{")
+    assert_refused(path, "not valid JSON")
+    config.unlink()
+    assert_refused(path, "adapter_config.json not found")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 METHODS = {
-    "sft": {"method": "sft"},
     "sft of the llama-style model": {"method": "sft", "student": "teacher"},
-    "kd": {"method": "kd", "teacher": "twin"},
     "eta": {"align": "eta"},
     "cma": {"recipe": "v1", "align": "cma"},
 }
@@ -401,23 +429,35 @@ def test_only_adapters_and_projectors_move(tiny_task, tmp_path, at_save, method)
     assert record["lora_targets"] == adapter["target_modules"] == targets
 
 
-@pytest.mark.parametrize("method", ["eta", "sft of the llama-style model"])
-def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save, method):
+def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save):
     """student/ in transformers and in our loader, and adapter/ on the base in peft, all give the logits trained."""
     import transformers
 
     out = tmp_path / "run"
-    train.main(command(tiny_task, out, method, max_steps=10))
+    train.main(command(tiny_task, out, max_steps=5))
     expected = logits_of(at_save[-1].student.eval())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student").eval()
     assert close(their_logits(theirs), expected) and close(logits_of(model.load_model(out / "student")), expected)
-    source = tiny_task / METHODS[method].get("student", "student")
-    base = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_task / "student").eval()
     assert not close(their_logits(base), expected, 1e-2)
     assert close(their_logits(peft.PeftModel.from_pretrained(base, str(out / "adapter"))), expected)
     both = peft.AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter")).eval()  # finds the base by its config
     assert close(their_logits(both), expected)
     assert (out / "samples.txt").read_text().count("### prompt") == 5
+
+
+def test_a_run_and_its_adapter_are_its_student(tiny_task, tmp_path, capsys):
+    """As the student or the teacher of the next run, and in eval.py."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(command(tiny_task, first, "sft"))
+    assert find_model(str(first / "adapter"), "teacher") == find_model(str(first), "teacher") == first / "student"
+    capsys.readouterr()
+    train.main(arguments(tiny_task, second, teacher=first, student=first, lora=2))
+    assert f"teacher: {first / 'student'}, trained here: --method sft" in capsys.readouterr().err
+    config = json.loads((second / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first / "student")
+    evaluation.main([str(first), "--data", str(tiny_task / "test.jsonl"), "--limit=1", "--greedy", "--device=cpu"])
+    assert list(first.glob("eval-*.json"))
 
 
 @pytest.mark.parametrize(

@@ -333,27 +333,6 @@ def test_sampling_is_without_dropout_and_leaves_no_trace(tokenizers):
         assert (new.teacher.response[-1] == tokenizers[0].eos_id) == ended
 
 
-@every_distillation
-def test_a_sampled_end_of_text_is_trained_on(tokenizers, name, monkeypatch):
-    """The gradient of the head's end-of-text row sees whether the sampled response has an end."""
-    setting = Setting(tokenizers, name)
-    setting.o.max_len = 128
-    eos_id = setting.tokenizer.eos_id
-    response = setting.tokenizer.encode("The red fox")
-
-    def sampled(ids):
-        monkeypatch.setattr(train, "generate", lambda *arguments, **_: [ids] * len(setting.rows))
-        return setting.batch(train.sample_rows(setting.o, setting.pieces, setting.rows, step=0)[0])
-
-    ended, cut, empty = sampled([*response, eos_id]), sampled(response), sampled([eos_id])
-    for batch, number in ((ended, 1), (cut, 0), (empty, 1)):
-        assert (batch.student.labels == eos_id).sum() == number * len(setting.rows)
-        assert (batch.teacher.labels == setting.teacher_tokenizer.eos_id).sum() == number * len(setting.rows)
-        terms, _ = setting.update(sampled=[batch])
-        assert terms["student_tokens"] == len(batch.student.labels) and math.isfinite(terms["kd"])
-    assert empty.student.labels.tolist() == [eos_id] * len(setting.rows)
-
-
 def test_the_share_of_on_policy_updates():
     for share in (0.0, 0.25, 1.0):
         o = train.Options(on_policy=share)
@@ -437,7 +416,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_no_part_of_the_distiller(tokeniz
 # -- vocabularies padded to different numbers of rows ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", [(0, 6), (6, 0), (3, 6)])
+@pytest.mark.parametrize("padding", [(6, 0), (3, 6)])
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])
 def test_differently_padded_vocabularies(tokenizers, name, padding):
     setting = Setting(tokenizers, name, padding=padding)
@@ -461,13 +440,6 @@ def test_differently_padded_vocabularies(tokenizers, name, padding):
         assert torch.equal(states.label, (states.hidden @ setting.teacher.head_weight[:rows].T).argmax(-1))
     if name == "dskd v2 eta":
         assert states.label.max() < student_size
-    if name == "kd":
-        rows = student_size + min(padding)
-        hidden = torch.cat([states_of(setting.student, row.student)[0] for row in setting.rows])
-        values = DIVERGENCES["fkl"](
-            hidden @ setting.student.head_weight[:rows].T, states.hidden @ setting.teacher.head_weight[:rows].T, 2.0
-        )
-        assert terms["kd"] == pytest.approx(values.mean().item(), rel=1e-5)
 
 
 # -- wrong input -------------------------------------------------------------------------------------------------------

@@ -84,18 +84,6 @@ def test_pseudo_inverse_has_no_gradient():
     assert not logit_preserving_weight(torch.nn.Parameter(random_head(50, 5)), head).requires_grad
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_nothing_can_be_gained_around_the_solution(name):
-    """Stationarity: targetᵀ (source − target W) = 0."""
-    source, target = random_head(len(HEADS[name]), 24, seed=9).double(), HEADS[name].double()
-    weight = logit_preserving_weight(source, target)
-    slope = target.T @ (source - target @ weight)
-    assert slope.norm() < 2e-6 * target.norm() * source.norm()
-    # and where many solutions are equally good, it is the smallest: no part of it in target's null space
-    nothing = weight - pseudo_inverse(target) @ target @ weight
-    assert nothing.norm() < 1e-6 * weight.norm()
-
-
 def test_mismatched_rows_are_refused():
     with pytest.raises(ValueError, match="source_head has 90 rows, target_head 91"):
         logit_preserving_weight(random_head(90, 4), random_head(91, 4))

@@ -1,5 +1,5 @@
-"""baselines/mined.py: edit distances, warping and the vocabulary map against their definitions; the loss by hand, by
-loops, by finite differences."""
+"""baselines/mined.py: edit distances, warping and the vocabulary map against their definitions; the loss by loops and
+by finite differences."""
 
 import collections
 import math
@@ -30,12 +30,10 @@ from baselines.mined import (
     edit_distance_map,
     edit_distances,
     mapped_columns,
-    mined_loss,
     pair_by_edit_distance,
     token_spellings,
 )
 from data import Example, tokenise
-from losses import Counts
 from runtime.tokenizer import read_tokenizer
 
 # -- edit distances and warping ----------------------------------------------------------------------------------------
@@ -213,21 +211,6 @@ def test_the_map_is_cached(tokenizers, tmp_path, monkeypatch, capsys):
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 every_chunk = pytest.mark.parametrize("chunk", [0, 1, 2, 100])
-
-
-def test_the_loss_by_hand():
-    """Teacher 1/8, 4/8, 3/8; student token 0 takes the 4/8, token 2 the 3/8, renormalised to 4/7 and 3/7."""
-    p, q = torch.tensor([[1, 5, 2]]) / 8, torch.tensor([[1, 4, 3]]) / 8
-    hidden, heads, row = torch.ones(2, 1), (p.log().T, q.log().T), torch.tensor([1])
-    ids, gold = (torch.tensor([1, 2]), torch.tensor([0, 2])), torch.tensor([1, 2])
-    terms = values(mined_loss(hidden, gold, row, hidden[:1], *heads, *ids, Counts(2), temperature=1.0, kd_rate=0.25))
-    kd = (4 / 7 * math.log(4 / 7 / (1 / 8)) + 3 / 7 * math.log(3 / 7 / (2 / 8)) - math.log(5 / 8)) / 2
-    ce = -(math.log(5 / 8) + math.log(2 / 8)) / 2
-    assert terms == pytest.approx({"ce": ce, "correct": 1, "kd": kd, "loss": 0.75 * ce + 0.25 * kd})
-    # at temperature 2 a token without a partner is still compared with a one-hot distribution
-    none = row[:0], hidden[:0]
-    terms = mined_loss(hidden[:1], gold[:1], *none, *heads, *ids, Counts(1), temperature=2.0)
-    assert terms["kd"].item() == pytest.approx(-math.log(math.sqrt(5) / sum(map(math.sqrt, (1, 5, 2)))))
 
 
 @every_chunk

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import model
 import train
 from baselines import seqkd
-from data import read_jsonl
+from runtime.formats import read_examples
 from runtime.load import load_answers
 from runtime.options import Options
 from runtime.tokenizer import read_tokenizer
@@ -27,7 +28,7 @@ def finished(tiny_task, tmp_path_factory):
 
 def test_the_file_holds_the_teachers_greedy_answers(tiny_task, finished):
     teacher, tokenizer = model.load_model(tiny_task / "teacher"), read_tokenizer(tiny_task / "teacher")
-    gold, answers = read_jsonl(tiny_task / "train.jsonl"), read_jsonl(finished / "seqkd.jsonl")
+    gold, answers = read_examples(tiny_task / "train.jsonl"), read_examples(finished / "seqkd.jsonl")
     assert [example.prompt for example in answers] == [example.prompt for example in gold]
     assert not (finished / "seqkd.jsonl.new").exists()
     for answer in answers[:5]:
@@ -55,27 +56,37 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
     assert same(weights_of(tmp_path / "run"), weights_of(finished))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
-    for options, changed in [
-        ({"teacher": tiny_task / "twin"}, "teacher and weights"),
-        ({"max_len": 95}, "max_len"),
-        ({"seqkd_temperature": 0.5}, "temperature and seed"),
-        ({"data": tiny_task / "test.jsonl"}, "prompts"),
-    ]:
-        with pytest.raises(SystemExit, match=f"was made with other {changed}: give another --out"):
-            train.main(arguments(tiny_task, tmp_path / "other", **{"method": "seqkd", **options}))
+    with pytest.raises(SystemExit, match="was made with other temperature and seed: give another --out"):
+        train.main(arguments(tiny_task, tmp_path / "other", method="seqkd", seqkd_temperature=0.5))
     assert list((tmp_path / "other").iterdir()) == [tmp_path / "other" / "seqkd.jsonl"]
 
 
-def test_answers_of_other_weights_in_the_same_place_are_not_reused(tiny_task, tmp_path):
+def test_answers_to_something_else_are_not_reused(tiny_task, tmp_path):
+    """Also of other weights in the same place; or from before an option, if that is not what it was then."""
+    teacher = read_tokenizer(tiny_task / "teacher")
+    how = {"examples": read_examples(tiny_task / "test.jsonl"), "model": tmp_path / "teacher", "teacher": teacher,
+           "student": SimpleNamespace(chat=None), "max_len": 96, "temperature": 0.0, "seed": 0}  # fmt: skip
     shutil.copytree(tiny_task / "teacher", tmp_path / "teacher")
-    options = {"method": "seqkd", "teacher": tmp_path / "teacher", "max_steps": 1}
-    train.main(arguments(tiny_task, tmp_path / "run", **options))
-    (tmp_path / "again").mkdir()
-    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
+    recipe = seqkd.make_recipe(**how)
+    other = {"prompt_text": teacher.prompt_text, "prefix": [], "end_ids": [2]}
+    for changed, named in [
+        ({"model": tiny_task / "twin"}, ["teacher", "weights"]),
+        ({"model": tiny_task / "teacher"}, ["teacher"]),
+        ({"examples": how["examples"][1:]}, ["prompts"]),
+        ({"max_len": 95}, ["max_len"]),
+        ({"seed": 1}, []),  # greedy ones do not depend on it
+        ({"temperature": 0.5, "seed": 1}, ["temperature", "seed"]),
+        ({"student": SimpleNamespace(chat=SimpleNamespace(name="smollm2"))}, ["student_chat"]),
+        ({"teacher": SimpleNamespace(**{**other, "prefix": [1]})}, ["bos"]),
+        ({"teacher": SimpleNamespace(**{**other, "end_ids": [2, 3]})}, ["ends"]),
+    ]:
+        assert seqkd.compare_recipes(recipe, seqkd.make_recipe(**how | changed)) == named, changed
+        assert seqkd.compare_recipes(seqkd.make_recipe(**how | changed), recipe) == named, changed
+    before = {name: value for name, value in recipe.items() if name not in ("weights", "student_chat")}
+    assert seqkd.compare_recipes(before, recipe) == []
     weights = load_file(tmp_path / "teacher" / "model.safetensors")
     save_file({name: weight + 2**-10 for name, weight in weights.items()}, tmp_path / "teacher" / "model.safetensors")
-    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other weights: give another --out"):
-        train.main(arguments(tiny_task, tmp_path / "again", **options))
+    assert seqkd.compare_recipes(recipe, seqkd.make_recipe(**how)) == ["weights"]
 
 
 def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finished, tmp_path, capsys):
@@ -93,7 +104,7 @@ def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finishe
 def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     """What `load_answers` makes of a teacher with these words."""
     student, teacher = (read_tokenizer(tiny_task / name) for name in ("student", "teacher"))
-    examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
+    examples = read_examples(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
     def generate(model, prompts, room, *rest):
@@ -123,15 +134,6 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 
 
-def test_what_a_dry_run_asks_for_is_not_written(tiny_task, tmp_path, monkeypatch):
-    few = {"dry_run": True, "batch_size": 2}
-    found = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
-    assert [example.outputs for example in found] == [["a"], ["b"]] and not list(tmp_path.iterdir())
-    answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"])
-    again = answers(tiny_task, tmp_path, monkeypatch, ["a", "b", "c"], **few)
-    assert [example.outputs for example in again] == [["a"], ["b"], ["c"]]  # the caller takes the first
-
-
 def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypatch):
     calls = []
 
@@ -150,9 +152,9 @@ def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypat
 def test_sampled_answers_depend_on_the_seed(tiny_task, tmp_path):
     texts = {}
     for name, options in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
-        options = {"method": "seqkd", "seqkd_temperature": 1.0, "max_steps": 1, **options}
+        options |= {"method": "seqkd", "seqkd_temperature": 1.0, "max_steps": 1, "data": tiny_task / "valid.jsonl"}
         train.main(arguments(tiny_task, tmp_path / name, **options))
-        texts[name] = [example.outputs[0] for example in read_jsonl(tmp_path / name / "seqkd.jsonl")]
+        texts[name] = [example.outputs[0] for example in read_examples(tmp_path / name / "seqkd.jsonl")]
     assert texts["a"] == texts["b"] != texts["c"]
 
 

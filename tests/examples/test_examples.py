@@ -107,12 +107,10 @@ def test_everything_copied_alone(task, options, tmp_path):
         assert ids == transformers.PreTrainedTokenizerFast.from_pretrained(task / "student")("A fox.")["input_ids"]
 
 
-def test_first_loss_equals_dry_run(options, tmp_path, capsys):
-    """The loop from the repository's root, on the same models and lines as train.py."""
-    out = tmp_path / "out"
-    printed = run(["examples/transformers_loop.py", *options, "--steps", 1, "--out", out], ROOT)
-    ours = json.loads(printed.splitlines()[0])
-    capsys.readouterr()
+def test_first_loss_equals_dry_run(examples, options, tmp_path, capsys):
+    """The loop on the same models and lines as train.py."""
+    examples["transformers_loop"].main([*map(str, options), "--steps", "1", "--out", str(tmp_path / "out")])
+    ours = json.loads(capsys.readouterr().out.splitlines()[0])
     train.main([*map(str, options), "--batch-size", "4", "--device", "cpu", "--dry-run"])
     expected = json.loads(capsys.readouterr().out)
     for name in ("loss", "ce", "kd", "t2s_ce", "t2s_kd", "s2t_kd"):

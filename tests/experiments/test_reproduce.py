@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers import TEMPERATURE, TOKENS, Inputs, values
 
-import fast.losses
 import lora
 import losses
 import train
@@ -305,61 +305,44 @@ def test_the_string_rule_by_hand():
     assert [len(x) for x in reproduce.string_alignment([], ["a"])] == [0, 0]
 
 
-def random_dskd():
-    """Arguments of `dskd_loss` up to the heads; the two last are the tokens that agree, and how many."""
-    generator = torch.Generator().manual_seed(0)
-    n, d, D, V = 40, 4, 5, 7
-    student, t2s, s2t, teacher = (torch.randn(n, width, generator=generator) for width in (d, d, D, D))
-    heads = torch.randn(V, d, generator=generator), torch.randn(V, D, generator=generator)
-    gold, label = torch.randint(V, (2, n), generator=generator)
-    for x in (student, t2s, s2t):
-        x.requires_grad_()
-    return {
-        "student_hidden": student, "gold": gold, "rows": slice(None), "t2s_hidden": t2s, "label": label,
-        "s2t_hidden": s2t, "teacher_hidden": teacher, "student_head": heads[0], "teacher_head": heads[1],
-    }  # fmt: skip
-
-
-def loss_and_gradients(change, objective=losses, recipe=("v2", "none"), **options):
-    """DSKD on random states: its terms, and the gradients of the student's states and of both projected ones."""
-    given = random_dskd()
-    agreeing = int(((given["t2s_hidden"] @ given["student_head"].T).argmax(-1) == given["label"]).sum())
+def loss_and_gradients(change, case="v2 none", chunk=0):
+    """DSKD on random states: its terms, and the gradients of the student's states and of both projectors."""
+    i = Inputs(case)
     with ExitStack() as patches:
         for one in reproduce.CHANGES[change]() if change else ():
             patches.enter_context(one)
-        counts, recipe = losses.Counts(40, 40, agreeing), losses.RECIPES[recipe]
-        terms = objective.dskd_loss(*given.values(), counts, recipe, "fkl", 2.0, 0.5, **options)
+        i.recipe = losses.RECIPES[tuple(case.split())]
+        terms = i.terms("fkl", chunk)
     terms["loss"].backward()
-    terms = {name: float(value.detach()) for name, value in terms.items()}
+    terms = values(terms)
     assert terms["loss"] == pytest.approx(0.5 * terms["ce"] + 0.5 * terms["kd"])  # what is trained is what is logged
-    return terms, [given[name].grad for name in ("student_hidden", "t2s_hidden", "s2t_hidden")]
+    return terms, [i.student_hidden.grad, i.t2s.grad, i.s2t.grad]
 
 
-@pytest.mark.parametrize("objective, options", [(losses, {}), (fast.losses, {"chunk": 16})], ids=["plain", "fast"])
-def test_terms_can_be_switched_off(objective, options):
-    """Of the value, and of each gradient: the student's states learn from ce and t2s_kd, t2s from t2s_ce, s2t from
-    s2t_kd."""
-    whole, (student, t2s, s2t) = loss_and_gradients(None, objective, **options)
-    given = random_dskd()
-    ce = torch.nn.functional.cross_entropy(given["student_hidden"] @ given["student_head"].T, given["gold"])
-    (by_ce,) = torch.autograd.grad(0.5 * ce, given["student_hidden"])
+@pytest.mark.parametrize("chunk", [0, 2], ids=["plain", "fast"])
+def test_terms_can_be_switched_off(chunk):
+    """Of the value, and of each gradient."""
+    i = Inputs("v2 none")
+    whole = i.terms("fkl")
+    parts = {name: i.gradients(whole[name]) for name in ("ce", "t2s_ce", "t2s_kd", "s2t_kd")}
     kept = {"teacher-space": ["s2t_kd"], "student-space": ["t2s_ce", "t2s_kd"], "solved": ["t2s_kd", "s2t_kd"]}
     for change, names in kept.items():
-        terms, gradients = loss_and_gradients(change, objective, **options)
-        assert terms["kd"] == pytest.approx(sum(whole[name] for name in names), rel=1e-5)
-        expected = [student if "t2s_kd" in names else by_ce, t2s if "t2s_ce" in names else torch.zeros_like(t2s),
-                    s2t if "s2t_kd" in names else torch.zeros_like(s2t)]  # fmt: skip
-        torch.testing.assert_close(gradients, expected)
+        terms, gradients = loss_and_gradients(change, chunk=chunk)
+        assert terms["kd"] == pytest.approx(sum(whole[name].item() for name in names), rel=1e-5)
+        for leaf, gradient in zip(("student_hidden", "t2s", "s2t"), gradients, strict=True):
+            expected = sum(parts[name].get(leaf, torch.zeros_like(gradient)) for name in ("ce", *names))
+            torch.testing.assert_close(gradient, 0.5 * expected)
 
 
-@pytest.mark.parametrize("recipe", [("v2", "none"), ("v2", "eta")])
-def test_without_mask_the_student_is_compared_everywhere(recipe):
-    whole, _ = loss_and_gradients(None, recipe=recipe)
-    terms, _ = loss_and_gradients("no-mask", recipe=recipe)
-    assert 0 < whole["agreeing"] < 40 and terms["t2s_ce"] == pytest.approx(whole["t2s_ce"])
-    given = random_dskd()  # the mean over all 40 tokens, as kd between the two has it
-    logits = [given[name] @ given["student_head"].T for name in ("student_hidden", "t2s_hidden")]
-    over_all = float(losses.DIVERGENCES["fkl"](*logits, 2.0).mean().detach())
+@pytest.mark.parametrize("case", ["v2 none", "v2 eta"])
+def test_without_mask_the_student_is_compared_everywhere(case):
+    whole, _ = loss_and_gradients(None, case)
+    terms, _ = loss_and_gradients("no-mask", case)
+    i = Inputs(case)
+    assert 0 < whole["agreeing"] < len(i.label) and terms["t2s_ce"] == pytest.approx(whole["t2s_ce"])
+    logits = [hidden @ i.student_head.T for hidden in (i.student_hidden[i.rows], i.t2s_hidden())]
+    over = TOKENS if case == "v2 none" else len(i.label)  # as the other terms have it
+    over_all = float(losses.DIVERGENCES["fkl"](*logits, TEMPERATURE).sum().detach()) / over
     assert terms["t2s_kd"] == pytest.approx(over_all) and terms["t2s_kd"] != pytest.approx(whole["t2s_kd"])
 
 

@@ -166,7 +166,7 @@ def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
 def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tmp_path):
     """oneDNN is told that there is AVX2 alone, which it reads when first used; on processors other than x86 that says
     nothing."""
-    common = {"dtype": "bf16", "max_steps": 1, "max_len": 60}
+    common = {"dtype": "bf16", "max_steps": 1, "max_len": 60, "data": tiny_task / "test.jsonl"}
     seqkd = arguments(tiny_task, tmp_path / "seqkd", method="seqkd", **common)
     sampled = arguments(tiny_task, tmp_path / "sampled", on_policy=1, **common)
     scored = [str(tmp_path / "sampled"), "--data", str(tiny_task / "test.jsonl"), "--dtype", "bf16", "--max-len", "64",

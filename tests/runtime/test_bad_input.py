@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import arguments
 from safetensors.torch import save_file
 
 import model
@@ -17,16 +18,10 @@ from runtime import load as loading
 def command(tiny_task, tmp_path, capsys, monkeypatch):
     """command(option=value, ...): what that run is refused with. None removes an option, True is a flag."""
     monkeypatch.chdir(tmp_path)
-    usual = {"student": tiny_task / "student", "teacher": tiny_task / "teacher", "data": tiny_task / "train.jsonl",
-             "out": tmp_path / "run", "max_len": 96, "max_prompt_len": 48, "max_steps": 1, "batch_size": 2,
-             "device": "cpu"}  # fmt: skip
 
     def run(**changes):
-        options = {name: value for name, value in {**usual, **changes}.items() if value is not None}
-        arguments = []
-        for name, value in options.items():
-            arguments += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
-        train.main(arguments)
+        usual = {"log_every": None, "max_steps": 1, "batch_size": 2}
+        train.main(arguments(tiny_task, tmp_path / "run", **{**usual, **changes}))
 
     def refused(**changes):
         before = sorted(tmp_path.rglob("*"))
@@ -68,21 +63,7 @@ def test_the_usual_options_are_accepted(command, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
-
-
-def truncate(directory, keep):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-@pytest.mark.parametrize("role, keep", [("student", -1), ("teacher", 5)])
-def test_truncated_weights(command, copy, role, keep):
-    """What else can be wrong with a model: test_strict.py; with its files: test_hub.py and test_fuzz.py."""
-    directory = copy(role)
-    truncate(directory, keep)
-    expected = f"{directory / 'model.safetensors'}: not a readable safetensors file"
-    assert contains(command(**{role: directory}), expected, "fetch it again")
+# Models. What can be wrong with one: test_strict.py, test_hub.py and test_fuzz.py
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "data"])
@@ -121,7 +102,7 @@ def test_malformed_tokenizer(command, copy, nothing_loaded, damage):
 def test_malformed_data(command, tmp_path, nothing_loaded, option):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "Which fox?", "output": "This fox."}\n{"prompt": "p"}\n')
-    assert contains(command(**{option: path}), f"{path}, line 2: 'output' is missing")
+    assert contains(command(**{option: path}), f"{path}, line 2: the response is missing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,8 +140,8 @@ def test_missing_options(command, nothing_loaded, missing):
 
 SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
 TOGETHER = [
-    ({"method": "kd"}, "--method kd --align none needs equal vocabularies", "--method dskd"),
-    ({"align": "none"}, "--align none needs equal vocabularies", "--align eta"),
+    ({"method": "kd"}, "--method kd --align none needs vocabularies of one family", "--method dskd"),
+    ({"align": "none"}, "--align none needs vocabularies of one family", "--align eta"),
     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
     ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd", "--method kd"),
@@ -179,9 +160,9 @@ TOGETHER = [
     ({"keep_best": "rouge"}, "--keep-best rouge is by the scores on held-out examples: give them with --valid"),
     ({"teacher_sft": True, "method": "sft"}, "--teacher-sft belongs to training with a teacher"),
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
-    ({"teacher_sft": True, "method": "kd"}, "equal vocabularies"),
+    ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
-    ({"teacher_sft": True, "student_chat": "qwen2.5"}, "special token"),
+    ({"teacher_sft": True, "student_chat": "own"}, "no chat template, neither in chat_template.jinja nor"),
     ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
     ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
     ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),
@@ -302,8 +283,8 @@ def test_resume_with_other_options(command, tmp_path):
 def test_refused_input_can_be_mended_with_the_same_out(command, tmp_path, copy):
     directory = copy("student")
     weights = (directory / "model.safetensors").read_bytes()
-    truncate(directory, 100)
-    command(student=directory)
+    (directory / "model.safetensors").write_bytes(weights[:100])
+    assert contains(command(student=directory), f"{directory / 'model.safetensors'}: not a readable safetensors file")
     (directory / "model.safetensors").write_bytes(weights)
     command.run(student=directory)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["student"] == str(directory)

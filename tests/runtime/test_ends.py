@@ -1,18 +1,18 @@
 """A model may have several ends: each ends what it writes, and what it is trained on ends with the first of them."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from helpers import arguments
-from tokenizers import AddedToken, Tokenizer
+from helpers import arguments, speaker
 
 import eval as evaluation
 import model
 import train
-from data import read_jsonl, replace_response, tokenise
+from baselines.seqkd import read_recipe
+from data import replace_response, tokenise
 from experiments import tiny
+from runtime.formats import read_examples
 from runtime.options import Options
 from runtime.strict import check_options
 from runtime.tokenizer import read_tokenizer
@@ -24,33 +24,6 @@ WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
     "config.json alone": {"config.json": {"eos_token_id": STOP}},
     "one in each": {"generation_config.json": {"eos_token_id": TURN}, "config.json": {"eos_token_id": STOP}},
 }
-
-
-def speaker(tiny_task, directory, files, says=(ANSWER, STOP), special=True):
-    """A model directory: after any token it says the first of `says`, after that the second. Its tokenizer is the tiny
-    student's with the three tokens, of which two are special or not; `files`: entries of its other files."""
-    shutil.copytree(tiny_task / "student", directory)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    plain = [AddedToken(text, special=False, normalized=False) for text in ("The sky is blue.", "<turn>", "<stop>")]
-    tokenizer.add_tokens(plain[:1])
-    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(plain[1:])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    size = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 903, "tie_word_embeddings": False}
-    m = model.build_model({**tiny.STUDENT, **size, **files.get("config.json", {})})
-    with torch.no_grad():
-        for parameter in [*m.blocks.parameters(), *m.positions.parameters(), *m.lm_head.parameters()]:
-            parameter.zero_()
-        for name, parameter in m.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
-        one, other = torch.eye(8)[:2] - 1 / 8  # directions of zero mean, as the norms leave them
-        m.embed.weight[:], m.embed.weight[says[0]] = one, other
-        m.lm_head.weight[says[0]], m.lm_head.weight[says[1]] = 20 * one, 20 * other
-    model.save_model(m, directory)
-    generation = files.get("generation_config.json")
-    if generation:
-        (directory / "generation_config.json").write_text(json.dumps(generation))
-    return directory
 
 
 def test_generation_ends_at_each_of_several():
@@ -84,21 +57,13 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
 
 def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_path):
     teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
-    options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin"}
+    options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin", "data": tiny_task / "valid.jsonl"}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
-    answers = read_jsonl(tmp_path / "run" / "seqkd.jsonl")
-    assert len(answers) == 40 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
+    answers = read_examples(tmp_path / "run" / "seqkd.jsonl")
+    assert len(answers) == 10 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
     twin = read_tokenizer(tiny_task / "twin")
     assert tokenise(answers, twin)[0][0].student.response == [*twin.encode("The sky is blue."), twin.eos_id]
-
-    # answers that an older version let run on are not taken
-    first, _, rest = (tmp_path / "run" / "seqkd.jsonl").read_text().partition("\n")
-    first = json.loads(first)
-    assert first["seqkd"].pop("ends") == [0, STOP]
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "seqkd.jsonl").write_text(json.dumps(first) + "\n" + rest)
-    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other ends: give another --out"):
-        train.main(arguments(tiny_task, tmp_path / "again", **options))
+    assert read_recipe(tmp_path / "run" / "seqkd.jsonl")["ends"] == [0, STOP]
 
 
 @pytest.mark.parametrize("teacher", ["teacher", "same"])

@@ -28,10 +28,11 @@ def length(row):
     return max(len(side.prompt) + len(side.response) - 1 for side in (row.student, row.teacher) if side)
 
 
-@pytest.mark.parametrize("examples, per_update", [(1, 4), (7, 3), (40, 8), (1000, 8), (1003, 8)])
-def test_grouped_updates_are_a_permutation_that_can_be_taken_up_anywhere(examples, per_update):
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("examples, per_update", [(1, 4), (7, 3), (12, 4), (40, 8), (1003, 8)])
+def test_updates_are_a_permutation_that_can_be_taken_up_anywhere(examples, per_update, grouped):
     draw = random.Random(1)
-    lengths = [draw.randint(1, 500) for _ in range(examples)]
+    lengths = [draw.randint(1, 500) for _ in range(examples)] if grouped else None
     updates = -(-examples // per_update)
     whole = list(itertools.islice(order_updates(examples, per_update, 3, 0, lengths), 2 * updates))
     for epoch in (whole[:updates], whole[updates:]):
@@ -42,33 +43,14 @@ def test_grouped_updates_are_a_permutation_that_can_be_taken_up_anywhere(example
         assert list(itertools.islice(rest, 2 * updates - start)) == whole[start:]
     if examples < 40:
         return
+    other = list(itertools.islice(order_updates(examples, per_update, 4, 0, lengths), updates))
+    assert whole[:updates] != whole[updates:] and other != whole[:updates]
+    if not grouped:
+        return
     spread = [max(lengths[i] for i in update) - min(lengths[i] for i in update) for update in whole]
     assert sum(spread) / len(spread) < 500 / 4  # of random ones, 390
     first, second = ([sum(lengths[i] for i in u) / len(u) for u in part] for part in (whole[:updates], whole[updates:]))
     assert first != second and first != sorted(first) and first != sorted(first, reverse=True)
-    other = list(itertools.islice(order_updates(examples, per_update, 4, 0, lengths), updates))
-    assert other != whole[:updates]
-
-
-@pytest.mark.parametrize("examples, per_update", [(10, 3), (12, 4), (5, 8), (1, 1)])
-def test_update_order(examples, per_update):
-    updates = -(-examples // per_update)
-
-    def take(start=0, seed=0, count=4 * updates):
-        order = order_updates(examples, per_update, seed, start)
-        return [next(order) for _ in range(count)]
-
-    order = take()
-    epochs = [sum(order[e * updates : (e + 1) * updates], []) for e in range(4)]
-    assert all(sorted(epoch) == list(range(examples)) for epoch in epochs)  # a permutation each
-    assert all(len(update) <= per_update for update in order)
-    assert all(len(update) == per_update for update in order if update not in order[updates - 1 :: updates])
-    assert take() == order
-    for start in range(2 * updates + 1):
-        assert take(start, count=updates) == order[start : start + updates]
-    if examples > 4:
-        assert len({tuple(epoch) for epoch in epochs}) == 4
-        assert take(seed=1) != order and sum(take(seed=1)[:updates], []) not in epochs
 
 
 def test_without_lengths_the_order_is_what_it_was():
@@ -100,13 +82,12 @@ def test_padding_share_by_hand():
     assert measure_padding([rows[:1], rows[1:]]) == 0
 
 
-@pytest.mark.parametrize("method", [{"align": "eta"}, {"recipe": "v1", "align": "cma"}, {"method": "mined"}], ids=str)
-def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys, method):
-    """By a budget of tokens, or by gradient accumulation."""
+def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys):
+    """By a budget of tokens, or by gradient accumulation; test_method.py has this for all methods."""
     ways = {"one": {"batch_size": 8}, "budget": {"batch_size": 8, "tokens_per_batch": 130},
             "accumulated": {"batch_size": 2, "grad_accum": 4}}  # fmt: skip
     for name, options in ways.items():
-        train.main(arguments(tiny_task, tmp_path / name, **method, **options))
+        train.main(arguments(tiny_task, tmp_path / name, **options))
     reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
     assert reports[0].startswith("5 batches") and int(reports[1].split()[0]) > 10
     shares = [float(report.split(", ")[1].split("%")[0]) for report in reports]
@@ -125,8 +106,6 @@ def test_bucketed_runs_see_less_padding(tiny_task, tmp_path, capsys):
     reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
     plain, bucketed = (float(report.split(", ")[1].split("%")[0]) for report in reports)
     assert bucketed < plain / 2
-
-
 
 
 # -- ahead of the loop -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 
 import model
 import train
@@ -168,7 +168,8 @@ def test_a_resumed_run_keeps_the_lengths_it_was_started_with(tiny_task, tmp_path
 def test_which_teacher_it_is_is_said(tiny_task, tmp_path, presets, capsys):
     def said(out, **options):
         train.main(arguments(tiny_task, out, **options))
-        return [line for line in capsys.readouterr().err.splitlines() if "teacher" in line]
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if "teacher" in line and ":  " not in line]  # not the next commands
 
     unknown = said(tmp_path / "a")
     path = tiny_task / "teacher"
@@ -224,7 +225,7 @@ def test_the_teachers_stage_keeps_its_best_checkpoint_too():
     assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
 
 
-def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, stopped_by_ctrl_c):
+def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets):
     options = {"teacher": "qwen", "student": "gpt2", "checkpoint_every": 1, "teacher_sft": True}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import eval as evaluation
 import lora
 import model
 import train
-from data import read_jsonl, tokenise
-from experiments import tiny
+from data import tokenise
 from runtime import load as loading
 from runtime import run as checkpoint
+from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
 
@@ -55,7 +55,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in names[0]:
         if name.endswith(".safetensors"):
             assert same(load_file(one / name), load_file(other / name)), name
-        elif name not in ("args.json", "log.jsonl", "resume/lock"):
+        elif name not in ("args.json", "log.jsonl", "resume/lock", "student/README.md"):
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
     logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_of(run)] for run in (one, other)]
     assert logs[0] == logs[1]
@@ -73,21 +73,19 @@ def step_of(out) -> int:
 
 
 def kill_again_and_again(tiny_task, tmp_path, kills: int, seed: int, **options) -> None:
-    for name, count in (("whole", 0), ("parts", kills)):
-        words = command(tiny_task, tmp_path / name, **options)
-        plan = {"arguments": words, "out": str(tmp_path / name), "kills": count, "seed": seed, "events": 36,
-                "seconds": 0.7}  # fmt: skip
-        runner = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), json.dumps(plan)]
-        done = subprocess.run(runner, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
+    train.main(command(tiny_task, tmp_path / "whole", **options))
+    plan = {"arguments": command(tiny_task, tmp_path / "parts", **options), "out": str(tmp_path / "parts"),
+            "kills": kills, "seed": seed, "events": 36, "seconds": 0.7}  # fmt: skip
+    runner = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), json.dumps(plan)]
+    done = subprocess.run(runner, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
     assert sum('"killed": true' in line for line in done.stdout.splitlines()) >= kills / 2, done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("method", ["eta", "best"])
-def test_a_killed_run_ends_as_if_it_had_not_been(tiny_task, tmp_path, method):
-    """With "best" it keeps its best student, too."""
-    kill_again_and_again(tiny_task, tmp_path, 4, seed=1, max_steps=7, **METHODS[method])
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny_task, tmp_path):
+    """And keeps its best student."""
+    kill_again_and_again(tiny_task, tmp_path, 4, seed=1, max_steps=7, **METHODS["eta"] | METHODS["best"])
 
 
 @pytest.mark.slow
@@ -100,14 +98,13 @@ def test_a_run_killed_again_and_again(tiny_task, tmp_path, method):
 RESUMED = {
     "eta": {"on_policy": 0.5, "max_len": 60, "seed": 4},  # both kinds of update, before and after
     "cma, adapters": {"recipe": "v1", "lora": 4, "lora_dropout": 0.3, "lora_alpha": 16},
-    "seqkd": METHODS["seqkd"],
-    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "batch_size": 6, "grad_accum": 2},
-    "by a budget": {"tokens_per_batch": 200, "recipe": "v1", "batch_size": 6, "grad_accum": 2},
-}  # those by length over the end of an epoch, which is an update of four examples
+    "by length": {"bucket": True, "tokens_per_batch": 200, "on_policy": 0.5, "max_len": 60, "batch_size": 6,
+                  "grad_accum": 2},
+}  # the last over the end of an epoch, which is an update of four examples
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_by_ctrl_c, name):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, name):
     """Bit for bit: weights, projectors, adapters, optimiser and log, with dropout in the student."""
     options = {"max_steps": 6, "log_every": 1, **RESUMED[name]}
     train.main(command(tiny_task, tmp_path / "whole", **options))
@@ -123,25 +120,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, stopped_
         assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
 
 
-@pytest.mark.parametrize(
-    "option, value, wrong, old",
-    [
-        ("on_policy_after", None, 1, "0"),
-        ("lora_targets", "all-linear", "c_attn", r"\['all-linear'\]"),  # older runs adapted all layers
-    ],
-)
-def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped_by_ctrl_c, option, value, wrong, old):
-    options = {"on_policy": 1, "max_len": 60, "lora": 4}
-    train.main(command(tiny_task, tmp_path / "whole", **options, **{option: value}, max_steps=3))
+def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
+    """Older runs with LoRA adapted all layers."""
+    options = {"on_policy": 1, "max_len": 60, "lora": 4, "max_steps": 3}
+    train.main(command(tiny_task, tmp_path / "whole", **options, lora_targets="all-linear"))
     with stopped_by_ctrl_c():
-        train.main(command(tiny_task, tmp_path / "run", **options, **{option: value}, max_steps=3))
+        train.main(command(tiny_task, tmp_path / "run", **options, lora_targets="all-linear"))
     record = json.loads((tmp_path / "run" / "args.json").read_text())
-    del record[option]
+    del record["on_policy_after"], record["lora_targets"]
     (tmp_path / "run" / "args.json").write_text(json.dumps(record))
-    flag = "--" + option.replace("_", "-")
-    with pytest.raises(SystemExit, match=f"--resume: {flag} is .*, but .* was started with {old}"):
-        train.main(command(tiny_task, tmp_path / "run", **options, **{option: wrong}, max_steps=3, resume=True))
-    train.main(command(tiny_task, tmp_path / "run", **options, max_steps=3, resume=True))
+    for changed, old in ({"on_policy_after": 1}, "0"), ({"lora_targets": "c_attn"}, r"\['all-linear'\]"):
+        flag = "--" + next(iter(changed)).replace("_", "-")
+        with pytest.raises(SystemExit, match=f"--resume: {flag} is .*, but .* was started with {old}"):
+            train.main(command(tiny_task, tmp_path / "run", **options, **changed, resume=True))
+    train.main(command(tiny_task, tmp_path / "run", **options, resume=True))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -151,7 +143,7 @@ def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path, stopped
 SPOILT = {"max_steps": 6, "lr": 1.0, "warmup": 6}  # the learning rate rises until the student is spoilt
 
 
-@pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {}), ("rouge", {"lora": 4, "lr": 1})], ids=str)
+@pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {"lora": 4})], ids=str)
 def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, capsys, keep_best, more):
     """Of the three checkpoints not the last one, as scored here again; resume/ is of the last one."""
     run, name = tmp_path / "run", {"ce": "valid_ce", "rouge": "valid_rouge_l"}[keep_best]
@@ -163,7 +155,7 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
     student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
-    examples = read_jsonl(tiny_task / "valid.jsonl")
+    examples = read_examples(tiny_task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
     if keep_best == "ce":
@@ -172,7 +164,7 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
         responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
         again = evaluation.score(responses, examples)["rouge_l"]
     assert again == pytest.approx(scores[step], rel=1e-5)
-    greedy = evaluation.respond(student, tokenizer, prompts[:5], 80)
+    greedy = evaluation.respond(student, tokenizer, prompts[:5], train.SAMPLE_TOKENS)
     samples = (run / "samples.txt").read_text()
     assert all(f"{prompt}\n### response\n{reply}" in samples for prompt, reply in zip(prompts, greedy, strict=False))
 
@@ -187,29 +179,37 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("update, kept", [(1, None), (3, 2), (5, 2)])
+@pytest.fixture(scope="module")
+def best(tiny_task, tmp_path_factory):
+    """A run of these options that nothing has stopped."""
+    out = tmp_path_factory.mktemp("best") / "whole"
+    train.main(command(tiny_task, out, keep_best="ce", **SPOILT))
+    return out
+
+
+@pytest.mark.parametrize("update, kept", [(1, None), (5, 2)])
 def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
-    tiny_task, tmp_path, stopping_at, monkeypatch, update, kept
+    tiny_task, best, tmp_path, stopping_at, monkeypatch, update, kept
 ):
     """Between two scores: student/ is the best one so far or, before the first score, the last one."""
-    train.main(command(tiny_task, tmp_path / "whole", keep_best="ce", **SPOILT))
     stopping_at("distil", update, signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         train.main(command(tiny_task, tmp_path / "run", keep_best="ce", **SPOILT))
     monkeypatch.undo()
-    best = best_of(tmp_path / "run")
-    assert step_of(tmp_path / "run") == update and (best and best["step"]) == kept
-    if kept == best_of(tmp_path / "whole")["step"]:
-        assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+    so_far = best_of(tmp_path / "run")
+    assert step_of(tmp_path / "run") == update and (so_far and so_far["step"]) == kept
+    if kept == best_of(best)["step"]:
+        assert same(weights_of(tmp_path / "run"), weights_of(best))
     train.main([*command(tiny_task, tmp_path / "run", **SPOILT), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(best, tmp_path / "run")
 
 
-def test_scores_that_are_no_numbers_or_no_better_are_not_the_best(tiny_task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep_best, scorer", [("ce", "held_out_cross_entropy"), ("rouge", "valid_rouge_l")])
+def test_scores_that_are_no_numbers_or_no_better_are_not_the_best(tiny_task, tmp_path, monkeypatch, keep_best, scorer):
     scores = iter([math.nan, 6.0, math.inf, 6.0])
-    monkeypatch.setattr(train, "held_out_cross_entropy", lambda *arguments: next(scores))
-    train.main(command(tiny_task, tmp_path / "run", keep_best="ce", max_steps=8))
-    assert best_of(tmp_path / "run") == {"step": 4, "valid_ce": 6.0}
+    monkeypatch.setattr(train, scorer, lambda *arguments: next(scores))
+    train.main(command(tiny_task, tmp_path / "run", keep_best=keep_best, max_steps=8))
+    assert best_of(tmp_path / "run") == {"step": 4, checkpoint.KEPT_BY[keep_best]: 6.0}
 
 
 def test_what_is_best_may_not_change_between_two_parts_of_a_run(tiny_task, tmp_path):
@@ -250,7 +250,7 @@ def stopping_at(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-STOPPED = {"max_steps": 5, "on_policy": 1, "max_len": 60}
+STOPPED = {"max_steps": 5, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
 
 
 @pytest.fixture(scope="module")
@@ -300,31 +300,6 @@ def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_pat
     assert "--resume" not in message and not (tmp_path / "run").exists()
 
 
-def test_the_embedded_task_goes_on_where_it_was_stopped(tmp_path, stopping_at, monkeypatch, capsys):
-    make_data = tiny.make_data
-    monkeypatch.setattr(tiny, "make_data", lambda seed, reading: make_data(seed, 300, 40, 11, 22, reading=40))
-    words = ["--max-steps", "2", "--method", "sft", "--device", "cpu", "--out"]
-    train.main([*words, str(tmp_path / "whole")])
-    with monkeypatch.context() as patch:
-        count, distil = [], train.distil
-
-        def stop(*things):
-            count.append(1)
-            if len(count) == 3:  # the first of the second stage
-                os.kill(os.getpid(), signal.SIGINT)
-            return distil(*things)
-
-        patch.setattr(train, "distil", stop)
-        with pytest.raises(SystemExit, match="130"):
-            train.main([*words, str(tmp_path / "parts")])
-    assert "stopped after update 1 of 2" in capsys.readouterr().err
-    train.main([*words, str(tmp_path / "parts"), "--resume"])
-    assert "| sft " in capsys.readouterr().out
-    for stage in ("teacher", "start", "sft"):
-        assert same(*(weights_of(tmp_path / name / stage) for name in ("whole", "parts")))
-    train.main([*words, str(tmp_path / "parts"), "--resume"])  # all stages are finished
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Disks, files, other processes
 
@@ -333,11 +308,9 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, whole, tmp_path, monkeypatch):
     """A limit on the size of files, between the student's and the state's, stands for it; then writing really fails."""
-    options = {"max_steps": 5, "log_every": 1}
-    train.main(command(tiny_task, tmp_path / "whole", **options))
-    student = (tmp_path / "whole" / "student" / "model.safetensors").stat().st_size
+    student = (whole / "student" / "model.safetensors").stat().st_size
     run, save, before = tmp_path / "run", checkpoint.save_checkpoint, {}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -350,15 +323,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, tmp_path, monkeypatch
     monkeypatch.setattr(checkpoint, "save_checkpoint", with_little_room)
     try:
         with pytest.raises(SystemExit) as caught:
-            train.main(command(tiny_task, run, **options))
+            train.main(command(tiny_task, run, **STOPPED))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     message = caught.value.code
     assert message.startswith(f"error: {run}") and "File too large" in message and "with --resume" in message
     assert snapshot(run) == before and step_of(run) == 2
-    train.main([*command(tiny_task, run, **options), "--resume"])
-    assert_same_run(tmp_path / "whole", run)
+    train.main([*command(tiny_task, run, **STOPPED), "--resume"])
+    assert_same_run(whole, run)
 
 
 def test_a_full_disk_leaves_the_text_that_was_there(tmp_path, monkeypatch):
@@ -452,10 +425,8 @@ def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, tmp_path, monkeypatch, what):
+def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, whole, tmp_path, monkeypatch, what):
     """On disk, exactly: without the cause, the run goes on as if there had been none (dropout's random state too)."""
-    options = {"max_steps": 7, "checkpoint_every": 4, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
-    train.main(command(tiny_task, tmp_path / "whole", **options))
     distil, count, run = train.distil, [], tmp_path / "run"
 
     def spoilt(o, pieces, *things):
@@ -469,31 +440,30 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, tmp_p
 
     monkeypatch.setattr(train, "distil", spoilt)
     with pytest.raises(SystemExit) as caught:
-        train.main(command(tiny_task, run, **options))
+        train.main(command(tiny_task, run, **STOPPED))
     monkeypatch.undo()
     message, term = caught.value.code, {"loss": "t2s_ce is nan", "gradient": "the gradient's norm is"}[what]
     assert message.startswith(f"error: update 4: {term}") and f"the state before it is in {run}" in message
     assert f"({tiny_task / 'train.jsonl'}, lines " in message and message.count(",") > 8 and "--lr" in message
     assert step_of(run) == 3
-    train.main([*command(tiny_task, run, **options), "--resume"])
-    assert_same_run(tmp_path / "whole", run)
+    train.main([*command(tiny_task, run, **STOPPED), "--resume"])
+    assert_same_run(whole, run)
 
 
-def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, tmp_path, monkeypatch):
+def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, whole, tmp_path, monkeypatch):
     """No moments either, which the optimiser has only after an update."""
-    train.main(command(tiny_task, tmp_path / "whole", max_steps=3))
 
     def fail(*things):
         raise FloatingPointError("ce is nan")
 
     monkeypatch.setattr(train, "distil", fail)
     with pytest.raises(SystemExit, match="update 1: ce is nan .*the state before it is in"):
-        train.main(command(tiny_task, tmp_path / "run", max_steps=3))
+        train.main(command(tiny_task, tmp_path / "run", **STOPPED))
     monkeypatch.undo()
     assert step_of(tmp_path / "run") == 0
     assert not any("exp_avg" in name for name in load_file(tmp_path / "run" / "resume" / "state.safetensors"))
-    train.main([*command(tiny_task, tmp_path / "run", max_steps=3), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    train.main([*command(tiny_task, tmp_path / "run", **STOPPED), "--resume"])
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, monkeypatch):
@@ -511,32 +481,6 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, monkeypa
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
 
 
-def test_a_float16_checkpoint_is_trained_in_float32(tiny_task, tmp_path):
-    for name in ("student", "teacher"):
-        shutil.copytree(tiny_task / name, tmp_path / name)
-        weights = {key: value.half() for key, value in load_file(tiny_task / name / "model.safetensors").items()}
-        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    run = tmp_path / "run"
-    train.main(arguments(tiny_task, run, student=tmp_path / "student", teacher=tmp_path / "teacher"))
-    assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
-    assert all(math.isfinite(value) for line in log_of(run) for value in line.values())
-    with pytest.raises(SystemExit, match="2"):
-        train.main(arguments(tiny_task, tmp_path / "other", dtype="fp16"))
-
-
-@pytest.mark.parametrize("options", [{}, {"recipe": "v1"}], ids=str)
-def test_bf16_learns_as_float32_does(tiny_task, tmp_path, options):
-    """After 20 updates at a high learning rate: loss and held-out cross-entropy within 2% (ce fell by 10% or more)."""
-    last = {}
-    for dtype in ("fp32", "bf16"):
-        settings = {"max_steps": 20, "checkpoint_every": 20, "batch_size": 8, "lr": 1e-2, "dtype": dtype}
-        train.main(command(tiny_task, tmp_path / dtype, log_every=20, **settings, **options))
-        last[dtype] = log_of(tmp_path / dtype)
-    assert last["fp32"][1]["ce"] < 0.9 * last["fp32"][0]["ce"]
-    for number, name in ((1, "loss"), (1, "ce"), (2, "valid_ce")):
-        assert last["bf16"][number][name] == pytest.approx(last["fp32"][number][name], rel=2e-2), name
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Long runs
 
@@ -546,25 +490,23 @@ def live_tensors() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("method", ["eta", "cma"])
-def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch, method):
-    """As many tensors are alive before update 35 as before update 21, checkpoints and sampled responses included."""
+def test_nothing_piles_up(tiny_task, tmp_path, monkeypatch):
+    """As many tensors are alive before update 18 as before update 11, checkpoints and sampled responses included."""
     distil, counts = train.distil, []
 
     def counting(*things):
-        counts.append(live_tensors() if len(counts) in (20, 34) else None)
+        counts.append(live_tensors() if len(counts) in (10, 17) else None)
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", counting)
     monkeypatch.setattr(train, "prefetch", iter)  # no thread that is somewhere in the middle of the next batch
-    options = METHODS[method] | ({"on_policy": 1} if method == "eta" else {})
-    train.main(command(tiny_task, tmp_path / "run", max_steps=35, checkpoint_every=10, **options))
-    assert counts[20] == counts[34]
+    options = {"max_steps": 18, "checkpoint_every": 5, "on_policy": 1, "max_len": 60}
+    train.main(command(tiny_task, tmp_path / "run", **options))
+    assert counts[10] == counts[17]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_policy", [0, 1])
-def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
+def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch):
     """2,000 updates: over the second half the process grows by less than 10 MB. On-policy it grows by some 35 MB in the
     first 600, while sampling meets new lengths, then no more (measured to 4,000)."""
     distil, sizes = train.distil, []
@@ -575,7 +517,7 @@ def test_memory_does_not_grow(tiny_task, tmp_path, monkeypatch, on_policy):
         return distil(*things)
 
     monkeypatch.setattr(train, "distil", measuring)
-    settings = {"max_steps": 2000, "checkpoint_every": 500, "max_len": 60, "on_policy": on_policy}
+    settings = {"max_steps": 2000, "checkpoint_every": 500, "max_len": 60, "on_policy": 1}
     train.main(arguments(tiny_task, tmp_path / "run", **settings))
     print(f"{sizes[200]:.0f} MB after 200 updates, {sizes[1000]:.0f} after 1,000, {sizes[-1]:.0f} after 2,000")
     assert sizes[-1] - sizes[1000] < 10
