@@ -347,7 +347,8 @@ show the families of the last two columns; the teacher has seen them."""
 
 def find(role: str) -> Path:
     """The file or directory that the name "tiny" stands for as a student, teacher or data."""
-    path = Path(ROOT) / {"student": "pretrained/student", "teacher": "teacher/student", "data": "student_train.jsonl"}[role]
+    files = {"student": "pretrained/student", "teacher": "teacher/student", "data": "student_train.jsonl"}
+    path = Path(ROOT) / files[role]
     if not path.exists():
         raise FileNotFoundError(f"{role} 'tiny': {path} is not there yet; `python train.py` makes it")
     return path

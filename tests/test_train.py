@@ -331,7 +331,8 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
     printed, progress = capsys.readouterr()
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["teacher", "pretrained", "sft", "dskd-v2", "dskd-v2 − sft"]
-    assert all(stage in progress for stage in ("teacher 1/4:", "pretrained 2/4:", "sft 3/4:", "dskd-v2 4/4:", "device: cpu"))
+    assert all(stage in progress for stage in ("teacher 1/4:", "pretrained 2/4:", "sft 3/4:", "dskd-v2 4/4:"))
+    assert "device: cpu" in progress
     logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:6]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
     assert all(0 <= scores[name] <= 100 for name in ("valid", "rouge_l", "valid_unseen", "rouge_l_unseen"))

@@ -178,6 +178,38 @@ def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
     assert all((tmp_path / file).read_bytes() == (tmp_path / "there" / file).read_bytes() for file in files)
 
 
+# -- the seeds ---------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, capsys):
+    for stage in ("TEACHER_STAGE", "READING_STAGE", "STUDENT_STAGE"):
+        monkeypatch.setattr(tiny, stage, {**getattr(tiny, stage), "max_steps": 1, "batch_size": 2})
+    words = ["--seeds", "2", "--out", str(tmp_path / "runs"), "--scores", str(tmp_path / "scores.json")]
+    tiny.main(words)
+    seeds = json.loads((tmp_path / "scores.json").read_text())
+    file = tmp_path / "runs" / "1" / "dskd-v2" / "scores.json"
+    assert seeds[1]["dskd-v2"] == json.loads(file.read_text()) and len(seeds) == 2
+    file.write_text(json.dumps({**seeds[1]["dskd-v2"], "rouge_l": seeds[1]["sft"]["rouge_l"] + 3}))
+    tiny.main(words)  # nothing is trained or scored again
+    seeds = json.loads((tmp_path / "scores.json").read_text())
+    assert seeds[1]["dskd-v2"]["rouge_l"] == pytest.approx(seeds[1]["sft"]["rouge_l"] + 3)
+    assert capsys.readouterr().out.endswith(tiny.tabulate(seeds, "dskd-v2") + "\n")
+
+
+def test_the_lead_is_taken_seed_by_seed():
+    def scores(twin, distilled):
+        return {name: dict.fromkeys(tiny.COLUMNS, value) for name, value in (("sft", twin), ("dskd-v2", distilled))}
+
+    table = tiny.tabulate([scores(10, 11), scores(50, 53)], "dskd-v2").splitlines()
+    assert table[-1].split("|")[1:3] == [" dskd-v2 − sft ", " +2.0 ± 1.4       "]
+    assert "dskd-v2 − sft" not in tiny.tabulate([scores(10, 11)], "sft")
+
+
+def test_the_published_table_is_that_of_the_stored_scores():
+    readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert tiny.tabulate(json.loads(tiny.SEEDS.read_text()), "dskd-v2") in readme
+
+
 # -- the tokenizers ----------------------------------------------------------------------------------------------------
 
 
