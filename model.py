@@ -646,7 +646,6 @@ def generate(
     rows = [i for i in range(len(prompts)) if budget[i] > 0]  # the prompts in the batch
     if not rows:
         return outputs
-
     was_training = m.training
     m.eval()
     try:
