@@ -645,7 +645,6 @@ def generate(
     budget = [min(most, m.limit - len(prompt)) for most, prompt in zip(max_new_tokens, prompts, strict=True)]
     if not (rows := [i for i in range(len(prompts)) if budget[i] > 0]):  # the prompts in the batch
         return outputs
-
     was_training = m.training
     m.eval()
     try:
