@@ -634,8 +634,8 @@ def generate(
         if not 0 < len(prompt) <= m.limit or not 0 <= min(prompt) <= max(prompt) < len(m.embed.weight):
             raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens; it needs 1 to {m.limit} (end-of-text "
                              f"will do), with ids below the vocabulary's {len(m.embed.weight)}")  # fmt: skip
-    least = min(max_new_tokens, default=0)
-    if len(max_new_tokens) != len(prompts) or least < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    least = min([temperature, top_k, *max_new_tokens])
+    if len(max_new_tokens) != len(prompts) or least < 0 or not 0 < top_p <= 1:
         raise ValueError("generate: max_new_tokens (one number, or one per prompt), temperature and top_k must be >= 0 "
                          f"and 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_k} and {top_p}")  # fmt: skip
     ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
@@ -643,10 +643,8 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     outputs = [[] for _ in prompts]
     budget = [min(most, m.limit - len(prompt)) for most, prompt in zip(max_new_tokens, prompts, strict=True)]
-    rows = [i for i in range(len(prompts)) if budget[i] > 0]  # the prompts in the batch
-    if not rows:
+    if not (rows := [i for i in range(len(prompts)) if budget[i] > 0]):  # the prompts in the batch
         return outputs
-
     was_training = m.training
     m.eval()
     try:

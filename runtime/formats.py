@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,15 +28,16 @@ ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "
 
 def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
     """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows.
-    Raises ValueError naming the file, the place and the key of what is wrong, and what the record looks like."""
+    An example with an empty output has no response to learn from: it is left out, with a note. Raises ValueError naming
+    the file, the place and the key of what is wrong, and what the record looks like."""
     examples = [read_record(record, where) for where, record in read_records(path, first, last)]
     empty = [example.where.removeprefix(f"{path}, ") for example in examples if not all(example.outputs)]
     if empty:
         places = ", ".join(empty[:10]) + " and others" * (len(empty) > 10)
-        raise ValueError(f"{path}: the output is empty on {places}; drop these, there is no response to learn from")
-    if not examples:
+        print(f"note: {path}: the output is empty on {places}; left out", file=sys.stderr)
+    if len(examples) == len(empty):
         raise ValueError(f"{path}: no examples")
-    return examples
+    return [example for example in examples if all(example.outputs)]
 
 
 def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tuple[str, object]]:

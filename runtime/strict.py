@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +49,14 @@ BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature"
          "seed": 2**32}  # it is multiplied into the seeds of epochs; of all others 2**31 # fmt: skip
 
 
+def has_tensorboard() -> bool:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def check_options(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     check_numbers(o)
@@ -69,7 +76,7 @@ def check_options(o: Options) -> Options:
          "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
         (o.keep_best and o.valid is None,
          f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
-        (o.tensorboard and find_spec("tensorboard") is None,
+        (o.tensorboard and not has_tensorboard(),
          "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
     ])  # fmt: skip
     check_cache(o)

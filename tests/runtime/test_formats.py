@@ -228,12 +228,7 @@ MALFORMED = {
     "instruction null": (b'{"instruction": null, "output": "o"}\n', ["line 1", "neither 'prompt' nor 'instruction'"]),
     "instruction a list": (b'{"instruction": [], "output": "o"}\n', ["line 1", "'instruction' must", "list"]),
     "input a number": (b'{"instruction": "i", "input": 3, "output": "o"}\n', ["line 1", "'input' must", "int"]),
-    "output empty": (GOOD + b'{"prompt": "p", "output": ""}\n' + GOOD, ["output is empty on line 2;"]),
-    "outputs empty": (
-        b'{"prompt": "p", "output": ""}\n' + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n',
-        ["output is empty on line 1, line 3;"],
-    ),
-    "many outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["line 9, line 10 and others"]),
+    "outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["no examples"]),
     "end_of_text a word": (b'{"prompt": "p", "output": "o", "end_of_text": "no"}', ["line 1", "true or false, found"]),
     "a key twice": (GOOD + b'{"output": "a", "output": "b"}', ["line 2", "not JSON: the key 'output' comes twice"]),
     "half a surrogate pair": (b'{"prompt": "ab\\ud83d", "output": "o"}\n', ["line 1", "'prompt'", "surrogate", "2"]),
@@ -256,3 +251,13 @@ def test_what_is_wrong_is_named_with_file_line_and_key(tmp_path, case):
     message = str(caught.value)
     assert message.startswith(str(path)) and all(part in message for part in expected), message
     assert "\n" not in message
+
+
+def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
+    """As real files have them: nothing could be learned from it."""
+    empty = b'{"prompt": "p", "output": ""}\n'
+    path = write(tmp_path, empty + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n' + empty * 10)
+    assert [example.where for example in read_examples(path)] == [f"{path}, line 2"]
+    note = f"note: {path}: the output is empty on line 1, line 3, "
+    assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 """runtime/tokenizer.py: ends, special tokens, and what can be wrong with a tokenizer's files."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import SENTENCES, wordpiece
@@ -10,6 +11,7 @@ from data import Example, tokenise
 from runtime.run import tokenizer_of
 from runtime.tokenizer import check_size, read_tokenizer
 
+CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_templates" / "qwen2.5.jinja"
 CONFIG = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
@@ -151,7 +153,7 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
     for tokens, chat, named in (
         ([AddedToken("photosynthesis")], "none", "photosynthesis"),
         ([pad, AddedToken("photosynthesis")], "none", "photosynthesis"),
-        ([AddedToken("<|im_start|>", special=True), end], "qwen2.5", "<|im_start|>"),
+        ([AddedToken("<|im_start|>", special=True), end], str(CHAT_TEMPLATE), "<|im_start|>"),
     ):
         with pytest.raises(ValueError, match="do not belong together") as caught:
             read(*tokens, chat=chat)
