@@ -330,10 +330,10 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
     printed, progress = capsys.readouterr()
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["teacher", "pretrained", "sft", "dskd-v2", "dskd-v2 − sft"]
-    assert all(stage in progress for stage in ("teacher 1/4:", "pretrained 2/4:", "sft 3/4:", "dskd-v2 4/4:"))
+    assert rows[2:] == ["teacher", "pretrained", "sft", "sft-early", "dskd-v2", "dskd-v2 − sft", "dskd-v2 − sft-early"]
+    assert all(stage in progress for stage in ("teacher 1/5:", "pretrained 2/5:", "sft 3/5:", "dskd-v2 5/5:"))
     assert "device: cpu" in progress
-    logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:6]}
+    logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:7]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
     assert all(0 <= scores[name] <= 100 for name in ("valid", "rouge_l", "valid_unseen", "rouge_l_unseen"))
 
@@ -345,7 +345,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
     for words, name in (["--recipe", "v1", "--on-policy", "1"], "dskd-v1-on-policy"), (["--method", "seqkd"], "seqkd"):
         train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu", *words])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:6] == ["teacher", "pretrained", "sft", name] and "dskd-v2" in rows[6:]
+        assert rows[2:7] == ["teacher", "pretrained", "sft", "sft-early", name] and "dskd-v2" in rows[7:]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])
