@@ -71,7 +71,7 @@ class Cell:
     split: str = "test"  # what it is scored on; the search's cells say valid
     teacher: str = "different"  # vocabulary from the student's, or "same"
     text: str = "plain"  # or "accents"
-    vocabulary: int = 900  # tokens of the student's; the teacher has TEACHER_VOCABULARY
+    vocabulary: int = 900  # tokens of the student's; the teacher has tiny.TEACHER_VOCABULARY
     labels: int = 500
     width: int = 128
     student: str = "noisy"  # what it has read before: "noisy", "untasted" (see `make_world`), or "nothing"
@@ -176,7 +176,6 @@ def untasted(prompt: str, generator: random.Random) -> str:
     return "".join((generator.choice(slot) if len(slot) > 1 else slot[0])[0] for slot in slots)
 
 
-TEACHER_VOCABULARY = 1000
 NOISE = 0.5  # share of the noisy texts that have no taste
 SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
 
@@ -202,7 +201,7 @@ def make_world(cell: Cell, directory: Path) -> None:
             example["output"] = accented(output) if isinstance(output, str) else list(map(accented, output))
         write_jsonl(directory / f"{name}.jsonl", examples)
     texts = [text for example in parts["teacher_train"] for text in (example["prompt"], example["output"])]
-    tiny.train_tokenizers(texts, directory / "teacher", directory / "student", cell.vocabulary, TEACHER_VOCABULARY)
+    tiny.train_tokenizers(texts, directory / "teacher", directory / "student", cell.vocabulary)
 
 
 TEACHER_STEPS, START_STEPS = 800, 500  # of 64 examples

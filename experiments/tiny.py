@@ -237,7 +237,7 @@ def write_jsonl(file: Path, examples: list[dict]) -> None:
 # The tokenizers: two kinds that share no convention, as a Llama teacher and a GPT-2 student do.
 
 
-TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1300, 1200  # most words are one token, as in real vocabularies
+TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1000, 900
 
 
 def train_tokenizers(
@@ -437,8 +437,10 @@ def prepare(root: Path, seed: int) -> None:
     for name, examples in data.items():
         write_jsonl(root / f"{name}.jsonl", examples)
     texts = [text for example in data["teacher_train"] for text in (example["prompt"], example["output"])]
-    train_tokenizers(texts, root / "start" / "teacher", root / "start" / "student")
+    sizes = {"student": 1200, "teacher": 1300}  # most words are one token, as in real vocabularies
+    train_tokenizers(texts, root / "start" / "teacher", root / "start" / "student", *sizes.values())
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
+        config = {**config, "vocab_size": sizes[name]}
         (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
 

@@ -198,7 +198,8 @@ def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, cap
 
 def test_the_lead_is_taken_seed_by_seed():
     def scores(*values):
-        return {name: dict.fromkeys(tiny.COLUMNS, value) for name, value in zip([*tiny.TWINS, "dskd-v2"], values, strict=True)}
+        names = [*tiny.TWINS, "dskd-v2"]
+        return {name: dict.fromkeys(tiny.COLUMNS, value) for name, value in zip(names, values, strict=True)}
 
     lines = tiny.tabulate([scores(10, 10, 11), scores(50, 51, 53)], "dskd-v2").splitlines()[-2:]
     leads = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines]

@@ -258,5 +258,5 @@ def test_the_teachers_stage_and_the_embedded_task_take_it(kinds, tiny_task, smal
 
     monkeypatch.setattr(tiny, "respond", spy)
     train.main(["--bos", "--max-steps", "1", "--batch-size", "2", "--out", str(tmp_path / "tiny"), "--device", "cpu"])
-    assert begun == [[1]] * 2 + [[]] * 6  # on both tests: the teacher, the student before, supervised and distilled
+    assert begun == [[1]] * 2 + [[]] * 8  # on both tests: the teacher, the student before, its twins, distilled
     assert "note:" not in capsys.readouterr().err
