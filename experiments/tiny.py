@@ -308,7 +308,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, config: dict) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stages: teacher, the student's supervised twin, the distilled student, scores.
+# The stages: teacher, pre-trained student, its supervised twins, the distilled student, scores.
 
 ROOT = "runs/tiny"
 TEACHER = {
@@ -341,10 +341,11 @@ COLUMNS = {
     "valid_unseen": "valid, families without labels", "rouge_l_unseen": "Rouge-L, families without labels",
 }  # fmt: skip
 MEANING = """\
-All students go on from `pretrained`, on 500 labels: sft on them alone, as many updates as DSKD; sft-early with the
-updates and the learning rate that are best for labels alone on validation prompts; dskd-v2 with the teacher as well.
-An answer is valid if the grammar allows all of it. The labels never show the families of the last two columns; the
-teacher's labels do. Greedy answers to 2,000 and 1,000 test prompts; Rouge-L is the best of five references."""
+All students go on from `pretrained`, on 500 labels: sft on these alone, with as many updates as the distilled one;
+sft-early too, with the updates and the learning rate that are best for labels alone on validation prompts; the
+distilled one with the teacher. The differences are what the teacher adds. An answer is valid if the grammar allows all
+of it. The labels never show the families of the last two columns; the teacher's labels do. Greedy answers to 2,000 and
+1,000 test prompts; Rouge-L is the best of five references."""
 
 
 def find(role: str) -> Path:
@@ -357,7 +358,7 @@ def find(role: str) -> Path:
 
 
 def run(given: dict) -> dict[str, dict[str, float]]:
-    """`python train.py` without a model: teacher, pre-trained student, and from that the supervised twin and the
+    """`python train.py` without a model: teacher, pre-trained student, and from that the supervised twins and the
     distilled student (same batches). Prints and returns their scores on the test splits. Finished stages in the
     directory are kept and reused.
 
@@ -427,10 +428,10 @@ def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
 
 def prepare(root: Path, seed: int) -> None:
     """The data as JSONL files, both tokenizers, and a config.json for each model, in `root`; kept if they are there."""
+    asked = {"seed": seed, "version": 2}  # 1: without pre-training
     if (root / "prepared.json").is_file():
-        made = json.loads((root / "prepared.json").read_text())["seed"]
-        if made != seed:
-            raise ValueError(f"--seed {seed}: {root} was made with --seed {made}; give another --out")
+        if (made := json.loads((root / "prepared.json").read_text())) != asked:
+            raise ValueError(f"--seed {seed}: {root} was made with {made}, not with {asked}; give another --out")
         return
     data = make_data(seed)
     root.mkdir(parents=True, exist_ok=True)
@@ -442,7 +443,7 @@ def prepare(root: Path, seed: int) -> None:
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         config = {**config, "vocab_size": sizes[name]}
         (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    write_text(root / "prepared.json", json.dumps({"seed": seed}) + "\n")
+    write_text(root / "prepared.json", json.dumps(asked) + "\n")
 
 
 def write_untrained(directory: Path, tokenizer: Path, config: dict) -> Path:
