@@ -244,11 +244,6 @@ def test_dropout_is_active_in_training_only():
     block, x = random_model({**GPT2, "attn_pdrop": 0, "resid_pdrop": 0.5}).train().blocks[0], torch.ones(1, 1, 24)
     assert not torch.equal(block.mlp(x), block.mlp(x))
     assert not torch.equal(block.attn(x, 0, None, None, None), block.attn(x, 0, None, None, None))
-    # an unbiased estimate: the mean over many draws of a dropped embedding is the embedding
-    torch.manual_seed(0)
-    m = random_model({**GPT2, "embd_pdrop": 0.5}).train()
-    mean = torch.stack([m.dropout(m.embed.weight) for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, m.embed.weight, atol=0.15, rtol=0)
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [[6, 1, 9], [4]])
