@@ -5,8 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, log_of, make_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
 import model
@@ -166,12 +165,7 @@ def test_answers_are_no_prompts_for_more_answers(tiny_task, finished, tmp_path):
 def test_room_in_the_teacher_is_checked_before_it_answers(tiny_task, tmp_path):
     with pytest.raises(SystemExit, match="--max-len 129: the student has only 128 positions"):
         train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", max_len=129))
-    roomy = tmp_path / "student"
-    torch.manual_seed(0)
-    config = json.loads((tiny_task / "student" / "config.json").read_text())
-    model.save_model(model.build_model({**config, "n_positions": 200}), roomy)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (roomy / file).write_bytes((tiny_task / "student" / file).read_bytes())
+    roomy = make_model(tiny_task / "student", tmp_path / "student", n_positions=200)
     with pytest.raises(SystemExit, match="--max-len 129: the teacher has only 128 positions"):
         train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", max_len=129, student=roomy))
     assert not (tmp_path / "run").exists()

@@ -10,15 +10,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of
-from tokenizers import Tokenizer
+from helpers import arguments, log_of, make_model
 
 import eval as evaluation
 import model
 import train
 from baselines import seqkd
 from data import CodeTask, Example, cut_prompt, read_jsonl, tokenise
-from experiments import tiny
 from runtime.chat import CHATS
 from runtime.formats import read_examples
 from runtime.run import chat_of
@@ -58,18 +56,10 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def chatting(tiny_task, tmp_path_factory):
     """The tiny task's teacher and student with the special tokens of all formats, their end-of-text unchanged, as base
-    models have it; both with small models."""
+    models have it; both with room for a template."""
     root = tmp_path_factory.mktemp("chat")
-    for seed, (name, config) in enumerate([("teacher", tiny.TEACHER), ("student", tiny.STUDENT)]):
-        shutil.copytree(tiny_task / name, root / name)
-        tokenizer = Tokenizer.from_file(str(root / name / "tokenizer.json"))
-        tokenizer.add_special_tokens(NAMES)
-        tokenizer.save(str(root / name / "tokenizer.json"))
-        torch.manual_seed(seed)
-        small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 512}
-        small = small if name == "teacher" else {"n_embd": 32, "n_layer": 1, "n_positions": 512}
-        config = {**config, **small, "vocab_size": tokenizer.get_vocab_size(with_added_tokens=True)}
-        model.save_model(model.build_model(config), root / name)
+    for seed, (name, field) in enumerate({"teacher": "max_position_embeddings", "student": "n_positions"}.items()):
+        make_model(tiny_task / name, root / name, NAMES, seed, **{field: 512})
     for name in ("train.jsonl", "test.jsonl"):
         shutil.copy(tiny_task / name, root / name)
     return root
