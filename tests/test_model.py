@@ -57,10 +57,10 @@ def test_saved_model_is_the_same_model_in_transformers(transformers, name, tmp_p
 
     certain = generate(ours, PROMPTS[:1], 4, None, temperature=0)[0][3]  # an end that one sequence is sure to reach
     for eos_id in (0, certain):
-        new = generate(ours, PROMPTS, 25, eos_id, temperature=0)
+        new = generate(ours, PROMPTS, 12, eos_id, temperature=0)
         for prompt, tokens in zip(PROMPTS, new, strict=True):
             expected = theirs.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=25,
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12,
                 do_sample=False, eos_token_id=eos_id, pad_token_id=0,
             )[0, len(prompt) :].tolist()  # fmt: skip
             assert tokens == expected

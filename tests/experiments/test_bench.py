@@ -104,12 +104,6 @@ def test_ratios_targets_and_units():
     assert memory.ratio == 3072 and memory.cells()[5:7] == ["1 MiB", "3 GiB"]
 
 
-def test_a_step_in_a_process_of_its_own(text):
-    job = bench.make_job(bench.Bench(MINIATURE, text, "cpu", ["fp32"], HOWS), "kd", "fp32")
-    result = bench.fresh_process(job | {"how": "ours", "check": True})
-    assert result["loss"] > 0 and (result["peak"] is None) == (sys.platform != "linux")
-
-
 def test_unknown_cases_and_half_of_the_data_options(capsys):
     for arguments, message in ((["step"], "invalid choice: 'step'"), (["--data", "x.jsonl"], "belong together")):
         with pytest.raises(SystemExit):
