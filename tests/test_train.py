@@ -226,9 +226,9 @@ def test_schedule_warms_up_and_decays():
 
 def test_training_learns(tiny_task, tmp_path):
     """The loss on 40 examples, seen many times, falls far below that of guessing (log 900 = 6.8)."""
-    options = {"method": "sft", "max_steps": 40, "lr": 2e-2, "batch_size": 10, "log_every": 20}
+    options = {"method": "sft", "max_steps": 60, "lr": 2e-2, "batch_size": 20, "log_every": 20}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
-    assert log_of(tmp_path / "run")[-1]["ce"] < 3.0
+    assert log_of(tmp_path / "run")[-1]["ce"] < 2.0
 
 
 def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_task, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The concept files and the examples, copied alone into a folder; their losses, their gradients, what they train."""
+"""The examples: their losses, their gradients, what they train."""
 
 import importlib
 import json
@@ -17,7 +17,6 @@ from projector import Projectors
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
-CONCEPTS = ["losses", "projector", "align"]
 EXAMPLES = ["transformers_loop", "trainer"]
 
 
@@ -80,31 +79,15 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
 
 
-def test_everything_copied_alone(task, options, tmp_path):
-    """The doctests run and both examples train with nothing of the repository but the copied files."""
-    folder = tmp_path / "mine" / "alone"
-    folder.mkdir(parents=True)
-    for file in [*(ROOT / f"{name}.py" for name in CONCEPTS), *(ROOT / "examples").glob("*.py")]:
-        shutil.copy(file, folder)
-    script = f"""
-        import doctest, importlib, pathlib, sys
-        for name in {CONCEPTS}:
-            result = doctest.testmod(importlib.import_module(name))
-            assert result.attempted and not result.failed, name
-        for name in {EXAMPLES}:
-            importlib.import_module(name).main([*sys.argv[1:], "--out", name])
-        for name in {[*CONCEPTS, "batch", *EXAMPLES]}:
-            assert pathlib.Path(sys.modules[name].__file__).parent == pathlib.Path.cwd(), name
-    """
-    code = "\n".join(line[8:] for line in script.splitlines())
-    run(["-c", code, *options, "--steps", 3], folder)
-    before = weights(task / "student")
-    for name in EXAMPLES:
-        after = weights(folder / name)
-        assert after.keys() == before.keys()
-        assert all(not torch.equal(after[key], before[key]) for key in before), name
-        ids = transformers.PreTrainedTokenizerFast.from_pretrained(folder / name)("A fox.")["input_ids"]
-        assert ids == transformers.PreTrainedTokenizerFast.from_pretrained(task / "student")("A fox.")["input_ids"]
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_trains_and_saves_the_student(examples, task, options, tmp_path, name):
+    """That the files it is copied with are all it needs: tests/test_house.py and tests/test_docs.py."""
+    examples[name].main([*map(str, options), "--steps", "3", "--out", str(tmp_path / name)])
+    before, after = weights(task / "student"), weights(tmp_path / name)
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[key], before[key]) for key in before), name
+    read = [transformers.PreTrainedTokenizerFast.from_pretrained(path) for path in (task / "student", tmp_path / name)]
+    assert read[0]("A fox.")["input_ids"] == read[1]("A fox.")["input_ids"]
 
 
 def test_first_loss_equals_dry_run(examples, options, tmp_path, capsys):

@@ -69,10 +69,13 @@ def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
 
 
 def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
-    methods = ["--methods", *realtext.METHODS]
-    realtext.main([*arguments, *methods])
+    realtext.main([*arguments, "--methods", *realtext.METHODS])
     printed = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "out").exists() and len(printed) == 2 + len(realtext.METHODS) + 2
+    assert all(train.parse(shlex.split(line)[2:]) for line in printed if line.startswith("python train.py "))
+    methods = ["--methods", "sft", "v2"]
+    realtext.main([*arguments, *methods])
+    printed = capsys.readouterr().out.splitlines()
     with patch.object(subprocess, "run", in_process):
         realtext.main([*arguments, *methods, "--run"])
         shown = capsys.readouterr().out
@@ -80,7 +83,7 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     assert [line for line in shown.splitlines() if line.startswith("python ")] == printed
     tables = [line for line in shown.splitlines() if line.startswith("| ") and "/v2" in line]
     assert tables
-    for name in ("start", *realtext.METHODS):
+    for name in ("start", "sft", "v2"):
         steps = [json.loads(line)["step"] for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
         assert max(steps) == (1 if name == "start" else 2) and steps == sorted(steps)
         given = read_json(tmp_path / "out" / name / "args.json")

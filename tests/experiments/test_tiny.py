@@ -152,6 +152,7 @@ def test_impossible_sizes_are_named(size):
         tiny.make_data(**{**SMALL, **size})
 
 
+@pytest.mark.slow
 def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
     code = (
         "import json, sys, hashlib\nfrom experiments import tiny\n"
