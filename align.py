@@ -12,6 +12,7 @@ Where this differs from the official code: it compares token *strings* and so lo
 first accent, newline or emoji, which byte-level and SentencePiece vocabularies spell differently. We compare *bytes*.
 
 A tokenizer here is one of the `tokenizers` library: with `transformers`, pass `tokenizer.backend_tokenizer`.
+`python align.py TEXT --teacher DIR --student DIR` (or a data file in place of TEXT) shows what aligns.
 
 Example (a SentencePiece-like teacher with its dummy leading space, a byte-level student, None = end-of-text):
 
@@ -54,7 +55,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """The bytes each token spells, by id. None for special tokens, the unknown token, and unused ids.
 
     Byte-level tokens (GPT-2, Llama 3, Qwen) go through GPT-2's byte table; in SentencePiece vocabularies (Llama 2,
-    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte; added tokens that are not special are plain text.
+    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte; added tokens that are not special are plain text,
+    but for those of nothing but U+2581.
     Raises ValueError for another kind of tokenizer.
     """
     description = json.loads(tokenizer.to_str())
@@ -75,7 +77,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     spelt: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
         if index in added:
-            spelt[index] = None if added[index].special else token.encode()
+            spaces = not byte_level and not token.strip("\u2581")  # Gemma's runs of them
+            spelt[index] = None if added[index].special else b" " * len(token) if spaces else token.encode()
         elif token == unknown:
             spelt[index] = None
         elif byte_level:
@@ -297,14 +300,19 @@ def teacher_moments(teacher: ResponseTokens) -> list[float]:
     """(count, sum, sum of squares) of each of the three tensors of `Deviations`, nine numbers in float64: they add up
     over batches and processes."""
     inputs, labels = teacher.embeddings()
-    moments: list[float] = []
-    for x in (torch.cat([inputs, labels], -1), labels, teacher.hidden):
-        squares = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
-        moments += [x.numel(), float(x.sum(dtype=torch.float64)), float(squares)]
-    return moments
+    three = torch.cat([inputs, labels], -1), labels, teacher.hidden
+    sums = [[x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64) ** 2] for x in three]
+    sums = torch.stack(sum(sums, [])).view(3, 2).tolist()  # one wait for the device
+    return [number for x, both in zip(three, sums, strict=True) for number in (x.numel(), *both)]
 
 
 def deviations(moments: list[float]) -> Deviations:
     """From the sums of `teacher_moments`; unbiased, as torch's: divided by count − 1."""
     columns = zip(moments[0::3], moments[1::3], moments[2::3], strict=True)
     return Deviations(*(math.sqrt((squares - total**2 / n) / (n - 1)) for n, total, squares in columns))
+
+
+if __name__ == "__main__":
+    from runtime.show import main  # the printing alone; nothing else here needs another file of ours
+
+    main(__doc__)

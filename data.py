@@ -1,7 +1,7 @@
 """From text to batches: examples → rows (the token ids that both models read) → batches (tensors).
 
-Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: a long context
-(`input`) goes before a long instruction, the template's answer marker never. A cut response has no end-of-text.
+Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: the oldest
+turns, then the context (`input`), then the instruction; a template's marks never. A cut response has no end-of-text.
 
 A label at position i is token i+1: the last prompt token predicts the first response token, and the last response token
 predicts end-of-text. The shift happens once, in `collate_side`; everything after it works on response positions.
@@ -10,15 +10,12 @@ A tokenizer is a TextTokenizer of runtime/tokenizer.py: `prompt_text(example)` i
 `encode_prompt(text)` and `encode(text)` give the ids of a prompt and of a response, `spell(ids)` their bytes. `eos_id`
 ends each response that a model is trained on, any of `end_ids` one that it writes.
 
-runtime/formats.py finds what is wrong with a data file. Errors here are about one example that does not fit.
+runtime/formats.py reads data files. Errors here are about one example that does not fit.
 """
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +36,7 @@ PROMPT_WITH_INPUT = TASK + (
     ", paired with an input that provides further context. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+MARKS = {"user": "\n\n### Instruction:\n", "assistant": "\n\n### Response:\n", "system": "\n\n"}  # before each turn
 
 
 @dataclass
@@ -60,31 +58,15 @@ class Example:
     input: str = ""
     ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
     code: CodeTask | None = None  # the outputs are programs
+    history: list[dict[str, str]] = field(default_factory=list)  # turns before: {"role", "content"}; a system's first
 
     def prompt_text(self) -> str:
         """What a base model reads before the response."""
         if self.prompt is not None:
-            return self.prompt
+            return "\n\n".join([*(turn["content"] for turn in self.history), self.prompt])
         template = PROMPT_WITH_INPUT if self.input else PROMPT
-        return template.format(instruction=self.instruction, input=self.input)
-
-
-def read_jsonl(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
-    """The examples on lines [first, last) of a UTF-8 JSONL file; blank lines are skipped."""
-    # a line ends at "\n" alone: U+2028 and a lone "\r" may stand inside of one
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        lines = [(number, line) for number, line in enumerate(islice(file, first, last), first + 1) if line.strip()]
-    return [make_example(json.loads(line), f"{path}, line {number}") for number, line in lines]
-
-
-def make_example(record: dict, where: str) -> Example:
-    """The example of {"prompt", "output"} or {"instruction", "input" (optional), "output"}. `output` is a string or a
-    list of references; "end_of_text": false says that it is cut off. Other keys are left alone."""
-    outputs = [record["output"]] if isinstance(record["output"], str) else record["output"]
-    ends = record.get("end_of_text", True)
-    if "prompt" in record:
-        return Example(where, outputs, prompt=record["prompt"], ends=ends)
-    return Example(where, outputs, instruction=record["instruction"], input=record.get("input", ""), ends=ends)
+        task, mark, ask = template.format(instruction=self.instruction, input=self.input).partition(MARKS["user"])
+        return task + "".join(MARKS[turn["role"]] + turn["content"] for turn in self.history) + mark + ask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,8 +139,8 @@ def tokenise(
             raise ValueError(f"{example.where}: the response has no tokens")
         if align == "none" and sides[0].response != sides[-1].response:
             raise ValueError(
-                f"{example.where}: the tokenizers have the same vocabulary but cut this response differently; "
-                "use --align eta (recipe v2) or cma (recipe v1)"
+                f"{example.where}: the tokenizers cut this response differently, or one has a token of it that the "
+                "other lacks; use --align eta (recipe v2) or cma (recipe v1)"
             )
         rows.append(Row(*sides))
         if align == "eta":
@@ -196,6 +178,10 @@ def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
         length = find_longest(len(getattr(example, part)), lambda n: fits(keep(example, part, n)))
         return length, keep(example, part, max(length, 0))
 
+    system = [turn for turn in example.history[:1] if turn["role"] == "system"]
+    while len(example.history) > len(system) and not fits(example):  # the oldest question goes, with its answer
+        later = [i for i, turn in enumerate(example.history) if i > len(system) and turn["role"] == "user"]
+        example = replace(example, history=system + example.history[later[0] :] if later else system)
     if fits(example):
         return example
     for part in ["prompt"] if example.prompt is not None else ["input", "instruction"]:
@@ -251,7 +237,8 @@ def replace_response(row: Row, response: list[int], student, teacher, max_len: i
     - end-of-text stands on both sides or on neither; it replaces any other end that the student wrote;
     - what does not fit into the teacher's `max_len` is cut off both.
 
-    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room.
+    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room; with
+    `align` "none" also where the teacher lacks one of the tokens.
     """
     if response and response[-1] in student.end_ids:
         response = [*response[:-1], student.eos_id]
@@ -267,6 +254,8 @@ def replace_response(row: Row, response: list[int], student, teacher, max_len: i
     room = max_len - len(row.teacher.prompt)
     length = find_longest(len(response), lambda n: len(for_teacher(n)) <= room) if response else 0
     if length < 1 or not for_teacher(length):
+        return row
+    if align == "none" and student.names(response) != teacher.names(response):
         return row
     sampled = Row(Side(row.student.prompt, response[:length]), Side(row.teacher.prompt, for_teacher(length)))
     if align == "eta":

@@ -4,6 +4,7 @@
     python eval.py runs/a --data my_test.jsonl --greedy           one greedy response per prompt
     python eval.py runs/a --data gsm8k_test.jsonl                 accuracy of the final answers
     python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs what the model wrote, see sandbox.py
+    python eval.py runs/a --prompt "Why is the sky blue?"         its answer; without a text, to each line you type
 
 Each directory is a run (its student/ is scored) or a model. What is scored follows from the data, in per cent:
 
@@ -21,6 +22,7 @@ longer prompt is cut, and the report says how many were; the official runs drop 
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -34,9 +36,10 @@ from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.evaluation import parse
 from runtime.formats import read_examples
-from runtime.hub import data_file, model_directory
-from runtime.run import chat_of, tokenizer_of, write_text
-from runtime.strict import check_model
+from runtime.hub import data_file
+from runtime.load import find_model
+from runtime.report import write_card
+from runtime.run import chat_of, run_of, tokenizer_of, write_text
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
@@ -166,25 +169,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options) -> None:
-    """Every model on every set: a report of each in a file, and one table."""
+    """Every model's answers to --prompt; or every model on every set, a report of each in a file, and one table."""
     models = {}
     for name in options.directories:  # before anything is loaded: all of them must be there
-        student = Path(name) / "student"
-        models[name] = model_directory(str(student if student.is_dir() else name))
-        check_model(models[name])
+        models[name] = find_model(name, "student")
+    if options.prompt:
+        return answer(options, models)
     sets = read_sets(options)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
-            tokenizer = tokenizer_of(directory, options.chat, options.bos)
-            say_if_forgotten(tokenizer, "--chat", options.bos is None)
-            model = load_model(directory, dtype, options.device)
+            model, tokenizer = open_model(directory, options)
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
-                seeds = [None] if options.greedy else options.seeds
                 with by_onednn(options.device):
-                    scores = evaluate(model, tokenizer, data, seeds, *lengths, options.batch_size, options.device)
+                    how = options.batch_size, options.device
+                    scores = evaluate(model, tokenizer, data, options.seeds, *lengths, *how)
                 results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix}
                 file = write_report(name, directory, data, options, scores)
                 print(f"{name}, {data.name}: {describe(scores, data, tokenizer.chat, file)}", file=sys.stderr)
@@ -193,12 +193,49 @@ def run(options) -> None:
             print(compare(sets, results))
 
 
+def open_model(directory: Path, options) -> tuple:
+    tokenizer = tokenizer_of(directory, options.chat, options.bos)
+    say_if_forgotten(tokenizer, "--chat", chat_of(directory) == "none", options.bos is None)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    return load_model(directory, dtype, options.device), tokenizer
+
+
+def answer(options, models: dict[str, Path]) -> None:
+    """Print the responses to --prompt, or to each line of standard input, written as in the models' training."""
+    opened = []
+    for name, directory in models.items():
+        model, tokenizer = open_model(directory, options)
+        form = "{}" if tokenizer.chat else (run_of(directory) or {}).get("prompts", "{}")
+        lengths = share_tokens("rouge", options.max_len, options.max_prompt_len, model.limit)
+        opened.append((f"{name}: " if len(models) > 1 else "", model, tokenizer, form, *lengths))
+    for text in read_lines() if options.prompt is True else [options.prompt]:
+        for name, model, tokenizer, form, max_len, limit in opened:
+            prompts = tokenizer.fit_prompts([Example("--prompt", [""], prompt=form.replace("{}", text))], limit)
+            for seed in options.seeds:
+                temperature = 0.0 if seed is None else 1.0
+                print(name + respond(model, tokenizer, prompts, max_len - limit, temperature, seed=seed)[0], flush=True)
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of standard input that are not blank; a terminal is asked for each."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
 def read_sets(options) -> list[DataSet]:
     """All sets, before any is evaluated, so that what is wrong with one shows at once."""
     sets = []
     for name in options.data:
-        examples = read_examples(*data_file(name, "test"))[: options.limit]
-        sets.append(DataSet(Path(name).stem, task_of(examples, name, options.task), examples))
+        everything = read_examples(*data_file(name, "test"))
+        examples, title = everything[: options.limit], Path(name).stem
+        if len(examples) < len(everything):  # a name, and so a report, of its own: never over that of the whole set
+            title += f"-first-{options.limit}"
+        sets.append(DataSet(title, task_of(examples, name, options.task), examples))
         share_tokens(sets[-1].task, options.max_len, options.max_prompt_len)
     check_sets(sets, options.run_code)
     return sets
@@ -207,13 +244,15 @@ def read_sets(options) -> list[DataSet]:
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
     """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
-    report["chat"] = options.chat or chat_of(directory)
+    report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
     if Path(name).is_dir():
         path = Path(name) / f"eval-{data.name}.json"
     else:
         path = Path(f"eval-{name.replace('/', '-')}-{data.name}.json")
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
+    if (Path(name) / "args.json").is_file():
+        write_card(Path(name))
     return path
 
 

@@ -151,7 +151,7 @@ def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
 @torch.no_grad()
 def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
     """The likeliest token of each state under a head: (n, d) and (V, d) -> (n,)."""
-    return torch.cat([logits_under(part, head).argmax(-1) for part in hidden.split(chunk)])
+    return torch.cat([linear(part, head).argmax(-1) for part in hidden.split(chunk)])
 
 
 def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, tokens: float, kd_rate: float) -> dict:

@@ -15,9 +15,7 @@ One file, no imports but torch and safetensors. `Decoder` is the whole model; a 
     [5, 5]
 
 Families (config.json's model_type): gpt2; llama (Llama 1 to 3.x, TinyLlama, SmolLM2); mistral; qwen2 (Qwen1.5 to 2.5);
-qwen3. Not here: quantised weights, mixture of experts, YaRN and dynamic rotary scaling, cross-attention, pickled (.bin)
-checkpoints. This file trusts its input; what a config or a checkpoint can have wrong is found by runtime/strict.py.
-
+qwen3. Not here: quantised weights, mixture of experts, LongRoPE. runtime/strict.py checks what this file trusts.
 Shapes: B batch, T sequence, S keys attended to, D width, V vocabulary.
 """
 
@@ -152,9 +150,9 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary position embedding: pairs (x_i, x_{i + head_dim/2}) turn by the angle position · frequency_i."""
 
-    def __init__(self, inverse_frequencies: torch.Tensor):
+    def __init__(self, inverse_frequencies: torch.Tensor, scale: float):
         super().__init__()
-        self.exact = inverse_frequencies
+        self.exact, self.scale = inverse_frequencies, scale
         self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -165,7 +163,7 @@ class Rotary(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine (B or 1, T, 1, head_dim / 2) in float32, for positions (B or 1, T); once for all layers."""
         angles = (positions[..., None].float() * self.inverse_frequencies).unsqueeze(2)
-        return angles.cos(), angles.sin()
+        return self.scale * angles.cos(), self.scale * angles.sin()
 
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -189,9 +187,8 @@ class LlamaAttention(Attention):
         self.qk_norm = c.qk_norm
 
     def forward(self, x, layer, rotation, *where):
-        q, k, v = (
-            project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, T, heads, head_dim), k and v with kv_heads
+        # (B, T, heads, head_dim), k and v with kv_heads
+        q, k, v = (project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
@@ -244,7 +241,7 @@ class Decoder(nn.Module):
         self.config, self.limit, self.windows, self.recompute = copy.deepcopy(config), c.limit, c.windows, False
         self.embed = embedding(c.vocab_size, c.width)
         self.positions = embedding(c.limit, c.width) if gpt2 else None
-        self.rotary = None if gpt2 else Rotary(c.inverse_frequencies)
+        self.rotary = None if gpt2 else Rotary(*c.rotary)
         self.dropout = nn.Dropout(c.embd_dropout if gpt2 else 0.0)
         self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
         self.norm = nn.LayerNorm(c.width, eps=c.eps) if gpt2 else RMSNorm(c.width, c.eps)
@@ -311,10 +308,8 @@ def hidden_at(m: nn.Module, side) -> torch.Tensor:
 
 
 def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor | None:
-    """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before.
-
-    None where that is the plain causal triangle, which needs no mask.
-    """
+    """(B or 1, 1, T, S), True where the query at positions (B or 1, T) sees key s: itself and up to window - 1 before;
+    None where that is the plain causal triangle, which needs no mask."""
     if positions.size(1) == n_keys and (window is None or window >= n_keys):
         return None
     back = positions[:, None, :, None] - torch.arange(n_keys, device=positions.device)  # how far back the key lies
@@ -326,7 +321,7 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 
 # The fields that are used, with transformers' defaults.
 REQUIRED = object()
-_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
+_ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "original_max_position_embeddings": None}
 _LLAMA = {"vocab_size": REQUIRED, "max_position_embeddings": REQUIRED, "hidden_size": REQUIRED,
           "intermediate_size": REQUIRED, "num_hidden_layers": REQUIRED, "num_attention_heads": REQUIRED,
           "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,
@@ -343,100 +338,109 @@ FIELDS = {
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
 
+# What each kind of rotary scaling uses. "dynamic" begins beyond the positions that a model has here.
+ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                 "mscale_all_dim", "truncate")}  # fmt: skip
+
+
+def read_fields(config: dict) -> SimpleNamespace:
+    """The fields of the family's table, where null is the default, and all others as they are."""
+    nullable = "num_key_value_heads", "head_dim", "sliding_window"  # for which null has a meaning of its own
+    given = {field: value for field, value in config.items() if value is not None or field in nullable}
+    return SimpleNamespace(**{**FIELDS[config["model_type"]], **given})
+
+
 def read_config(config: dict) -> SimpleNamespace:
     """What the model needs of a Hugging Face config. runtime/strict.py says whether it can be trusted."""
-    family = config["model_type"]
-    f = SimpleNamespace(**{**FIELDS[family], **config})
+    f, family = read_fields(config), config["model_type"]
     if family == "gpt2":
         c = SimpleNamespace(width=f.n_embd, layers=f.n_layer, heads=f.n_head, kv_heads=f.n_head, limit=f.n_positions,
                             head_dim=f.n_embd // f.n_head, inner=f.n_inner or 4 * f.n_embd, eps=f.layer_norm_epsilon,
                             activation=f.activation_function, embd_dropout=f.embd_pdrop, attn_dropout=f.attn_pdrop,
                             resid_dropout=f.resid_pdrop, windows=[None] * f.n_layer)  # fmt: skip
     else:
+        bias = "attention_bias" in FIELDS[family] and f.attention_bias
         c = SimpleNamespace(width=f.hidden_size, layers=f.num_hidden_layers, heads=f.num_attention_heads,
                             kv_heads=f.num_key_value_heads or f.num_attention_heads, limit=f.max_position_embeddings,
                             head_dim=f.head_dim or f.hidden_size // f.num_attention_heads, inner=f.intermediate_size,
-                            eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout or 0.0,
-                            qkv_bias=family == "qwen2" or getattr(f, "attention_bias", False),
-                            out_bias=family != "qwen2" and getattr(f, "attention_bias", False),
-                            mlp_bias=getattr(f, "mlp_bias", False), qk_norm=family == "qwen3",
-                            windows=read_windows(family, f),
-                            inverse_frequencies=rotary_frequencies(f))  # fmt: skip
+                            eps=f.rms_norm_eps, activation=f.hidden_act, attn_dropout=f.attention_dropout,
+                            qkv_bias=bias or family == "qwen2", out_bias=bias, qk_norm=family == "qwen3",
+                            mlp_bias=family == "llama" and f.mlp_bias, windows=read_windows(f, family),
+                            rotary=rotary_frequencies(f))  # fmt: skip
     c.family, c.vocab_size, c.tied, c.init_std = family, f.vocab_size, f.tie_word_embeddings, f.initializer_range
     return c
 
 
-def read_windows(family: str, f: SimpleNamespace) -> list[int | None]:
+def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
     """How many tokens, itself included, a query of each layer sees; None for all of them."""
     if family in ("llama", "mistral"):
-        return [getattr(f, "sliding_window", None)] * f.num_hidden_layers
-    if f.layer_types is not None:
-        sliding = [kind == "sliding_attention" for kind in f.layer_types]
-    else:
-        sliding = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
-    return [f.sliding_window if slides else None for slides in sliding]
+        return [f.sliding_window if family == "mistral" else None] * f.num_hidden_layers
+    slides = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
+    kinds = f.layer_types or ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+    return [f.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def read_rope(f: SimpleNamespace) -> dict:
-    """{"rope_type", "rope_theta", ...}: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in
-    `rope_parameters`."""
-    rope = dict(f.rope_parameters or f.rope_scaling or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or f.rope_theta or 10000.0
-    return rope
+def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
+    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, of the config or of one of its two spellings:
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`."""
+    rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
+    given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
+    given |= {field: value for field, value in rope.items() if value is not None}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    return {"rope_type": kind, "factor": 1.0} | {field: given.get(field) for field in ("rope_theta", *ROPE[kind])}
 
 
-def rotary_frequencies(f: SimpleNamespace) -> torch.Tensor:
-    """θ^(-2i/head_dim), (head_dim / 2,) float32, with linear or Llama-3 long-context scaling."""
-    rope, head_dim = read_rope(f), f.head_dim or f.hidden_size // f.num_attention_heads
-    # device="cpu": a model that is being built on the meta device still needs real numbers here
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    inverse = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        inverse = inverse / rope["factor"]
-    elif rope["rope_type"] == "llama3":  # slow waves are stretched by `factor`, fast ones kept, the rest between
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inverse = (1 - keep) * inverse / rope["factor"] + keep * inverse
-    return inverse
+def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
+    """θ^(-2i/head_dim), (head_dim / 2,) float32, with long-context scaling, and the factor of cosine and sine."""
+    rope, head_dim = SimpleNamespace(**read_rope(f)), f.head_dim or f.hidden_size // f.num_attention_heads
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")  # real numbers, also on the meta device
+    inverse = 1.0 / rope.rope_theta ** (2 * pair / head_dim)
+    factor, keep, scale = rope.factor, 0.0, 1.0  # slow waves are stretched by `factor`, fast ones kept
+    if rope.rope_type == "llama3":
+        turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)  # in the original context
+        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    elif rope.rope_type == "yarn":  # between by the place among the pairs (arXiv 2309.00071, section 3)
+        length, turns = rope.original_max_position_embeddings, (rope.beta_fast or 32, rope.beta_slow or 1)
+        factor = factor or f.max_position_embeddings / length
+        first, last = (head_dim / 2 * math.log(length / (2 * math.pi * n), rope.rope_theta) for n in turns)
+        if rope.truncate is not False:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        keep = 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)
+        both = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1, 0)
+        above, below = (1 + 0.1 * mscale * math.log(max(factor, 1)) for mscale in both)
+        scale = above / below if rope.attention_factor is None else rope.attention_factor
+    return (1 - keep) * inverse / factor + keep * inverse, scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-# Hugging Face's prefix and its names for our modules. Everything inside a block has its name already.
-GPT2_NAMES = ("transformer.", {"embed": "wte", "positions": "wpe", "blocks": "h", "norm": "ln_f"})
-LLAMA_NAMES = ("model.", {"embed": "embed_tokens", "blocks": "layers", "norm": "norm"})
+# Hugging Face's names for our modules. Everything inside a block has its name already.
+GPT2_NAMES = {"embed": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h",
+              "norm": "transformer.ln_f", "lm_head": "lm_head"}  # fmt: skip
+LLAMA_NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "lm_head": "lm_head"}
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
-# GPT-2's checkpoints keep these weights as [in, out]; nn.Linear wants [out, in].
+# Of GPT-2; its checkpoints keep these weights as [in, out], nn.Linear wants [out, in].
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
 def hugging_face_names(m: Decoder) -> dict[str, str]:
     """{our parameter name: its name in a Hugging Face checkpoint}"""
-    prefix, names = GPT2_NAMES if m.config["model_type"] == "gpt2" else LLAMA_NAMES
-
-    def rename(ours: str) -> str:
-        module, rest = ours.split(".", 1)
-        return ours if module == "lm_head" else f"{prefix}{names[module]}.{rest}"
-
-    return {ours: rename(ours) for ours, _ in m.named_parameters()}
+    names = GPT2_NAMES if m.config["model_type"] == "gpt2" else LLAMA_NAMES
+    parts = (ours.split(".", 1) for ours, _ in m.named_parameters())
+    return {f"{module}.{rest}": f"{names[module]}.{rest}" for module, rest in parts}
 
 
-def build_model(config: dict) -> Decoder:
-    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1.
-
-    As in GPT-2, whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed.
-    """
+def build_model(config: dict, device="cpu") -> Decoder:
+    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1; as in GPT-2,
+    whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed."""
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
-    try:
-        m.to_empty(device="cpu")
-    except RuntimeError as error:
-        size = sum(parameter.numel() for parameter in m.parameters())
-        raise ValueError(f"build_model: a model of {size:,} parameters does not fit into the memory") from error
+    m.to_empty(device=device)
     c = read_config(config)
     for name, parameter in m.named_parameters():
         if parameter.dim() == 2:
@@ -452,7 +456,7 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
 
     Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
     and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files, ValueError
-    for tensors that are missing or do not fit, and for weights that are NaN or infinite.
+    for weights that are NaN or infinite, RuntimeError for tensors that are missing or do not fit.
     """
     with torch.device("meta"):
         m = Decoder(read_json(Path(path) / "config.json"))
@@ -462,28 +466,33 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: boo
     # memory, also where the file has the transposed matrix (FSDP2 shards no other)
     layout = {"copy": True, "memory_format": torch.contiguous_format}
     weights = {name: tensor.to(device, dtype, **layout) for name, tensor in read_tensors(m, path)}
-    try:
-        m.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the checkpoint does not fit its config.json: {error}") from error
+    m.load_state_dict(weights, assign=True)
     return m.to(device).eval()  # all that is left to move is the rotary table
+
+
+def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
+    """{file: {name of a tensor in it: our parameter's name, None if m has none for it}}, in a checkpoint's order."""
+    ours, found = {theirs: name for name, theirs in hugging_face_names(m).items()}, {}
+    ours |= {theirs.partition(".")[2]: name for theirs, name in ours.items() if name != "lm_head.weight"}
+    for file in checkpoint_files(Path(path)):
+        with safe_open(file, framework="pt") as tensors:  # saved without its head, a model has no prefix
+            found[file] = {theirs: ours.get(theirs) for theirs in tensors.keys()}
+    if m.lm_head is None and not any("embed.weight" in names.values() for names in found.values()):
+        for names in found.values():  # of a tied pair, safetensors' own save_model keeps the first name
+            names |= {theirs: "embed.weight" for theirs in names if theirs == "lm_head.weight"}
+    return found
 
 
 def read_tensors(m: Decoder, path):
     """Yield (our parameter name, tensor in our layout, mapped from the file), in the order of a checkpoint's files, but
     what m has no parameter for. Raises ValueError for weights that are NaN or infinite."""
-    gpt2, ours = m.config["model_type"] == "gpt2", {theirs: name for name, theirs in hugging_face_names(m).items()}
-    prefix = GPT2_NAMES[0] if gpt2 else LLAMA_NAMES[0]
-    for file in checkpoint_files(Path(path)):
+    for file, names in find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
-            for theirs in tensors.keys():
-                name = ours.get(theirs) or ours.get(prefix + theirs)  # saved without its head, it has no prefix
-                if name is None:
-                    continue
+            for theirs, name in ((theirs, name) for theirs, name in names.items() if name is not None):
                 tensor = tensors.get_tensor(theirs)
                 if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
                     raise ValueError(f"{file}: {theirs} has weights that are NaN or infinite: it is damaged")
-                yield name, tensor.mT if gpt2 and TRANSPOSED.search(name) else tensor
+                yield name, tensor.mT if TRANSPOSED.search(name) else tensor
 
 
 def read_json(file: Path) -> dict:
@@ -502,34 +511,25 @@ def read_json(file: Path) -> dict:
 def checkpoint_files(path: Path) -> list[Path]:
     """The safetensors files of a Hugging Face directory: the single file or else the shards of the index."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{path}: no weights; expected model.safetensors, or model.safetensors.index.json and "
-                                "its shards (pickled .bin checkpoints are not read)")  # fmt: skip
-    return [path / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single] if single.is_file() else [path / x for x in sorted(set(read_json(index)["weight_map"].values()))]
 
 
 def save_model(m: Decoder, path) -> None:
     """Write config.json and model.safetensors for transformers' (and our) loader; a tied head is not written twice.
 
     Each file is written beside its place and moved there, so a crash leaves the old file or the new one. The dtype is
-    the parameters'. Raises ValueError for parameters that are not a plain model's (merge adapters first).
+    the parameters', and config.json states it. Raises ValueError for a model with adapters: merge them first.
     """
     path = Path(path)
     with torch.device("meta"):
         names = hugging_face_names(Decoder(m.config))
     parameters = dict(m.named_parameters())
-    if set(parameters) != set(names):
-        extra = sorted(set(parameters) ^ set(names))[:4]
+    extra = sorted(parameters.keys() ^ names.keys())[:4]
+    if extra:
         raise ValueError(f"save_model: not a plain model, parameters {extra} differ: merge adapters before saving")
-    gpt2 = m.config["model_type"] == "gpt2"
-    tensors = {}
-    for ours, theirs in names.items():
-        tensor = parameters[ours].detach()
-        tensors[theirs] = (tensor.mT if gpt2 and TRANSPOSED.search(ours) else tensor).contiguous()
+    tensors = {name: parameters[ours].detach() for ours, name in names.items()}
+    tensors = {name: (x.mT if TRANSPOSED.search(name) else x).contiguous() for name, x in tensors.items()}
     config = {**m.config, "architectures": [ARCHITECTURES[m.config["model_type"]]]}
-    # transformers loads in the dtype that the config states
     config["dtype" if "dtype" in config else "torch_dtype"] = str(m.embed.weight.dtype).removeprefix("torch.")
 
     path.mkdir(parents=True, exist_ok=True)
@@ -554,6 +554,7 @@ class KVCache:
 
     def __init__(self, prompt_lengths: torch.Tensor):
         self.lengths = prompt_lengths  # (B,) tokens stored per sequence, once the prompts are in
+        self.rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
         self.slots = 0
         self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
         self.values: list[torch.Tensor] = []
@@ -565,9 +566,8 @@ class KVCache:
             for new, buffers in ((k, self.keys), (v, self.values)):
                 buffers.append(F.pad(new, (0, 0, 0, self.slots - new.size(2))))
             return k, v
-        rows = torch.arange(len(k), device=k.device)
-        self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
-        self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+        self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
         return self.keys[layer], self.values[layer]
 
     def make_room(self, tokens: int) -> None:
@@ -582,7 +582,7 @@ class KVCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all sequences but these."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
         for buffers in (self.keys, self.values):
             for layer in range(len(buffers)):  # one at a time: the peak is one layer's copy
                 buffers[layer] = buffers[layer][rows]
@@ -592,7 +592,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     """One token id per row of logits (B, V) -> (B,): greedy at temperature 0, else from softmax(logits / temperature).
 
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
-    Raises FloatingPointError for logits that are not finite.
+    -1 for a row whose logits are not finite: to raise for it would be one more wait for the device.
     """
     logits = logits.float()
     if temperature == 0:
@@ -602,8 +602,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probabilities = logits.softmax(-1)
-    if probabilities[:, 0].isnan().any():  # one logit that is inf or nan makes its whole row nan
-        raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
+    spoilt = probabilities[:, 0].isnan()  # one logit that is inf or nan makes its whole row nan
     if top_p < 1:
         likeliest, ids = probabilities.sort(dim=-1, descending=True)
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
@@ -614,7 +613,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     whole = mass[:, -1:]
     draw = torch.rand(len(mass), 1, generator=generator, device=mass.device) * whole
     below = torch.nextafter(whole, torch.zeros_like(whole))  # so that a draw that was rounded up finds a token too
-    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1)
+    return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1).masked_fill(spoilt, -1)
 
 
 @torch.no_grad()
@@ -627,7 +626,7 @@ def generate(
     one per prompt), or when prompt and new ids fill all positions. Only ids below `vocabulary` are drawn (None: all
     rows of the head, also those that pad it). temperature 0 is greedy; seed=None draws from torch's global generator.
     Greedy results do not depend on the batch; sampled ones do, for a seed fixes the draws of the batch as a whole.
-    Raises ValueError for impossible arguments.
+    Raises ValueError for impossible arguments, FloatingPointError for logits that are not finite.
     """
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
@@ -635,8 +634,8 @@ def generate(
         if not 0 < len(prompt) <= m.limit or not 0 <= min(prompt) <= max(prompt) < len(m.embed.weight):
             raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens; it needs 1 to {m.limit} (end-of-text "
                              f"will do), with ids below the vocabulary's {len(m.embed.weight)}")  # fmt: skip
-    least = min(max_new_tokens, default=0)
-    if len(max_new_tokens) != len(prompts) or least < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    least = min([temperature, top_k, *max_new_tokens])
+    if len(max_new_tokens) != len(prompts) or least < 0 or not 0 < top_p <= 1:
         raise ValueError("generate: max_new_tokens (one number, or one per prompt), temperature and top_k must be >= 0 "
                          f"and 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_k} and {top_p}")  # fmt: skip
     ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
@@ -644,23 +643,24 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     outputs = [[] for _ in prompts]
     budget = [min(most, m.limit - len(prompt)) for most, prompt in zip(max_new_tokens, prompts, strict=True)]
-    rows = [i for i in range(len(prompts)) if budget[i] > 0]  # the prompts in the batch
-    if not rows:
+    if not (rows := [i for i in range(len(prompts)) if budget[i] > 0]):  # the prompts in the batch
         return outputs
-
     was_training = m.training
     m.eval()
     try:
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
         real = [row * longest + at for row, i in enumerate(rows) for at in range(len(prompts[i]))]
-        real = torch.tensor(real, device=device)
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,)
         cache = KVCache(lengths)
-        hidden = m(ids, cache=cache, real=real)[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
+        hidden = m(ids, cache=cache, real=torch.tensor(real, device=device))  # (B, T, D)
+        hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
         while True:
             tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
-            for i, token in zip(rows, tokens.tolist(), strict=True):
+            drawn = tokens.tolist()  # the one wait for the device
+            if min(drawn) < 0:
+                raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
+            for i, token in zip(rows, drawn, strict=True):
                 if budget[i] > 0:
                     outputs[i].append(token)
                     budget[i] = 0 if token in ends else budget[i] - 1

@@ -42,10 +42,12 @@ from losses import RECIPES, Counts, predict_tokens
 from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
+from runtime.device import say_device
 from runtime.load import PAIRINGS, Pieces, find_model, load
 from runtime.options import Options, parse
 from runtime.order import prefetch, split_update
 from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
+from runtime.report import say_next, write_card
 from runtime.run import (
     Meter,
     RunDirectory,
@@ -59,7 +61,7 @@ from runtime.run import (
     write_text,
 )
 from runtime.strict import check_options, choose_alignment, read_projectors
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, count_shared
 
 SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
 
@@ -106,8 +108,11 @@ class Method(nn.Module):
             return
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
         self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
-        device, shared = student.head_weight.device, slice(min(len(student.head_weight), len(teacher.head_weight)))
-        self.teacher_shared = self.student_shared = shared  # rows of both heads; one tokenizer, perhaps padded heads
+        device, rows = student.head_weight.device, min(len(student.head_weight), len(teacher.head_weight))
+        shared = count_shared(teacher_tokenizer, student_tokenizer)
+        if shared == max(teacher_tokenizer.size, student_tokenizer.size):
+            shared = rows  # one vocabulary, perhaps padded heads
+        self.teacher_shared = self.student_shared = slice(shared)  # rows of both heads
         both = teacher_tokenizer.tokenizer, student_tokenizer.tokenizer
         ends = teacher_tokenizer.eos_id, student_tokenizer.eos_id
         if self.align == "eta":
@@ -167,7 +172,7 @@ class Method(nn.Module):
         if self.align == "none":
             return TeacherAnswer(hidden, slice(None), predicted)
         label = self.student_token[predicted]
-        known = label >= 0  # eq. 14: only pairs whose prediction exists in the student's vocabulary
+        known = (label >= 0).nonzero()[:, 0]  # eq. 14: only pairs whose prediction exists in the student's vocabulary
         return TeacherAnswer(hidden[known], batch.student_index[known], label[known])
 
     @torch.no_grad()
@@ -183,7 +188,8 @@ class Method(nn.Module):
         if self.recipe is not None and self.recipe.average_stu == "agreeing":
             for answer in said:
                 predicted = predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
-                agreeing += int((predicted == answer.label).sum())
+                agreeing += (predicted == answer.label).sum()
+            agreeing = int(agreeing)  # one wait for the device, not one for each batch
         if self.align == "cma":
             each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, said, strict=True)]
             moments = [sum(column) for column in zip(*each, strict=True)]
@@ -204,19 +210,20 @@ class Method(nn.Module):
         """
         o, side, head = self.o, batch.student, student.head_weight
         hidden, gold = hidden_at(student, side), side.labels if is_gold else None  # (N, d), (N,)
-        chunk = {"chunk": o.chunk} if o.chunk else {}
+        how = {"chunk": o.chunk, "fused": o.compile and head.is_cuda} if o.chunk else {}
         if answer is None:
             rate = 0.0 if self.name == "sft" else o.kd_rate
-            return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **chunk)
+            return self.objective.sft_loss(hidden, side.labels, head, totals.gold, rate, **how)
         teacher_head, counts = self.teacher.head_weight, totals.counts
         if self.name == "kd":
-            options = o.divergence, o.temperature, o.kd_rate
-            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, counts, *options, **chunk)
+            options = counts, o.divergence, o.temperature, o.kd_rate
+            teacher_head = teacher_head[self.teacher_shared]  # the divergence is over these rows
+            return self.objective.kd_loss(hidden, gold, answer.hidden, head, teacher_head, *options, **how)
         states = hidden, gold, answer.rows, answer.hidden, head, teacher_head
         if self.name == "uld":
-            return uld.uld_loss(*states, counts, o.kd_rate, **chunk)
+            return uld.uld_loss(*states, counts, o.kd_rate, **how)
         if self.name == "mined":
-            return mined.mined_loss(*states, *self.columns, counts, o.temperature, o.kd_rate, **chunk)
+            return mined.mined_loss(*states, *self.columns, counts, o.temperature, o.kd_rate, o.chunk)
 
         if self.align == "cma":
             ours = ResponseTokens(side.inputs, side.labels, side.lengths, student.embed.weight, hidden)
@@ -226,7 +233,7 @@ class Method(nn.Module):
             t2s_hidden, s2t_hidden = self.projectors.t2s(answer.hidden), self.projectors.s2t(hidden[answer.rows])
         return self.objective.dskd_loss(
             hidden, gold, answer.rows, t2s_hidden, answer.label, s2t_hidden, answer.hidden, head, teacher_head,
-            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **chunk,
+            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **how,
         )  # fmt: skip
 
 
@@ -420,6 +427,8 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
                 run.save(done, held_out_scores(o, pieces) if run.is_due(done) else {})  # Stopped, if that was asked
         run.progress.close()
         write_samples(o, pieces)
+        if parallel.rank() == 0:
+            write_card(Path(o.out))
     return run.line
 
 
@@ -510,9 +519,13 @@ def run(given: dict) -> None:
             raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
         from experiments import tiny  # which imports this file
 
+        o = check_options(Options(**{"out": tiny.ROOT, **given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
+        say_device(given.get("device"), o.device)
         tiny.run(given)
+        print(f'talk to a model: python eval.py {o.out}/NAME --prompt "..."', file=sys.stderr)
         return
     o = check_options(Options(**settings(given)))
+    say_device(given.get("device"), o.device)
     say_settings(given)
     if given.get("teacher_sft"):
         o = run_teacher_stage(given, o)
@@ -522,8 +535,9 @@ def run(given: dict) -> None:
     if o.dry_run:
         print(json.dumps(train(o)))
     else:
-        train(o)
+        line = train(o, description="student 2/2" if given.get("teacher_sft") else "train")
         print(f"student: {Path(o.out) / 'student'}")
+        say_next(given, o, line)
 
 
 def run_teacher_stage(given: dict, o: Options) -> Options:
@@ -539,7 +553,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
     print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
-    run_stage(Options(**stage), "teacher")
+    run_stage(Options(**stage), "teacher 1/2")
     return after
 
 
@@ -548,7 +562,7 @@ def run_stage(o: Options, name: str) -> float:
     seconds = seconds_of_finished_stage(o)
     if seconds is None:
         o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()
-        train(o, description=f"{name:8}")
+        train(o, description=name)
         seconds = time.perf_counter() - began
         finish_stage(o, seconds)
     return seconds

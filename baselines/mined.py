@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from align import is_byte_fallback, token_bytes
 from data import Row
+from fast.losses import rest_of
 from losses import Counts, forward_kl, logits_under
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,8 +243,7 @@ def mined_loss(
         log_q = log_softmax(teacher_logits[:, teacher_ids] / temperature, -1)  # (n, S)
         return ce, correct, forward_kl(log_p, log_q).sum()
 
-    alone = torch.ones(len(gold), dtype=torch.bool, device=gold.device)
-    alone[rows] = False
+    alone = rest_of(rows, len(gold))
     groups = (student_hidden[rows], gold[rows], teacher_hidden), (student_hidden[alone], gold[alone])
     parts = [part for group in groups for part in zip(*(x.split(chunk or max(1, len(x))) for x in group), strict=True)]
     terms = [checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]

@@ -63,9 +63,10 @@ def answer_prompts(
 
 
 def write_prompt(example: Example, student) -> dict:
+    before = {"history": example.history} if example.history else {}
     if example.prompt is None:
-        return {"instruction": example.instruction, "input": example.input}
-    return {"prompt": student.chat.message(example) if student.chat else example.prompt}
+        return {**before, "instruction": example.instruction, "input": example.input}
+    return {**before, "prompt": student.chat.message(example) if student.chat else example.prompt}
 
 
 def make_recipe(
@@ -77,7 +78,7 @@ def make_recipe(
         "teacher": str(model.resolve()), "weights": model_digest(model), "max_len": max_len,
         "temperature": temperature, "seed": seed if temperature else None,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "student_chat": student.chat.name if student.chat else None,  # in which the prompts are written down
+        "student_chat": True if student.chat else None,  # so that HumanEval's are written down as messages
     }  # fmt: skip
     if teacher.prefix:
         recipe["bos"] = teacher.prefix

@@ -42,16 +42,18 @@ def uld_loss(
     counts: Counts,
     kd_rate: float = 0.5,
     chunk: int = 0,
+    fused: bool = False,
 ) -> dict[str, Tensor]:
     """loss = (1 − kd_rate)·L_gold + kd_rate·Σ distance / N, without temperature. {ce, correct, kd, loss}
 
     Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0. `chunk`: the
-    fast path, so many tokens at a time; 0 is the plain one.
+    fast path, so many tokens at a time, and `fused` as there; 0 is the plain one.
     """
     if chunk:
         found = head_terms(
             student_hidden, student_head, teacher_hidden, teacher_head, rows, gold,
             ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens, divergence="uld", chunk=chunk,
+            fused=fused,
         )  # fmt: skip
         ce, kd = found.ce / counts.tokens, found.kd / counts.tokens
         return {"ce": ce, "correct": found.correct, "kd": kd, "loss": found.loss}

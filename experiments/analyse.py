@@ -5,9 +5,10 @@
     alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
         [--projectors FILE]                     and, after a run with --recipe v1 --align cma, where attention looks
     knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what the projected teacher knows
+    curves RUN [RUN ...]                                         losses and held-out scores of runs over their updates
 
-The first three need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name or
-directory.
+All but `knowledge` need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name
+or directory.
 
 The simulation is v1's (arXiv 2406.17328 §2.2): points in the plane stand for hidden states, the teacher's are fixed,
 and the student's, and they alone, move down the gradient of a divergence between the two softmax distributions. That
@@ -37,7 +38,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,15 +51,19 @@ from align import ResponseTokens, cross_model_attention, deviations, teacher_mom
 from data import Batch, Row, collate, tokenise
 from losses import DIVERGENCES
 from model import Decoder, hidden_at, load_model
+from runtime.device import choose_device
 from runtime.formats import read_examples
-from runtime.hub import data_file, model_directory
-from runtime.run import tokenizer_of
-from runtime.strict import check_model, read_projectors
+from runtime.hub import data_file
+from runtime.load import find_model
+from runtime.run import read_log, tokenizer_of
+from runtime.show import show_pairs, show_token
+from runtime.strict import read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
 # Okabe and Ito's colours, told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
+CURVES = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio accuracy valid_ce valid_rouge_l".split()
 COLOURS = {"before": INK, "different heads": ORANGE, "shared head": BLUE}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +230,21 @@ def draw_simulation(runs: dict[str, dict[str, Tensor]]):
     return figure
 
 
+def draw_curves(logs: dict[str, list[dict]], keys: list[str]):
+    """A panel for each key, a line in it for each run that has it; below them what each colour is."""
+    rows = -(-len(keys) // 3)
+    figure = new_figure(9, 0.3 * len(logs) + 2 * rows)
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for axis, key in zip(axes, [*keys, *[""] * (3 * rows - len(keys))], strict=True):
+        for name, lines in logs.items():
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points, strict=True), label=name) if points else axis.plot([], [])
+        axis.set(title=key)
+        axis.set_visible(bool(key))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left")
+    return figure
+
+
 def draw_structure(distances: dict[str, Tensor]):
     """Per student, how the distances of the examples are spread: median, quartiles, 5th and 95th percentile."""
     figure = new_figure(8, 1.1 + 0.4 * len(distances))
@@ -238,57 +257,6 @@ def draw_structure(distances: dict[str, Tensor]):
     return figure
 
 
-def shown(token: bytes | None) -> str:
-    """A token's bytes as a label: visible spaces and line ends, hexadecimal where they are no text of their own."""
-    if token is None:
-        return "end"
-    try:
-        text = token.decode().replace(" ", "␣").replace("\n", "↵")
-    except UnicodeDecodeError:
-        return token.hex(" ").upper()
-    # the default font has no glyphs for most of what lies beyond
-    return "".join(c if c.isprintable() and ord(c) < 0x2E80 else f"U+{ord(c):X}" for c in text)
-
-
-def draw_alignment(teacher: list[bytes | None], student: list[bytes | None], pairs, line: int = 72):
-    """Both token rows over each other, a token as wide as its bytes, and a line per aligned pair.
-
-    Aligned tokens are blue, others orange. Goes on in a new row of the picture at the first pair beyond `line` bytes.
-    """
-    sides, pairs = [teacher, student], list(zip(*(index.tolist() for index in pairs), strict=True))
-    widths = [[3 if token is None else len(token) for token in tokens] for tokens in sides]  # 3: the word "end"
-    left = [[0, *accumulate(side)] for side in widths]
-    if pairs:  # where they begin to agree is one place in both: a dummy leading space sticks out on the left
-        shift = left[0][pairs[0][0] + 1] - left[1][pairs[0][1] + 1]
-        left[0] = [x - shift for x in left[0]]
-    cuts = [(0, 0)]  # the first teacher and student token of each row of the picture
-    for pair in pairs[:-1]:  # the last pair is end-of-text, which needs no row of its own
-        if left[1][pair[1] + 1] - left[1][cuts[-1][1]] > line and pair > cuts[-1]:
-            cuts.append(pair)
-    parts = list(pairwise([*cuts, (len(teacher), len(student))]))
-
-    extent = max(left[row][end[row]] - left[1][begin[1]] for begin, end in parts for row in (0, 1))
-    figure = new_figure(0.8 + 0.115 * extent, 0.2 + 0.9 * len(parts))
-    for axis, (begin, end) in zip(figure.subplots(len(parts), 1, squeeze=False).flat, parts, strict=True):
-        origin = left[1][begin[1]]
-        for row, name in enumerate(["teacher", "student"]):
-            aligned = {pair[row] for pair in pairs}
-            axis.text(-1.6, 1 - row, name, ha="right", va="center", fontsize=8, color=GREY)
-            for i in range(begin[row], end[row]):
-                x, width, label = left[row][i] - origin, widths[row][i], shown(sides[row][i])
-                colour = BLUE if i in aligned else ORANGE
-                axis.barh(1 - row, max(width - 0.2, 0.1), 0.44, x + 0.1, fc=colour + "22", ec=colour)
-                size = min(8.0, 10.0 * width / max(len(label), 1))
-                axis.text(x + width / 2, 1 - row, label, ha="center", va="center", fontsize=size, parse_math=False)
-        for pair in pairs:
-            if begin <= pair < end:
-                half = widths[1][pair[1]] / 2  # from the right end: the dummy space belongs to the teacher's token
-                axis.plot([left[row][pair[row] + 1] - origin - half for row in (0, 1)], [0.78, 0.22], color=BLUE)
-        axis.set(xlim=(-7, extent + 0.2), ylim=(-0.3, 1.3))
-        axis.axis("off")
-    return figure
-
-
 def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[bytes | None], pairs):
     """CMA's weights as a heat map, student tokens downwards; the exactly aligned pairs are framed."""
     from matplotlib.patches import Rectangle
@@ -298,8 +266,8 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
     image = axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, j in zip(*(index.tolist() for index in pairs), strict=True):
         axis.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=ORANGE))
-    axis.set_xticks(range(len(teacher)), map(shown, teacher), rotation=90, fontsize=8, parse_math=False)
-    axis.set_yticks(range(len(student)), map(shown, student), fontsize=8, parse_math=False)
+    axis.set_xticks(range(len(teacher)), map(show_token, teacher), rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(student)), map(show_token, student), fontsize=8, parse_math=False)
     axis.set(xlabel="teacher's token", ylabel="student's token")
     figure.colorbar(image, label="attention weight", fraction=0.04)
     return figure
@@ -309,16 +277,8 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 # The commands
 
 
-def find(name: str, weights: bool = True) -> Path:
-    """The model directory of a run, preset, hub repository or directory."""
-    student = Path(name) / "student"
-    directory = model_directory(str(student if student.is_dir() else name), weights)
-    check_model(directory, weights)
-    return directory
-
-
 def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
-    directory = find(name)
+    directory = find_model(name, "student")
     return load_model(directory, device=device).eval(), tokenizer_of(directory)
 
 
@@ -354,6 +314,19 @@ def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
         yield name, Pair(teacher, student, rows, (tokenizer.eos_id, teacher_tokenizer.eos_id), o.device)
 
 
+def run_curves(o: argparse.Namespace) -> None:
+    logs = {name: read_log(Path(name) / "log.jsonl") for name in o.runs}
+    if empty := [name for name, lines in logs.items() if not lines]:
+        raise ValueError(f"{empty[0]}: no update is logged yet")
+    keys = [key for key in CURVES if any(key in line for lines in logs.values() for line in lines)]
+    rows = [["", *keys]]
+    for name, lines in logs.items():
+        last = {key: f"{line[key]:.4f}" for line in lines for key in keys if key in line}
+        rows.append([name, *(last.get(key, "-") for key in keys)])
+    print(table(rows))
+    save(draw_curves(logs, keys), o.out, "curves.png")
+
+
 def run_structure(o: argparse.Namespace) -> None:
     distances, lines = {}, [["student", "examples", "cosine", "inner product"]]
     for name, pair in pairs(o):
@@ -381,12 +354,12 @@ def run_alignment(o: argparse.Namespace) -> None:
     example = next((e for e in read_examples(path, first, last) if e.where == f"{path}, line {o.line}"), None)
     if example is None:
         raise ValueError(f"--line {o.line}: {path} has no example on that line (lines count from 1)")
-    directories = [find(name, bool(o.projectors)) for name in (o.teacher, o.student)]
+    roles = {"teacher": o.teacher, "student": o.student}
+    directories = [find_model(name, role, bool(o.projectors)) for role, name in roles.items()]
     teacher, student = map(tokenizer_of, directories)
     (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
     theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
-    pictures = {"alignment.png": draw_alignment(theirs, ours, row.pairs)}
     if o.projectors:
         models = [load(name, "cpu")[0] for name in (o.teacher, o.student)]
         given = projectors_of(o.projectors, models[1], models[0])
@@ -399,15 +372,14 @@ def run_alignment(o: argparse.Namespace) -> None:
         figures["attention on the aligned token"] = f"{weights[at_student, at_teacher].mean():.3f}"
         figures["uniform attention"] = f"{1 / len(theirs):.3f}"
         figures["largest on the aligned token"] = f"{hits} of {len(at_teacher)}"
-        pictures["attention.png"] = draw_attention(weights, theirs, ours, row.pairs)
-    print(table([list(figures), [str(figure) for figure in figures.values()]]))
-    for name, picture in pictures.items():
-        save(picture, o.out, name)
+        save(draw_attention(weights, theirs, ours, row.pairs), o.out, "attention.png")
+    print(table([list(figures), [str(figure) for figure in figures.values()]]) + "\n")
+    print(show_pairs(theirs, ours, row.pairs))
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="simulate | structure | alignment | knowledge")
+    commands = parser.add_subparsers(required=True, metavar="simulate | structure | alignment | knowledge | curves")
 
     simulation = commands.add_parser("simulate", help="different heads against a shared head (v1 §2.2)")
     simulation.set_defaults(run=run_simulation)
@@ -425,6 +397,10 @@ def make_parser() -> argparse.ArgumentParser:
     alignment.add_argument("--line", type=int, required=True, help="line of the file, from 1")
     alignment.add_argument("--projectors", help="projectors.safetensors of the student's run (recipe v1, cma)")
 
+    curves = commands.add_parser("curves", help="losses and held-out scores of several runs, in one picture")
+    curves.set_defaults(run=run_curves)
+    curves.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+
     for command in (structures, known, alignment):
         command.add_argument("--teacher", required=True, help="run or model")
         several = None if command is alignment else "+"
@@ -433,8 +409,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
     for command in (structures, known):
         command.add_argument("--limit", type=int, help="only the first LIMIT examples")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for command in (simulation, structures, alignment):
+        command.add_argument("--device", default=choose_device()[0])
+    for command in (simulation, structures, alignment, curves):
         command.add_argument("--out", default="figures", help="folder for the pictures (default: figures)")
     return parser
 

@@ -1,40 +1,47 @@
 """How fast and how lean: every hot path beside the straightforward way to write it, in one run, as one table.
 
     python -m experiments.bench         everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
-    python -m experiments.bench --quick   small sizes, few repeats: does it all still work, and roughly how well
     python -m experiments.bench steps alignment   some cases only
     python -m experiments.bench --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR   real text
+    python -m experiments.bench --device cuda --quick --json FILE   on a GPU: the papers' pairs, in 8 minutes
+    python -m experiments.bench --tiny   the same at a size for any machine: does it all still work
 
-Cases: steps (one update of four methods), body, generation, alignment, projectors, growth (of a step with batch, length
-and vocabulary, also with `--recompute`), cache (an epoch with `--cache-teacher`). What runs beside ours:
+Cases: steps (one update of four methods), generation, alignment, growth (of a step with batch, length and vocabulary,
+also with `--recompute`); on a GPU steps, lora_pair (the papers' larger pair, in the largest batch that fits) and
+generation. What runs beside ours:
 
 - "plain": the same update with this repository's decoders, written as anyone would write it first (`plain_step.py`):
   padded to --max-len, logits at all positions, autograd, no chunks;
-- "transformers": that plain update with transformers' models, if they are installed.
+- "transformers": that plain update with transformers' models, if they are installed; on a GPU also "compiled", model
+  and losses.
 
 All compute the same loss, which is checked. Weights are random, of the real shapes; without --data the text is made up,
-with the lengths of Dolly. Repeats of the alternatives take turns (A B A B), so that noise meets all of them; a cell
-is the median (smallest–largest). Steps are timed in a fresh process each; their memory is what a step needs above the
-weights and gradients. Everything is eager, on CUDA too.
+with the lengths of Dolly. On a CPU, repeats of the alternatives take turns (A B A B), so that noise meets all of them,
+each in a fresh process, and everything is eager. On a GPU each way has one process for all its steps, so that it is
+compiled once, as ours is, and an update includes AdamW's (with a rate of 0). A cell is the median (smallest-largest)
+after a warm-up; before and after each repeat the device is waited for. The memory of a step is what it needs above
+weights, gradients and moments; "in all" is with them, beside what memory.py forecasts. MFU is the share of the GPU's
+bf16 peak that `paper.operations` makes of the time.
 """
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
 import re
-import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,23 +49,25 @@ from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
+import lora
 import train
 from align import exact_token_alignment
 from data import Row, tokenise
-from experiments import memory, tiny
+from experiments import memory, paper, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
 from fast.cpu import by_onednn, keep_freed_memory, packed
-from model import Decoder, build_model, generate, read_config, save_model
-from projector import logit_preserving_weight
+from model import build_model, generate
 from runtime.formats import read_examples
 from runtime.order import count_tokens
+from runtime.parallel import compile_model
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import table
 
@@ -82,48 +91,32 @@ FULL = {
     "teacher": llama(2048, 5504, 2, 16, 16, 151936, "qwen2"),  # Qwen1.5-1.8B with 2 of its 24 layers
     "same_teacher": gpt2(1280, 2, 20, 50257),  # GPT-2 large with 2 of its 36
     "overlap": 42256,  # tokens that GPT-2 and Qwen1.5 share, as vocabulary_overlap counts them
-    "batch": 4, "max_len": 512, "rounds": 2, "enough": 10.0, "dtypes": ["fp32", "bf16"],
-    "bodies": {"GPT-2 small": gpt2(768, 12, 12, 50257), "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152)},
-    "body_shape": [4, 512], "body_repeats": 5, "square": 4096,
-    "generator": gpt2(768, 12, 12, 50257), "new_tokens": 128, "generation_repeats": 3,
-    "aligned_lengths": [256, 1024, 4096, 16384, 65536], "align_repeats": 9,
-    "heads": [[42000, 2048, 768], [42000, 768, 2048]],  # rows, source width, target width (whose inverse is taken)
-    "head_repeats": 3,
+    "batches": [4], "max_len": 512, "rounds": 2, "enough": 10.0, "dtypes": ["fp32", "bf16"],
+    "generator": gpt2(768, 12, 12, 50257), "prompts": 8, "new_tokens": 128, "repeats": 5,
+    "aligned_lengths": [256, 1024, 4096, 16384, 65536],
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
     "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
-    "epoch": {"student": gpt2(768, 3, 12, 12564), "teacher": gpt2(1600, 12, 25, 12564), "batch": 8, "updates": 5,
-              "rounds": 2},  # GPT-2 1.5B and 120M with a quarter of layers and vocabulary: bodies 17 to 1
 }  # fmt: skip
-QUICK = {
+CARD = {  # nothing is smaller than in the papers; on one vocabulary the teacher is the same but for its embeddings
     **FULL,
-    "student": gpt2(256, 2, 4, 8192), "teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
-    "same_teacher": gpt2(384, 2, 6, 8192), "overlap": 6000, "max_len": 256, "rounds": 1, "enough": 1.0,
-    "dtypes": ["fp32"],
-    "bodies": {"GPT-2 small, 4 layers": gpt2(768, 4, 12, 50257),
-               "SmolLM2-135M, 6 layers": llama(576, 1536, 6, 9, 3, 49152)},
-    "body_shape": [2, 256], "body_repeats": 3, "square": 2048, "generator": gpt2(768, 4, 12, 50257), "new_tokens": 24,
-    "aligned_lengths": [256, 4096, 16384], "heads": [[12000, 512, 256], [12000, 256, 512]],
-    "growth": {"batch": [2, 4], "max_len": [128], "vocabulary": [10240]},
-    "growth_teacher": llama(384, 1024, 2, 6, 6, 20480, "qwen2"),
-    "epoch": {"student": gpt2(192, 3, 3, 4096), "teacher": gpt2(400, 12, 5, 4096), "batch": 8, "updates": 3,
-              "rounds": 2},
+    "student": memory.CONFIGS["GPT-2 120M"], "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
+    "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
+    "batches": [4, 8, 32], "compiled": list(METHODS), "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
+    "lora_pair": {"models": {"student": memory.CONFIGS["TinyLlama 1.1B"], "teacher": memory.CONFIGS["Llama-2 7B"]},
+                  "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA"},
 }  # fmt: skip
-
-# (what, against, dtype) -> the least `Result.ratio`, at the full sizes
-TARGETS = {
-    ("DSKD v2 + ETA, time", "plain", "fp32"): 6, ("DSKD v2 + ETA, time", "plain", "bf16"): 8,
-    ("DSKD v2 + ETA, memory", "plain", ""): 12,
-    ("DSKD v2, time", "plain", ""): 5, ("DSKD v2, memory", "plain", ""): 8,
-    ("KD, time", "plain", ""): 5, ("KD, memory", "plain", ""): 8,
-    ("body of GPT-2 small", "transformers", ""): 1,
-    ("body of GPT-2 small", "matrix product", "fp32"): 0.65, ("body of GPT-2 small", "matrix product", "bf16"): 0.45,
-    ("generation", "transformers", ""): 3,
-    ("alignment, Dolly's lengths", "2 M/s", ""): 1,
-    ("alignment, 65536 tokens", "256 tokens", ""): 0.5,  # linear (a quadratic one: 0.004)
-    ("t2s start, 768 x 42000", "pinv", ""): 6, ("t2s start, 2048 x 42000", "pinv", ""): 4,
-    ("t2s start, 768 x 42000, difference", "1e-4", ""): 1, ("t2s start, 2048 x 42000, difference", "1e-4", ""): 1,
-    ("training with the teacher's states cached", "without", "fp32"): 3,
+TINY = {
+    **CARD, "student": gpt2(32, 2, 2, 600, 128), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
+    "same_teacher": gpt2(48, 1, 2, 600, 128), "overlap": 400, "batches": [2, 4], "compiled": [], "max_len": 64,
+    "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600, 320), "prompts": 4, "new_tokens": 4,
+    "repeats": 1, "aligned_lengths": [64, 256],
+    "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
+    "growth_teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
+    "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
+                  "batches": [4], "what": "LoRA"},
 }  # fmt: skip
+QUICK = {"compiled": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # of any of them
+CARD_CASES = ["steps", "lora_pair", "generation"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: given, or made up with the lengths of Dolly and two vocabularies that overlap as GPT-2's and Qwen1.5's do
@@ -188,44 +181,72 @@ def representative(rows: list[Row], count: int) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One alternative of a step, in a process of its own
+# One alternative of a step
 
 OURS = "ours", "--recompute"  # the latter is ours too, with that option
+COMPILED = "transformers, compiled"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@functools.cache  # for the jobs that share a process
+def read_rows(data: str, student: str, teacher: str, max_len: int, align: str) -> tuple:
+    """All rows and both tokenizers."""
+    tokenizers = [read_tokenizer(directory) for directory in (student, teacher)]
+    rows, _ = tokenise(read_examples(data, 0, 200), *tokenizers, max_len, max_len // 2, align)
+    return rows, *tokenizers
 
 
 def step_rows(job: dict) -> tuple[list[Row], TextTokenizer, TextTokenizer]:
     """The rows of the job's batch, with both tokenizers (the student's twice where the vocabularies are equal)."""
-    cross = job["name"] in ("eta", "cma")
-    student, teacher = (read_tokenizer(job["text"][side]) for side in ("student", "teacher" if cross else "student"))
-    lengths = job["max_len"], job["max_len"] // 2
-    rows, _ = tokenise(read_examples(job["text"]["data"], 0, 200), student, teacher, *lengths, job["options"]["align"])
-    return representative(rows, job["batch"]), student, teacher
+    text, cross = job["text"], job["name"] in ("eta", "cma")
+    sides = text["student"], text["teacher" if cross else "student"]
+    rows, *tokenizers = read_rows(text["data"], *sides, job["max_len"], job["options"]["align"])
+    return representative(rows, job["batch"]), *tokenizers
 
 
-def make_step(job: dict) -> tuple[Callable[[], float], nn.Module, int]:
-    """(one update, which returns its loss and leaves gradients; student and projectors; the update's tokens)."""
-    rows, *tokenizers = step_rows(job)
-    device, dtype = job["device"], job["dtype"]
+@functools.cache
+def make_model(config: str, device: str, dtype: torch.dtype, rank: int = 0) -> nn.Module:
     torch.manual_seed(0)
-    student = build_model(job["student"]).to(device)
-    teacher = build_model(job["teacher"]).to(device, DTYPES[dtype])
+    model = build_model(json.loads(config), device).to(dtype)
+    return lora.attach(model, rank, 8.0, 0.1) if rank else model
+
+
+@functools.cache
+def make_theirs(*model) -> nn.Module:
+    return as_transformers(make_model(*model))
+
+
+def make_step(job: dict) -> SimpleNamespace:
+    """`update`: forward and backward pass, which returns the loss and leaves gradients; `trained`: student and
+    projectors; `frozen`: the teacher; `rows` of the batch."""
+    rows, *tokenizers = step_rows(job)
+    device, dtype, how = job["device"], job["dtype"], job["how"]
+    student_of = json.dumps(job["student"]), device, torch.float32, job["options"].get("lora", 0)
+    teacher_of = json.dumps(job["teacher"]), device, DTYPES[dtype]
+    student, teacher = make_model(*student_of), make_model(*teacher_of)
     o = train.check_options(train.Options(
         student="-", teacher="-", data="-", device=device, dtype=dtype, kd_rate=KD_RATE, temperature=TEMPERATURE,
-        batch_size=len(rows), compile=False, **job["options"],
+        batch_size=len(rows), compile=job["compile"], **job["options"],
     ))  # fmt: skip
-    method = train.Method(o, student, tokenizers[0], teacher, tokenizers[1])
-    tokens = sum(len(row.student.prompt) + len(row.student.response) for row in rows)
-    if job["how"] in OURS:
-        student.recompute = job["how"] == "--recompute"
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does
+    compile_ours = compile_model if o.compile and how in OURS else lambda model: model
+    torch.manual_seed(1)  # v1's projectors are the same for all
+    method = train.Method(o, student, tokenizers[0], compile_ours(teacher), tokenizers[1])
+    if how in OURS:
+        student.recompute = how == "--recompute"
         pieces = train.Pieces(student, tokenizers[0], teacher, tokenizers[1], rows, method=method)
-        trained = nn.ModuleList([student, method])
-        return lambda: train.distil(o, pieces, student, pieces.batches(rows, o))["loss"], trained, tokens
+        run, batches, trained = compile_ours(student), pieces.batches(rows, o), nn.ModuleList([student, method])
 
-    both = [student, teacher]
-    if job["how"] == "transformers":
-        both = [as_transformers(model) for model in both]
-        both[1].requires_grad_(False)
+        def update_ours() -> float:
+            return train.distil(o, pieces, run, batches)["loss"]
+
+        return SimpleNamespace(update=update_ours, trained=trained, frozen=teacher, rows=rows)
+    both, loss_of = [student, teacher], plain_loss
+    if how != "plain":
+        both = [make_theirs(*student_of), make_theirs(*teacher_of).requires_grad_(False)]
+    if how == COMPILED:
+        loss_of = torch.compile(plain_loss)
     sides = [[row.student for row in rows], [row.teacher for row in rows]]
     sides = [pad(side, t.eos_id, job["max_len"], device) for side, t in zip(sides, tokenizers, strict=True)]
     pairs = pair_positions(rows, device) if job["name"] == "eta" else None
@@ -233,39 +254,62 @@ def make_step(job: dict) -> tuple[Callable[[], float], nn.Module, int]:
     def update() -> float:
         method.refresh(student)  # s2t is solved anew, from the inverse, as in ours; the weights never change here
         with train.autocast(o):
-            loss = plain_loss(job["name"], method, both, sides, pairs)
+            loss = loss_of(job["name"], method, both, sides, pairs)
         loss.backward()
         return float(loss.detach())
 
-    return update, nn.ModuleList([both[0], method]), tokens
+    return SimpleNamespace(update=update, trained=nn.ModuleList([both[0], method]), frozen=both[1], rows=rows)
 
 
 def measure_step(job: dict) -> dict:
-    """{seconds: [...], tokens, peak, and with job["check"]: loss, gradient}. The first step is the warm-up."""
+    """{seconds: [...], tokens: the student's, the teacher's and the student's response tokens, peak and `weights` in
+    bytes, and what of the peak is `kept` from update to update; with job["check"]: loss, gradient}. The first steps,
+    which may be compiled, are the warm-up."""
     ours, device = job["how"] in OURS, job["device"]
     with by_onednn(device) if ours else contextlib.nullcontext():  # as training does
-        step, trained, tokens = make_step(job)
-        result = {"tokens": tokens, "seconds": []}
+        step, result = make_step(job), {"seconds": []}
+        sides = [[len(row.student), len(row.teacher), len(row.student.response)] for row in step.rows]
+        result["tokens"] = [sum(column) for column in zip(*sides, strict=True)]
+        parameters = [p for p in step.trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
-        def gradients() -> list[torch.Tensor]:
-            return [p.grad for p in trained.parameters() if p.grad is not None]
+        def update() -> None:
+            step.update()
+            if job["card"]:
+                optimizer.step()
 
         if job["check"]:
-            trained.eval()  # dropout off, so that all alternatives must agree
-            result["loss"] = step()
-            result["gradient"] = float(torch.nn.utils.get_total_norm(gradients()))
-        trained.train()
-        trained.zero_grad()
+            step.trained.eval()  # dropout off, so that all alternatives must agree
+            with torch.compiler.set_stance("force_eager"):
+                result["loss"] = step.update()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            result["gradient"] = float(torch.nn.utils.get_total_norm(gradients))
+        step.trained.train()
+        step.trained.zero_grad()
         before = memory_floor(device)
         if ours and device == "cpu":
             keep_freed_memory()  # as training does
-        step()
-        kept = sum(gradient.nbytes for gradient in gradients())
-        result["peak"] = None if before is None else memory_peak(device) - before - kept
+        update()
+        moments = [x for state in optimizer.state.values() for x in state.values()]
+        result["kept"] = sum(x.nbytes for x in [*(p.grad for p in parameters if p.grad is not None), *moments])
+        tensors = [*step.trained.parameters(), *step.trained.buffers(), *step.frozen.parameters()]
+        result["weights"] = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
+        result["peak"] = None if before is None else memory_peak(device) - before
         while sum(result["seconds"]) < job["enough"]:
-            trained.zero_grad()
-            result["seconds"].append(seconds(step, device))
+            step.trained.zero_grad()
+            result["seconds"].append(seconds(update, device))
+        step.trained.zero_grad()
     return result
+
+
+@contextlib.contextmanager
+def own_process(in_this_one: bool) -> Iterator[Callable[[dict], dict]]:
+    """`measure_step` in a new process, which stays for further jobs."""
+    if in_this_one:
+        yield measure_step
+        return
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield lambda job: pool.submit(measure_step, job).result()
 
 
 def seconds(run: Callable, device: str) -> float:
@@ -281,6 +325,7 @@ def memory_floor(device: str) -> int | None:
     """Bytes in use now, from where `memory_peak` looks for the largest. None where that cannot be seen (not Linux)."""
     gc.collect()
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # for other processes
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
@@ -303,54 +348,40 @@ def kernel_figure(file: str, name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())[1]) * 1024
 
 
-def fresh_process(job: dict) -> dict:
-    """`measure_step` in a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure_step, job).result()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
 @dataclass
 class Result:
-    """One comparison. `unit` "s" and "B" (bytes) are better small, rates ("tokens/s", "FLOP/s") are better large."""
+    """One comparison. `unit` "s" and "B" (bytes) are better small, rates ("tokens/s") are better large."""
 
     what: str
     against: str
     dtype: str
-    ours: list[float]
-    other: list[float] | str  # or why there is none
+    ours: list[float] | str  # or why there is none
+    other: list[float] | str
     unit: str
     note: str = ""
-    target: float | None = None
     ratio: float | None = field(init=False, default=None)  # how much better ours is, 1: the same
 
     def __post_init__(self):
-        if not isinstance(self.other, str):
+        if not isinstance(self.ours, str) and not isinstance(self.other, str):
             ours, other = statistics.median(self.ours), statistics.median(self.other)
             self.ratio = ours / other if self.unit.endswith("/s") else other / max(ours, 1e-12)
 
     def cells(self) -> list[str]:
         """Of HEADER."""
-        ratio = target = ""
-        if self.target is not None:
-            target = f"{self.target:g}"
-        if self.ratio is not None:
-            ratio = f"{self.ratio:.3g}"
-            if target:
-                target += " met" if self.ratio >= self.target else " missed"
-        other = self.other if isinstance(self.other, str) else spread(self.other, self.unit)
-        return [ratio, target, self.what, self.against, self.dtype, spread(self.ours, self.unit), other, self.note]
+        ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
+        both = (values if isinstance(values, str) else spread(values, self.unit) for values in (self.ours, self.other))
+        return [ratio, self.what, self.against, self.dtype, *both, self.note]
 
 
-HEADER = ["ratio", "target", "what", "against", "dtype", "ours", "the other", "remark"]
+HEADER = ["ratio", "what", "against", "dtype", "ours", "the other", "remark"]
 SCALES = {  # unit: what reads well from which value on
     "B": {"GiB": 2**30, "MiB": 2**20},
     "s": {"s": 1, "ms": 1e-3},
     "tokens/s": {"M tokens/s": 1e6, "k tokens/s": 1e3, "tokens/s": 1},
-    "FLOP/s": {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "MFLOP/s": 1e6},
 }
 
 
@@ -376,15 +407,17 @@ class Bench:
     dtypes: list[str]
     others: list[str]  # "plain", and "transformers" if it is installed
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    run_step: Callable[[dict], dict] = fresh_process
+    in_this_process: bool = False  # the steps too
+    json: Path | None = None  # written anew with every result
+    until: float = math.inf  # time.monotonic() after which no step is begun
     results: list[Result] = field(default_factory=list)
 
     def add(self, what: str, against: str, dtype: str, *values) -> None:
-        """A `Result`, with its target if this is the full setting."""
-        targets = TARGETS if self.size["student"] == FULL["student"] else {}
-        target = targets.get((what, against, dtype), targets.get((what, against, "")))
-        self.results.append(Result(what, against, dtype, *values, target=target))
-        print("  " + " | ".join(cell for cell in self.results[-1].cells() if cell), file=sys.stderr)
+        self.results.append(Result(what, against, dtype, *values))
+        print("  " + " | ".join(cell for cell in self.results[-1].cells() if cell), file=sys.stderr, flush=True)
+        if self.json:
+            record = {"machine": machine(self.device), "results": [asdict(result) for result in self.results]}
+            self.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def take_turns(runs: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -398,14 +431,11 @@ def take_turns(runs: dict[str, Callable], repeats: int, device: str = "cpu") -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
 
-LOGIT_TENSORS = {"eta": (10, 8), "cma": (10, 8), "same": (10, 8), "kd": (6, 4)}  # at the peak: over V_s, over V_t
 SAME = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norm; bf16 has three digits
 
 
-def free_memory(device: str) -> int:
+def free_memory() -> int:
     """Bytes that can be had."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
     try:
         return kernel_figure("meminfo", "MemAvailable")
     except OSError:
@@ -417,138 +447,151 @@ def needed_memory(job: dict) -> int:
     student, teacher = (memory.counts(job[side]) for side in ("student", "teacher"))
     weights = 8 * (student.matrices + student.rest)
     weights += (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
-    of_student, of_teacher = LOGIT_TENSORS[job["name"]]
-    per_token = 4 * (of_student * student.vocabulary + of_teacher * teacher.vocabulary)
+    per_token = 4 * (10 * student.vocabulary + 8 * teacher.vocabulary)  # so many logits at the peak
     return weights + job["batch"] * job["max_len"] * per_token + 2**31
 
 
-def add_step(bench: Bench, what: str, job: dict) -> None:
-    """Time and memory of ours against each alternative; the remark is the check, that they compute the same."""
-    found: dict[str, dict | str] = {}  # the seconds of all rounds, or why there are none
-    for turn in range(bench.size["rounds"]):
-        for how in ("ours", *bench.others):
-            needed, free = needed_memory(job), free_memory(bench.device)
-            if how not in OURS and needed > free:
-                found.setdefault(how, f"does not fit: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
-            if isinstance(found.get(how), str):
-                continue
-            result = bench.run_step(job | {"how": how, "check": turn == 0})
-            if how in found:
-                found[how]["seconds"] += result["seconds"]
-            else:
-                found[how] = result
-    ours = found.pop("ours")
-    for how, other in found.items():
-        remark = f"{ours['tokens'] / statistics.median(ours['seconds']):,.0f} tokens/s"
-        times = peak = other
-        if not isinstance(other, str):
-            times, peak = other["seconds"], [other["peak"]]
-            errors = [abs(other[key] / ours[key] - 1) for key in ("loss", "gradient")]
-            same = "same" if max(errors) < SAME[job["dtype"]] else "NOT THE SAME"
-            remark += f"; {same} loss to {errors[0]:.0e}, gradient norm to {errors[1]:.0e}"
-        bench.add(f"{what}, time", how, job["dtype"], ours["seconds"], times, "s", remark)
-        if ours["peak"] is not None:
-            bench.add(f"{what}, memory", how, job["dtype"], [ours["peak"]], peak, "B")
+def measure_steps(bench: Bench, jobs: list[dict]) -> None:
+    """Time and memory of ours against each alternative. On a CPU every step has a process of its own, and the ways take
+    turns; on a card a way has one process for all its jobs, so that it is compiled once."""
+    rounds, found = bench.size["rounds"], {}
+    groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
+    if bench.size.get("card"):
+        hows = dict.fromkeys(how for job in jobs for how in job["hows"])
+        groups = [[(job, how, 0) for job in jobs if how in job["hows"]] for how in hows]
+    for group in groups:
+        with own_process(bench.in_this_process) as run_step:
+            for job, how, turn in group:
+                one = measure_one(bench, {**job, "how": how, "check": turn == 0}, run_step)
+                result = found.setdefault((job["what"], job["dtype"], how), one)
+                if result is not one and not isinstance(result, str) and not isinstance(one, str):
+                    result["seconds"] += one["seconds"]
+                if turn == rounds - 1:
+                    compare_step(bench, job, how, found[job["what"], job["dtype"], "ours"], result)
 
 
-def make_job(bench: Bench, name: str, dtype: str, **changes) -> dict:
-    size = bench.size
-    teacher = size["teacher" if name in ("eta", "cma") else "same_teacher"]
-    job = {key: size[key] for key in ("batch", "max_len", "enough", "student")}
-    return job | {"name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device,
-                  "text": bench.text, "teacher": teacher, **changes}  # fmt: skip
+def measure_one(bench: Bench, job: dict, run_step: Callable) -> dict | str:
+    """What `run_step` returns or, in words, why there is nothing."""
+    needed, free = needed_memory(job), free_memory()
+    if job["how"] not in OURS and not job["card"] and needed > free:
+        return f"does not fit: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+    if time.monotonic() > bench.until:
+        return "no time left"
+    try:
+        return run_step(job)
+    except torch.OutOfMemoryError:
+        return "does not fit"
+    except Exception as error:  # the other steps go on, and `main` ends with it
+        return f"failed: {type(error).__name__}: {error}"[:300]
+
+
+def say_speed(job: dict, result: dict) -> str:
+    """Tokens a second and, on a GPU whose peak is known, MFU."""
+    took, rank = statistics.median(result["seconds"]), job["options"].get("lora", 0)
+    models = memory.counts(job["student"], rank), memory.counts(job["teacher"])
+    work = paper.operations(*models, *result["tokens"], rank, job["name"] != "kd")
+    peak = next((peak for card, peak in paper.PEAKS.items() if card in machine(job["device"])), None)
+    return f"{result['tokens'][0] / took:,.0f} tokens/s" + (f", MFU {work / took / peak:.1%}" if peak else "")
+
+
+def compare_step(bench: Bench, job: dict, how: str, ours: dict | str, other: dict | str) -> None:
+    """Ours beside another way, with a check that they compute the same; ours itself beside what memory.py forecasts."""
+    what, dtype = f"{job['what']}, time", job["dtype"]
+    if isinstance(ours, str) or isinstance(other, str):
+        times = ours if isinstance(ours, str) else ours["seconds"]
+        return bench.add(what, how, dtype, times, other if isinstance(other, str) else other["seconds"], "s")
+    remark, seen = say_speed(job, ours), ours["peak"] is not None
+    if how == "ours":
+        if not job["card"]:
+            return None
+        bench.add(what, "", dtype, ours["seconds"], "", "s", remark)
+        rank, tokens = job["options"].get("lora", 0), ours["tokens"][0]
+        forecast = sum(memory.needs(job["teacher"], job["student"], rank, 1, None, 1, max_len=tokens).values())
+        what, both = f"{job['what']}, memory in all", ([(ours["peak"] or 0) + ours["weights"]], [forecast])
+        return bench.add(what, "forecast", dtype, *both, "B") if seen else None
+    if job["card"]:
+        remark += f" ({how}: {say_speed(job, other)})"
+    errors = [abs(other[key] / ours[key] - 1) for key in ("loss", "gradient")]
+    same = "same" if max(errors) < SAME[dtype] else "NOT THE SAME"
+    remark += f"; {same} loss to {errors[0]:.0e}, gradient norm to {errors[1]:.0e}"
+    bench.add(what, how, dtype, ours["seconds"], other["seconds"], "s", remark)
+    if seen:
+        above = ([result["peak"] - result["kept"]] for result in (ours, other))
+        bench.add(f"{job['what']}, memory", how, dtype, *above, "B")
+
+
+def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict:
+    size, card = bench.size, bench.size.get("card", False)
+    compiled = card and name in size["compiled"] and batch == 8 and "transformers" in bench.others
+    return {
+        "name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device, "text": bench.text,
+        "student": size["student"], "teacher": size["teacher" if name in ("eta", "cma") else "same_teacher"],
+        "batch": batch, "max_len": size["max_len"], "enough": size["enough"], "card": card,
+        "compile": card and torch.device(bench.device).type == "cuda",
+        "hows": ["ours", *bench.others, *[COMPILED] * compiled],
+        "what": METHODS[name][0] + f", {batch} examples" * card, **changes,
+    }  # fmt: skip
 
 
 def steps(bench: Bench) -> None:
     """One update of each method: time and memory."""
-    for name in bench.methods:
-        for dtype in bench.dtypes:
-            add_step(bench, METHODS[name][0], make_job(bench, name, dtype))
+    each = product(bench.methods, bench.dtypes, bench.size["batches"])
+    measure_steps(bench, [make_job(bench, *one) for one in each])
 
 
-def body(bench: Bench) -> None:
-    """Forward and backward pass of the decoders without head, against transformers and against matrix products."""
-    for label, config in bench.size["bodies"].items():
-        for dtype in bench.dtypes:
-            measure_body(bench, f"body of {label}", config, dtype)
-
-
-def measure_body(bench: Bench, what: str, config: dict, dtype: str) -> None:
-    batch, length = bench.size["body_shape"]
-    torch.manual_seed(0)
-    ours = build_model(config).to(bench.device).train()
-    ids = torch.randint(config["vocab_size"], (batch, length), device=bench.device)
-    direction = torch.randn(batch, length, ours.embed.weight.shape[1], device=bench.device)
-    n = bench.size["square"]
-    a, b = torch.randn(2, n, n, device=bench.device).to(DTYPES[dtype])
-
-    def update(model, states_of) -> None:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            states = states_of(ids)
-        (states.float() * direction).sum().backward()
-
-    by_ours = by_onednn(bench.device)  # on a CPU
-    runs = {"ours": by_ours(partial(update, ours, ours)), "product": partial(torch.mm, a, b)}
-    runs["product by oneDNN"] = by_ours(runs["product"])
-    if "transformers" in bench.others:
-        theirs = as_transformers(ours).train()
-        states_of = partial(theirs.base_model, use_cache=False)
-        runs["transformers"] = partial(update, theirs, lambda ids: states_of(ids).last_hidden_state)
-    times = take_turns(runs, bench.size["body_repeats"], bench.device)
-    if "transformers" in times:
-        rate = f"{batch * length / statistics.median(times['ours']):,.0f} tokens/s"
-        bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s", rate)
-    ceiling = 2 * n**3 / min(times["product"] + times["product by oneDNN"])
-    work = body_work(ours, batch, length)
-    bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], [ceiling], "FLOP/s")
-
-
-def body_work(m: Decoder, batch: int, length: int) -> int:
-    """Operations of a forward and backward pass: 6 per weight and token, and of the attention its causal half."""
-    weights = sum(p.numel() for p in m.blocks.parameters() if p.dim() == 2)
-    c = read_config(m.config)
-    attention = 2 * c.layers * c.heads * c.head_dim * length  # two products of 2·d·(T/2) on average, per token
-    return batch * length * (6 * weights + 3 * attention)
+def lora_pair(bench: Bench) -> None:
+    """An update of the papers' larger pair, TinyLlama and Llama-2-7B with adapters, in the largest batch that fits."""
+    pair = bench.size["lora_pair"]
+    size = {side: {"vocab_size": pair["models"]["student"]["vocab_size"]} for side in ("student", "teacher")}
+    with tempfile.TemporaryDirectory() as folder, own_process(bench.in_this_process) as run_step:
+        text = stand_in({**size, "overlap": size["student"]["vocab_size"] * 2 // 3}, 200, Path(folder))
+        for batch in pair["batches"]:
+            options = METHODS["same"][1] | {"lora": pair["rank"]}
+            job = make_job(bench, "same", bench.dtypes[0], batch, **pair["models"], text=text, options=options)
+            job["what"] = f"{pair['what']}, {job['what']}"
+            result = measure_one(bench, {**job, "how": "ours", "check": False, "compile": False}, run_step)
+            compare_step(bench, job, "ours", result, result)
+            if result != "does not fit":
+                return
 
 
 def generation(bench: Bench) -> None:
-    """Greedy generation of a batch of 8 prompts, in models of each dtype."""
+    """Greedy generation of a batch of prompts, in models of each dtype."""
     for dtype in bench.dtypes:
         measure_generation(bench, dtype)
 
 
 def measure_generation(bench: Bench, dtype: str) -> None:
-    rng, size = random.Random(0), bench.size
-    new, vocabulary = size["new_tokens"], size["generator"]["vocab_size"]
-    lengths = [int(np.interp((i + 0.5) / 8, QUANTILES, PROMPT_TOKENS)) for i in range(8)]
+    rng, size, on_cuda = random.Random(0), bench.size, torch.device(bench.device).type == "cuda"
+    new, vocabulary, B = size["new_tokens"], size["generator"]["vocab_size"], size["prompts"]
+    lengths = [int(np.interp((i + 0.5) / B, QUANTILES, PROMPT_TOKENS)) for i in range(B)]
     prompts = [[rng.randrange(1, vocabulary) for _ in range(n)] for n in lengths]
     width = max(lengths)  # transformers wants them padded on the left
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=bench.device)
     torch.manual_seed(0)
-    ours = build_model(size["generator"]).eval().to(bench.device, DTYPES[dtype])
-    theirs = as_transformers(ours) if "transformers" in bench.others else None
-    written = {}
+    ours = build_model(size["generator"], bench.device).eval().to(dtype=DTYPES[dtype])
+    theirs, written = as_transformers(ours) if "transformers" in bench.others else None, {}
 
     def run_ours() -> None:
         with by_onednn(bench.device), packed(ours):
             written["ours"] = generate(ours, prompts, new, None, temperature=0)
 
-    def run_theirs() -> None:
+    def run_theirs(how: str) -> None:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        if how == COMPILED:  # with a cache of one size it compiles itself
+            options["cache_implementation"] = "static"
         with torch.no_grad():
             output = theirs.generate(input_ids=ids, attention_mask=(ids > 0).long(), **options)
-        written["transformers"] = output[:, width:].tolist()
+        written[how] = output[:, width:].tolist()
 
-    runs = {"ours": run_ours} | ({"transformers": run_theirs} if theirs else {})
-    times = take_turns(runs, size["generation_repeats"], bench.device)
-    rates = {name: [8 * new / t for t in values] for name, values in times.items()}
-    remark = ""
-    if theirs:
-        same = sum(a == b for a, b in zip(written["ours"], written["transformers"], strict=True))
-        remark = f"{same} of 8 responses are the same"
-    other = rates.get("transformers", "not installed")
-    bench.add("generation", "transformers", dtype, rates["ours"], other, "tokens/s", remark)
+    hows = ["transformers", *[COMPILED] * on_cuda] if theirs else []
+    runs = {"ours": run_ours, **{how: partial(run_theirs, how) for how in hows}}
+    times = take_turns(runs, size["repeats"], bench.device)
+    rates = {name: [B * new / t for t in values] for name, values in times.items()}
+    for how in hows or ["not installed"]:
+        same = sum(a == b for a, b in zip(written["ours"], written.get(how, []), strict=False))
+        bench.add(f"generation, {B} prompts", how, dtype, rates["ours"], rates.get(how, ""), "tokens/s",
+                  f"{same} of {B} responses are the same")  # fmt: skip
 
 
 def alignment(bench: Bench) -> None:
@@ -567,33 +610,17 @@ def alignment(bench: Bench) -> None:
             for theirs, mine in ids:
                 string_alignment(token_strings(teacher, theirs), token_strings(student, mine))
 
-        times = take_turns({"ours": ours, "official rule": official}, bench.size["align_repeats"])
+        times = take_turns({"ours": ours, "official rule": official}, bench.size["repeats"])
         tokens = sum(len(mine) for _, mine in ids)
         mine, other = ([tokens / t for t in values] for values in times.values())
         bench.add(what, "official rule", "", mine, other, "tokens/s")
         return mine
 
-    bench.add("alignment, Dolly's lengths", "2 M/s", "", rates(texts, "alignment, Dolly's lengths"), [2e6], "tokens/s")
+    rates(texts, "alignment, Dolly's lengths")
     long = " ".join(texts * (1 + 6 * max(bench.size["aligned_lengths"]) // sum(map(len, texts))))
     characters = len(long[:100_000]) / len(student.encode(long[:100_000]))
     at = {n: rates([long[: round(n * characters)]], f"alignment, {n} tokens") for n in bench.size["aligned_lengths"]}
     bench.add(f"alignment, {max(at)} tokens", f"{min(at)} tokens", "", at[max(at)], at[min(at)], "tokens/s")
-
-
-def projectors(bench: Bench) -> None:
-    """Where the projectors start, against the pseudo-inverse through an SVD; singular values that span 1 to 100."""
-    generator = torch.Generator().manual_seed(0)
-    for rows, source_width, width in bench.size["heads"]:
-        source = torch.randn(rows, source_width, generator=generator).to(bench.device)
-        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0] * torch.logspace(0, -2, width)
-        target = (torch.randn(rows, width, generator=generator) @ rotation.T).to(bench.device)
-        solve = {"ours": logit_preserving_weight, "pinv": lambda source, target: torch.linalg.pinv(target) @ source}
-        runs = {name: partial(f, source, target) for name, f in solve.items()}
-        times = take_turns(runs, bench.size["head_repeats"], bench.device)
-        what, (ours, pinv) = f"t2s start, {width} x {rows}", (run() for run in runs.values())
-        bench.add(what, "pinv", "fp32", times["ours"], times["pinv"], "s")
-        difference = float((ours - pinv).abs().max() / pinv.abs().max())
-        bench.add(f"{what}, difference", "1e-4", "fp32", [difference], [1e-4], "of the largest weight")
 
 
 def growth(bench: Bench) -> None:
@@ -601,7 +628,7 @@ def growth(bench: Bench) -> None:
     beside plain, and beside ours with --recompute."""
     size = bench.size
     largest = size["growth_teacher"]["vocab_size"]
-    base = {"batch": size["batch"], "max_len": size["max_len"], "vocabulary": largest}
+    base = {"batch": size["batches"][0], "max_len": size["max_len"], "vocabulary": largest}
     settings = [base | {name: value} for name, values in size["growth"].items() for value in values]
     once = replace(bench, size={**size, "rounds": 1}, others=["plain", "--recompute"])  # adds to the same results
     for batch, max_len, vocabulary in dict.fromkeys(tuple(setting.values()) for setting in settings):  # each once
@@ -609,37 +636,12 @@ def growth(bench: Bench) -> None:
         overlap = size["overlap"] * vocabulary // largest
         with tempfile.TemporaryDirectory() as folder:
             text = stand_in({**size, "teacher": teacher, "overlap": overlap}, batch, Path(folder), filled=max_len)
-            changes = {"batch": batch, "max_len": max_len, "teacher": teacher, "text": text}
-            what = f"growth: {batch} x {max_len} tokens, vocabulary {vocabulary}"
-            add_step(once, what, make_job(once, "eta", "fp32", **changes))
+            changes = {"max_len": max_len, "teacher": teacher, "text": text}
+            changes["what"] = f"growth: {batch} x {max_len} tokens, vocabulary {vocabulary}"
+            measure_steps(once, [make_job(once, "eta", "fp32", batch, **changes)])
 
 
-def cache(bench: Bench) -> None:
-    """Training (DSKD v2) with --cache-teacher, in tokens/s after the first update; the cache is full already."""
-    epoch = bench.size["epoch"]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        size = {**bench.size, **epoch, "overlap": 2 * epoch["teacher"]["vocab_size"] // 3}
-        paths = stand_in(size, epoch["batch"] * epoch["updates"], root)
-        shutil.copytree(root / "student", root / "teacher", dirs_exist_ok=True)  # the same vocabulary
-        for name in ("student", "teacher"):
-            save_model(build_model(epoch[name]), root / name)
-        o = {**paths, "batch_size": epoch["batch"], "epochs": 1, "log_every": 10**6, "device": bench.device,
-             "compile": False}  # fmt: skip
-        for dtype in bench.dtypes:
-            rates: dict[str | None, list[float]] = {None: [], str(root / f"cache-{dtype}"): []}
-            for turn in range(epoch["rounds"] + 1):
-                for directory in rates:
-                    out = str(root / f"run-{dtype}-{turn}-{bool(directory)}")
-                    options = train.Options(**o, cache_teacher=directory, out=out, dtype=dtype)
-                    rate = train.train(options, "epoch")["tokens_per_second"]
-                    if turn:  # the first fills the cache
-                        rates[directory].append(rate)
-            without, cached = rates.values()
-            bench.add("training with the teacher's states cached", "without", dtype, cached, without, "tokens/s")
-
-
-CASES = {f.__name__: f for f in (steps, body, generation, alignment, projectors, growth, cache)}
+CASES = {f.__name__: f for f in (steps, lora_pair, generation, alignment, growth)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,53 +662,46 @@ def machine(device: str) -> str:
     return ", ".join([name, f"{cores} cores, {torch.get_num_threads()} threads", *versions])
 
 
-def fitting_vocabularies(size: dict, text: dict[str, str]) -> dict:
-    """The models of the steps with as many embeddings as the given tokenizers have, where that is another number."""
-    rows = {side: read_tokenizer(text[side]).size for side in ("student", "teacher")}
-    changed = {}
-    for name, needed in {**rows, "same_teacher": rows["student"]}.items():
-        if not needed <= size[name]["vocab_size"] <= 1.1 * needed:  # what is there may be padded a little
-            changed[name] = {**size[name], "vocab_size": needed}
-    return changed
-
-
-def run(size: dict, text: dict[str, str], device: str, dtypes: list[str], cases: list[str], **options) -> list[Result]:
-    others = ["plain", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
-    bench = Bench(size, text, device, dtypes, others, **options)
-    for name in cases:
-        print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
-        took = seconds(partial(CASES[name], bench), "cpu")
-        print(f"  {took:.0f} s", file=sys.stderr)
-        gc.collect()
-    return bench.results
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats, in float32: about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and rivals: 8 minutes on a GPU")
+    parser.add_argument("--tiny", action="store_true", help="what runs on a GPU, at a size for any machine: seconds")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose steps")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both, with --quick fp32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both, on a GPU bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
     parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
     parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--minutes", type=float, help="after which no step is begun (default: 7 on a GPU with --quick)")
     o = parser.parse_args(arguments)
     given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
     if any(given.values()) and not all(given.values()):
         parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
-    size = QUICK if o.quick else FULL
+    on_cuda = torch.device(o.device).type == "cuda"
+    size = TINY if o.tiny else CARD if on_cuda else FULL
+    size = {**size, **QUICK} if o.quick else size
+    minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
+    limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny}
+    cases = o.cases
+    if "all" in cases:
+        cases = CARD_CASES if "card" in size else [name for name in CASES if name != "lora_pair"]
     with tempfile.TemporaryDirectory() as folder:
         text = given if o.data else stand_in(size, 200, Path(folder))
-        if o.data:
-            size = size | fitting_vocabularies(size, text)
-        cases = list(CASES) if "all" in o.cases else o.cases
-        results = run(size, text, o.device, o.dtype or size["dtypes"], cases, methods=o.methods)
+        for name, side in (("student", "student"), ("same_teacher", "student"), ("teacher", "teacher")):
+            rows = read_tokenizer(text[side]).size  # a head has as many, or some more, that pad it
+            size[name] = {**size[name], "vocab_size": max(size[name]["vocab_size"], rows)}
+        others = ["plain", *["transformers"] * bool(importlib.util.find_spec("transformers"))]
+        bench = Bench(size, text, o.device, o.dtype or size["dtypes"], others, o.methods, **limits)
+        for name in cases:
+            print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
+            print(f"  {seconds(partial(CASES[name], bench), 'cpu'):.0f} s", file=sys.stderr)
+            gc.collect()
+    results = bench.results
     print(f"{machine(o.device)}\n\n{report(results)}")
-    if o.json:
-        record = {"machine": machine(o.device), "quick": o.quick, "results": [asdict(result) for result in results]}
-        o.json.write_text(json.dumps(record, indent=1) + "\n")
+    if any(str(cell).startswith("failed") for result in results for cell in (result.ours, result.other)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

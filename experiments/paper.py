@@ -24,33 +24,40 @@ PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
 }
 # Dolly: training examples; tokens of a response and of the longest of 32 examples (means over 2,996 lines, GPT-2)
 EXAMPLES, RESPONSE, LONGEST = 11000, 81, 480
-GPU_BYTES, PEAK, UTILISATION = 80e9, 312e12, 0.3  # of an A100; the share of its bf16 peak is an assumption
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 operations a second, dense, by NVIDIA
+GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # of an A100; the share of its peak is an assumption
 HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
+
+
+def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank: int = 0, dskd: bool = True) -> float:
+    """Of training on so many tokens, of which the student predicts `responses`. s, t: memory.counts of the student and
+    of the teacher or None. Two per weight and token forward, four backward (two where the weight is frozen); of the
+    heads, products with response tokens only, as fast/losses.py makes them; without attention's products."""
+    work = tokens * s.matrices * (4 if rank else 6)
+    if rank:
+        work += 6 * tokens * s.trained_matrices
+    work += (4 if rank else 6) * responses * s.head  # its logits, the gradient of the states and, if trained, its own
+    if t:
+        work += 2 * teacher_tokens * t.matrices + 2 * responses * t.head  # the teacher's logits
+    if t and dskd:
+        work += 6 * responses * s.head  # t2s under the student's head: to count who agrees, its logits, its gradient
+        work += 6 * responses * t.head  # the teacher's logits once more, for predictions; s2t's, and its gradient
+    return work
 
 
 def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple[int, float, float]:
     """(examples at a time, bytes of memory, hours) on one GPU; --max-len 512, batch 32, --chunk 512.
 
-    Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Operations:
-    two per weight and token forward, four backward (two where the weight is frozen); of the heads, products with
-    response tokens only, as fast/losses.py makes them. Without the scores on the dev set after each epoch.
+    Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Without the
+    scores on the dev set after each epoch.
     """
     config, taught_by = memory.CONFIGS[CONFIGURED[student]], teacher and memory.CONFIGS[CONFIGURED[teacher]]
     parts = memory.needs(taught_by, config, rank, 1, None, 1)
     each = parts.pop("activations")
     fixed = sum(parts.values())
 
-    s = memory.counts(config, rank)
-    tokens, responses = EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * RESPONSE
-    work = tokens * s.matrices * (4 if rank else 6)
-    if rank:
-        work += 6 * tokens * s.trained_matrices
-    work += (4 if rank else 6) * responses * s.head  # its logits, the gradient of the states and, if trained, its own
-    if teacher:
-        t = memory.counts(taught_by)
-        work += 2 * tokens * t.matrices
-        work += 6 * responses * s.head  # t2s under the student's head: to count who agrees, its logits, its gradient
-        work += 8 * responses * t.head  # teacher's logits, for predictions and once more; s2t's, and its gradient
+    counts = EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * RESPONSE
+    work = operations(memory.counts(config, rank), taught_by and memory.counts(taught_by), *counts, rank)
     examples = next((n for n in (32, 16, 8, 4, 2) if fixed + n * each < 0.9 * GPU_BYTES), 1)
     return examples, fixed + examples * each, work / (PEAK * UTILISATION) / 3600
 

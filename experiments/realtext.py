@@ -1,116 +1,285 @@
-"""The methods once on real text: a LLaMA-style chat model of 135M parameters teaches a GPT-2 of 30M with other tokens.
+"""The methods on real text with pre-trained models: for each pair, who teaches the same student best.
 
-    python -m experiments.realtext --teacher DIR --tokenizer DIR --data FILE.jsonl --reading FILE.jsonl --test FILE
-    python -m experiments.realtext ... --run
+    python -m experiments.realtext --small DIR --large DIR --judge DIR --data DIR
+    python -m experiments.realtext ... --run [--pairs weaker] [--rows sft v2] [--seeds 0 1 2]
+    python -m experiments.realtext --tables
 
-prints the commands, and with --run makes what they need and runs them one after the other; what is finished stays, and
-a command that was stopped goes on. The student first reads the answers of `--reading` from scratch, the teacher is
-fine-tuned on `--data` as in the papers, and every method then has as many updates on the same examples. `--data` is
-split by a fixed draw into training, validation and test examples; `--test` is a second test set, of other prompts.
+prints the commands; with --run runs them one after the other. What is finished stays, and a command that was stopped
+goes on. The tables show whatever is finished.
+
+    weaker   SmolLM2-135M-Instruct without six of its layers learns from the whole one: one vocabulary, Dolly
+    other    the same student learns from Qwen2.5-Coder-0.5B-Instruct: another vocabulary, Dolly
+    math     the whole SmolLM2-135M-Instruct learns from Qwen2.5-Coder-0.5B-Instruct, GSM8K
+    code     the same two, MBPP and Code Alpaca
+
+`--small`, `--large` and `--judge` are these two models and a larger one that teaches nobody; `--data` holds the files
+named in FILES. Each teacher is first fine-tuned on the pair's data, as in the papers. All rows of a pair start from the
+same student and see the same examples in the same order.
 """
 
 import argparse
 import json
+import math
 import random
 import shlex
+import shutil
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
-from experiments import paper, tiny
+import torch
+from safetensors.torch import save_file
+
+import eval
+from data import Example, tokenise
+from experiments import paper
+from fast.cpu import by_onednn
+from model import load_model, read_json, save_model
 from runtime.formats import read_examples
 from runtime.hub import model_directory
-from runtime.tokenizer import read_tokenizer
+from runtime.run import tokenizer_of, write_text
+from scores.rouge import rouge_l
+from scores.tables import table
 
-STUDENT = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 6, "n_head": 6, "n_embd": 384,
-    "n_positions": 512, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-    "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
-}  # fmt: skip
-VALID, TEST = 100, 300
-COMMON = "--max-len 256 --max-prompt-len 160 --dtype bf16 --log-every 10 --checkpoint-every 100"
-READING = "--epochs 3 --batch-size 16 --lr 6e-4"
-TEACHER = "--max-steps 200 --batch-size 8 --lr 2e-5"
-STUDENTS = "--epochs 1 --batch-size 8 --lr 5e-4"
-METHODS = {
-    "sft": "--method sft", "seqkd": "--method seqkd", "uld": "--method uld", "mined": "--method mined",
-    "v1": "--method dskd --recipe v1 --align cma", "v2": "--method dskd --recipe v2 --align eta",
+LEFT_OUT = (10, 13, 16, 19, 22, 25)  # layers of the weaker student
+FILES = {  # set: the files of --data that hold it
+    "dolly": ["dolly_3k.jsonl"], "gsm8k": ["gsm8k_train.jsonl"], "code": ["mbpp.jsonl", "code_alpaca_2k.jsonl"],
+    "self_instruct": ["self_instruct_eval.jsonl"], "vicuna": ["vicuna_eval.jsonl"],
 }  # fmt: skip
 
 
-def lines_of(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+@dataclass
+class Pair:
+    student: str  # weak, small
+    teacher: str  # small, large
+    data: str  # the set that it is trained and tested on
+    others: tuple[str, ...]  # sets out of domain
 
 
-def write_lines(file: Path, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+PAIRS = {
+    "weaker": Pair("weak", "small", "dolly", ("self_instruct", "gsm8k")),
+    "other": Pair("weak", "large", "dolly", ("self_instruct", "gsm8k")),
+    "math": Pair("small", "large", "gsm8k", ("dolly", "code")),
+    "code": Pair("small", "large", "code", ("dolly", "gsm8k")),
+}
+ROWS = {  # how the student is trained; the first is what the others are compared with
+    "sft": "--method sft",
+    "seqkd": "--method seqkd",
+    "kd": "--method kd",
+    "uld": "--method uld",
+    "mined": "--method mined",
+    "v1": "--recipe v1",
+    "v2": "--recipe v2",
+    "v2-random": "--recipe v2 --projectors {home}/random.safetensors",
+    "v2-slow": "--recipe v2 --projector-lr 5e-5",
+}
+ONE_VOCABULARY, TWO = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow"], [row for row in ROWS if row != "kd"]
+TRAIN, VALID, TEST = 960, 60, 100  # examples
+LENGTH = 160  # tokens of prompt and response; longer examples are left out
+COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10"
+TEACHER = "--epochs 1 --batch-size 8 --lr 2e-5"
+STUDENT = "--epochs 1 --batch-size 8 --lr 1e-4 --warmup 10"
+NEW_TOKENS = 96
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the commands need
 
 
-def split(file: Path, out: Path) -> None:
-    """train.jsonl, valid.jsonl and test.jsonl of a file's lines; examples with one prompt stay together. Raises
-    ValueError if there are too few."""
+def prepare(o: argparse.Namespace, name: str) -> None:
+    """The pair's student, its data and its random projectors, unless they are there."""
+    pair, home = PAIRS[name], o.out / name
+    tokenizers = [tokenizer_of(directory) for directory in (o.small, o.large)]
+    for part in (pair.data, *pair.others):
+        write_split(o.data, part, tokenizers, o.out / "data")
+    if pair.student == "weak" and not (o.out / "weak").is_dir():
+        leave_out_layers(o.small, o.out / "weak", LEFT_OUT)
+    configs = [read_json(directory_of(o, model) / "config.json") for model in (pair.teacher, pair.student)]
+    widths = [config.get("hidden_size") or config["n_embd"] for config in configs]
+    home.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    layers = {"t2s.weight": torch.nn.Linear(*widths), "s2t.weight": torch.nn.Linear(*widths[::-1])}
+    save_file({key: layer.weight.detach() for key, layer in layers.items()}, home / "random.safetensors")
+
+
+def directory_of(o: argparse.Namespace, model: str) -> Path:
+    return o.out / "weak" if model == "weak" else getattr(o, model)
+
+
+def leave_out_layers(source: Path, out: Path, layers: Iterable[int]) -> None:
+    """A model directory of `source`'s other layers, with its tokenizer."""
+    model = load_model(source)
+    model.blocks = torch.nn.ModuleList(block for i, block in enumerate(model.blocks) if i not in layers)
+    model.config["num_hidden_layers"] = len(model.blocks)
+    save_model(model, out)
+    for file in source.glob("*token*"):
+        (out / file.name).write_bytes(file.read_bytes())
+
+
+def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
+    """{part}-train, -valid and -test.jsonl: a fixed draw of the examples that are short enough for all tokenizers; one
+    prompt is in one of them alone. Kept if they are there. Raises ValueError if they are too few to test on."""
+    if (out / f"{part}-train.jsonl").is_file():
+        return
     groups: dict[str, list[str]] = {}
-    for line, example in zip(lines_of(file), read_examples(file), strict=True):
-        groups.setdefault(example.prompt_text(), []).append(line)
+    for file in FILES[part]:
+        examples = [example for example in read_examples(folder / file) if example.outputs[0].strip()]
+        sides = zip(*(tokenizer.encode_examples(examples) for tokenizer in tokenizers), strict=True)
+        for example, pair in zip(examples, sides, strict=True):
+            if all(len(side) <= LENGTH and len(side.prompt) <= LENGTH - 16 for side in pair):
+                line = {"prompt": example.prompt_text(), "output": example.outputs[0]}
+                groups.setdefault(line["prompt"], []).append(json.dumps(line, ensure_ascii=False) + "\n")
     prompts = sorted(groups)
     random.Random(0).shuffle(prompts)
-    if len(prompts) <= VALID + TEST:
-        raise ValueError(f"{file}: {len(prompts)} prompts; {VALID + TEST} are held out, and some must be left")
+    if len(prompts) < TEST:
+        files = " and ".join(FILES[part])
+        raise ValueError(f"{folder}: {len(prompts)} short prompts in {files}, but {TEST} are needed for the test alone")
     parts = {"test": prompts[:TEST], "valid": prompts[TEST : TEST + VALID], "train": prompts[TEST + VALID :]}
-    for part, chosen in parts.items():
-        write_lines(out / f"{part}.jsonl", [line for prompt in chosen for line in groups[prompt]])
+    out.mkdir(parents=True, exist_ok=True)
+    for split, chosen in parts.items():
+        lines = [line for prompt in chosen for line in groups[prompt]]
+        write_text(out / f"{part}-{split}.jsonl", "".join(lines[:TRAIN]))
 
 
-def readable(file: Path, out: Path, tested: set[str]) -> None:
-    """reading.jsonl: the examples of a file that have an answer, and a prompt that is in no test set."""
-    answered = [line for line in lines_of(file) if json.loads(line)["output"]]
-    write_lines(out / "reading.jsonl", answered)
-    examples = zip(answered, read_examples(out / "reading.jsonl"), strict=True)
-    write_lines(out / "reading.jsonl", [line for line, example in examples if example.prompt_text() not in tested])
+def commands_of(o: argparse.Namespace, name: str) -> list[str]:
+    """The pair's commands that are left, in order; row by row within a seed, so that whole seeds are finished first."""
+    pair, home, data = PAIRS[name], o.out / name, o.out / "data"
+    quote = [shlex.quote(str(path)) for path in (directory_of(o, pair.student), directory_of(o, pair.teacher), home)]
+    student, teacher, home = quote
+    given = f"--data {data}/{pair.data}-train.jsonl --valid {data}/{pair.data}-valid.jsonl {COMMON}"
+    tests = " ".join(f"{data}/{part}-test.jsonl" for part in (pair.data, *pair.others))
+    score = f"-m experiments.realtext --judge {o.judge} --tests {tests} --score"
+    commands = [f"train.py --method sft --student {teacher} {given} {TEACHER} --out {home}/teacher",
+                f"{score} {home}/teacher", f"{score} {student} --out {home}/start"]  # fmt: skip
+    for seed in o.seeds:
+        for row in o.rows or (ONE_VOCABULARY if name == "weaker" else TWO):
+            how = ROWS[row].format(home=home)
+            if row != "sft":
+                how += f" --teacher {home}/teacher/student"
+            if row not in ("sft", "seqkd"):
+                how += f" --cache-teacher {home}/states"
+            out = f"{home}/{row}-{seed}"
+            commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
+                         f"{score} {out}"]  # fmt: skip
+    return [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
 
 
-def commands_of(o: argparse.Namespace) -> list[str]:
-    """What is run, in order."""
-    home, test, teacher = (shlex.quote(str(path)) for path in (o.out, o.test, o.teacher))
-    data = f"--data {home}/train.jsonl --valid {home}/valid.jsonl"
-    reading = f"--from-scratch --student {home}/untrained --data {home}/reading.jsonl --valid {home}/valid.jsonl"
-    taught = f"--student {teacher} {data} {TEACHER}"
-    same = f"--student {home}/start/student {data} {STUDENTS}"
-    runs = [f"train.py --method sft {reading} {READING} {COMMON} --out {home}/start",
-            f"train.py --method sft {taught} {COMMON} --out {home}/teacher"]  # fmt: skip
-    for name in o.methods:
-        teacher = f" --teacher {home}/teacher/student" if name != "sft" else ""
-        runs.append(f"train.py {METHODS[name]}{teacher} {same} {COMMON} --out {home}/{name}")
-    scored = " ".join(f"{home}/{name}" for name in ("teacher", "start", *o.methods))
-    for file in (f"{home}/test.jsonl", test):
-        runs.append(f"eval.py {scored} --data {file} --greedy --max-len 256 --max-prompt-len 160")
-    return runs
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
+    """Of the first outputs and, where they end, their end: comparable between tokenizers."""
+    rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
+    tokens, size = (sum(len(row.student.response) for row in rows), sum(len(e.outputs[0].encode()) for e in examples))
+    with torch.autocast("cpu", torch.bfloat16):
+        return eval.held_out_cross_entropy(model, rows, tokenizer.eos_id) * tokens / size / math.log(2)
+
+
+def score(run: Path, out: Path, tests: list[Path], judge: Path) -> None:
+    """scores.json: per set, of the gold answers and the model's own, greedy and sampled once; the latter also read by
+    the judge, a model that taught nobody. What only a continuation would need is removed."""
+    student = run / "student" if (run / "student").is_dir() else run
+    scores: dict[str, dict] = {}
+    model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
+    for file in tests:
+        examples = read_examples(file)
+        found = scores[file.stem.removesuffix("-test")] = {"gold": bits_per_byte(model, tokenizer, examples)}
+        for name, temperature in {"greedy": 0.0, "sampled": 1.0}.items():
+            unfinished: set[int] = set()
+            prompts = [example.prompt_text() for example in examples]
+            responses = eval.respond(
+                model, tokenizer, prompts, NEW_TOKENS, temperature, seed=0, batch_size=50, unfinished=unfinished
+            )
+            found[name] = 100 * fmean(map(rouge_l, responses, (example.outputs for example in examples)))
+        sampled[file] = [
+            replace(example, outputs=[response], ends=i not in unfinished)
+            for i, (example, response) in enumerate(zip(examples, responses, strict=True)) if response.strip()
+        ]  # fmt: skip
+    model, tokenizer = load_model(judge, torch.bfloat16), tokenizer_of(judge)
+    for found, examples in zip(scores.values(), sampled.values(), strict=True):
+        found["judged"] = bits_per_byte(model, tokenizer, examples)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    shutil.rmtree(out / "resume", ignore_errors=True)
+
+
+MEASURES = {  # of scores.json: its title, and the digits that are shown
+    "gold": ("bits per byte of the answers", 3), "greedy": ("Rouge-L greedy", 1), "sampled": ("Rouge-L sampled", 1),
+    "judged": ("bits per byte of its own under the judge", 3),
+}  # fmt: skip
+
+
+def tables(out: Path) -> str:
+    """A table for each pair and set of what is scored: the mean over the seeds and, below `sft`, the difference from
+    it, seed by seed, ± its standard deviation."""
+    parts = []
+    for name, pair in PAIRS.items():
+        runs = {file.parent.name: read_json(file) for file in sorted((out / name).glob("*/scores.json"))}
+        for part in (pair.data, *pair.others) if runs else ():
+            lines = [[f"{name}, {part}", "seeds", *(title for title, _ in MEASURES.values())]]
+            for row in ("teacher", "start", *ROWS):
+                found = {run: scores[part] for run, scores in runs.items() if run == row or run[:-2] == row}
+                twins = {run: runs.get(f"sft{run[-2:]}", {}).get(part) for run in found if row != "sft"}
+                if found:
+                    cells = (cell(found, twins, key, digits) for key, (_, digits) in MEASURES.items())
+                    lines.append([row, str(len(found)), *cells])
+            parts.append(table(lines))
+    return "\n\n".join(parts)
+
+
+def cell(found: dict, twins: dict, key: str, digits: int) -> str:
+    text = f"{fmean(scores[key] for scores in found.values()):.{digits}f}"
+    differences = [found[run][key] - twin[key] for run, twin in twins.items() if twin]
+    if differences:
+        text += f" ({fmean(differences):+.{digits}f}"
+        text += f" ± {stdev(differences):.{digits}f})" if len(differences) > 1 else ")"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="a chat model's directory: SmolLM2-135M-Instruct's")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a directory with GPT-2's tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="instructions, to train and test on: Dolly")
-    parser.add_argument("--reading", type=Path, required=True, help="what the student has read before: Alpaca")
-    parser.add_argument("--test", type=Path, required=True, help="a second test set: self-instruct's")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sft", "uld", "v1", "v2"])
-    parser.add_argument("--out", type=Path, default=Path("runs/realtext"))
+    for name, about in {"small": "SmolLM2-135M-Instruct", "large": "Qwen2.5-Coder-0.5B-Instruct",
+                        "judge": "a larger model, Qwen2.5-Coder-1.5B-Instruct", "data": "files of examples"}.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"directory: {about}")  # fmt: skip
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="(default: all)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that the pair's vocabularies allow)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
     parser.add_argument("--run", action="store_true", help="run the commands, too")
+    parser.add_argument("--tables", action="store_true", help="print what is finished")
+    parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
+    parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE")
     o = parser.parse_args(arguments)
     try:
-        for name in ("teacher", "tokenizer", "data", "reading", "test", "out"):
-            setattr(o, name, getattr(o, name).resolve())
-        model_directory(str(o.teacher))
-        read_tokenizer(o.tokenizer)
-        tested = {example.prompt_text() for example in [*read_examples(o.data), *read_examples(o.test)]}
-        if o.run:
-            o.out.mkdir(parents=True, exist_ok=True)
-            split(o.data, o.out)
-            readable(o.reading, o.out, tested)
-            tiny.write_untrained(o.out / "untrained", o.tokenizer, STUDENT)
-        paper.follow(commands_of(o), o.run)
+        if o.tables:
+            print(tables(o.out))
+        elif o.score:
+            with by_onednn("cpu"):
+                score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge)
+        else:
+            follow(o)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def follow(o: argparse.Namespace) -> None:
+    for name in ("small", "large", "judge", "data"):
+        if getattr(o, name) is None:
+            raise ValueError(f"--{name} is missing")
+        setattr(o, name, getattr(o, name).resolve())
+    for model in (o.small, o.large, o.judge):
+        model_directory(str(model))
+    o.out = o.out.resolve()
+    for name in o.pairs:
+        if o.run:
+            prepare(o, name)
+        paper.follow(commands_of(o, name), o.run)
 
 
 if __name__ == "__main__":

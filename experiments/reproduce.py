@@ -46,13 +46,14 @@ import fast.losses
 import losses
 import train
 from baselines import mined
-from data import read_jsonl, tokenise
+from data import tokenise
 from eval import held_out_cross_entropy
 from experiments import paper, tiny
 from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
+from runtime.formats import read_examples
 from runtime.run import tokenizer_of
 from runtime.tokenizer import TextTokenizer
 from scores.tables import spread, table
@@ -435,7 +436,7 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
 @by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
     """{rouge_l, exact_match, valid, cross_entropy, ...} of greedy answers; cross-entropy over all references."""
-    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_jsonl(file)
+    model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_examples(file)
     scores = tiny.score_answers(model, tokenizer, examples, plain if text == "accents" else str)
     references = [replace(example, outputs=[output]) for example in examples for output in example.outputs]
     rows, _ = tokenise(references, tokenizer, max_len=96, max_prompt_len=48)

@@ -24,10 +24,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import train
-from data import Example, read_jsonl
+from data import Example
 from eval import respond, score
 from model import load_model
-from runtime.run import TOKENIZER_FILES, tokenizer_of, write_text
+from runtime.formats import read_examples
+from runtime.run import TOKENIZER_FILES, finished_runs, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import table
@@ -439,18 +440,20 @@ def run(given: dict) -> None:
         options |= {key: given[key] for key in ("max_steps", "batch_size", "checkpoint_every") if key in given}
         if options["method"] == "sft":  # one teacher and one twin serve every way to distil
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
-        return train.run_stage(train.Options(**options), name)
+        return train.run_stage(train.Options(**options), f"{name} {stages.index(name) + 1}/{len(stages)}")
 
     taught = {"data": str(root / "teacher_train.jsonl"), "student": str(start / "teacher"), **TEACHER_STAGE}
     learned = {"data": str(root / "student_train.jsonl"), "student": str(start / "student"), **STUDENT_STAGE}
     recipe = [o.recipe] if o.method == "dskd" else []
     words = [o.method, *recipe, *(given[key] for key in ("align", "divergence") if key in given)]
     distilled = "-".join([*words, "on-policy"] if o.on_policy else words)
+    stages = list(dict.fromkeys(["teacher", "sft", distilled]))
     seconds = {"teacher": stage("teacher", method="sft", **taught), "sft": stage("sft", method="sft", **learned)}
     if o.method != "sft":
         seconds[distilled] = stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
+    seconds |= finished_runs(root)  # also those of earlier calls
     rows = [["", "parameters", "valid answers", "Rouge-L", "training"]]
-    examples = read_jsonl(root / "test.jsonl")
+    examples = read_examples(root / "test.jsonl")
     for name in seconds:
         directory = root / name / "student"
         model = load_model(directory, device=o.device or "cpu")

@@ -8,7 +8,8 @@ pass, where the matrix products that made the logits wait to be undone. Here
   the terms beforehand, and so the loss, their weighted sum, is all that has a gradient. (In the backward pass it would
   take the logits again: 5 products instead of 3 under the teacher's head, the largest there are.)
 - each gradient is written over the logits it belongs to;
-- on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache.
+- on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache; with `fused`, meant for
+  CUDA, torch.compile makes a few kernels of it, which read and write the logits a sixth as often.
 
 `tests/fast/test_fast_losses.py` holds every value and gradient equal to the plain version's.
 
@@ -19,6 +20,7 @@ pass, where the matrix products that made the logits wait to be undone. Here
 True
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -100,6 +102,10 @@ CACHED_LOGITS = 2**19  # 2 MiB in float32, and a handful of tensors of that size
 HEAD_ROWS = 8192  # of a head's gradient that are added to at once, so that no second tensor of its size exists
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Both (n, V), for one exponential: the probability of the likeliest token is 1 / Σ exp(logit − its logit)."""
     p = logits.softmax(-1)
@@ -109,10 +115,39 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy with the label, whether it is the arg-max, and weight·(softmax − one-hot): (n,), (n,), (n, V)."""
+    logits = at_least_float32(logits)
     p, (best, token), label = logits.softmax(-1), logits.max(-1, keepdim=True), label[:, None]
     log_sum = best - p.gather(1, token).log()
-    gradient = p.mul_(weight).scatter_add_(1, label, p.new_full(label.shape, -weight))
+    gradient = p.mul_(weight).scatter_add_(1, label, p.new_ones(label.shape) * -weight)
     return (log_sum - logits.gather(1, label))[:, 0], (token == label)[:, 0], gradient
+
+
+def add_divergence(
+    gradient: Tensor,  # (n, V)
+    logits: Tensor,  # (n, V)
+    target: Tensor,  # (k, V'), k ≤ n
+    vocabularies: tuple[int, int],  # how many columns of each are compared
+    agrees: Tensor | None,  # (k,)
+    weight: float,
+    divergence: str,
+    temperature: float,
+) -> Tensor:
+    """D(softmax(logits/T), softmax(target/T)) of the first k tokens, (k,), 0 where one does not agree; weight·D's
+    gradient is added to `gradient`."""
+    p, log_p = softmax_and_log(at_least_float32(logits[: len(target), : vocabularies[0]]) / temperature)
+    q, log_q = softmax_and_log(at_least_float32(target[:, : vocabularies[1]]) / temperature)
+    kd, by_kd = DIVERGENCES[divergence](p, q, log_p, log_q)
+    if agrees is not None:
+        kd = kd * agrees
+        by_kd *= agrees[:, None]
+    gradient[: len(target), : vocabularies[0]] += by_kd.mul_(weight / temperature)
+    return kd
+
+
+@cache
+def fuse(function):
+    """Compiled once, for any number of tokens and any vocabulary."""
+    return torch.compile(function, dynamic=True)
 
 
 def row_blocks(logits: Tensor) -> list[slice]:
@@ -138,7 +173,7 @@ class HeadTerms(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature,
-        chunk,
+        chunk, fused,
     ):  # fmt: skip
         inputs, (wants_hidden, wants_head, wants_target) = (hidden, head, target_hidden), ctx.needs_input_grad[:3]
         device, shared = hidden.device.type, target_head is head
@@ -148,8 +183,11 @@ class HeadTerms(torch.autograd.Function):
         hidden, head, target_hidden = (x.detach().to(dtype) for x in inputs)
         target_head = head if shared else target_head.detach().to(dtype)
         of_both = min(len(head), len(target_head))
-        vocabulary, target_vocabulary = (of_both, of_both) if divergence != "uld" else (len(head), len(target_head))
+        vocabularies = (of_both, of_both) if divergence != "uld" else (len(head), len(target_head))
+        if fused:  # as tensors: a number would be compiled in, and differs in every update
+            weights = [torch.full((), weight, dtype=exact, device=hidden.device) for weight in weights]
         ce_weight, target_ce_weight, kd_weight = weights
+        ce_terms, kd_terms = map(fuse, (cross_entropy, add_divergence)) if fused else (cross_entropy, add_divergence)
         ce, correct = hidden.new_zeros(len(hidden), dtype=exact), hidden.new_zeros(len(hidden), dtype=torch.bool)
         target_ce, kd = hidden.new_zeros((2, len(target_hidden)), dtype=exact)
         agrees = torch.zeros_like(kd, dtype=torch.bool)
@@ -161,21 +199,24 @@ class HeadTerms(torch.autograd.Function):
                 target = target_hidden[rows] @ target_head.T  # fewer than the logits where k < n, or none
                 for block in row_blocks(logits):
                     at = slice(start + block.start, start + block.stop)
-                    u, v = logits[block].to(exact), target[block].to(exact)
+                    u, v = logits, target  # fused: cast inside the kernels, and no view, whose base they would guard
+                    if not fused:
+                        u, v = logits[block].to(exact), target[block].to(exact)
                     if gold is None:
-                        gradient = torch.zeros_like(u)
+                        gradient = torch.zeros_like(u, dtype=exact)
                     else:
-                        ce[at], correct[at], gradient = cross_entropy(u, gold[at], ce_weight)
+                        ce[at], correct[at], gradient = ce_terms(u, gold[at].clone(), ce_weight)
                     if len(v):
-                        p, log_p = softmax_and_log(u[: len(v), :vocabulary] / temperature)
-                        q, log_q = softmax_and_log(v[:, :target_vocabulary] / temperature)
-                        kd[at], by_kd = DIVERGENCES[divergence](p, q, log_p, log_q)
+                        agree = None
+                        if label is not None:
+                            target_ce[at], agree, by_target = ce_terms(v, label[at].clone(), target_ce_weight)
+                            agrees[at] = agree
+                        agree = agree if only_agreeing else None
+                        kd[at] = kd_terms(
+                            gradient, u, v, vocabularies, agree, kd_weight, divergence, temperature
+                        )
                         if label is not None:  # v is done with: its gradient takes its place
-                            target_ce[at], agrees[at], target[block] = cross_entropy(v, label[at], target_ce_weight)
-                        if only_agreeing:
-                            kd[at] *= agrees[at]
-                            by_kd *= agrees[at, None]
-                        gradient[: len(v), :vocabulary] += by_kd.mul_(kd_weight / temperature)
+                            target[block] = by_target
                     logits[block] = gradient  # and so here
                 if wants_hidden:
                     d_hidden[rows] = logits @ head
@@ -195,7 +236,14 @@ class HeadTerms(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("HeadTerms: the gradient, made in the forward pass, is used up by one backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 8
+        return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 9
+
+
+def rest_of(rows: Tensor, count: int) -> Tensor:
+    """(count − k,) the numbers below `count` that `rows` (k,) does not have, ascending. Their number is known: asking
+    for it, as `nonzero` does, would be a wait for the device."""
+    absent = torch.ones(count, dtype=torch.uint8, device=rows.device).index_fill_(0, rows, 0)
+    return absent.argsort(descending=True, stable=True)[: count - len(rows)]
 
 
 def head_terms(
@@ -213,6 +261,7 @@ def head_terms(
     divergence: str = "fkl",
     temperature: float = 1.0,
     chunk: int = 512,
+    fused: bool = False,
 ) -> SimpleNamespace:
     """Sums of `HeadTerms` over all tokens: loss, with a gradient; ce, correct, target_ce, agrees and kd, without."""
     if target_hidden is None:
@@ -220,24 +269,23 @@ def head_terms(
     if not isinstance(rows, slice):  # the kernel wants the tokens that have a target first
         order = rows
         if gold is not None:
-            alone = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-            alone[rows] = False
-            order = torch.cat([rows, alone.nonzero()[:, 0]])
+            order = torch.cat([rows, rest_of(rows, len(hidden))])
             gold = gold[order]
         hidden = hidden[order]
     weights = (ce_weight, target_ce_weight, kd_weight)
     loss, *terms = HeadTerms.apply(
-        hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature, chunk
+        hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature, chunk,
+        fused,
     )
     names = ("ce", "correct", "target_ce", "agrees", "kd")
     return SimpleNamespace(loss=loss, **{name: term.sum() for name, term in zip(names, terms, strict=True)})
 
 
 def sft_loss(
-    student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0, chunk: int = 512
+    student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0, **how
 ) -> dict[str, Tensor]:
     """As `losses.sft_loss`."""
-    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=(1 - kd_rate) / counts.tokens, chunk=chunk)
+    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=(1 - kd_rate) / counts.tokens, **how)
     return {"ce": found.ce / counts.tokens, "correct": found.correct, "loss": found.loss}
 
 
@@ -251,13 +299,13 @@ def kd_loss(
     divergence: str = "fkl",
     temperature: float = 2.0,
     kd_rate: float = 0.5,
-    chunk: int = 512,
+    **how,  # chunk, fused: of head_terms
 ) -> dict[str, Tensor]:
     """As `losses.kd_loss`."""
     found = head_terms(
         student_hidden, student_head, teacher_hidden, teacher_head, gold=gold,
         ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens,
-        divergence=divergence, temperature=temperature, chunk=chunk,
+        divergence=divergence, temperature=temperature, **how,
     )  # fmt: skip
     on_gold = {} if gold is None else {"ce": found.ce / counts.tokens, "correct": found.correct}
     return {**on_gold, "kd": found.kd / counts.tokens, "loss": found.loss}
@@ -278,12 +326,12 @@ def dskd_loss(
     divergence: str = "fkl",
     temperature: float = 2.0,
     kd_rate: float = 0.5,
-    chunk: int = 512,
+    **how,  # chunk, fused: of head_terms
 ) -> dict[str, Tensor]:
     """As `losses.dskd_loss`."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
     over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
-    options = {"temperature": temperature, "chunk": chunk}
+    options = {"temperature": temperature, **how}
 
     in_student_space = head_terms(
         student_hidden, student_head, t2s_hidden, student_head, rows, gold, label, recipe.only_agreeing,

@@ -1,24 +1,65 @@
-"""The prompt formats of chat models: what a family's own template makes of one message of a user."""
+"""Chat templates: what a model's own makes of an example's turns, in jinja2's sandbox, as `transformers` renders it."""
 
+import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import Example
 
+FORMER = "qwen2.5", "llama3.2", "smollm2"  # formats that were written down here, by which older runs name theirs
 # HumanEval's prompt as a message: a model that was taught to chat does not go on with a text by itself
 COMPLETE = "Complete this Python function:\n\n```python\n{prompt}\n```"
+# How prompts begin that are in one of the usual formats already, perhaps behind a begin-of-text
+MARKED = re.compile(r"(\s*<\S+?>)?\s*(<[|｜](im_start|start_header_id|user)[|｜]>|<start_of_turn>|\[INST])", re.I)
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """A family's template with its default system message."""
+class Generation(Extension):
+    """{% generation %} tells trainers what a model wrote; it renders what it holds."""
 
-    name: str
-    text: str  # with {message} in it
-    end: str  # the token that ends the answer
+    tags = {"generation"}
 
-    def special_tokens(self) -> list[str]:
-        return list(dict.fromkeys(re.findall(r"<\|\w+\|>", self.text)))
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def raise_exception(message: str):
+    raise TemplateError(message)
+
+
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+ENVIRONMENT.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
+# a template that asks for the date is told that on which Llama's own falls back, so that prompts stay what they were
+ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": datetime(2024, 7, 26).strftime}
+
+
+@dataclass
+class ChatTemplate:
+    """A template with what it knows beside the turns."""
+
+    source: str
+    tokens: dict[str, str]  # {"bos_token": "<s>", ...}, as the model's tokenizer names them
+    name: str  # whose it is, for messages
+    own: bool = True  # the model's own
+    thinking: bool = False  # its `enable_thinking`
+
+    @cached_property
+    def template(self) -> Template:
+        return ENVIRONMENT.from_string(self.source)
+
+    def render(self, turns: list[dict[str, str]], ask: bool = True) -> str:
+        """The turns, and what a model's answer begins with if `ask`. Raises ValueError if they cannot be rendered."""
+        known = {"tools": None, "documents": None, "enable_thinking": self.thinking, **self.tokens}
+        try:
+            return self.template.render(messages=turns, add_generation_prompt=ask, **known)
+        except Exception as error:  # it is a program of somebody else's
+            raise ValueError(f"{self.name} cannot render these turns: {' '.join(str(error).split())}") from error
 
     def message(self, example: Example) -> str:
         """What the user says: without the words and marks by which a base model knows its turn."""
@@ -31,34 +72,14 @@ class ChatFormat:
     def prompt_text(self, example: Example) -> str:
         """What the model reads before its answer. Raises ValueError for an example that is in a chat format already."""
         message = self.message(example)
-        if re.match(r"\s*<\|(im_start|begin_of_text|start_header_id)\|>", message):
-            raise ValueError(
-                f"{example.where}: the prompt is in a chat format already, and would be put into another "
-                f"({self.name}); leave out the option, or give the message alone"
-            )
-        return self.text.format(message=message.strip() if self.name == "llama3.2" else message)  # as its template does
+        if MARKED.match(message):
+            raise ValueError(f"{example.where}: the prompt is in a chat format already; give the message, or no option")
+        try:
+            return self.render([*example.history, {"role": "user", "content": message}])
+        except ValueError as error:
+            raise ValueError(f"{example.where}: {error}") from error
 
-
-CHATML = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
-CHATS = {
-    chat.name: chat
-    for chat in (
-        ChatFormat(
-            "qwen2.5",
-            CHATML.replace("{system}", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-            "<|im_end|>",
-        ),
-        ChatFormat(
-            "llama3.2",  # its template has a date: always the one that it falls back on, never today's
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-            "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{message}<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            "<|eot_id|>",
-        ),
-        ChatFormat(
-            "smollm2",
-            CHATML.replace("{system}", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-            "<|im_end|>",
-        ),
-    )
-}
+    def as_trained(self) -> str:
+        """The source, with this `enable_thinking` where none is given, as `transformers` gives none by itself."""
+        default = f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {str(self.thinking).lower()} %}}"
+        return f"{default}{{% endif %}}\n" * ("enable_thinking" in self.source) + self.source

@@ -1,140 +1,228 @@
-"""Data files of any format that is understood, and what can be wrong with them.
+"""Data files as people have them: what a file and its records look like, and what can be wrong with them."""
 
-Whoever opens a file that others wrote asks `read_examples`; `data.read_jsonl` reads one of ours.
-"""
-
+import gzip
+import io
 import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import CodeTask, Example, make_example
+from data import CodeTask, Example
 
 # The prompt of MBPP's paper, without its three worked examples (Austin et al., arXiv 2108.07732)
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
     "{tests}\n[BEGIN]\n"
 )
+ASKS = "prompt", "instruction", "question", "problem", "query"  # which a pair may have; the first that is there counts
+ANSWERS = "output", "completion", "response", "solution", "answer"
+CONTEXTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "system_message")
+UNREAD = set(  # of a record or a turn: what changes the text in a way that is not understood
+    "tools functions tool_calls function_call document documents passage image images video videos audio audios "
+    "choices options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
+)
+ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
+ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "assistant")
 
 
 def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
-    """The examples on lines [first, last) of a UTF-8 JSONL file; blank lines are skipped.
+    """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows.
+    An example with an empty output has no response to learn from: it is left out, with a note. Raises ValueError naming
+    the file, the place and the key of what is wrong, and what the record looks like."""
+    examples = [read_record(record, where) for where, record in read_records(path, first, last)]
+    empty = [example.where.removeprefix(f"{path}, ") for example in examples if not all(example.outputs)]
+    if empty:
+        places = ", ".join(empty[:10]) + " and others" * (len(empty) > 10)
+        print(f"note: {path}: the output is empty on {places}; left out", file=sys.stderr)
+    if len(examples) == len(empty):
+        raise ValueError(f"{path}: no examples")
+    return [example for example in examples if all(example.outputs)]
 
-    A line is one of ours (`data.make_example`) or, without an `output`, as these sets publish it: GSM8K {"question",
-    "answer"}, HumanEval {"task_id", "prompt", "entry_point", "canonical_solution", "test"}, MBPP {"text", "code",
-    "test_list", "test_setup_code" (optional)}. Raises ValueError naming file, line and key of what is wrong.
-    """
+
+def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tuple[str, object]]:
+    """Where each record is, and what it is. The content says what kind of file it is, whatever its name says."""
+    content = Path(path).read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: looks like a gzip file, but is damaged: {error}") from error
     try:
-        # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+        text = "" if content.startswith(b"PAR1") else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
-    examples, empty = [], []
-    for number, line in enumerate(lines[first:last], start=first + 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line, object_pairs_hook=refuse_repeated_keys)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        examples.append(read_record(record, where))
-        if not all(examples[-1].outputs):
-            empty.append(str(number))
-    if empty:
-        lines = f"line {empty[0]}" if len(empty) == 1 else f"lines {', '.join(empty[:10])}"
-        more = " and others" if len(empty) > 10 else ""
-        raise ValueError(
-            f"{path}: the output is empty on {lines}{more}; drop these lines, there is no response to learn from"
-        )
-    if not examples:
-        raise ValueError(f"{path}: no examples")
-    return examples
+    if content.startswith(b"PAR1"):
+        place, records = "row", read_parquet(path, content)
+    elif text.lstrip()[:1] == "[":
+        place, records = "item", parse(text, f"{path}, which begins as a JSON array")
+    else:  # split on "\n" alone: str.splitlines also cuts at U+2028 and U+0085, which may stand inside a JSON string
+        place, records = "line", text.split("\n")
+    for number, record in enumerate(records[first:last], first + 1):
+        where = f"{path}, {place} {number}"
+        if place != "line" or record.strip():
+            yield where, parse(record, where) if place == "line" else record
+
+
+def parse(text: str, where: str):
+    try:
+        return json.loads(text, object_pairs_hook=refuse_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}; data are an object a line, or a JSON array of them") from error
 
 
 def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object's keys and values; of a key that comes twice json would take the last value without a word."""
-    record: dict = {}
-    for key, value in pairs:
-        if key in record:
-            raise ValueError(f"the key {key!r} comes twice")
-        record[key] = value
-    return record
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} comes twice")
+    return dict(pairs)
 
 
-def read_record(record: dict, where: str) -> Example:
-    """A line's example; the keys that only one of the formats has tell which it is."""
-    if "output" not in record:
-        if "question" in record:
-            return read_gsm8k(record, where)
-        if "entry_point" in record or "canonical_solution" in record:
-            return read_humaneval(record, where)
-        if "test_list" in record:
-            return read_mbpp(record, where)
-        raise ValueError(f"{where}: 'output' is missing")
-    outputs = [record["output"]] if isinstance(record["output"], str) else record["output"]
-    if not is_list_of_strings(outputs):
-        raise ValueError(f"{where}: 'output' must be a string or a list of strings")
-    for output in outputs:
-        check_characters(output, "output", where)
-    if not isinstance(record.get("end_of_text", True), bool):
-        found = type(record["end_of_text"]).__name__
-        raise ValueError(f"{where}: 'end_of_text' must be true or false, found {found}")
-    if "prompt" in record:
-        if not get_string(record, "prompt", where):
-            raise ValueError(f"{where}: 'prompt' is empty, so that nothing could predict the first response token")
-    elif "instruction" in record:
-        get_string(record, "instruction", where)
-        get_string(record, "input", where, default="")
-    else:
-        raise ValueError(f"{where}: neither 'prompt' nor 'instruction'")
-    return make_example(record, where)
+def read_parquet(path: str | Path, content: bytes) -> list[dict]:
+    try:
+        from pyarrow import parquet  # of a package that nothing else needs
+
+        return parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: parquet, which takes pyarrow to read (or give JSONL): {error}") from error
 
 
-def read_gsm8k(record: dict, where: str) -> Example:
-    return Example(where, [get_string(record, "answer", where)], instruction=get_string(record, "question", where))
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def read_record(record: object, where: str) -> Example:
+    """A record's example. null is as if the key were not there, and a key that says nothing about the prompt or the
+    response is left alone. Raises ValueError for one that does and is not understood."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    record = {key: value for key, value in record.items() if value is not None}
+    if type(record.get("answer")) in (int, float):
+        record["answer"] = str(record["answer"])
+    read, looks = next((FORMS[key] for key in FORMS if key in record), (read_pair, None))
+    try:
+        refuse_unread(record)
+        example = read(record, where)
+        if not example.input and get_only(record, CONTEXTS) and "instruction" not in record:
+            raise ValueError(f"{' or '.join(CONTEXTS)} stands beside a whole prompt: put it into that")
+        if not isinstance(record.get("end_of_text", True), bool):
+            raise ValueError(f"'end_of_text' must be true or false, found {type(record['end_of_text']).__name__}")
+        system = [{"role": "system", "content": text} for text in [get_only(record, SYSTEMS)] if text]
+        example.history = system + read_turns(record.get("history") or []) + example.history
+        example.ends = record.get("end_of_text", True)
+    except ValueError as error:
+        looks = f"it looks like {looks}" if looks else f"known are {', '.join(form for _, form in FORMS.values())}"
+        raise ValueError(f"{where}: {error}; {looks}") from None
+    return example
+
+
+def read_pair(record: dict, where: str) -> Example:
+    if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
+        return read_conversation({"messages": record["prompt"] + record["completion"]}, where)
+    asks, answers = ([key for key in keys if key in record] for keys in (ASKS, ANSWERS))
+    if not asks or not answers:
+        raise ValueError("neither 'prompt' nor 'instruction'" if not asks else "the response is missing")
+    outputs = get_strings(record, answers[0])
+    if asks[0] == "problem" and answers[0] in ("solution", "answer") and record.get("answer"):
+        solution = get_string(record, "solution", "")  # MATH's own marks the final answer
+        outputs = [solution if "\\boxed{" in solution else f"{solution}\n#### {get_string(record, 'answer')}".lstrip()]
+    if asks[0] == "prompt":  # it is whole: an instruction beside it is what it was made of
+        if not get_string(record, "prompt"):
+            raise ValueError("'prompt' is empty, so that nothing could predict the first response token")
+        return Example(where, outputs, prompt=record["prompt"])
+    return Example(where, outputs, instruction=get_only(record, asks), input=get_only(record, CONTEXTS))
 
 
 def read_humaneval(record: dict, where: str) -> Example:
     keys = "entry_point", "prompt", "test", "canonical_solution"
-    name, prompt, test, solution = (get_string(record, key, where) for key in keys)
+    name, prompt, test, solution = (get_string(record, key) for key in keys)
     if not name.isidentifier() or f"def {name}(" not in prompt:
-        raise ValueError(f"{where}: 'prompt' does not define the 'entry_point' {name!r}")
+        raise ValueError(f"'prompt' does not define the 'entry_point' {name!r}")
     return Example(where, [solution], prompt=prompt, code=CodeTask(f"{test}\ncheck({name})\n", name))
 
 
 def read_mbpp(record: dict, where: str) -> Example:
-    if not is_list_of_strings(record["test_list"]):
-        raise ValueError(f"{where}: 'test_list' must be a list of strings, with at least one")
-    for test in record["test_list"]:
-        check_characters(test, "test_list", where)
-    tests = "\n".join(record["test_list"])
-    prompt = MBPP_PROMPT.format(text=get_string(record, "text", where), tests=tests)
-    setup = get_string(
-        record, "test_setup_code", where, default=""
-    )  # it uses the program's classes, so it comes after it
-    return Example(where, [get_string(record, "code", where)], prompt=prompt, code=CodeTask(f"{setup}\n{tests}\n"))
+    tests = "\n".join(get_strings(record, "test_list"))
+    text = get_string(record, "text" if "text" in record else "prompt")  # which the sanitised form has
+    imports = get_strings(record, "test_imports") if record.get("test_imports") else []
+    # the set-up uses the program's classes, so it comes after the program
+    setup = "\n".join([*imports, get_string(record, "test_setup_code", "")])
+    prompt = MBPP_PROMPT.format(text=text, tests=tests)
+    return Example(where, [get_string(record, "code")], prompt=prompt, code=CodeTask(f"{setup}\n{tests}\n"))
 
 
-def get_string(record: dict, key: str, where: str, default: str | None = None) -> str:
+def read_conversation(record: dict, where: str) -> Example:
+    """The last turn is the response, and the one before it is the message; earlier ones are read and not trained on."""
+    turns = read_turns(record.get("messages", record.get("conversations")))
+    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        raise ValueError("the last two turns must be the user's and the assistant's; drop what follows, or this record")
+    *history, ask, answer = turns
+    return Example(where, [answer["content"]], instruction=ask["content"], history=history)
+
+
+def read_turns(turns: object) -> list[dict[str, str]]:
+    """Turns as {"role", "content"}, from a list of these, of {"from", "value"}, or of [user, assistant] pairs."""
+    if not isinstance(turns, list):
+        raise ValueError(f"expected a list of turns, found {type(turns).__name__}")
+    read: list[dict[str, str]] = []
+    for turn in turns:
+        if isinstance(turn, list) and len(turn) == 2:
+            read += read_turns([{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
+            continue
+        if not isinstance(turn, dict):
+            raise ValueError("a turn must be an object with role and content, or a pair of user's and assistant's text")
+        refuse_unread(turn, UNREAD | {"thinking", "reasoning"})
+        role, content = str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))
+        if role.lower() not in ROLES:
+            raise ValueError(f"a turn of {role!r}, which is neither system, user nor assistant")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(get_string(part, "text") for part in content)
+        read.append({"role": ROLES[role.lower()], "content": get_string({"content": content}, "content")})
+    return read
+
+
+FORMS = {  # the key that tells a form: how it is read, whose it is, and its fields
+    "messages": (read_conversation, "chat messages (messages: a list of role, content)"),
+    "conversations": (read_conversation, "ShareGPT's form (conversations: a list of from, value)"),
+    "test_list": (read_mbpp, "MBPP's form (text or prompt, code, test_list, test_setup_code or test_imports)"),
+    "entry_point": (read_humaneval, "HumanEval's form (prompt, entry_point, canonical_solution, test)"),
+    "context": (read_pair, "Dolly's form (instruction, context, response)"),
+    "question": (read_pair, "GSM8K's form (question, answer)"),
+    "problem": (read_pair, "MATH's form (problem, solution, answer)"),
+    "instruction": (read_pair, "Alpaca's form (instruction, input, output) or Dolly's (with response for output)"),
+    "prompt": (read_pair, "a pair (prompt, and output or completion)"),
+}
+
+def refuse_unread(record: dict, keys: set[str] = UNREAD) -> None:
+    unread = sorted(key for key in keys & record.keys() if record[key] not in (None, "", [], {}, "[]", False))
+    if unread:
+        raise ValueError(f"{unread[0]!r} would change the text, and is not understood; drop the key, or the record")
+
+
+def get_only(record: dict, keys: Iterable[str]) -> str:
+    """The text under one of several keys that mean the same, "" without any. Raises ValueError if there are two."""
+    texts = {get_string(record, key): key for key in keys if record.get(key, "") != ""}
+    if len(texts) > 1:
+        raise ValueError(f"{' and '.join(texts.values())} differ, and each could be meant")
+    return next(iter(texts), "")
+
+
+def get_strings(record: dict, key: str) -> list[str]:
+    """The string under that key, or the strings, of which there is one at least."""
+    values = record[key] if isinstance(record[key], list) and record[key] else [record[key]]
+    return [get_string({key: value}, key) for value in values]
+
+
+def get_string(record: dict, key: str, default: str | None = None) -> str:
     """The string under that key. Raises ValueError if it is none, or if it is missing and has no default."""
     value = record.get(key, default)
     if not isinstance(value, str):
         wrong = "is missing" if key not in record else f"must be a string, found {type(value).__name__}"
-        raise ValueError(f"{where}: {key!r} {wrong}")
-    check_characters(value, key, where)
-    return value
-
-
-def is_list_of_strings(value: object) -> bool:
-    """With at least one."""
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, str) for item in value)
-
-
-def check_characters(text: str, key: str, where: str) -> None:
-    """JSON can spell half of a surrogate pair (a lone \\ud83d), which is no character of any text."""
+        raise ValueError(f"{key!r} {wrong}")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {key!r} has half a surrogate pair at character {error.start}") from error
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, a lone \ud83d
+        raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from error
+    return value

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shlex
+from difflib import get_close_matches
 from pathlib import Path
 
 MODELS = {  # preset: repository on the Hugging Face hub
@@ -38,10 +40,10 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"test": ("11_/valid.jsonl", 0, 10_000)}),
 }
 
-# The hub has these as parquet only, which would take another package to read
+# The hub has these as parquet only, which takes another package to read
 BY_HAND = {  # name: (repository with the JSONL original, file in it)
     "gsm8k": ("https://github.com/openai/grade-school-math", "grade_school_math/data/test.jsonl"),
-    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz, decompressed"),
+    "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz"),
     "mbpp": ("https://github.com/google-research/google-research", "mbpp/mbpp.jsonl"),
 }
 
@@ -51,7 +53,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 
 def model_directory(name: str, weights: bool = True) -> Path:
-    """The local directory of a model: `name` is a directory, a preset, or a hub repository `owner/model`.
+    """The local directory of a model: `name` is a directory, of a model or a run, a preset, or a hub repository
+    `owner/model`.
 
     Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run. Raises
     FileNotFoundError saying which files are missing, and where they could be put, if there is neither a directory, nor
@@ -59,18 +62,57 @@ def model_directory(name: str, weights: bool = True) -> Path:
     """
     if os.path.isdir(name):
         directory = Path(name)
-    elif name in MODELS or (name.count("/") == 1 and not name.startswith((".", "/"))):
+        student = directory / "student"
+        if (student / "config.json").is_file() and not (directory / "config.json").is_file():
+            directory = student  # of a run
+    elif repository := repository_of(name):
         files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
-        directory = find_snapshot(MODELS.get(name, name), "model", files, name)
+        directory = find_snapshot(repository, "model", files, name)
+    elif "/" in name or os.path.exists(name):
+        beside = sorted(path.name for path in Path(name).parent.glob("*/"))
+        near = [f"{Path(name).parent}/{other}" for other in get_close_matches(Path(name).name, beside)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"model {name!r}: no such directory (a path is not looked up on the hub){hint}")
     else:
         raise FileNotFoundError(
             f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
         )
     missing = missing_files(directory, weights)
     if missing:
-        hint = "; a student --from-scratch needs no weights" if missing[0] not in MODEL_FILES else ""
-        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{hint}")
+        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{explain_missing(directory, missing)}")
     return directory
+
+
+def explain_missing(directory: Path, missing: list[str]) -> str:
+    """What the directory has instead, and what makes a model's directory of it."""
+
+    def convert(kind: str) -> str:
+        code = f"import sys; from transformers import {kind} as T; T.from_pretrained(sys.argv[1])"
+        code += ".save_pretrained(sys.argv[1])"
+        return f'; if you trust them, convert once: python -c "{code}" {shlex.quote(str(directory))}'
+
+    files, said = {file.name for file in directory.iterdir()}, ""
+    inside = sorted(str(file.parent) for file in directory.glob("*/config.json"))
+    if missing[0] == "config.json" and inside:
+        said += f"; there is a model in {' and in '.join(inside[:4])}"
+    elif missing[0] == "config.json" and "args.json" in files:
+        said += "; it is a run without a checkpoint, --resume goes on with it"
+    if missing[-1] not in MODEL_FILES and any(file.startswith("pytorch_model") for file in files):
+        said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
+    if missing[0] not in MODEL_FILES:
+        said += "; a student --from-scratch needs no weights"
+    if "tokenizer.json" in missing and files & {"vocab.json", "merges.txt", "tokenizer.model"}:
+        said += f"; its older tokenizer files are not read{convert('AutoTokenizer')}"
+    return said
+
+
+def repository_of(name: str) -> str | None:
+    """The hub repository that a preset or `owner/model` stands for; None for what can only be a mistyped path: it
+    begins in a directory that is here (or in runs/, ./, /, ~), has further slashes, or ends as a file of weights."""
+    owner, _, model = name.partition("/")
+    is_path = not model or "/" in model or owner == "runs" or name.startswith((".", "/", "~")) or Path(owner).is_dir()
+    is_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl")
+    return MODELS.get(name, None if is_path or is_file else name)
 
 
 def missing_files(directory: Path, weights: bool) -> list[str]:
@@ -98,8 +140,8 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     if name in BY_HAND:
         repository, file = BY_HAND[name]
         raise FileNotFoundError(
-            f"{name!r}: the hub has this set as parquet only, which this project does not read; fetch the original, "
-            f"{file} of {repository}, and give its path instead of the name: --data FILE.jsonl"
+            f"{name!r}: the hub has this set as parquet only; fetch that (pyarrow reads it) or the original, {file} of "
+            f"{repository}, and give its path instead of the name: --data FILE"
         )
     if name not in DATASETS:
         names = ", ".join([*DATASETS, *BY_HAND])

@@ -15,16 +15,19 @@ from torch import nn
 
 import lora
 from baselines import mined, seqkd, uld
-from data import Batch, Example, Row, collate, cut_prompt, make_example, tokenise
+from data import Batch, Example, Row, collate, cut_prompt, tokenise
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import put_on
 from model import build_model, load_model, read_json
 from runtime import parallel
-from runtime.formats import read_examples
+from runtime.formats import read_examples, read_record
 from runtime.hub import data_file, model_directory
 from runtime.options import Options
 from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
-from runtime.run import chat_of, tokenizer_of, write_text
+from runtime.peft import base_of, is_adapter, merge_into
+from runtime.report import base_model, prompt_form
+from runtime.run import chat_of, run_of, tokenizer_of, write_text
+from runtime.show import describe_alignment, measure_alignment
 from runtime.strict import check_model, choose_alignment, fit_lengths
 from runtime.tokenizer import TextTokenizer, say_if_forgotten
 
@@ -45,6 +48,7 @@ class Pieces:
     valid: list[Example] = field(default_factory=list)
     frozen: str = ""  # sha256 of the models that are read and not trained, for --resume; in process 0 alone
     cache: TeacherCache | None = None
+    aligned: dict = field(default_factory=dict)  # ETA's share of the training responses, by kind of token (show.py)
     method: nn.Module | None = None  # train.Method, once it is made
 
     @cached_property
@@ -55,6 +59,12 @@ class Pieces:
             for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
                 hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
         return hasher.hexdigest()
+
+    def facts(self, o: Options) -> dict:
+        """What args.json says beside the options: where the student comes from, how its prompts are written (with {}
+        for what a person types), and what aligns."""
+        facts = {"base_model": base_model(o), "prompts": prompt_form(self.examples[0])}
+        return {**facts, "aligned": self.aligned} if self.aligned else facts
 
     def collate(self, rows: list[Row], device) -> Batch:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
@@ -90,18 +100,25 @@ class Pieces:
             yield indices, rows, self.batches(rows, o, count)
 
     def say_padding(self, o: Options) -> None:
-        updates = islice(self.order(o), self.updates_per_epoch(o))
+        updates = list(islice(self.order(o), self.updates_per_epoch(o)))
         parts = [part for indices in updates for share in self.split(o, indices) for part in share]
-        padding = f"{measure_padding(parts):.1%} of their positions are padding, which attention alone computes"
-        print(f"{len(parts)} batches per epoch, {padding}", file=sys.stderr)
+        padding = f"{measure_padding(parts):.0%} of their positions are padding (--bucket makes that less)"
+        print(f"an epoch: {len(updates)} updates in {len(parts)} forward passes; {padding}", file=sys.stderr)
 
 
 def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's). Raises if it lacks something, or cannot be used."""
+    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged).
+    Raises if it lacks something, or cannot be used."""
     if name == "tiny":
         from experiments import tiny  # which imports this file
 
         directory = tiny.find(role)
+    elif is_adapter(Path(name)) and run_of(Path(name).parent / "student"):
+        directory = Path(name).parent / "student"  # the two merged already
+    elif is_adapter(Path(name)):
+        directory = find_model(base_of(Path(name)), role, weights)
+        with parallel.main_first():
+            directory = merge_into(directory, Path(name)) if weights else directory
     else:
         directory = model_directory(name, weights)
     check_model(directory, weights)
@@ -136,6 +153,10 @@ def load(o: Options) -> Pieces:
     examples = examples[:first_lines]
     rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
     print(f"train: {report}", file=sys.stderr)
+    aligned = {}
+    if align == "eta":
+        aligned = measure_alignment(([tokenizer.bytes[i] for i in row.student.response], row.pairs[1]) for row in rows)
+        print(describe_alignment(aligned), file=sys.stderr)
     if o.method in PAIRINGS:
         for row in rows:
             row.pairs = PAIRINGS[o.method](row, tokenizer, teacher_tokenizer)
@@ -155,27 +176,32 @@ def load(o: Options) -> Pieces:
     untrained = [teacher_directory] if teacher is not None else []
     untrained += [student_directory] if o.lora else []
     frozen = "" if o.dry_run or parallel.rank() > 0 else model_digest(*untrained)
-    return Pieces(student, tokenizer, teacher, teacher_tokenizer, rows, examples, valid_rows, valid, frozen, cache)
+    models = student, tokenizer, teacher, teacher_tokenizer
+    return Pieces(*models, rows, examples, valid_rows, valid, frozen, cache, aligned)
 
 
 def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
     """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
-    o.student_chat = o.student_chat or chat_of(student_directory)
+    o.student_chat = o.student_chat or chat_of(student_directory) or "none"
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
-    say_if_forgotten(tokenizer, "--student-chat", o.bos is None and not o.from_scratch)
+    bos_is_open = o.bos is None and not o.from_scratch
+    say_if_forgotten(tokenizer, "--student-chat", chat_of(student_directory) == "none", bos_is_open)
     if o.method != "sft":
         teacher_directory = find_model(o.teacher, "teacher")
-        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory)
+        o.teacher_chat = o.teacher_chat or chat_of(teacher_directory) or "none"
         teacher_tokenizer = tokenizer_of(teacher_directory, o.teacher_chat, o.bos)
-        say_if_forgotten(teacher_tokenizer, "--teacher-chat", o.bos is None)
+        say_if_forgotten(teacher_tokenizer, "--teacher-chat", chat_of(teacher_directory) == "none", o.bos is None)
     fit_lengths(o, {"student": student_directory} | ({"teacher": teacher_directory} if teacher_directory else {}))
     return student_directory, teacher_directory, tokenizer, teacher_tokenizer
 
 
 def load_student(o: Options, directory: Path) -> nn.Module:
     """On the CPU, in float32, with its adapters."""
-    student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    try:
+        student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
+    except RuntimeError as error:  # of the allocator
+        raise ValueError(f"{directory}: the model does not fit into the memory ({error!s:.200})") from error
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:
@@ -226,7 +252,7 @@ def load_answers(
     asked = asked[: o.batch_size] if o.dry_run else asked
     lines = seqkd.answer_prompts(asked, model, teacher, student, *how, o.batch_size)
     if o.dry_run:
-        return [make_example(line, f"{directory}'s answer") for line in lines]
+        return [read_record(line, f"{directory}'s answer") for line in lines]
     lines[0]["seqkd"] = recipe
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -6,7 +6,6 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from losses import DIVERGENCES
-from runtime.chat import CHATS
 
 
 def option(default, help: str, choices=None):
@@ -19,17 +18,17 @@ class Options:
 
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
-    data: str | None = option(None, "named set or JSONL file to train on")
-    valid: str | None = option(None, "named set or JSONL file held out, for valid_ce and samples")
+    data: str | None = option(None, "named set or file to train on")
+    valid: str | None = option(None, "named set or file held out, for valid_ce and samples")
     keep_best: str | None = option(
         None, "leave in student/ not the last checkpoint but the one with the best score on --valid: Rouge-L of a "
         "response sampled to each prompt, or cross-entropy", ["rouge", "ce"],
     )  # fmt: skip
     student_chat: str | None = option(
-        None, "chat format of the student's prompts (default: that of the run which trained it here, else none)",
-        ["none", *CHATS],
+        None, "chat template of the student's prompts: own (the model's; --student-chat alone), thinking (own, with "
+        "thinking), a path, or none (default: as in the run which trained it here, else none)",
     )  # fmt: skip
-    teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one", ["none", *CHATS])
+    teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one")
     bos: bool | None = option(
         None, "begin each prompt as the model's own tokenizer begins a text, with <s> for instance (default: as in the "
         "run which trained the model here, else not)",
@@ -37,7 +36,7 @@ class Options:
     method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option(
-        "auto", "auto: none for equal vocabularies, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
+        "auto", "auto: none for vocabularies of one family, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
     )
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
     kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
@@ -84,6 +83,7 @@ class Options:
     resume: bool = option(False, "go on with the run in --out")
     checkpoint_every: int = option(0, "updates between checkpoints and held-out scores (0: every epoch)")
     log_every: int = option(10, "updates between lines of log.jsonl")
+    tensorboard: bool = option(False, "also write the log as TensorBoard's event files (needs that package)")
     dry_run: bool = option(False, "no update, no dropout: print the loss terms of the first --batch-size lines")
 
 
@@ -116,7 +116,11 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     group.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
     about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
     group.add_argument("--teacher-sft", action="store_true", default=argparse.SUPPRESS, help=f"{about} (default: off)")
-    return vars(parser.parse_args(arguments))
+    about = "--student-chat and --teacher-chat in one (default: none)"
+    group.add_argument("--chat", nargs="?", const="own", default=argparse.SUPPRESS, help=about)
+    given = vars(parser.parse_args(arguments))
+    sides = ["student_chat", "teacher_chat"][: 1 if given.get("method") == "sft" else 2]
+    return {**dict.fromkeys(sides if "chat" in given else [], given.pop("chat", None)), **given}
 
 
 def add_option(group, entry, kind: type, common: dict) -> None:
@@ -126,5 +130,7 @@ def add_option(group, entry, kind: type, common: dict) -> None:
         group.add_argument(flag, action=action, **common)
     elif kind is list:
         group.add_argument(flag, nargs="+", **common)
+    elif entry.name.endswith("_chat"):
+        group.add_argument(flag, nargs="?", const="own", **common)
     else:
         group.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)

@@ -12,6 +12,8 @@ which are small, and float32 under autocast.
 Without torchrun every function here does nothing, or what one process would do.
 """
 
+import json
+import math
 import os
 import random
 import sys
@@ -19,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -84,7 +87,12 @@ def session() -> Iterator[None]:
             # torchrun ends the others as soon as it finds one process dead, and repeats that one's error last.
             time.sleep(20)
             sys.exit(1)
-        get_error_handler().record_exception(error)
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if isinstance(error, SystemExit) and file:  # a mistake of the user's: torchrun repeats the sentence alone
+            message = {"message": str(error.code), "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
+        else:
+            get_error_handler().record_exception(error)
         raise
     sys.stdout, sys.stderr = outputs
     dist.destroy_process_group()
@@ -175,11 +183,12 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was. Raises
     FloatingPointError if it is not finite."""
     norm = gradient_norm(parameters)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+    found = float(norm)
+    if not math.isfinite(found):
+        raise FloatingPointError(f"the gradient's norm is {found}")
     for part in split_by_placement(parameters):
         clip_grads_with_norm_(part, largest, norm)
-    return float(norm)
+    return found
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

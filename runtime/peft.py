@@ -3,9 +3,11 @@
 Plain LoRA only: files with DoRA, rsLoRA, biases or a rank per layer are refused. peft itself is not needed.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,12 +15,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora import adapted_layers, attach, check_values, default_targets, linear_layers
+from lora import adapted_layers, attach, check_values, default_targets, linear_layers, merge
+from model import load_model, read_json, save_model
+from runtime.hub import MODEL_FILES, WEIGHT_FILES, model_directory
+from runtime.tokenizer import say_once
 
 # What peft's configuration may say without changing the computation: used, about other software, or about training.
 KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out init_lora_weights task_type
     inference_mode base_model_name_or_path revision peft_version auto_mapping layers_to_transform layers_pattern
     exclude_modules megatron_core qalora_group_size""".split())
+# What makes a model of any adapter, for those that are not read here.
+MERGE = ('merge it once, python -c "import sys; from peft import AutoPeftModelForCausalLM as P; P.from_pretrained('
+         "sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" ADAPTER MODEL, and copy the tokenizer's files "
+         "beside it")  # fmt: skip
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # A (rank, in), B (out, rank)
 
 
@@ -86,21 +95,52 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
     return model
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether it holds an adapter and no model."""
+    weights = [directory / file for file in WEIGHT_FILES[:2]]
+    return os.path.isfile(directory / "adapter_config.json") and not any(map(os.path.isfile, weights))
+
+
+def base_of(adapter: Path) -> str:
+    """The name or directory of an adapter's base. Raises FileNotFoundError, saying what it is, if that is not here."""
+    base = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    try:
+        model_directory(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{adapter} is an adapter, and its base is not here: {error}. Put the base's path into "
+                                "base_model_name_or_path of adapter_config.json") from error  # fmt: skip
+    return base
+
+
+def merge_into(base: Path, adapter: Path) -> Path:
+    """The directory of `base` with the adapter merged into it, in float32: made once, in the user's cache
+    ($XDG_CACHE_HOME or ~/.cache). Raises as `load_adapter` does."""
+    names = [*MODEL_FILES, *WEIGHT_FILES, "adapter_*"]
+    files = sorted({file for directory in (base, adapter) for name in names for file in directory.glob(name)})
+    key = repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd"
+    merged = cache / f"merged-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    if not merged.is_dir():
+        new = merged.with_suffix(f".{os.getpid()}.new")
+        save_model(merge(load_adapter(load_model(base), adapter)), new)
+        for file in (directory / name for directory in (base, adapter) for name in MODEL_FILES[1:]):
+            if file.is_file():
+                shutil.copy(file, new)
+        os.rename(new, merged)
+    say_once(f"{adapter} is an adapter; with its base {base} it is the model in {merged}")
+    return merged
+
+
 def read_adapter_config(file: Path) -> tuple[int, float, float]:
     """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for what is more than plain LoRA."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found; expected adapter_config.json and adapter_model.safetensors")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: not an adapter of peft_type LORA")
     # PiSSA, OLoRA and the like also change the weights underneath
     wrong = [] if config.get("init_lora_weights") in (True, False, None, "gaussian") else ["init_lora_weights"]
     wrong += [field for field, value in config.items() if field not in KNOWN and value and value != "none"]
     if wrong:
-        raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA")
+        raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA: {MERGE}")
     values = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
     check_values(str(file), *values)
     return values
@@ -109,7 +149,7 @@ def read_adapter_config(file: Path) -> tuple[int, float, float]:
 def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str, Tensor]]:
     """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}; raises as `load_adapter` does."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found (adapters in pickled .bin files are not read)")
+        raise FileNotFoundError(f"{file} not found (adapters in pickled .bin files are not read: {MERGE})")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -119,6 +159,9 @@ def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str
     adapters: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
+        if re.search(r"\.(lm_head|embed_tokens|wte|wpe)\.", key):
+            raise ValueError(f"{file}: {key} changes the head or an embedding, which is not supported, only plain LoRA "
+                             f"on the layers between: {MERGE}")  # fmt: skip
         if match is None or match[1] not in ours:
             raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
                              "is it an adapter of another model?")  # fmt: skip

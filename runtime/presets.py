@@ -21,7 +21,7 @@ RECIPES = {  # the model that is trained, by whatever method, or a task: its set
 }
 TEACHER_STAGE = (  # options that hold for the teacher too; what else is given is about the student and how it learns
     "data valid bos keep_best max_steps batch_size grad_accum bucket tokens_per_batch max_len max_prompt_len chunk "
-    "recompute seed dtype device compile checkpoint_every log_every"
+    "recompute seed dtype device compile checkpoint_every log_every tensorboard"
 ).split()
 
 
@@ -50,7 +50,8 @@ def flags(options: dict) -> str:
     words = []
     for name, value in options.items():
         flag = ("--no-" if value is False else "--") + name.replace("_", "-")
-        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(str(value))]
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [flag, *(shlex.quote(str(part)) for part in values)]
     return " ".join(words)
 
 
@@ -84,7 +85,7 @@ def say_teacher(given: dict, o: Options, directory: Path, run: dict | None) -> N
         same = Path(run.get("data", "")).resolve() == Path(o.data).resolve()
         print(line + ("" if same else f"; this run is on --data {o.data}"), file=sys.stderr)
         return
-    published = directory != Path(o.teacher)  # came from the hub, under a preset's or a repository's name
+    published = not Path(o.teacher).is_dir()  # came from the hub, under a preset's or a repository's name
     known = f"the model as {MODELS.get(o.teacher, o.teacher)} publishes it" if published else "of no run (no args.json)"
     which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
     print(

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import lora
 from model import Decoder, read_config, read_json, save_model
 from runtime import parallel
+from runtime.chat import FORMER
 from runtime.hub import MODELS
 from runtime.peft import save_adapter
 from runtime.serving import write_as_trained
@@ -125,7 +126,9 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
             lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
-        base = str(Path(o.student).resolve()) if Path(o.student).is_dir() else MODELS.get(o.student, o.student)
+        base = MODELS.get(o.student, o.student)
+        if Path(o.student).is_dir():
+            base = str(pieces.student_tokenizer.directory.resolve())
         save_adapter(student, out / "adapter", base)
         lora.merge(student)
     save_model(student, out / "student")
@@ -242,7 +245,8 @@ def check_resumed(o) -> None:
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
-    free = {"batch_size", "grad_accum", "processes", "shard", "recompute"}
+    free = {"batch_size", "grad_accum", "processes", "shard", "recompute", "tensorboard"}
+    free |= {name for name in ("student_chat", "teacher_chat") if before.get(name) in FORMER}  # the tokens are compared
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
             flag = f"--{name.replace('_', '-')}"
@@ -279,6 +283,8 @@ def is_value(value, entry: Field) -> bool:
     choices = entry.metadata["choices"]
     if value is None or choices:
         return value is None or value in choices
+    if entry.name.endswith("_chat"):
+        return value in ("own", "thinking", "none", *FORMER) or type(value) is str and Path(value).exists()
     if type(value) is bool:
         return entry.type in (bool, bool | None)
     return isinstance(value, entry.type) or (type(value) is int and isinstance(1.0, entry.type))
@@ -315,9 +321,12 @@ def run_of(directory: str | Path) -> dict | None:
     return read_json(record)
 
 
-def chat_of(directory: str | Path) -> str:
-    """The chat format that a model directory was trained with here, "none" if it was not."""
-    return (run_of(directory) or {}).get("student_chat") or "none"
+def chat_of(directory: str | Path) -> str | None:
+    """The chat template that a model directory was trained with here, which is its own since then, or "none"; None if
+    it was not trained here. Older runs name one of FORMER, which `read_chat` refuses."""
+    record = run_of(directory)
+    chat = record and (record.get("student_chat") or "none")
+    return chat if chat in (None, "none", "thinking", *FORMER) else "own"
 
 
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
@@ -327,14 +336,16 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
     Raises ValueError for a tokenizer that cannot belong to the model."""
     if bos is None:
         bos = "bos" in (run_of(directory) or {})
-    tokenizer = read_tokenizer(directory, chat or chat_of(directory), bos)
-    check_size(tokenizer, read_config(read_json(Path(directory) / "config.json")).vocab_size)
+    rows = read_config(read_json(Path(directory) / "config.json")).vocab_size
+    tokenizer = read_tokenizer(directory, chat or chat_of(directory) or "none", bos, rows)
+    check_size(tokenizer, rows)
     return tokenizer
 
 
 @contextmanager
-def hold_directory(o) -> Iterator[None]:
-    """The run directory with args.json, made if need be, for this process alone (or for it and those it is 0 of)."""
+def hold_directory(o, facts: dict) -> Iterator[None]:
+    """The run directory with args.json (the options, and these facts), made if need be, for this process alone (or for
+    it and those it is 0 of)."""
     if parallel.rank() > 0:
         yield
         return
@@ -344,7 +355,8 @@ def hold_directory(o) -> Iterator[None]:
         if not o.resume and (out / "args.json").exists():
             raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
         best = best_checkpoint(o) if o.resume else None
-        write_text(out / "args.json", json.dumps(record_of(o) | ({"best": best} if best else {}), indent=1) + "\n")
+        record = record_of(o) | facts | ({"best": best} if best else {})
+        write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
         yield
 
 
@@ -437,10 +449,15 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """log.jsonl: one JSON object per line, written at once; lines after the point of resumption are dropped."""
+    """log.jsonl: one JSON object per line, written at once; lines after the point of resumption are dropped. With
+    `tensorboard` the same numbers in its event files, beside it."""
 
-    def __init__(self, path: Path, start: int):
-        self.path = path
+    def __init__(self, path: Path, start: int, tensorboard: bool = False):
+        self.path, self.board = path, None
+        if tensorboard and parallel.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # an extra; runtime/strict.py has looked for it
+
+            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=start + 1)
         lines = read_log(path) if start and path.is_file() else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
@@ -449,6 +466,10 @@ class Log:
             return
         with name_file_in_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name in line.keys() - {"step"}:
+                self.board.add_scalar(name, line[name], line["step"])
+            self.board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +559,7 @@ class RunDirectory:
 
     def __enter__(self):
         with ExitStack() as stack:
-            stack.enter_context(hold_directory(self.o))
+            stack.enter_context(hold_directory(self.o, self.pieces.facts(self.o)))
             self.stop = stack.enter_context(StopSignals())
             self.start, self.counts = 0, {}
             if self.o.resume:
@@ -547,7 +568,7 @@ class RunDirectory:
                 raise ValueError(
                     f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
                 )
-            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start)
+            self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start, self.o.tensorboard)
             parallel.start_alike(self.parameters)
             if not self.start and parallel.rank() > 0:  # dropout of its own
                 parallel.seed_process(self.o.seed, self.start)
@@ -682,3 +703,8 @@ def seconds_of_finished_stage(o) -> float | None:
 def finish_stage(o, seconds: float) -> None:
     content = {"seconds": seconds, "options": asdict(replace(o, resume=False))}
     write_text(Path(o.out) / "finished.json", json.dumps(content) + "\n")
+
+
+def finished_runs(root: Path) -> dict[str, float]:
+    """Of each finished stage in a directory: its name, and how long it was trained."""
+    return {file.parent.name: read_json(file)["seconds"] for file in sorted(root.glob("*/finished.json"))}

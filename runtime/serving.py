@@ -6,12 +6,12 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, processors
 
 from model import read_json
-from runtime.tokenizer import TextTokenizer, content_of, find_template, read_if_there
+from runtime.tokenizer import TextTokenizer, content_of, find_chat, find_template, read_if_there
 
 
 def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     """Make the files of a copy in `directory` say what a model was trained with here, so that `transformers` makes the
-    same ids of a prompt, and ends responses at end-of-text too."""
+    same ids of a prompt, and of turns in the chat template, and ends responses at end-of-text too."""
     if find_template(tokenizer.tokenizer) != (tokenizer.prefix, []):
         write_template(directory / "tokenizer.json", tokenizer)
     end, model = tokenizer.names([tokenizer.eos_id]), read_if_there(directory / "config.json")
@@ -26,6 +26,9 @@ def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
         bos = tokenizer.tokenizer.id_to_token(bos) if type(bos) is int and 0 <= bos < tokenizer.size else None
         names = {"bos_token": bos, "model_input_names": ["input_ids", "attention_mask"]}  # the class's to know
         config = {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer.chat is not None and tokenizer.chat.as_trained() != find_chat(directory):
+        config.pop("chat_template", None)
+        (directory / "chat_template.jinja").write_text(tokenizer.chat.as_trained(), encoding="utf-8")
     if config != before:
         write_json(directory / "tokenizer_config.json", config)
 

@@ -20,20 +20,22 @@ from torch import Tensor
 from model import (
     ACTIVATIONS,
     FIELDS,
-    GPT2_NAMES,
-    LLAMA_NAMES,
     REQUIRED,
+    ROPE,
     TRANSPOSED,
     Decoder,
     checkpoint_files,
+    find_tensors,
     hugging_face_names,
     read_config,
+    read_fields,
     read_json,
     read_rope,
 )
 from runtime import parallel
+from runtime.device import choose_device
 from runtime.options import Options
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, count_shared, say_once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The options
@@ -45,6 +47,14 @@ AT_LEAST |= dict.fromkeys(
 )  # fmt: skip
 BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
          "seed": 2**32}  # it is multiplied into the seeds of epochs; of all others 2**31 # fmt: skip
+
+
+def has_tensorboard() -> bool:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def check_options(o: Options) -> Options:
@@ -66,6 +76,8 @@ def check_options(o: Options) -> Options:
          "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
         (o.keep_best and o.valid is None,
          f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
+        (o.tensorboard and not has_tensorboard(),
+         "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
     ])  # fmt: skip
     check_cache(o)
     o = check_lora(o)
@@ -73,7 +85,7 @@ def check_options(o: Options) -> Options:
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
     check_processes(o)
-    device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = o.device or choose_device()[0]
     on_cuda = check_device(device).type == "cuda"
     if on_cuda and parallel.by_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -159,10 +171,11 @@ def check_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name}: only cuda and cpu are supported (the projectors are solved in float64)")
-    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
-        raise ValueError(f"--device {name}: there is no CUDA device of that name here; use --device cpu")
+        raise ValueError(f"--device {name}: only cuda and cpu are supported (Apple's mps has no float64, in which "
+                         "projectors are solved)")  # fmt: skip
+    usable, why = choose_device(device.index or 0)
+    if device.type == "cuda" and usable != "cuda":
+        raise ValueError(f"--device {name}: no CUDA device to compute on here ({why}); use --device cpu")
     return device
 
 
@@ -208,7 +221,7 @@ def check_lora(o: Options) -> Options:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json: every field is either used, known to be harmless, or required to have the one value that we implement
+# config.json: every field that changes the computation is used or refused. Any other is left alone, with a note.
 
 # What the value of a field must be: a type, and the least and the most of a number. The most is far above any real
 # model's; it keeps a slip of the pen from asking for terabytes or hours.
@@ -216,33 +229,30 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a st
          dict: "an object"}  # fmt: skip
 VALUES = {field: rule for fields, *rule in [
     ("n_layer num_hidden_layers", int, 1, 2**10),
-    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
-     "max_window_layers", int, 1, 2**20),
+    ("n_embd n_head n_inner hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim", int, 1,
+     2**20), ("max_window_layers", int, 0, 2**20),
     ("vocab_size n_positions max_position_embeddings original_max_position_embeddings sliding_window", int, 1, 2**24),
     ("embd_pdrop attn_pdrop resid_pdrop attention_dropout layer_norm_epsilon rms_norm_eps", float, 0, 1),
-    ("initializer_range", float, 0, 100),
-    ("rope_theta factor low_freq_factor high_freq_factor", float, 1e-3, 1e15),
-    ("tie_word_embeddings attention_bias mlp_bias use_sliding_window", bool, 0, 1),
+    ("initializer_range mscale mscale_all_dim", float, 0, 100),
+    ("rope_theta factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow", float, 1e-3, 1e15),
+    ("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate", bool, 0, 1),
     ("activation_function hidden_act", str), ("layer_types", list), ("rope_scaling rope_parameters", dict),
 ] for field in fields.split()}  # fmt: skip
-NULLABLE = {"attention_dropout", "num_key_value_heads", "head_dim", "sliding_window"}  # and those with the default None
 
-# Fields that would change the computation, with the only values implemented (unless the family's table has the field).
-ONLY = {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
-        "add_cross_attention": [False], "is_encoder_decoder": [False], "is_decoder": [False, True],
-        "attention_bias": [False], "mlp_bias": [False], "sliding_window": [None], "use_sliding_window": [False],
-        "rope_interleaved": [False], "use_mrope": [False], "pruned_heads": [None, {}], "partial_rotary_factor": [1.0],
-        "chunk_size_feed_forward": [0], "tie_encoder_decoder": [False]}  # fmt: skip
+# Fields that change the computation of one of the families, or the weights, with the only value that is implemented.
+ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+        "add_cross_attention": False, "is_encoder_decoder": False, "is_causal": True, "rope_interleaved": False,
+        "use_mrope": False, "pruned_heads": {}, "partial_rotary_factor": 1.0, "quantization_config": None,
+        "compression_config": None, "transformers_weights": None}  # fmt: skip
+GPT2_ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+                "num_hidden_layers": "n_layer"}  # transformers takes either # fmt: skip
 
-# Fields about other software, other heads or defaults of generation: they do not touch the hidden states or the head.
-HARMLESS = set("""model_type architectures _name_or_path name_or_path transformers_version torch_dtype dtype use_cache
-    _attn_implementation _attn_implementation_autoset attn_implementation torchscript use_bfloat16 pretraining_tp
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id tokenizer_class prefix
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
-    output_attentions output_hidden_states output_past return_dict id2label label2id num_labels _num_labels problem_type
-    finetuning_task n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config transformers.js_config
-    max_length min_length do_sample temperature top_k top_p repetition_penalty max_sequence_length
-    transformers_weights""".split())  # fmt: skip
+# Fields that common files have beside these: of no note.
+HARMLESS = set("""model_type architectures _name_or_path transformers_version torch_dtype dtype use_cache pretraining_tp
+    _attn_implementation_autoset bos_token_id eos_token_id pad_token_id tokenizer_class task_specific_params max_length
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout output_past id2label
+    label2id _num_labels n_ctx n_special predict_special_tokens gradient_checkpointing is_llama_config return_dict
+    transformers.js_config is_decoder chunk_size_feed_forward""".split())  # fmt: skip
 
 
 def check_config(config: dict, file="config.json") -> SimpleNamespace:
@@ -250,25 +260,26 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     family = config.get("model_type")
     if family not in list(FIELDS):
         raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
-    where = f"{file} (model_type {family})"
-    for field, default in FIELDS[family].items():
-        value = config.get(field, "missing" if default is REQUIRED else default)
-        if value is not None or not (default is None or field in NULLABLE):
-            check_value(field, value, where)
-    for field in sorted(config.keys() - FIELDS[family].keys() - HARMLESS):
-        if field not in ONLY:
-            raise ValueError(f"{where}: field {field!r} (= {config[field]!r}) is not known; it may change the model")
-        if config[field] not in ONLY[field]:
-            raise ValueError(f"{where}: {field} = {config[field]!r} is not supported, only {ONLY[field][0]!r}")
+    where, f = f"{file} (model_type {family})", read_fields(config)
+    for field in FIELDS[family]:
+        if (value := getattr(f, field)) is not None:
+            check_value(field, "missing" if value is REQUIRED else value, where)
+    aliases = {alias: getattr(f, field) for alias, field in GPT2_ALIASES.items()} if family == "gpt2" else {}
+    only = ONLY | aliases
+    for field in sorted(config.keys() & only.keys()):
+        if config[field] is not None and config[field] != only[field]:
+            hint = "; take the checkpoint that is not quantised" if field == "quantization_config" else ""
+            raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}{hint}")
+    unused = sorted(config.keys() - FIELDS[family].keys() - only.keys() - HARMLESS)
+    if unused:
+        say_once(f"{file}: fields that do not affect a {family} model are ignored: {', '.join(unused)}")
 
-    f = SimpleNamespace(**{**FIELDS[family], **config})
     if family != "gpt2":
         check_rope(f, where)
+    elif f.n_embd % f.n_head:
+        raise ValueError(f"{where}: n_embd {f.n_embd} does not divide into {f.n_head} heads")
     if family in ("qwen2", "qwen3"):
         check_windows(f, where)
-    heads = f.n_head if family == "gpt2" else f.num_attention_heads
-    if family == "gpt2" and f.n_embd % heads:
-        raise ValueError(f"{where}: n_embd {f.n_embd} does not divide into {heads} heads")
     c = read_config(config)
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
@@ -289,10 +300,7 @@ def check_value(field: str, value, where: str) -> None:
 
 
 def check_windows(f: SimpleNamespace, where: str) -> None:
-    types = f.layer_types
-    if types is None:
-        slides = f.use_sliding_window and f.num_hidden_layers > f.max_window_layers
-        types = ["sliding_attention" if slides else "full_attention"] * f.num_hidden_layers
+    types = ["full_attention"] * f.num_hidden_layers if f.layer_types is None else f.layer_types
     if len(types) != f.num_hidden_layers or any(t not in ("full_attention", "sliding_attention") for t in types):
         raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
     if "sliding_attention" in types and not (f.use_sliding_window and f.sliding_window):
@@ -300,26 +308,26 @@ def check_windows(f: SimpleNamespace, where: str) -> None:
 
 
 def check_rope(f: SimpleNamespace, where: str) -> None:
-    if f.rope_scaling and f.rope_parameters and f.rope_scaling != f.rope_parameters:
-        raise ValueError(f"{where}: rope_scaling and rope_parameters contradict each other; keep one")
-    given = f.rope_parameters or f.rope_scaling or {}
-    rope = read_rope(f)
-    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-    check_value("rope_theta", theta, where)
-    if f.rope_theta is not None and f.rope_theta != theta:
-        raise ValueError(f"{where}: rope_theta {f.rope_theta} and {theta} contradict each other; keep one")
-    if given.get("type") == kind:  # the older name of rope_type
-        rope.pop("type", None)
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    fields = {"default": (), "linear": ("factor",), "llama3": llama3}.get(str(kind))
-    if fields is None:
-        raise ValueError(f"{where}: rotary scaling rope_type {kind!r} is not supported, only default, linear, llama3")
-    if set(rope) != set(fields):
-        raise ValueError(f"{where}: rotary scaling {kind!r} needs the fields {list(fields)}, got {sorted(rope)}")
-    for field in fields:
-        check_value(field, rope[field], where)
-    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise ValueError(f"{where}: rotary scaling 'llama3' needs a low_freq_factor below its high_freq_factor")
+    meanings = []
+    for rope in [spelt for spelt in (f.rope_parameters, f.rope_scaling) if spelt] or [{}]:
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in list(ROPE):
+            raise ValueError(f"{where}: rotary scaling {kind!r:.60} is not supported, only {', '.join(ROPE)}")
+        if rope.get("partial_rotary_factor") not in (None, 1) or any(isinstance(x, dict) for x in rope.values()):
+            raise ValueError(f"{where}: rotary embedding by parts or by layers is not supported: {rope!s:.200}")
+        meaning = read_rope(f, rope)
+        for field in ("rope_theta", *ROPE[kind]):
+            if meaning[field] is not None or kind != "yarn":  # which has a default for each
+                check_value(field, "missing" if meaning[field] is None else meaning[field], where)
+        meanings.append(meaning)
+        top = {field: getattr(f, field) or meaning[field] for field in meaning.keys() & FIELDS["llama"].keys()}
+        if rope.get("type") not in (None, kind) or meanings[0] != meaning or meaning | top != meaning:
+            raise ValueError(f"{where}: rope_theta {f.rope_theta}, rope_scaling {f.rope_scaling!s:.200} and "
+                             f"rope_parameters {f.rope_parameters!s:.200} contradict each other; keep one")  # fmt: skip
+        if kind == "llama3" and not meaning["low_freq_factor"] < meaning["high_freq_factor"]:
+            raise ValueError(f"{where}: rotary scaling 'llama3' needs a low_freq_factor below its high_freq_factor")
+        if kind == "yarn" and meaning["rope_theta"] <= 1:
+            raise ValueError(f"{where}: rotary scaling 'yarn' needs a rope_theta above 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,44 +345,34 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     check_config(config, file)
     if not weights:
         return
-    check_index(path)
+    check_files(path)
     with torch.device("meta"):
         m = Decoder(config)
-    family = config["model_type"]
-    gpt2 = family == "gpt2"
-    prefix, shapes = (GPT2_NAMES if gpt2 else LLAMA_NAMES)[0], {}
-    for ours, theirs in hugging_face_names(m).items():
-        shape = list(m.get_parameter(ours).shape)
-        shapes[theirs] = shape[::-1] if gpt2 and TRANSPOSED.search(ours) else shape
-    missing, places = set(shapes), {}
-    for file in checkpoint_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if CONSTANTS.search(name):
-                        continue
-                    theirs = name if name in shapes or name == "lm_head.weight" else prefix + name
-                    if theirs == "lm_head.weight" and m.lm_head is None:
-                        places["head"] = file, name  # compared below: the embedding may come later
-                        continue
-                    if theirs not in missing:
-                        why = "came twice" if theirs in shapes else f"is not known for model_type {family}"
-                        raise ValueError(f"{file}: tensor {name!r} {why}")
-                    missing.discard(theirs)
-                    check_tensor(tensors.get_slice(name), shapes[theirs], f"{file}: {name}")
-                    if theirs == hugging_face_names(m)["embed.weight"]:
-                        places["embedding"] = file, name
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    expected = {ours: list(parameter.shape) for ours, parameter in m.named_parameters()}
+    places, head = {}, None
+    for file, names in find_tensors(m, path).items():
+        with safe_open(file, framework="pt") as tensors:
+            for theirs, ours in names.items():
+                if ours is None and theirs == "lm_head.weight":  # compared below: the embedding may come later
+                    head = file, theirs
+                elif ours is None and not CONSTANTS.search(theirs):
+                    raise ValueError(f"{file}: tensor {theirs!r} is not known for model_type {config['model_type']}")
+                elif ours in places:
+                    raise ValueError(f"{file}: tensor {theirs!r} came twice")
+                elif ours is not None:
+                    shape = expected[ours][::-1] if TRANSPOSED.search(ours) else expected[ours]
+                    check_tensor(tensors.get_slice(theirs), shape, f"{file}: {theirs}")
+                    places[ours] = file, theirs
+    missing = sorted(theirs for ours, theirs in hugging_face_names(m).items() if ours not in places)
     if missing:
-        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(sorted(missing)[:8])}")
-    if "head" in places and not equal_tensors(*places.values()):
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+    if head is not None and not equal_tensors(head, places["embed.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
                          "tie_word_embeddings to false")  # fmt: skip
 
 
-def check_index(path: Path) -> None:
-    """Raises unless the weights are there, in one file or in all the shards that the index lists."""
+def check_files(path: Path) -> None:
+    """Raises unless the weights are there, in one file or in all the shards that the index lists, and can be opened."""
     index = path / "model.safetensors.index.json"
     if not (path / "model.safetensors").is_file() and index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -385,6 +383,12 @@ def check_index(path: Path) -> None:
                 raise ValueError(f"{index}: shard {shard!r} is not a plain file name; it would be read from elsewhere")
             if not (path / shard).is_file():
                 raise FileNotFoundError(f"{path / shard} not found, but {index.name} lists it as a shard")
+    for file in checkpoint_files(path):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
 
 
 def check_tensor(header, shape: list[int], where: str) -> None:
@@ -431,21 +435,27 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
             how = {"uld": "position by position", "mined": "by edit distance"}[method]
             raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
-    equal = teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab() and teacher.eos_id == student.eos_id
+    shared = count_shared(teacher, student)
     if align == "auto":
-        align = "none" if equal or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
+        align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if method == "kd" and align != "none":
         raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
-    if align == "none" and not equal:
+    if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
         differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"
         raise ValueError(
-            f"--method {method} --align none needs equal vocabularies; {teacher.directory} and {student.directory} "
-            f"{differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
+            f"--method {method} --align none needs vocabularies of one family; {teacher.directory} and "
+            f"{student.directory} {differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
         )
     if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
         other = {"eta": "v2", "cma": "v1"}[align]
         raise ValueError(f"--align {align} belongs to --recipe {other} (the papers pair v1 with cma, v2 with eta)")
+    sides = {"teacher": teacher, "student": student}
+    more = [f"the {side}'s {t.names([i])}" for side, t in sides.items() for i in range(shared, t.size) if t.names([i])]
+    if align == "none" and more:
+        more[8:] = [f"{len(more) - 8} others"] if len(more) > 8 else []
+        say_once(f"{teacher.directory} and {student.directory}: compared on the {shared} ids that both have; left out: "
+                 f"{', '.join(more)}")  # fmt: skip
     return align
 
 

@@ -1,8 +1,11 @@
 """A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, models
@@ -10,7 +13,9 @@ from tokenizers import Tokenizer, models
 from align import token_bytes
 from data import Example, Side, cut_prompt
 from model import read_json
-from runtime.chat import CHATS, ChatFormat
+from runtime.chat import FORMER, ChatTemplate
+
+TURNS = [{"role": "user", "content": "An odd question"}, {"role": "assistant", "content": "An odd reply"}]  # to try out
 
 
 @dataclass(eq=False)
@@ -20,7 +25,7 @@ class TextTokenizer:
     directory: Path
     tokenizer: Tokenizer
     end_ids: list[int]  # all that end a response when the model writes one, end-of-text first
-    chat: ChatFormat | None = None  # None: prompts in the plain template
+    chat: ChatTemplate | None = None  # None: prompts in the plain template
     prefix: list[int] = field(default_factory=list)  # the ids that begin every prompt (--bos)
 
     def __post_init__(self):
@@ -45,7 +50,7 @@ class TextTokenizer:
         return [self.prompt_text(cut_prompt(example, [self], limit)) for example in examples]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: `prefix` and the text, where a special token's name is that token, as in chat formats."""
+        """Ids of a prompt: `prefix` and the text, where a special token's name is that token, as in chat templates."""
         self.tokenizer.encode_special_tokens = False
         return self.prefix + self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -82,28 +87,34 @@ class TextTokenizer:
 # Reading
 
 
-def read_tokenizer(directory: str | Path, chat: str = "none", bos: bool = False) -> TextTokenizer:
+def read_tokenizer(
+    directory: str | Path, chat: str = "none", bos: bool = False, rows: int | None = None
+) -> TextTokenizer:
     """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
     name. Raises ValueError naming the file that is wrong.
 
-    chat: a key of CHATS, or "none" for the plain template. In a chat format, what ends a turn is end-of-text.
+    chat: as in `read_chat`, or "none" for the plain template. What ends a turn in a chat template is end-of-text.
+    rows: the model's embeddings. A special token beyond them, often for padding, is left out, with a note.
     bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in GPT-2's),
-    unless the chat format begins so by itself.
+    unless the chat template begins so by itself.
     """
     directory, file = Path(directory), Path(directory) / "tokenizer.json"
-    if chat not in ("none", *CHATS):
-        raise ValueError(f"{directory}: no chat format is called {chat!r}, only none, {', '.join(CHATS)}")
     tokenizer = open_tokenizer(file)
-    end_ids = find_ends(directory, tokenizer, CHATS.get(chat))
+    template = None if chat == "none" else read_chat(directory, tokenizer, chat)
+    end_ids = find_ends(directory, tokenizer, template)
+    if rows is not None:
+        written = template.source if template else ""
+        tokenizer = leave_out_tokens(file, tokenizer, rows, tokenizer.id_to_token(end_ids[0]), written)
+        end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
     try:
-        read = TextTokenizer(directory, tokenizer, end_ids, CHATS.get(chat))
+        read = TextTokenizer(directory, tokenizer, end_ids, template)
     except ValueError as error:  # nobody knows what its tokens spell
         raise ValueError(f"{file}: {error}") from error
     if bos:
         begin, _ = find_template(tokenizer)
         if any(tokenizer.id_to_token(index) is None for index in begin):
             raise ValueError(f"{file}: its post-processor adds ids {begin}, but the vocabulary lacks one of them")
-        if read.chat is None or read.encode_prompt(read.chat.text)[: len(begin)] != begin:
+        if read.chat is None or read.encode_prompt(read.chat.render(TURNS[:1]))[: len(begin)] != begin:
             read.prefix = begin
     return read
 
@@ -128,6 +139,22 @@ def open_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, written: str) -> Tokenizer:
+    """The tokenizer without the special tokens whose ids are `rows` and above, but for the end and those that the chat
+    template `written` writes: the names of the others are then text like any other."""
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    beyond = {token: i for token, i in special.items() if i >= rows and token != end and token not in written}
+    if not beyond:
+        return tokenizer
+    named = ", ".join(f"{token} ({i})" for token, i in beyond.items())
+    say_once(f"{file}: the model has no embedding for {named}; left out, their names are text like any other")
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"] = {token: i for token, i in content["model"]["vocab"].items() if token not in beyond}
+    return Tokenizer.from_str(json.dumps(content))
+
+
 def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that tokenizer.json's post-processor puts before and behind a text."""
     bare = Tokenizer(models.WordLevel({"text": 0}, unk_token="text"))  # shows them, whatever the vocabulary is
@@ -138,19 +165,47 @@ def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return encoding.ids[:at], encoding.ids[at + 1 :]
 
 
-def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatFormat | None) -> list[int]:
-    """Every id that the chat format or one of the files calls an end, end-of-text first."""
+def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
+    """The chat template that a model's prompts are put into: "own" is the model's, "thinking" too, with its
+    `enable_thinking`; else the path of another one's file, or of a model directory that has it."""
+    own = find_chat(directory)
+    source = own if chat in ("own", "thinking") else find_chat(Path(chat))
+    if source is None:
+        why = "no chat template, neither in chat_template.jinja nor in tokenizer_config.json; name a path"
+        if chat not in ("own", "thinking"):
+            why = f"the chat template {chat!r} is neither own, thinking, none nor a path; {', '.join(FORMER)} are "
+            why += "no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
+        raise ValueError(f"{directory}: {why}")
+    named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
+    named = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
+    tokens = {name: token for name, token in named.items() if isinstance(token, str)}
+    name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
+    return ChatTemplate(source, tokens, name, source == own, chat == "thinking")
+
+
+def find_chat(path: Path) -> str | None:
+    """The chat template in that file, or of that model's directory; None if there is none."""
+    file = path if path.is_file() else path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({error.reason})") from error
+    template = read_if_there(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, with names
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[int]:
+    """Every id that the chat template or one of the files calls an end, end-of-text first."""
     ends, vocabulary = [], tokenizer.get_vocab()
     ids = set(vocabulary.values())
-    if chat is not None:
-        tokenizer.encode_special_tokens = False
-        for token in chat.special_tokens():
-            if token not in vocabulary or len(tokenizer.encode(token, add_special_tokens=False).ids) != 1:
-                raise ValueError(
-                    f"{directory}: the chat format {chat.name} needs the special token {token}, which this tokenizer "
-                    "does not have; choose another format, or none"
-                )
-        ends.append(vocabulary[chat.end])
+    if chat is not None:  # the first special token behind an answer
+        behind = chat.render(TURNS, ask=False).partition(TURNS[1]["content"])[2]
+        tokenizer.encode_special_tokens, added = False, tokenizer.get_added_tokens_decoder()
+        encoded = tokenizer.encode(behind, add_special_tokens=False).ids
+        ends += [i for i in encoded if i in added and added[i].special][:1]
     for name, key in [
         ("tokenizer_config.json", "eos_token"),
         ("generation_config.json", "eos_token_id"),
@@ -174,7 +229,8 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     if tokenizer.size > rows:
         last = tokenizer.size - 1
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart} "
+            f"(the first without one is {tokenizer.names([rows])!r})"
         )
     if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
         raise ValueError(
@@ -182,20 +238,43 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
         )
 
 
-def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, bos_is_open: bool) -> None:
-    """A note on standard error where a tokenizer that ends turns is used without the chat format that has them, or one
-    that begins texts without what they begin with, if that was not decided."""
-    if tokenizer.chat is not None:
-        return
+def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
+    """How many ids, from 0 on, both vocabularies have for the same tokens, where they are of one family: where only
+    added tokens, special ones mostly, follow, and end-of-text is the same. 0 where they are not."""
+    vocabularies = [tokenizer.tokenizer.get_vocab() for tokenizer in (teacher, student)]
+    apart = vocabularies[0].items() ^ vocabularies[1].items()
+    shared = min((index for _, index in apart), default=teacher.size)
+    for tokenizer, vocabulary in zip((teacher, student), vocabularies, strict=True):
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+        if any(index >= shared and index not in added for index in vocabulary.values()):
+            return 0
+    return shared if teacher.eos_id == student.eos_id < shared else 0
+
+
+def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: bool, bos_is_open: bool) -> None:
+    """A note on standard error where prompts are not in the model's own chat template though it has one, or where its
+    texts begin with something and its prompts do not; unless that was decided when it was trained."""
+    chat, directory, notes = tokenizer.chat, tokenizer.directory, []
     end, begin = tokenizer.names([tokenizer.eos_id]), tokenizer.names(find_template(tokenizer.tokenizer)[0])
-    if end in {chat.end for chat in CHATS.values()}:
-        print(f"note: {tokenizer.directory} ends turns ({end}), but no {chat_option} is given", file=sys.stderr)
-    if bos_is_open and begin and not tokenizer.prefix:
-        print(
-            f"note: {tokenizer.directory}: prompts are read without the {begin} that its tokenizer puts before a text "
-            "(as in the papers' code); --bos adds it",
-            file=sys.stderr,
-        )
+    if chat and not chat.own:
+        marks = re.findall(r"<[^<>\s]{2,40}>|\[/?[A-Z_]+\]", chat.render(TURNS))
+        plain = dict.fromkeys(mark for mark in marks if tokenizer.tokenizer.token_to_id(mark) is None)
+        notes = [f"prompts are in {chat.name}, not the model's own" + f"; no tokens: {', '.join(plain)}" * bool(plain)]
+    elif not chat and not chat_is_known and find_chat(directory):
+        notes = [f"prompts are not in the model's chat template; {chat_option} own uses it"]
+    elif not chat and not chat_is_known and re.search("im_end|eot|end_of_turn|<.end.>", end):
+        notes = [f"it ends turns ({end}), but has no chat template"]
+    if not chat and bos_is_open and begin and not tokenizer.prefix:
+        notes += [f"prompts are read without the {begin} that its tokenizer puts before a text (as in the papers' "
+                  "code); --bos adds it"]  # fmt: skip
+    for note in notes:
+        print(f"note: {directory}: {note}", file=sys.stderr)
+
+
+@cache
+def say_once(note: str) -> None:
+    """A note on standard error, the first time that it comes up."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 def read_if_there(path: Path) -> dict:

@@ -354,4 +354,11 @@ def describe_guards(guards: dict[str, bool]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["launch"]:
         launch()
-    print(describe_guards(check()))
+    import argparse  # not for the launcher, which starts once for each program
+
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser("python -m scores.sandbox", description=__doc__, formatter_class=form).parse_args()
+    try:
+        print(describe_guards(check()))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")

@@ -58,7 +58,7 @@ def count_unfinished(found: list[dict]) -> str:
 
 def describe(scores: dict, data: DataSet, chat, file) -> str:
     """What was done, of one model and one set, and where the report is; with programs, what became of them."""
-    line = f"{len(data.examples)} examples" + (f" in the chat format {chat.name}" if chat else "")
+    line = f"{len(data.examples)} examples" + (f" in {chat.name}" if chat else "")
     if scores["prompts_cut"]:
         line += f", {scores['prompts_cut']} prompts cut to fit"
     if any(scores["not_ended"]):

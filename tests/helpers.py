@@ -21,6 +21,8 @@ from losses import RECIPES, Counts
 from model import build_model, load_model, save_model
 from runtime import run as checkpoint
 
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -235,7 +237,8 @@ CONFIGS = {
                                    "tie_word_embeddings": True},
     "llama3-scaling": {**LLAMA, "head_dim": 16, "rope_theta": 1000.0, "rope_scaling": LLAMA3},
     "llama3-scaling-5": {**LLAMA, "head_dim": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1000.0}},
-    "llama-linear-scaling": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "qwen2-yarn": {**QWEN, "model_type": "qwen2", "head_dim": 16, "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
     "mistral-window": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {**LLAMA, "model_type": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2": {**QWEN, "model_type": "qwen2"},

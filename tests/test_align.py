@@ -117,9 +117,9 @@ def test_token_bytes_sentencepiece():
                   "<0x1>": 9, "x<0x41>": 10, "<0x41>x": 11}  # fmt: skip
     tokenizer = sentencepiece(vocabulary, unk_token="<unk>", byte_fallback=True)
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.add_tokens(["▁▁plain"])
+    tokenizer.add_tokens(["▁▁plain", "▁▁▁"])  # the second as Gemma's runs of spaces
     expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
-    assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode()]
+    assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode(), b"   "]
 
 
 @pytest.mark.parametrize(

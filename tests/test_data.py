@@ -16,7 +16,6 @@ from data import (
     collate,
     cut_prompt,
     find_longest,
-    read_jsonl,
     replace_response,
     tokenise,
 )
@@ -84,13 +83,7 @@ def write(tmp_path, content):
     return path
 
 
-@pytest.fixture(params=[read_jsonl, read_examples])
-def read(request):
-    """The reader of our own files, and that of files of others."""
-    return request.param
-
-
-def test_both_forms(tmp_path, read):
+def test_both_forms(tmp_path):
     path = write(
         tmp_path,
         '{"prompt": "p ", "output": "o"}\n'
@@ -98,29 +91,29 @@ def test_both_forms(tmp_path, read):
         '{"instruction": "i", "output": ["a", "b"]}\n'
         '{"instruction": "", "input": "n", "output": " "}',
     )
-    first, second, third, fourth = read(path)
+    first, second, third, fourth = read_examples(path)
     assert first == Example(f"{path}, line 1", ["o"], prompt="p ")
     assert second == Example(f"{path}, line 2", ["é"], instruction="i")
     assert third.outputs == ["a", "b"] and third.input == "" and third.prompt is None
     assert (fourth.instruction, fourth.input, fourth.outputs) == ("", "n", [" "])
 
 
-def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path, read):
+def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path):
     odd = "a\u2028b\u2029c\x85d\u000be\x0cf\x1cg\x00h\u00a0\ufeff\r\n\ti"
     record = json.dumps({"prompt": odd, "output": odd}, ensure_ascii=False)
     assert "\u2028" in record and "\x85" in record
     path = write(tmp_path, b"\xef\xbb\xbf\r\n" + record.encode() + b"\r\n  \n\n" + record.encode() + b"\n\n")
-    examples = read(path)
+    examples = read_examples(path)
     assert [example.where for example in examples] == [f"{path}, line 2", f"{path}, line 5"]
     assert all(example.prompt == odd and example.outputs == [odd] for example in examples)
-    assert len(read(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
+    assert len(read_examples(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
 
 
-def test_part_of_a_file(tmp_path, read):
+def test_part_of_a_file(tmp_path):
     path = write(tmp_path, "".join(f'{{"prompt": "{n}", "output": "o"}}\n' for n in range(6)))
-    assert [e.prompt for e in read(path, 2, 4)] == ["2", "3"]
-    assert [e.where for e in read(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
-    assert len(read(path)) == 6
+    assert [e.prompt for e in read_examples(path, 2, 4)] == ["2", "3"]
+    assert [e.where for e in read_examples(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
+    assert len(read_examples(path)) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,11 +204,11 @@ def test_cutting_of_random_texts(student, teacher):
 def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):
     lines = [{"prompt": "p", "output": "abc"}, {"prompt": "p", "output": "abc", "end_of_text": False}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student)
+    rows, report = tokenise(read_examples(tmp_path / "d.jsonl"), student)
     whole, cut = (row.student.response for row in rows)
     assert whole == [*cut, student.eos_id] and report.responses_cut == 0
     length = len(rows[1].student.prompt) + len(cut)
-    rows, report = tokenise(read_jsonl(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
+    rows, report = tokenise(read_examples(tmp_path / "d.jsonl"), student, max_len=length)  # no room for end-of-text
     assert rows[1].student.response == cut and len(rows[0].student.response) <= len(cut)
     assert report.responses_cut == 1
 

@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "experiments" / "README.md", ROOT / "examples" / "README.md"]
+PAGES += [ROOT / name for name in ("experiments/README.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 EXCERPT = re.compile(r"^```python (\S+\.py) ([\w.]+)(?:: (.+?) \.\.\. (.+?))?\n(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^ *```sh( test)?\n(.*?)^ *```$", re.M | re.S)

@@ -1,5 +1,6 @@
 """Scores: generation in batches, held-out cross-entropy, the table and the JSON file."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,8 @@ from helpers import speaker
 
 import eval as evaluation
 import model
-from data import CodeTask, Example, read_jsonl, tokenise
+from data import CodeTask, Example, tokenise
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 
@@ -21,7 +23,7 @@ def student(tiny_task):
 
 def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     together = evaluation.respond(m, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     alone = [evaluation.respond(m, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone and len(set(together)) > 1
@@ -29,7 +31,7 @@ def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, 
 
 def test_sampling_is_seeded(tiny_task, student):
     m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_jsonl(tiny_task / "test.jsonl")]
+    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     runs = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
@@ -37,7 +39,7 @@ def test_sampling_is_seeded(tiny_task, student):
 def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
     m, tokenizer = student
     m.train()
-    rows, _ = tokenise(read_jsonl(tiny_task / "valid.jsonl"), tokenizer)
+    rows, _ = tokenise(read_examples(tiny_task / "valid.jsonl"), tokenizer)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in rows:  # one by one, no padding, from the definition
@@ -107,7 +109,7 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-------", "one", "two"]
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
-    report = json.loads((tmp_path / "one" / "eval-test.json").read_text())
+    report = json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text())
     assert report["examples"] == 3 and len(report["rouge_l"]) == 2 and len(report["responses"][1]) == 3
     evaluation.main(["one", "--data", data, "--greedy", "--limit", "2", *short])
     assert "±" not in capsys.readouterr().out
@@ -150,7 +152,7 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
     evaluation.main([run, "--data", text, sums, exercises, *options])
     out, err = capsys.readouterr()
     head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert head == ["model", "test Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
+    assert head == ["model", "test-first-2 Rouge-L", "sums accuracy", "exercises pass@1", "not ended"]
     assert row[2:] == ["100.00 ± 0.00", "100.00 ± 0.00", "0 of 10"] and "sandbox: " in err and "2 passed" in err
     report = json.loads((tmp_path / "run" / "eval-exercises.json").read_text())
     assert report["task"] == "code" and report["pass_at_1"] == [100.0, 100.0] and report["seeds"] == [1, 2]
@@ -172,11 +174,12 @@ def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, student):
     for limit, cut in (("1", 0), ("2", 0), ("3", 1)):
         evaluation.main([run, "--data", data, "--greedy", "--limit", limit, "--max-len", "60", "--max-prompt-len", "50",
                          "--device", "cpu"])  # fmt: skip
-        report, replies = replies_of(run, "set")
+        report, replies = replies_of(run, "set" if limit == "3" else f"set-first-{limit}")
         assert report["new_tokens"] == 10 and report["prompts_cut"] == cut
         assert replies[:2] == evaluation.respond(m, tokenizer, prompts[:2], max_new_tokens=10)[: int(limit)]
     evaluation.main([run, "--data", data, "--greedy", "--limit", "1", "--max-len", "60", "--device", "cpu"])
-    assert replies_of(run, "set")[0]["new_tokens"] == 30
+    assert replies_of(run, "set-first-1")[0]["new_tokens"] == 30
+    assert replies_of(run, "set")[0]["examples"] == 3  # of the whole set: still there
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,28 @@ def test_prompts_must_leave_room_for_responses(tiny_task, tmp_path, monkeypatch)
     for options in (["--max-len", "60", "--max-prompt-len", "60"], ["--max-prompt-len", "512", "--task", "rouge"]):
         with pytest.raises(SystemExit, match="--max-prompt-len .* leaves no token of --max-len .* for the response"):
             evaluation.main([run, "--data", data, "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("trained", ["{}\n", "Say {}!"])
+def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkeypatch, student, trained):
+    run, (m, tokenizer) = run_directory(tiny_task, tmp_path), student
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"prompts": trained, "bos": None}))
+    words = [run, "--device", "cpu", "--max-len", "30", "--prompt"]
+    expected = [evaluation.respond(m, tokenizer, [trained.replace("{}", text)], 15)[0] for text in ("A fox", "An owl")]
+    evaluation.main([*words, "A fox"])
+    assert capsys.readouterr().out == expected[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("A fox\n\nAn owl\n"))  # no terminal: a line each
+    evaluation.main(words)
+    assert capsys.readouterr().out == "".join(f"{response}\n" for response in expected)
+    evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
+    sampled = capsys.readouterr().out.splitlines()
+    assert sampled != [expected[0]] * len(sampled)
+
+
+def test_prompts_and_sets_are_either_or(tiny_task, capsys):
+    for words in ([], ["--data", "x", "--prompt", "y"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main([str(tiny_task / "student"), *words])
 
 
 def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import train
 from align import exact_token_alignment
 from baselines.mined import edit_distance_map
-from data import read_jsonl, tokenise
+from data import tokenise
 from model import load_model
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def golden_model(name):
 @functools.cache
 def golden_rows(teacher, align):
     teacher_tokenizer = golden_model(teacher)[1] if teacher else None
-    examples = read_jsonl(GOLDEN / "data.jsonl")
+    examples = read_examples(GOLDEN / "data.jsonl")
     tokenizer = golden_model("student")[1]
     rows, report = tokenise(examples, tokenizer, teacher_tokenizer, MAX_LEN, MAX_PROMPT_LEN, align=align)
     assert report.prompts_cut == report.responses_cut == 0

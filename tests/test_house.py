@@ -45,16 +45,18 @@ def read(file: Path) -> str:
 
 def imported(file: Path) -> set[str]:
     """The top files and rooms that a file imports anywhere; but the embedded task is fetched by its name in
-    the functions that need it."""
+    the functions that need it, and the command line of align.py is in runtime/show.py."""
     tree = ast.parse(read(file))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     lazy = file.as_posix() in ("train.py", "runtime/load.py")
     late = {node for function in functions for node in ast.walk(function)} if lazy else set()
+    if file.as_posix() == "align.py":
+        late = set(ast.walk(tree.body[-1])) if ast.unparse(tree.body[-1]).startswith("if __name__ ==") else set()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not (node in late and node.module == "experiments"):
+        elif isinstance(node, ast.ImportFrom) and not (node in late and node.module in ("experiments", "runtime.show")):
             names.add(node.module or "")
     return {name.split(".")[0] for name in names} & {*TOP, *ROOMS}
 

@@ -8,10 +8,12 @@ import torch
 from helpers import GPT2, LLAMA, QWEN, arguments, random_batch, random_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import lora
 import model
 import train
 from runtime import run as checkpoint
+from runtime.load import find_model
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
@@ -245,6 +247,37 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
+def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, capsys):
+    """For every command: it is merged once, and has the base's tokenizer unless it has one of its own."""
+    import transformers
+
+    base, adapter, data = tiny_task / "student", tmp_path / "adapter", tiny_task / "test.jsonl"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(adapter)
+    (adapter / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "mine": 1}')
+    merged = find_model(str(adapter), "teacher")
+    assert f"{adapter} is an adapter; with its base {base} it is the model in {merged}" in capsys.readouterr().err
+    assert close(logits_of(model.load_model(merged)), their_logits(theirs))
+    assert not close(their_logits(theirs), logits_of(model.load_model(base)), 1e-2)
+    assert (merged / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert json.loads((merged / "tokenizer_config.json").read_text())["mine"] == 1
+    stamp = (merged / "model.safetensors").stat().st_mtime_ns
+    evaluation.main([str(adapter), "--data", str(data), "--limit=1", "--greedy", "--max-len=64", "--device=cpu"])
+    assert find_model(str(adapter), "teacher") == merged == next(merged.parent.glob("merged-*"))
+    assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
+    assert find_model(str(adapter), "student", weights=False) == base
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in ("/root/elsewhere", None):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        with pytest.raises(FileNotFoundError, match=f"is an adapter, and its base is not here: model '{base}'"):
+            find_model(str(adapter), "teacher")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""
@@ -302,8 +335,10 @@ def test_adapters_of_another_kind(saved, field, value, message):
         (FIRST.replace("lora_A", "lora_B"), [3, 24], r"lora_B.weight' is \[3, 24\], .* need \[72, 3\]"),
         (FIRST.replace(".0.", ".2."), [3, 24], r"no linear layer for tensor .*h\.2.* \[3, 24\]"),
         (FIRST.replace("lora_A", "lora_magnitude"), [72], "no linear layer for tensor .*lora_magnitude"),
-        ("base_model.model.lm_head.weight", [61, 24], "no linear layer for tensor .*lm_head"),
-        ("base_model.model.lm_head.lora_A.weight", [3, 24], "no linear layer for tensor .*lm_head"),
+        ("base_model.model.lm_head.weight", [61, 24], "lm_head.weight changes the head or an embedding.*peft"),
+        ("base_model.model.lm_head.lora_A.weight", [3, 24], "lm_head.lora_A.weight changes the head"),
+        ("base_model.model.transformer.wte.lora_embedding_A", [3, 61], "wte.lora_embedding_A changes the head or"),
+        ("base_model.model.model.embed_tokens.weight", [61, 24], "embed_tokens.weight changes the head or"),
         (FIRST, None, r"h\.0\.attn\.c_attn has only lora_B"),
     ],
 )
@@ -409,6 +444,20 @@ def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save)
     both = peft.AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter")).eval()  # finds the base by its config
     assert close(their_logits(both), expected)
     assert (out / "samples.txt").read_text().count("### prompt") == 5
+
+
+def test_a_run_and_its_adapter_are_its_student(tiny_task, tmp_path, capsys):
+    """As the student or the teacher of the next run, and in eval.py."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(command(tiny_task, first, method="eta"))
+    assert find_model(str(first / "adapter"), "teacher") == find_model(str(first), "teacher") == first / "student"
+    capsys.readouterr()
+    train.main(arguments(tiny_task, second, teacher=first, student=first, lora=2))
+    assert f"teacher: {first / 'student'}, trained here: --method dskd" in capsys.readouterr().err
+    config = json.loads((second / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first / "student")
+    evaluation.main([str(first), "--data", str(tiny_task / "test.jsonl"), "--limit=1", "--greedy", "--device=cpu"])
+    assert list(first.glob("eval-*.json"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CONFIGS, GPT2, LLAMA, LLAMA3, perturb, random_batch, random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model
 from model import build_model, generate, load_model, sample, save_model
+from runtime.strict import check_config, check_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [44, 2, 60], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]]
 every_family = pytest.mark.parametrize("name", CONFIGS)
@@ -80,6 +81,48 @@ def test_transformers_checkpoint_loads(transformers, name, tmp_path):
         torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
     assert torch.equal(ours.embed.weight, theirs.get_input_embeddings().weight)
     assert torch.equal(ours.head_weight, theirs.get_output_embeddings().weight)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("fields", [
+    {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},  # as in Qwen2.5
+    {"rope_parameters": {**YARN, "rope_theta": 700.0, "factor": None, "original_max_position_embeddings": 10}},
+    {"rope_scaling": {**YARN, "beta_fast": 3, "beta_slow": 0.5, "truncate": False, "attn_factor": 0.9}},
+    {"rope_scaling": {**YARN, "attention_factor": 0.7}, "original_max_position_embeddings": 20},
+    {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": None}, "rope_theta": 1e6},
+    {"rope_scaling": {**YARN, "mscale": 0.7, "beta_fast": 1, "original_max_position_embeddings": 4}},
+    {"rope_scaling": {**YARN, "factor": 0.5}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}},  # our sequences end where it begins
+    {"rope_scaling": {"rope_type": "linear", "factor": 3, "original_max_position_embeddings": 5, "beta_fast": 1}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4}},
+    {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 12}, "original_max_position_embeddings": 12},
+    {"rope_scaling": {**LLAMA3, "type": "llama3", "mscale": 1}, "rope_parameters": {**LLAMA3, "rope_theta": 500.0},
+     "rope_theta": 500},
+    {"rope_scaling": {"type": "default", "factor": 8.0}, "rope_theta": 5000.0},
+], ids=str)  # fmt: skip
+def test_rotary_scaling_is_that_of_transformers(transformers, fields):
+    config = {**LLAMA, "head_dim": 32, **fields}
+    assert check_config(copy.deepcopy(config)).rotary
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**config))
+    positions = torch.arange(40)[None]
+    for ours, expected in zip(build_model(config).rotary(positions), theirs(torch.ones(1), positions), strict=True):
+        torch.testing.assert_close(ours[:, :, 0], expected[..., :16], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_a_tied_model_whose_file_has_the_head_alone(name, tmp_path):
+    """What safetensors.torch.save_model leaves of a tied pair in transformers: the first name."""
+    save_model(random_model(CONFIGS[name]), tmp_path)
+    expected, tensors = load_model(tmp_path), load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight" if name == "gpt2" else "model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_model(tmp_path)
+    for body in (True, False):
+        again = load_model(tmp_path, body=body)
+        assert torch.equal(again.embed.weight, expected.embed.weight) and again.head_weight is again.embed.weight
+    assert torch.equal(load_model(tmp_path)(torch.tensor([[1, 2]])), expected(torch.tensor([[1, 2]])))
 
 
 def test_bfloat16_is_as_close_as_transformers(transformers, tmp_path):
@@ -154,8 +197,12 @@ def test_rows_beyond_the_vocabulary_are_never_drawn():
 
 def test_there_is_nothing_to_draw_from_logits_that_are_not_finite():
     for wrong in (float("nan"), float("inf")):
+        drawn = sample(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]])).tolist()
+        assert drawn[0] >= 0 and drawn[1] == -1
+        m = random_model(GPT2)
+        m.embed.weight.data[7] = wrong
         with pytest.raises(FloatingPointError, match="not finite"):
-            sample(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]))
+            generate(m, [[1, 2], [3]], 3, None)
 
 
 def test_generate_restores_the_mode_and_refuses_nonsense():

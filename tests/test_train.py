@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 import model
@@ -156,7 +157,7 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
     merges = tokenizer["model"]["merges"]
     fewer = {**tokenizer["model"], "merges": merges[:9]}
     (twin / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": fewer}))
-    with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers have the same vocabulary but cut"):
+    with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers cut this response differently"):
         train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
     train.main(arguments(tiny_task, None, dry_run=True, teacher=twin, align="eta"))
     assert json.loads(capsys.readouterr().out)["align_ratio"] < 1
@@ -165,6 +166,99 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
     config = json.loads((twin / "tokenizer_config.json").read_text())
     (twin / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
     train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
+    assert "align_ratio" in json.loads(capsys.readouterr().out)
+
+
+def with_more_tokens(source, directory, *names, special=True):
+    """A fine-tune of the model: more tokens behind its vocabulary, with embeddings that are larger than all others."""
+    shutil.copytree(source, directory)
+    tokenizer, before = Tokenizer.from_file(str(source / "tokenizer.json")), model.load_model(source)
+    tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    after = model.build_model({**before.config, "vocab_size": len(before.embed.weight) + len(names)})
+    after.load_state_dict({**before.state_dict(), "embed.weight": after.embed.weight}, strict=False)
+    with torch.no_grad():
+        after.embed.weight.normal_()[: -len(names)] = before.embed.weight
+    model.save_model(after, directory)
+    return directory
+
+
+@pytest.mark.parametrize("options", [{"method": "kd"}, {"method": "kd", "divergence": "js", "chunk": 0}, {},
+                                     {"recipe": "v1"}], ids=str)  # fmt: skip
+def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, capsys, options):
+    """The terms that compare the models are those without these tokens; labels alone are among all of the student's."""
+    teacher, student = tiny_task / "twin", tiny_task / "student"
+    pad = with_more_tokens(teacher, tmp_path / "teacher", "<think>", "[PAD]")
+    other = with_more_tokens(student, tmp_path / "student", "<pad>")
+
+    def terms(**models):
+        train.main(arguments(tiny_task, None, dry_run=True, **options, **models))
+        output, notes = capsys.readouterr()
+        return json.loads(output), notes
+
+    expected, notes = terms(teacher=teacher, student=student)
+    assert "left out" not in notes and "kd" in expected and "align_ratio" not in expected
+    found, notes = terms(teacher=pad, student=student)
+    assert f"{student}: compared on the 900 ids that both have; left out: the teacher's <think>, the teacher's" in notes
+    same = expected.keys() - ({"loss", "kd", "s2t_kd", "grad_norm"} if "method" not in options else set())
+    for name in same:  # DSKD has the teacher's whole head in the teacher's space
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    found, notes = terms(teacher=teacher, student=other)
+    assert "left out: the student's <pad>" in notes and found["ce"] > expected["ce"] + 1e-4
+    if "method" in options:
+        assert found["kd"] == pytest.approx(expected["kd"], rel=1e-5)
+    found, notes = terms(teacher=pad, student=other)
+    assert "left out: the teacher's <think>, the teacher's [PAD], the student's <pad>" in notes
+    if "method" in options:
+        assert found["kd"] == pytest.approx(expected["kd"], rel=1e-5)
+    elif not options:  # v2 asks for the teacher's predictions, which are among these ids
+        words = arguments(tiny_task, None, dry_run=True, teacher=pad, student=other)
+        o = train.check_options(train.Options(**train.settings(train.parse(words))))
+        pieces = train.load(o)
+        train.add_method(o, pieces)
+        batch = pieces.collate(pieces.rows, "cpu")
+        said = pieces.method.ask_teacher(batch)
+        assert said.label.max() < 900 <= train.predict_tokens(said.hidden, pieces.teacher.head_weight).max()
+
+
+def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, monkeypatch, capsys):
+    """A gold one is refused without --align eta; one that the student sampled leaves the gold one. A label that both
+    have, but behind the first that differs, is one among all of the student's."""
+    student = with_more_tokens(tiny_task / "student", tmp_path / "student", "the", special=False)
+    with pytest.raises(SystemExit, match="or one has a token of it that the other lacks; use --align eta"):
+        train.main(arguments(tiny_task, None, dry_run=True, teacher=tiny_task / "twin", student=student))
+    both = [with_more_tokens(tiny_task / name, tmp_path / f"more-{name}", f"<{name}>") for name in ("twin", "student")]
+    both = [with_more_tokens(source, tmp_path / f"both-{source.name}", "the", special=False) for source in both]
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=both[0], student=both[1], method="kd"))
+    output, notes = capsys.readouterr()
+    assert "left out: the teacher's <twin>, the teacher's the, the student's <student>" in notes
+    outputs = [json.loads(line)["output"] for line in (tiny_task / "train.jsonl").read_text().splitlines()[:4]]
+    assert 901 in read_tokenizer(both[1]).encode(" ".join(outputs)) and json.loads(output)["ce"] > 0
+
+    tokenizer = read_tokenizer(student)
+    word, more = [*tokenizer.encode("fox"), tokenizer.eos_id], [900, tokenizer.eos_id]
+    monkeypatch.setattr(train, "generate", lambda *arguments, **_: [word, more] * 2)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Who?", "output": "A fox."}\n' * 4)
+    options = {"data": data, "teacher": tiny_task / "twin", "student": student, "method": "kd", "on_policy": 1}
+    train.main(arguments(tiny_task, tmp_path / "run", **options, max_steps=1))
+    assert log_of(tmp_path / "run")[0]["on_policy"] == 0.5
+
+
+def test_vocabularies_that_are_not_of_one_family(tiny_task, tmp_path, capsys):
+    """Two ordinary tokens have changed places, or end-of-text itself is among those that differ: aligned."""
+    twin = shutil.copytree(tiny_task / "twin", tmp_path / "twin")
+    tokenizer = json.loads((twin / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["y"], vocabulary["z"] = vocabulary["z"], vocabulary["y"]
+    (twin / "tokenizer.json").write_text(json.dumps(tokenizer))
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
+    assert "align_ratio" in json.loads(capsys.readouterr().out)
+    ends = [with_more_tokens(tiny_task / name, tmp_path / f"{name}-ends", "<end>") for name in ("twin", "student")]
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=ends[0], student=ends[1]))
+    assert "align_ratio" not in json.loads(capsys.readouterr().out)
+    (ends[0] / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    train.main(arguments(tiny_task, None, dry_run=True, teacher=ends[0], student=ends[1]))
     assert "align_ratio" in json.loads(capsys.readouterr().out)
 
 
@@ -234,8 +328,10 @@ def test_training_learns(tiny_task, tmp_path):
 def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_task, tmp_path, capsys):
     out = tmp_path / "tiny"
     train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu"])
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed, progress = capsys.readouterr()
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["teacher", "sft", "dskd-v2"]
+    assert all(stage in progress for stage in ("teacher 1/3:", "sft 2/3:", "dskd-v2 3/3:", "device: cpu"))
     logs = {name: (out / name / "log.jsonl").read_bytes() for name in rows[2:]}
     scores = json.loads((out / "dskd-v2" / "scores.json").read_text())
     assert scores["examples"] == 11 and 0 <= scores["rouge_l"] <= 100
@@ -248,7 +344,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
     for words, name in (["--recipe", "v1", "--on-policy", "1"], "dskd-v1-on-policy"), (["--method", "seqkd"], "seqkd"):
         train.main(["--max-steps", "2", "--out", str(out), "--device", "cpu", *words])
         rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows[2:] == ["teacher", "sft", name]
+        assert rows[2:5] == ["teacher", "sft", name] and "dskd-v2" in rows[5:]
     assert all((out / name / "log.jsonl").read_bytes() == log for name, log in logs.items())
     with pytest.raises(SystemExit, match="--seed 1"):
         train.main(["--seed", "1", "--out", str(out)])

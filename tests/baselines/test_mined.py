@@ -1,5 +1,5 @@
-"""baselines/mined.py: edit distances, warping and the vocabulary map against their definitions; the loss by loops, its
-gradient by finite differences."""
+"""baselines/mined.py: edit distances, warping and the vocabulary map against their definitions; the loss by loops and
+by finite differences."""
 
 import collections
 import math

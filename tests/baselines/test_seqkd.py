@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import model
 import train
 from baselines import seqkd
-from data import read_jsonl
+from runtime.formats import read_examples
 from runtime.load import load_answers
 from runtime.options import Options
 from runtime.tokenizer import read_tokenizer
@@ -32,7 +32,7 @@ def finished(tiny_task, tmp_path_factory):
 
 def test_the_file_holds_the_teachers_greedy_answers(tiny_task, finished):
     teacher, tokenizer = model.load_model(tiny_task / "teacher"), read_tokenizer(tiny_task / "teacher")
-    gold, answers = read_jsonl(tiny_task / "valid.jsonl"), read_jsonl(finished / "seqkd.jsonl")
+    gold, answers = read_examples(tiny_task / "valid.jsonl"), read_examples(finished / "seqkd.jsonl")
     assert [example.prompt for example in answers] == [example.prompt for example in gold]
     assert not (finished / "seqkd.jsonl.new").exists()
     for answer in answers[:5]:
@@ -69,7 +69,7 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
 def test_answers_to_something_else_are_not_reused(tiny_task, tmp_path):
     """Also of other weights in the same place; or from before an option, if that is not what it was then."""
     teacher = read_tokenizer(tiny_task / "teacher")
-    how = {"examples": read_jsonl(tiny_task / "test.jsonl"), "model": tmp_path / "teacher", "teacher": teacher,
+    how = {"examples": read_examples(tiny_task / "test.jsonl"), "model": tmp_path / "teacher", "teacher": teacher,
            "student": SimpleNamespace(chat=None), "max_len": 96, "temperature": 0.0, "seed": 0}  # fmt: skip
     shutil.copytree(tiny_task / "teacher", tmp_path / "teacher")
     recipe = seqkd.make_recipe(**how)
@@ -109,7 +109,7 @@ def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finishe
 def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     """What `load_answers` makes of a teacher with these words."""
     student, teacher = (read_tokenizer(tiny_task / name) for name in ("student", "teacher"))
-    examples = read_jsonl(tiny_task / "train.jsonl")[: len(texts)]
+    examples = read_examples(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
     def generate(model, prompts, room, *rest):
@@ -159,7 +159,7 @@ def test_sampled_answers_depend_on_the_seed(tiny_task, tmp_path):
     for name, options in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
         options |= {"seqkd_temperature": 1.0, "max_steps": 1}
         train.main(words(tiny_task, tmp_path / name, **options))
-        texts[name] = [example.outputs[0] for example in read_jsonl(tmp_path / name / "seqkd.jsonl")]
+        texts[name] = [example.outputs[0] for example in read_examples(tmp_path / name / "seqkd.jsonl")]
     assert texts["a"] == texts["b"] != texts["c"]
 
 

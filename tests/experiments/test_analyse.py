@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 import model
 import train
-from align import exact_token_alignment
-from data import collate, read_jsonl, tokenise
+from data import collate, tokenise
 from experiments import analyse
 from losses import DIVERGENCES
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 SMALL = {"states": 4, "repetitions": 3}
@@ -70,7 +70,7 @@ def pair(tiny_task):
     """Both models, and the tokenised test examples, aligned."""
     models = [model.load_model(tiny_task / name).eval() for name in ("teacher", "student")]
     tokenizers = [read_tokenizer(tiny_task / name) for name in ("student", "teacher")]
-    rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), *tokenizers, align="eta")
+    rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), *tokenizers, align="eta")
     return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
 
@@ -136,27 +136,9 @@ def test_attention_is_what_training_computes(pair, tiny_task, monkeypatch):
     torch.testing.assert_close(weights.sum(1), torch.ones(len(pair.rows[0].student.response)))
 
 
-@pytest.mark.parametrize("line", [8, 72])
-def test_the_alignment_has_a_line_for_each_pair_and_a_box_for_each_token(line):
-    pytest.importorskip("matplotlib")
-    teacher = [b" Caf", b"\xc3", b"\xa9", b" noir", b" $5", b" and", b" $6", None]
-    student = [b"C", b"af", b"\xc3\xa9", b" noir", b" $5", b" a", b"nd", b" $6", None]
-    pairs = exact_token_alignment(teacher, student)
-    figure = analyse.draw_alignment(teacher, student, pairs, line=line)
-    assert len(figure.axes) == (3 if line == 8 else 1)
-    lines = [line for axis in figure.axes for line in axis.lines]
-    assert len(lines) == len(pairs[0]) == 4
-    assert all(np.ptp(line.get_xdata()) == 0 for line in lines)  # the same text: aligned tokens stand over each other
-    boxes = [box for axis in figure.axes for box in axis.patches]
-    assert len(boxes) == len(teacher) + len(student)
-    assert sum(box.get_edgecolor()[0] == 0 for box in boxes) == 2 * 4  # blue has no red
-    assert {"␣$5", "C3", "é", "end"} <= {text.get_text() for axis in figure.axes for text in axis.texts}
-    figure.canvas.draw()  # dollars are no mathematics
-
-
 def test_tokens_are_shown_as_text_where_they_are_text():
     labels = {b" a\n": "␣a↵", b"\xc3\xa9": "é", b"\xc3": "C3", b"\x00": "U+0", "北".encode(): "U+5317", None: "end"}
-    assert {token: analyse.shown(token) for token in labels} == labels
+    assert {token: analyse.show_token(token) for token in labels} == labels
 
 
 def test_the_heat_map_frames_the_aligned_pairs():
@@ -183,6 +165,24 @@ def test_simulate_command(tmp_path, capsys):
     rows = [line.split("|")[1].strip() for line in printed.splitlines()[2 : 2 + len(DIVERGENCES)]]
     assert rows == list(DIVERGENCES) and printed.count("±") == 6 * len(DIVERGENCES)
     assert is_png(tmp_path / "new" / "folder" / "simulation.png")
+
+
+def test_curves_command(tiny_task, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    logs = {"a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "valid_ce": 3.0}], "b": [{"step": 1, "loss": 4.0}]}
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [str(tmp_path / name) for name in logs]
+    analyse.main(["curves", *runs, "--out", str(tmp_path)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert rows[0] == ["", "loss", "valid_ce"] and rows[2:] == [[runs[0], "1.0000", "3.0000"], [runs[1], "4.0000", "-"]]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    panels = analyse.draw_curves(logs, ["loss", "valid_ce"]).axes
+    drawn = [[line.get_xydata().tolist() for line in panel.lines] for panel in panels]
+    assert drawn == [[[[1, 2], [2, 1]], [[1, 4]]], [[[2, 3]], []], [[], []]]
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        analyse.main(["curves", "nowhere", "--out", str(tmp_path)])
 
 
 def test_structure_command(tiny_task, tmp_path, capsys):
@@ -234,16 +234,15 @@ def test_alignment_command(tiny_task, tmp_path, capsys):
     common = ["alignment", "--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
     common += ["--data", str(tiny_task / "test.jsonl"), "--out", str(tmp_path)]
     analyse.main([*common, "--line", "2"])
-    assert is_png(tmp_path / "alignment.png") and not (tmp_path / "attention.png").exists()
-    capsys.readouterr()
+    assert "\nteacher ␣" in capsys.readouterr().out and not (tmp_path / "attention.png").exists()
     analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].split("|")[1:-1]]
     assert cells[3] == cells[4] == f"{1 / int(cells[0]):.3f}"  # a query of zeros attends to everything alike
     assert is_png(tmp_path / "attention.png")
     with pytest.raises(SystemExit, match="--line 99"):
         analyse.main([*common, "--line", "99"])
     with pytest.raises(SystemExit, match="not a readable safetensors file"):
-        analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "alignment.png")])
+        analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "attention.png")])
     save_file({"t2s.weight": torch.zeros(columns // 2, rows // 2)}, tmp_path / "projectors.safetensors")
     with pytest.raises(SystemExit, match="no query.weight.*cma"):
         analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])

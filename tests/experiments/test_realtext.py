@@ -1,100 +1,99 @@
-"""The methods on real text: the split, and the whole sequence of commands on small models."""
+"""The methods on real text: the split, the weaker student, and the whole sequence of commands on small models."""
 
 import json
-import shlex
 import subprocess
 from unittest.mock import patch
 
 import pytest
+import torch
 
 import eval
 import train
-from data import PROMPT, read_jsonl
 from experiments import realtext
-from model import read_json
+from model import load_model, save_model
+from runtime.formats import read_examples
 
 
 @pytest.fixture
 def arguments(tiny_task, tmp_path, monkeypatch):
+    """The experiment's, on models of the tests: the same sequence, in seconds."""
     for name, value in {
-        "VALID": 3, "TEST": 4, "READING": "--max-steps 1 --batch-size 4", "TEACHER": "--max-steps 1 --batch-size 2",
-        "STUDENTS": "--max-steps 2 --batch-size 2", "COMMON": "--max-len 96 --max-prompt-len 48 --device cpu",
+        "VALID": 2, "TEST": 3, "TRAIN": 4, "LENGTH": 96, "NEW_TOKENS": 4, "LEFT_OUT": (), "TEACHER": "--max-steps 1",
+        "STUDENT": "--max-steps 2", "COMMON": "--max-len 96 --max-prompt-len 48 --batch-size 2 --device cpu",
+        "FILES": {"dolly": ["train.jsonl"], "self_instruct": ["valid.jsonl"], "gsm8k": ["test.jsonl"]},
     }.items():  # fmt: skip
         monkeypatch.setattr(realtext, name, value)
-    small = {**realtext.STUDENT, "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 96}
-    monkeypatch.setattr(realtext, "STUDENT", small)
-    task = tiny_task
-    words = {"teacher": task / "teacher", "tokenizer": task / "student", "data": task / "train.jsonl",
-             "reading": task / "valid.jsonl", "test": task / "test.jsonl", "out": tmp_path / "out"}  # fmt: skip
-    return [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    monkeypatch.setitem(realtext.PAIRS, "other", realtext.Pair("small", "large", "dolly", ("self_instruct",)))
+    models = {"small": tiny_task / "twin", "large": tiny_task / "teacher", "judge": tiny_task / "teacher"}
+    words = {**models, "data": tiny_task, "out": tmp_path / "out"}
+    return [*(str(word) for name, value in words.items() for word in (f"--{name}", value)), "--pairs", "other"]
 
 
 def in_process(words, **options):
     """subprocess.run of a command of ours, without a process."""
-    {"train.py": train.main, "eval.py": eval.main}[words[1]](words[2:])
+    words = words[1:]
+    if words[0] == "-m":
+        realtext.main(words[2:])
+    else:
+        {"train.py": train.main, "eval.py": eval.main}[words[0]](words[1:])
     return subprocess.CompletedProcess(words, 0)
 
 
-@pytest.mark.parametrize("instructions", [False, True], ids=["prompts", "instructions"])
-def test_the_split_keeps_prompts_apart(instructions, tiny_task, tmp_path, monkeypatch):
-    monkeypatch.setattr(realtext, "VALID", 3)
-    monkeypatch.setattr(realtext, "TEST", 4)
-    lines = (tiny_task / "train.jsonl").read_text().splitlines()
-    again = {**json.loads(lines[5]), "output": "another"}
-    if instructions:
-        lines = [json.dumps({"instruction": f"question {i}", "input": "", "output": "yes"}) for i in range(12)]
-        again = {"instruction": "question 5", "output": "another"}
-    (tmp_path / "all.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
-    realtext.split(tmp_path / "all.jsonl", tmp_path)
-    parts = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
-    prompts = {name: {example.prompt_text() for example in part} for name, part in parts.items()}
-    assert len(prompts["valid"]) == 3 and len(prompts["test"]) == 4
-    assert sum(map(len, parts.values())) == len(lines) + 1
-    assert not prompts["train"] & prompts["valid"] and not (prompts["train"] | prompts["valid"]) & prompts["test"]
-    before = (tmp_path / "test.jsonl").read_bytes()
-    realtext.split(tmp_path / "all.jsonl", tmp_path)
-    assert (tmp_path / "test.jsonl").read_bytes() == before
-    (tmp_path / "few.jsonl").write_text("\n".join(lines[:7]))
-    with pytest.raises(ValueError, match="few.jsonl: 7 prompts"):
-        realtext.split(tmp_path / "few.jsonl", tmp_path)
-
-
-def test_what_is_read_has_answers_and_no_test_prompt(tmp_path):
-    lines = [{"prompt": "a", "output": "1"}, {"prompt": "b", "output": ""}, {"prompt": "c", "output": "\u2028"}]
-    lines += [{"instruction": what, "input": "", "output": "yes"} for what in "de"]
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    realtext.readable(tmp_path / "all.jsonl", tmp_path, {"a", PROMPT.format(instruction="d")})
-    kept = [example.prompt or example.instruction for example in read_jsonl(tmp_path / "reading.jsonl")]
-    assert kept == ["c", "e"]
-
-
 def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
-    realtext.main([*arguments, "--methods", *realtext.METHODS])
+    rows = ["sft", "uld", "v2", "v2-random"]
+    realtext.main([*arguments, "--seeds", "0", "--rows", *rows])
     printed = capsys.readouterr().out.splitlines()
-    assert not (tmp_path / "out").exists() and len(printed) == 2 + len(realtext.METHODS) + 2
-    assert all(train.parse(shlex.split(line)[2:]) for line in printed if line.startswith("python train.py "))
-    methods = ["--methods", "sft", "v2"]
-    realtext.main([*arguments, *methods])
-    printed = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "out").exists() and len(printed) == 3 + 2 * len(rows)
     with patch.object(subprocess, "run", in_process):
-        realtext.main([*arguments, *methods, "--run"])
-        shown = capsys.readouterr().out
-        realtext.main([*arguments, *methods, "--run"])  # all of it is there: nothing is trained again
-    assert [line for line in shown.splitlines() if line.startswith("python ")] == printed
-    tables = [line for line in shown.splitlines() if line.startswith("| ") and "/v2" in line]
-    assert tables
-    for name in ("start", "sft", "v2"):
-        steps = [json.loads(line)["step"] for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
-        assert max(steps) == (1 if name == "start" else 2) and steps == sorted(steps)
-        given = read_json(tmp_path / "out" / name / "args.json")
-        expected = dict(zip(*[iter(shlex.split(realtext.METHODS.get(name, "--method sft")))] * 2, strict=True))
-        assert given["method"] == expected["--method"] and given["data"].endswith(
-            "reading.jsonl" if name == "start" else "train.jsonl"
-        )
+        realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
+        capsys.readouterr()
+        realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])  # all of it is there
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in again if "--score" in line] == [] and len(again) <= 1
+    parts = {}
+    for part in ("train", "valid", "test"):
+        parts[part] = {example.prompt for example in read_examples(tmp_path / "out" / "data" / f"dolly-{part}.jsonl")}
+    assert not parts["train"] & parts["test"] and not parts["valid"] & (parts["train"] | parts["test"])
+
+    realtext.main(["--out", str(tmp_path / "out"), "--tables"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| v2 ")]
+    scores = {run: json.loads((tmp_path / "out" / "other" / run / "scores.json").read_text())["dolly"]["gold"]
+              for run in ("v2-0", "v2-1", "sft-0", "sft-1")}  # fmt: skip
+    first, second = (scores[f"v2-{seed}"] - scores[f"sft-{seed}"] for seed in (0, 1))
+    mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
+    cells = [cell.strip() for cell in shown[0].strip("|").split("|")]
+    assert cells[:2] == ["v2", "2"]
+    assert cells[2] == f"{(scores['v2-0'] + scores['v2-1']) / 2:.3f} ({mean:+.3f} ± {spread:.3f})"
+
+
+def test_the_weaker_student_lacks_the_layers(tiny_task, tmp_path):
+    whole = load_model(tiny_task / "teacher")
+    whole.blocks.extend(load_model(tiny_task / "teacher").blocks)
+    with torch.no_grad():
+        whole.blocks[0].self_attn.q_proj.weight.mul_(2)
+    whole.config["num_hidden_layers"] = 2
+    save_model(whole, tmp_path / "whole")
+    realtext.leave_out_layers(tmp_path / "whole", tmp_path / "weak", [0])
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(load_model(tmp_path / "weak")(ids), load_model(tiny_task / "teacher")(ids))
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokens(tiny_task):
+    """Of a model that gives every token the same probability: tokens · log2(V) / bytes."""
+    model = load_model(tiny_task / "student")
+    with torch.no_grad():
+        model.embed.weight.zero_()  # and so the head, which is tied to it
+    tokenizer = realtext.tokenizer_of(tiny_task / "student")
+    examples = read_examples(tiny_task / "test.jsonl")
+    tokens = sum(len(tokenizer.encode(example.outputs[0])) + 1 for example in examples)
+    size = sum(len(example.outputs[0].encode()) for example in examples)
+    expected = tokens * torch.tensor(float(len(model.head_weight))).log2() / size
+    assert realtext.bits_per_byte(model, tokenizer, examples) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_what_is_missing_is_named(arguments, tmp_path):
-    arguments[arguments.index("--test") + 1] = str(tmp_path / "nowhere.jsonl")
-    with pytest.raises(SystemExit, match="nowhere.jsonl"):
+    arguments[arguments.index("--data") + 1] = str(tmp_path)
+    with pytest.raises(SystemExit, match="train.jsonl"):
         realtext.main([*arguments, "--run"])
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="--small is missing"):
+        realtext.main([])

@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, log_of, make_model, same, weights_of
+from helpers import CHAT_TEMPLATES, arguments, log_of, make_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
 import model
 import train
-from data import read_jsonl, tokenise
+from data import tokenise
 from experiments import tiny
 from fast import cache
 from runtime import load as loading
+from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
 METHODS = [
@@ -142,9 +143,9 @@ def two_students(tiny_task, tmp_path_factory):
     "recipe, second, entries",
     [
         ("v1", {"student": "other"}, 1),
-        ("v2", {"student": "chatting", "student_chat": "smollm2"}, 1),
+        ("v2", {"student": "chatting", "student_chat": CHAT_TEMPLATES / "smollm2.jinja"}, 1),
         # what is cut for the student is cut for the teacher
-        ("v2", {"student": "chatting", "student_chat": "smollm2", "max_len": 140}, 2),
+        ("v2", {"student": "chatting", "student_chat": CHAT_TEMPLATES / "smollm2.jinja", "max_len": 140}, 2),
     ],
 )
 def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_path, capsys, recipe, second, entries):
@@ -170,7 +171,7 @@ def test_a_second_student_reads_what_a_cache_of_its_own_has(two_students, tmp_pa
 def setting(tiny_task, tmp_path):
     """Rows, and a function that gives their cache."""
     tokenizers = read_tokenizer(tiny_task / "student"), read_tokenizer(tiny_task / "teacher")
-    examples = read_jsonl(tiny_task / "train.jsonl")
+    examples = read_examples(tiny_task / "train.jsonl")
 
     def make(teacher=tiny_task / "teacher", examples=examples, dtype=torch.float32, batch_size=4, **lengths):
         rows, _ = tokenise(examples, *tokenizers, **{"max_len": 96, "max_prompt_len": 48, **lengths})

@@ -99,7 +99,7 @@ def test_malformed_tokenizer(command, copy, nothing_loaded, damage):
 def test_malformed_data(command, tmp_path, nothing_loaded, option):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "Which fox?", "output": "This fox."}\n{"prompt": "p"}\n')
-    assert contains(command(**{option: path}), f"{path}, line 2: 'output' is missing")
+    assert contains(command(**{option: path}), f"{path}, line 2: the response is missing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,8 +137,8 @@ def test_missing_options(command, nothing_loaded, missing):
 
 SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
 TOGETHER = [
-    ({"method": "kd"}, "--method kd --align none needs equal vocabularies", "--method dskd"),
-    ({"align": "none"}, "--align none needs equal vocabularies", "--align eta"),
+    ({"method": "kd"}, "--method kd --align none needs vocabularies of one family", "--method dskd"),
+    ({"align": "none"}, "--align none needs vocabularies of one family", "--align eta"),
     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
     ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd", "--method kd"),
@@ -157,9 +157,9 @@ TOGETHER = [
     ({"keep_best": "rouge"}, "--keep-best rouge is by the scores on held-out examples: give them with --valid"),
     ({"teacher_sft": True, "method": "sft"}, "--teacher-sft belongs to training with a teacher"),
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
-    ({"teacher_sft": True, "method": "kd"}, "equal vocabularies"),
+    ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
-    ({"teacher_sft": True, "student_chat": "qwen2.5"}, "special token"),
+    ({"teacher_sft": True, "student_chat": "own"}, "no chat template, neither in chat_template.jinja nor"),
     ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
     ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
     ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),

@@ -5,16 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import arguments
+from helpers import CHAT_TEMPLATES, arguments
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 import eval as evaluation
 import model
 import train
 from baselines import seqkd
-from data import Example, read_jsonl, tokenise
+from data import Example, tokenise
 from experiments import tiny
-from runtime.chat import CHATS
+from runtime.formats import read_examples
 from runtime.options import Options
 from runtime.run import tokenizer_of
 from runtime.serving import write_as_trained
@@ -91,7 +91,7 @@ def test_the_students_files_say_what_it_was_trained_with(kinds, tiny_task, tmp_p
     o = check_options(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",
                       bos=bos or None, max_len=96, out=str(tmp_path / "other")))  # fmt: skip
     pieces = train.load(o)
-    for row, example in zip(pieces.rows, read_jsonl(o.data), strict=True):
+    for row, example in zip(pieces.rows, read_examples(o.data), strict=True):
         assert theirs(example.prompt)["input_ids"] == row.student.prompt
         assert row.student.response == [*saved.encode(example.outputs[0]), saved.eos_id]
 
@@ -122,7 +122,7 @@ def test_names_that_the_class_knew_are_written_down(tiny_task, tmp_path):
 
 
 def test_both_models_get_their_own_and_only_prompts_change(kinds, tiny_task):
-    examples = read_jsonl(tiny_task / "train.jsonl")
+    examples = read_examples(tiny_task / "train.jsonl")
 
     def rows(bos, **lengths):
         both = (read_tokenizer(kinds[kind], bos=bos) for kind in ("llama3", "llama"))
@@ -154,9 +154,11 @@ def test_a_chat_format_that_begins_so_by_itself_gets_no_second_one(tiny_task, tm
     tokenizer.add_special_tokens(names)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 900)])
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
-    ours = read_tokenizer(tmp_path / "base", chat, bos=True)
+    config = {"bos_token": BEGIN, "eos_token": "<|eot_id|>"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = read_tokenizer(tmp_path / "base", str(CHAT_TEMPLATES / f"{chat}.jinja"), bos=True)
     text = ours.prompt_text(Example("", ["x"], prompt="Who?"))
-    assert text == CHATS[chat].text.format(message="Who?")
+    assert text.startswith(BEGIN) == twice and "Who?" in text
     assert ours.encode_prompt(text).count(900) == 1 and ours.encode_prompt(text)[0] == 900
     shutil.copytree(tmp_path / "base", tmp_path / "student")
     write_as_trained(ours, tmp_path / "student")
@@ -180,7 +182,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
         evaluation.main([str(directory), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--device", "cpu", *more])
         report = json.loads((directory / "eval-test.json").read_text())
         tokenizer = read_tokenizer(kinds["llama"], bos=report["bos"] == [1])
-        rows, _ = tokenise(read_jsonl(tiny_task / "test.jsonl"), tokenizer)
+        rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), tokenizer)
         expected = evaluation.held_out_cross_entropy(model.load_model(student), rows, 0)
         assert report["cross_entropy"] == pytest.approx(expected, rel=1e-5) and report["bos"] in ([], [1])
         return bool(report["bos"]), "--bos adds it" in capsys.readouterr().err

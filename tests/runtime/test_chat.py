@@ -1,98 +1,204 @@
-"""Chat formats: rendered as the families' own templates do, told apart for teacher and student, cut, ended, evaluated.
+"""Chat templates: rendered as `transformers` does, told apart for teacher and student, cut, ended, saved, evaluated.
 
-SmolLM2's template is the one of its checkpoint's tokenizer_config.json, to the letter. Those of Qwen2.5-Instruct and
-Llama-3.2-Instruct are written down from memory of the published ones, without the parts about tools.
+tests/chat_templates has the published ones, some without their parts about tools.
 """
 
 import json
 import random
+import re
 import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of, make_model
+from helpers import CHAT_TEMPLATES, arguments, log_of
+from tokenizers import Tokenizer
 
 import eval as evaluation
 import model
 import train
 from baselines import seqkd
-from data import CodeTask, Example, cut_prompt, read_jsonl, tokenise
-from runtime.chat import CHATS
+from data import CodeTask, Example, cut_prompt, tokenise
+from experiments import tiny
+from runtime.chat import ChatTemplate
 from runtime.formats import read_examples
 from runtime.run import chat_of
+from runtime.serving import write_as_trained
 from runtime.tokenizer import read_tokenizer
+from scores.programs import program_of
 from scores.tasks import DataSet
 
-TEMPLATES = {
-    "qwen2.5": "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
-    "'<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
-    "assistant.<|im_end|>\\n' }}{%- endif %}{%- for message in messages %}"
-    "{%- if (message.role == 'user') or (message.role == 'system' and not loop.first) or (message.role == 'assistant') "
-    "%}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
-    "llama3.2": "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
-    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
-    "{%- endif %}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
-    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
-    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}{{- 'Cutting Knowledge Date: December 2023\\n' }}"
-    "{{- 'Today Date: ' + date_string + '\\n\\n' }}{{- system_message }}{{- '<|eot_id|>' }}"
-    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ "
-    "message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
-    "smollm2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-}
-NAMES = sorted({token for chat in CHATS.values() for token in chat.special_tokens()})
-MESSAGES = [
+SOURCES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+QWEN, LLAMA, SMOLLM = (str(CHAT_TEMPLATES / f"{name}.jinja") for name in ("qwen2.5", "llama3.2", "smollm2"))
+BEGINS = {"llama3.2": "<|begin_of_text|>", "gemma3": "<bos>", "mistral": "<s>"}
+ENDS = dict.fromkeys(SOURCES, "<|im_end|>") | {"llama3.2": "<|eot_id|>", "gemma3": "<end_of_turn>", "mistral": "</s>"}
+BEGINS["deepseek-r1-distill"], ENDS["deepseek-r1-distill"] = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+NAMES = {*BEGINS.values(), *ENDS.values(), "<start_of_turn>", "[INST]", "[/INST]", "<｜User｜>", "<｜Assistant｜>"}
+NAMES |= {mark for source in SOURCES.values() for mark in re.findall(r"<\|\w+\|>", source)}
+TEXTS = [
     "What is the capital of France?",
-    ' two lines,\n\nand {braces} % \'"\\n" {{ message }} \n',
-    "naïve café 🍕 北京\u2028",
+    ' two lines,\n\nand {braces} % \'"\\n" {{ message }} <b> \n',
+    "naïve 🍕 北京\u2028",
     "\n\t x",
 ]
 
 
+def turns(*texts, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+CONVERSATIONS = [Example("", ["x"], prompt=text) for text in TEXTS] + [
+    Example("", ["x"], instruction="Sum up.", input="A {b}", history=[{"role": "system", "content": " Be brief. "}]),
+    Example("", ["x"], prompt="And now?", history=turns("Who?", "<think>\nhm\n</think>\n\nI.", "Where?", "Here.\n")),
+    Example("", ["x"], prompt="And now?", history=[{"role": "system", "content": "Be é."}, *turns("Who?", "I.")]),
+]  # fmt: skip
+
+
+def give_template(directory, source, **config):
+    (directory / "chat_template.jinja").write_text(source, encoding="utf-8")
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+
+
 @pytest.fixture(scope="module")
 def chatting(tiny_task, tmp_path_factory):
-    """The tiny task's teacher and student with the special tokens of all formats, their end-of-text unchanged, as base
-    models have it; both with room for a template."""
+    """The tiny task's teacher and student with the special tokens of all templates and without any of these, as base
+    models are; `qwen`, the teacher with Qwen3's."""
     root = tmp_path_factory.mktemp("chat")
-    for seed, (name, field) in enumerate({"teacher": "max_position_embeddings", "student": "n_positions"}.items()):
-        make_model(tiny_task / name, root / name, NAMES, seed, **{field: 512})
+    for seed, (name, config) in enumerate([("teacher", tiny.TEACHER), ("student", tiny.STUDENT)]):
+        shutil.copytree(tiny_task / name, root / name)
+        tokenizer = Tokenizer.from_file(str(root / name / "tokenizer.json"))
+        tokenizer.add_special_tokens(sorted(NAMES))
+        tokenizer.save(str(root / name / "tokenizer.json"))
+        torch.manual_seed(seed)
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 512}
+        small = small if name == "teacher" else {"n_embd": 32, "n_layer": 1, "n_positions": 512}
+        config = {**config, **small, "vocab_size": tokenizer.get_vocab_size(with_added_tokens=True)}
+        model.save_model(model.build_model(config), root / name)
+    shutil.copytree(root / "teacher", root / "qwen")
+    give_template(root / "qwen", SOURCES["qwen3"])
     for name in ("train.jsonl", "test.jsonl"):
         shutil.copy(tiny_task / name, root / name)
     return root
 
 
+@pytest.fixture
+def base(chatting, tmp_path):
+    """The student's tokenizer alone."""
+    return shutil.copytree(chatting / "student", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The formats
+# Templates
 
 
-@pytest.mark.parametrize("chat", CHATS)
-def test_prompts_are_what_the_familys_template_renders(chatting, chat):
+@pytest.mark.parametrize("name", SOURCES)
+def test_prompts_are_what_transformers_renders(base, name):
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("jinja2")
-    ours = read_tokenizer(chatting / "student", chat)
+    end = ENDS[name] if "eos_token" in SOURCES[name] or "end▁of" in ENDS[name] else "<|endoftext|>"
+    tokens = {"bos_token": BEGINS.get(name, "<|endoftext|>"), "eos_token": end}
+    give_template(base, SOURCES[name], **tokens)
+    ours = read_tokenizer(base, "own")
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(chatting / "student" / "tokenizer.json"), bos_token="<|begin_of_text|>",
-        chat_template=TEMPLATES[chat],
-    )  # fmt: skip
-    for message in MESSAGES:
-        turns = [{"role": "user", "content": message}]
-        more = {"add_generation_prompt": True, "date_string": "26 Jul 2024"}
-        text = ours.prompt_text(Example("", ["x"], prompt=message))
-        assert theirs.apply_chat_template(turns, tokenize=False, **more) == text
-        assert theirs.apply_chat_template(turns, return_dict=False, **more) == ours.encode_prompt(text)
+        tokenizer_file=str(base / "tokenizer.json"), chat_template=SOURCES[name], **tokens
+    )
+    more = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    for example in CONVERSATIONS:
+        said = [*example.history, {"role": "user", "content": example.prompt or "Sum up.\n\nA {b}"}]
+        text = ours.prompt_text(example)
+        assert theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **more) == text
+        ids = theirs.apply_chat_template(said, return_dict=False, add_generation_prompt=True, **more)
+        assert ids == ours.encode_prompt(text)
         # and the response stands where the template has the assistant's turn, with the token that ends it
-        whole = theirs.apply_chat_template([*turns, {"role": "assistant", "content": "Paris."}], tokenize=False,
-                                           date_string="26 Jul 2024")  # fmt: skip
-        assert whole.rstrip("\n") == text + "Paris." + CHATS[chat].end
+        said.append({"role": "assistant", "content": "Paris."})
+        whole = theirs.apply_chat_template(said, tokenize=False, **more)
+        if name != "deepseek-r1-distill":  # which asks for a thought first
+            assert whole.startswith(text + "Paris." + ENDS[name]) or (name, said[0]["role"]) == ("mistral", "system")
+    assert ours.names([ours.eos_id]) == ENDS[name]
+    [row], _ = tokenise([Example("", [f"It is {ENDS[name]} so"], prompt="What?")], ours)
+    assert row.student.response[-1] == ours.eos_id not in row.student.response[:-1]  # its name is plain text
+    assert ours.decode(row.student.response) == f"It is {ENDS[name]} so"
+
+
+def test_what_else_templates_use():
+    """transformers' own filter, loop controls and tag; a date that stays; tokens that are not there; the sandbox."""
+    source = (
+        "{% for m in messages %}\n    {% if loop.last %}{% break %}{% endif %}\n{{ m | tojson }}{% endfor %}\n"
+        "{%- generation %}{{ messages[-1].content }}{% endgeneration %}{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}"
+    )
+    said = turns("<é>", "b")
+    assert ChatTemplate(source, {}, "mine").render(said) == '{"role": "user", "content": "<é>"}b2024-07-26'
+    assert ChatTemplate(source, {"bos_token": "^"}, "mine").render(said).endswith("b^2024-07-26")
+    for bad in ("raise_exception('no\nway')", "''.__class__.__mro__", "messages.append(1)", "1/0"):
+        with pytest.raises(ValueError, match="^mine cannot render these turns: [^\n]+$"):
+            ChatTemplate(f"{{{{ {bad} }}}}", {}, "mine").render(said)
+
+
+@pytest.mark.parametrize("chat, empty_thought", [("own", True), ("thinking", False)])
+def test_thinking_is_off_unless_asked_for_and_serving_knows(chatting, tmp_path, chat, empty_thought):
+    """The saved template says what the student was trained with to who renders it without a word about thinking."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = read_tokenizer(chatting / "qwen", chat)
+    text = tokenizer.prompt_text(CONVERSATIONS[0])
+    assert text.endswith("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * empty_thought)
+    shutil.copytree(chatting / "qwen", tmp_path / "saved")
+    write_as_trained(tokenizer, tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    said = turns(CONVERSATIONS[0].prompt)
+    assert theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == text
+    for name, thinking in (("own", False), ("thinking", True)):
+        again = read_tokenizer(tmp_path / "saved", name).prompt_text(CONVERSATIONS[0])
+        assert again == read_tokenizer(chatting / "qwen", name).prompt_text(CONVERSATIONS[0])
+        more = {"add_generation_prompt": True, "enable_thinking": thinking}
+        assert theirs.apply_chat_template(said, tokenize=False, **more) == again
+
+
+def test_where_a_template_is_found(base):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+
+    def found(**more):
+        (base / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+        return read_tokenizer(base, "own").prompt_text(Example("", ["x"], prompt="q"))
+
+    several = [{"name": name, "template": f"{name} {{{{ messages[-1].content }}}}"} for name in ("tool_use", "default")]
+    assert found(chat_template="one {{ messages[-1].content }}") == "one q"
+    assert found(chat_template=several) == "default q" == found(chat_template={"default": several[1]["template"]})
+    for nothing in (None, several[:1], []):
+        with pytest.raises(ValueError, match="base: no chat template, neither .* name a path"):
+            found(chat_template=nothing)
+    (base / "chat_template.jinja").write_text("file {{ messages[-1].content }}")
+    assert found(chat_template=several) == "file q"
+    (base / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8"):
+        found()
+
+
+def test_what_is_no_template_or_does_not_take_the_turns_is_named(chatting, base):
+    for chat, message in [
+        ("relu", "base: the chat template 'relu' is neither own, thinking, none nor a path;"),
+        ("qwen2.5", "base: the chat template 'qwen2.5' .* no longer built in, .* give own "),
+        (str(chatting / "student"), "is neither own"),
+        ("thinking", "base: no chat template"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_tokenizer(base, chat)
+    for source, message in [("{% if %}", "base's chat template cannot render"), ("{{ 1/0 }}", "by zero")]:
+        (base / "chat_template.jinja").write_text(source)
+        with pytest.raises(ValueError, match=message):
+            read_tokenizer(base, "own")
+    gemma = read_tokenizer(base, str(CHAT_TEMPLATES / "gemma3.jinja"))
+    with pytest.raises(ValueError, match="line 2: the chat template .*gemma3.jinja cannot render .* must alternate"):
+        tokenise([Example("line 2", ["x"], prompt="a", history=turns("b"))], gemma)
+    once = gemma.prompt_text(CONVERSATIONS[0])
+    with pytest.raises(ValueError, match="line 3: the prompt is in a chat format already"):
+        tokenise([Example("line 3", ["x"], prompt=once)], gemma)
 
 
 def test_what_becomes_the_message(tmp_path):
+    chat = ChatTemplate(SOURCES["smollm2"], {}, "smollm2's")
+
     def message(**fields):
-        return CHATS["qwen2.5"].message(Example("", ["x"], **fields))
+        return chat.message(Example("", ["x"], **fields))
 
     assert message(prompt=" as it\nis ") == " as it\nis "
     assert message(instruction="Sum up.") == "Sum up." and message(input="b") == "b"
@@ -101,71 +207,68 @@ def test_what_becomes_the_message(tmp_path):
     exercise = {"text": "Write one.", "code": "def one(): return 1", "test_list": ["assert one() == 1"]}
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, [task, exercise, {"question": "1+1?", "answer": "2"}])))
     _, mbpp, gsm8k = examples = read_examples(tmp_path / "f.jsonl")
-    messages = [CHATS["smollm2"].message(example) for example in examples]
+    messages = [chat.message(example) for example in examples]
     assert messages[0] == "Complete this Python function:\n\n```python\ndef one():\n    'one'\n```"
     assert messages[1].endswith("pass these tests:\n\nassert one() == 1") and mbpp.prompt.endswith("[BEGIN]\n")
     assert messages[2] == "1+1?" and "### Response" in gsm8k.prompt_text()
-    assert "### Response" not in CHATS["smollm2"].prompt_text(gsm8k)
-
-
-def test_the_end_of_a_turn_ends_a_response(chatting):
-    for chat in CHATS.values():
-        tokenizer, end = read_tokenizer(chatting / "student", chat.name), chat.end
-        assert tokenizer.tokenizer.id_to_token(tokenizer.eos_id) == end and tokenizer.bytes[tokenizer.eos_id] is None
-        [row], _ = tokenise([Example("", [f"It is {end} so"], prompt="What?")], tokenizer)
-        assert row.student.response[-1] == tokenizer.eos_id not in row.student.response[:-1]  # its name is plain text
-        assert tokenizer.decode(row.student.response) == f"It is {end} so"
-        assert row.student.prompt.count(tokenizer.eos_id) == 2  # of the system and the user
-
-
-def test_a_format_without_its_tokens_or_a_second_one_is_refused(tiny_task, chatting):
-    with pytest.raises(ValueError, match=r"qwen2.5 needs the special token <\|im_start\|>, which this tokenizer does"):
-        read_tokenizer(tiny_task / "student", "qwen2.5")
-    for chat in CHATS:
-        tokenizer = read_tokenizer(chatting / "student", chat)
-        once = tokenizer.prompt_text(Example("line 3", ["x"], prompt="Say <|im_start|>."))
-        with pytest.raises(ValueError, match="line 3: the prompt is in a chat format already"):
-            tokenise([Example("line 3", ["x"], prompt=once)], tokenizer)
+    assert "### Response" not in chat.prompt_text(gsm8k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two models, two formats
+# Two models, two templates
 
 
-@pytest.mark.parametrize("formats", [("none", "qwen2.5"), ("llama3.2", "none"), ("smollm2", "llama3.2")])
+@pytest.mark.parametrize("formats", [("none", QWEN), (LLAMA, "none"), (SMOLLM, LLAMA)])
 def test_both_see_the_same_text_in_their_own_format(chatting, formats):
-    """Random examples, cut to random lengths (test_data.py: what goes first): every wrapper survives, one response for
-    both."""
+    """Random examples, cut to random lengths: the turns before go first, then the context; every wrapper survives, one
+    response for both."""
     both = [read_tokenizer(chatting / name, chat) for name, chat in zip(("student", "teacher"), formats, strict=True)]
     rng, words = random.Random(0), ["the fox ", "café ", "北京", "🍕", "\n", "owl "]
-    empty = max(len(t.encode_prompt(t.prompt_text(Example("", ["x"])))) for t in both)
-    cut = {True: 0, False: 0}
+    brief = [{"role": "system", "content": "brief"}]
+    empty = max(len(t.encode_prompt(t.prompt_text(Example("", ["x"], history=brief)))) for t in both)
+    cuts = {"none": 0, "history": 0, "input": 0, "instruction": 0, "prompt": 0}
 
     def some(most):
         return "q" + "".join(rng.choice(words) for _ in range(rng.randint(0, most))) + "q"
 
     for turn in range(60):
-        example = Example("", [some(20)], prompt=some(40)) if turn % 3 == 0 else (
-            Example("", [some(20)], instruction=some(25), input=rng.choice(["", some(30)])))  # fmt: skip
+        said = [some(9) for _ in range(rng.choice([0, 0, 2, 4]))]
+        system = rng.choice([[], brief])
+        before = {"history": system + turns(*said)}
+        example = Example("", [some(20)], prompt=some(40), **before) if turn % 3 == 0 else (
+            Example("", [some(20)], instruction=some(25), input=rng.choice(["", some(30)]), **before))  # fmt: skip
         limit = empty + rng.randint(4, 80)
         shorter = cut_prompt(example, both, limit)
         [row], report = tokenise([example], *both, max_len=limit + 30, max_prompt_len=limit)
         for tokenizer, side in zip(both, (row.student, row.teacher), strict=True):
-            before, after = tokenizer.prompt_text(Example("", ["x"], prompt="\x00")).split("\x00")
+            probe = Example("", ["x"], prompt="\x00", history=system)
+            before, after = tokenizer.prompt_text(probe).split("\x00")
             text = tokenizer.prompt_text(shorter)
             assert side.prompt == tokenizer.encode_prompt(text) and len(side.prompt) <= limit
-            assert text.startswith(before if example.prompt else before[:20]) and text.endswith(after)
+            assert text.startswith(before if example.prompt and shorter.history == system else before[:20]) or (
+                not tokenizer.chat and not example.prompt)  # fmt: skip
+            assert text.endswith(after)
             assert tokenizer.chat or example.prompt or text.endswith("\n\n### Response:\n")
+            assert all(turn["content"].strip() in text for turn in shorter.history)
         assert both[0].decode(row.student.response) == both[1].decode(row.teacher.response)
         ends = {side.response[-1] == t.eos_id for side, t in zip((row.student, row.teacher), both, strict=True)}
         assert len(ends) == 1
         assert report.prompts_cut == (shorter != example) == (report.prompt_characters > 0)
-        cut[shorter != example] += 1
-    assert min(cut.values()) > 10, cut
+        lost = len(example.history) - len(shorter.history)
+        assert lost % 2 == 0 and shorter.history == system + example.history[len(system) + lost :]
+        parts = "prompt", "input", "instruction"
+        changed = [part for part in parts if getattr(shorter, part) != getattr(example, part)]
+        assert not changed or shorter.history == system
+        cuts[changed[-1] if changed else "history" if lost else "none"] += 1
+        if "prompt" in changed:
+            assert example.prompt.endswith(shorter.prompt)
+        assert example.input.startswith(shorter.input) and example.instruction.startswith(shorter.instruction)
+        assert shorter.input == "" or "instruction" not in changed
+    assert min(cuts.values()) > 3, cuts
 
 
 def test_nothing_but_the_wrapper_is_an_error(chatting):
-    tokenizer = read_tokenizer(chatting / "student", "qwen2.5")
+    tokenizer = read_tokenizer(chatting / "student", QWEN)
     wrapper = len(tokenizer.encode_prompt(tokenizer.prompt_text(Example("", ["x"], prompt=""))))
     assert cut_prompt(Example("", ["x"], prompt="a b cx"), [tokenizer], wrapper + 1).prompt == "x"
     for limit in (wrapper, wrapper - 1, 3):
@@ -180,35 +283,80 @@ LONG = {"max_len": 420, "max_prompt_len": 340}
 
 
 def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
-    """transformers stops at the end of its turn; evaluation, a further run and --resume know the format."""
+    """transformers stops at the end of its turn; evaluation, a further run and --resume know the template."""
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "run"
-    options = {"method": "sft", "teacher": None, "student_chat": "qwen2.5", **LONG}
+    options = {"method": "sft", "teacher": None, "student_chat": QWEN, "max_steps": 40, "lr": 1e-2, **LONG}
     train.main(arguments(chatting, out, **options))
-    assert chat_of(out / "student") == "qwen2.5" and chat_of(chatting / "student") == "none" == chat_of("gpt2")
-    assert chat_of(out / "resume") == "none"
-    tokenizer = read_tokenizer(out / "student", "qwen2.5")
+    assert "qwen2.5.jinja, not the model's own\n" in capsys.readouterr().err  # all of its marks are tokens
+    assert chat_of(out / "student") == "own" and chat_of(chatting / "student") is None
+    tokenizer, ours = read_tokenizer(out / "student", "own"), model.load_model(out / "student")
     assert read_tokenizer(out / "student").eos_id == tokenizer.eos_id != read_tokenizer(chatting / "student").eos_id
-    assert transformers.AutoTokenizer.from_pretrained(out / "student").eos_token == "<|im_end|>"
-    served = transformers.GenerationConfig.from_pretrained(out / "student")
-    assert tokenizer.eos_id in (served.eos_token_id if type(served.eos_token_id) is list else [served.eos_token_id])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "student")
+    fast = transformers.AutoTokenizer.from_pretrained(out / "student")
+    assert fast.eos_token == "<|im_end|>"
+    ended = 0
+    for example in read_examples(chatting / "test.jsonl")[:5]:
+        ids = tokenizer.encode_prompt(tokenizer.prompt_text(example))
+        assert fast.apply_chat_template(turns(example.prompt), add_generation_prompt=True, return_dict=False) == ids
+        [new] = model.generate(ours, [ids], 30, tokenizer.eos_id, temperature=0)
+        output = theirs.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0]
+        assert output[len(ids) :].tolist() == new
+        ended += new[-1] == tokenizer.eos_id
+    assert ended >= 3
 
-    capsys.readouterr()
     short = ["--data", str(chatting / "test.jsonl"), "--limit", "2", "--greedy", "--device", "cpu", "--max-len", "400"]
     plain = (out, ["--chat", "none"], "none")
-    for directory, more, chat in [(out, [], "qwen2.5"), (out / "student", [], "qwen2.5"), plain]:
+    for directory, more, chat in [(out, [], "own"), (out / "student", ["--chat"], "own"), plain]:
         evaluation.main([str(directory), *short, *more])
         err = capsys.readouterr().err
-        assert ("in the chat format qwen2.5" in err) == (chat == "qwen2.5")
-        assert ("ends turns (<|im_end|>), but no --chat is given" in err) == (chat == "none")
-        assert json.loads((directory / "eval-test.json").read_text())["chat"] == chat
+        assert ("2 examples in " in err and "student's chat template" in err) == (chat == "own")
+        assert ("prompts are not in the model's chat template; --chat own" in err) == (chat == "none")
+        assert json.loads((directory / "eval-test-first-2.json").read_text())["chat"] == chat
 
     train.main(arguments(chatting, tmp_path / "next", teacher=out / "student", **LONG))
     record = json.loads((tmp_path / "next" / "args.json").read_text())
-    assert (record["teacher_chat"], record["student_chat"]) == ("qwen2.5", "none")
+    assert (record["teacher_chat"], record["student_chat"]) == ("own", "none")
     train.main(arguments(chatting, out, **{**options, "student_chat": None}, resume=True))
-    with pytest.raises(SystemExit, match="--resume: --student-chat is 'none', but .* was started with 'qwen2.5'"):
+    with pytest.raises(SystemExit, match="--student-chat is 'none', but .* was started with '.*qwen2.5.jinja'"):
         train.main(arguments(chatting, out, **{**options, "student_chat": "none"}, resume=True))
+
+    # a run of the time when formats had names
+    record = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps({**record, "student_chat": "qwen2.5"}))
+    with pytest.raises(SystemExit, match="student: the chat template 'qwen2.5' .* no longer built in.* give own"):
+        evaluation.main([str(out), *short])
+    evaluation.main([str(out), *short, "--chat", "own"])
+    with pytest.raises(SystemExit, match="no longer built in"):
+        train.main(arguments(chatting, out, **{**options, "student_chat": None}, resume=True))
+    train.main(arguments(chatting, out, **options, resume=True))  # the tokens are what they were
+    (out / "args.json").write_text(json.dumps({**record, "student_chat": "qwen2.5"}))
+    with pytest.raises(SystemExit, match="--resume: the examples .* are not those"):
+        train.main(arguments(chatting, out, **{**options, "student_chat": SMOLLM}, resume=True))
+
+
+@pytest.mark.parametrize(
+    "name, options, note",
+    [
+        ("qwen", {}, "prompts are not in the model's chat template; --student-chat own uses it\n"),
+        ("qwen", {"student_chat": "none"}, "prompts are not in the model's chat template"),
+        ("qwen", {"student_chat": "own"}, None), ("qwen", {"chat": "thinking"}, None), ("student", {}, None),
+        ("qwen", {"chat": SMOLLM}, "smollm2.jinja, not the model's own\n"),
+        ("bare", {"student_chat": SMOLLM}, "not the model's own; no tokens: <|im_start|>, <|im_end|>\n"),
+        ("lost", {}, "ends turns (<|im_end|>), but has no chat template\n"),
+    ],
+)  # fmt: skip
+def test_a_note_on_prompts_not_in_the_own_template(chatting, tiny_task, tmp_path, capsys, name, options, note):
+    student = tiny_task / "twin" if name == "bare" else chatting / name
+    if name == "lost":
+        student = shutil.copytree(chatting / "student", tmp_path / "lost")
+        (student / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    lengths = {"max_len": 128, "max_prompt_len": 120} if name == "bare" else LONG
+    options = {"student": student, "method": "sft", "teacher": None, "dry_run": True, **lengths, **options}
+    train.main(arguments(chatting, None, **options))
+    lines = [line + "\n" for line in capsys.readouterr().err.splitlines()]
+    notes = [line for line in lines if line.startswith("note: ") and "--bos" not in line]
+    assert len(notes) == (note is not None) and all(note in line and str(student) in line for line in notes)
 
 
 def test_the_teachers_format_changes_what_it_says(chatting, capsys):
@@ -216,19 +364,21 @@ def test_the_teachers_format_changes_what_it_says(chatting, capsys):
         train.main(arguments(chatting, None, dry_run=True, **LONG, **options))
         return json.loads(capsys.readouterr().out)
 
-    plain, taught = terms(), terms(teacher_chat="llama3.2")
-    both = terms(teacher_chat="llama3.2", student_chat="smollm2")
+    plain, taught = terms(), terms(teacher_chat=LLAMA)
+    both = terms(teacher_chat=LLAMA, student_chat=SMOLLM)
     assert taught["ce"] == pytest.approx(plain["ce"], rel=1e-5) != pytest.approx(both["ce"], rel=1e-5)
     assert abs(taught["kd"] / plain["kd"] - 1) > 1e-4
     assert plain["align_ratio"] == taught["align_ratio"] == both["align_ratio"]  # responses alone are aligned
     assert plain["student_tokens"] == both["student_tokens"] and plain["teacher_tokens"] == both["teacher_tokens"]
+    assert terms(chat=SMOLLM) == terms(teacher_chat=SMOLLM, student_chat=SMOLLM)
+    assert terms(chat=SMOLLM, teacher_chat=LLAMA) == both
     with pytest.raises(SystemExit, match="--teacher-chat belongs to a teacher"):
-        train.main(arguments(chatting, None, method="sft", teacher=None, teacher_chat="qwen2.5"))
+        train.main(arguments(chatting, None, method="sft", teacher=None, teacher_chat=QWEN))
 
 
-@pytest.mark.parametrize("options", [{"on_policy": 1}, {"recipe": "v1"}])
+@pytest.mark.parametrize("options", [{"on_policy": 1}, {"recipe": "v1"}, {"method": "uld"}, {"method": "mined"}])
 def test_methods_run_in_two_formats(chatting, tmp_path, options):
-    options |= {"teacher_chat": "qwen2.5", "student_chat": "llama3.2", **LONG, "max_len": 360}
+    options |= {"teacher": chatting / "qwen", "teacher_chat": "own", "student_chat": LLAMA, **LONG, "max_len": 360}
     train.main(arguments(chatting, tmp_path / "run", **options))
     assert all(torch.tensor(value).isfinite() for value in log_of(tmp_path / "run")[-1].values())
     assert "<|start_header_id|>" in (tmp_path / "run" / "samples.txt").read_text()
@@ -242,14 +392,31 @@ def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, mo
         return generate(m, prompts, *rest)
 
     monkeypatch.setattr(seqkd, "generate", spy)
-    lines = [{"instruction": "Sum up.", "input": "The fox", "output": "x"}, {"prompt": "Who?", "output": "y"}]
+    before = {"system": "Be brief.", "history": [["a", "b"]]}
+    lines = [
+        {"instruction": "Sum up.", "input": "The fox", "output": "x", **before}, {"prompt": "Who?", "output": "y"}
+    ]  # fmt: skip
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = {"method": "seqkd", "teacher_chat": "qwen2.5", "data": tmp_path / "two.jsonl", "seqkd_temperature": 1.0}
+    options = {"method": "seqkd", "teacher_chat": QWEN, "data": tmp_path / "two.jsonl", "seqkd_temperature": 1.0}
     train.main(arguments(chatting, tmp_path / "run", **options, **LONG))
-    teacher = read_tokenizer(chatting / "teacher", "qwen2.5")
-    gold, answers = read_jsonl(tmp_path / "two.jsonl"), read_jsonl(tmp_path / "run" / "seqkd.jsonl")
+    teacher = read_tokenizer(chatting / "teacher", QWEN)
+    gold, answers = read_examples(tmp_path / "two.jsonl"), read_examples(tmp_path / "run" / "seqkd.jsonl")
     assert sorted(asked) == sorted(teacher.encode_prompt(teacher.prompt_text(example)) for example in gold)
-    assert [(e.prompt, e.instruction, e.input) for e in answers] == [(e.prompt, e.instruction, e.input) for e in gold]
+    assert [e.prompt_text() for e in answers] == [e.prompt_text() for e in gold]
+    assert [(e.prompt, e.history) for e in answers] == [(e.prompt, e.history) for e in gold] and gold[0].history
+
+
+def test_answers_for_another_format_are_not_reused(chatting, tmp_path):
+    """The prompts beside them are written down as a message or not, whatever the teacher has read."""
+    lines = (chatting / "train.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    options = {"method": "seqkd", "data": tmp_path / "two.jsonl", "max_steps": 1, **LONG}
+    train.main(arguments(chatting, tmp_path / "run", **options))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
+    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other student_chat: give another --out"):
+        train.main(arguments(chatting, tmp_path / "again", student_chat=SMOLLM, **options))
+    train.main(arguments(chatting, tmp_path / "again", **options))
 
 
 def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypatch):
@@ -257,19 +424,16 @@ def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypa
 
     def respond(m, tokenizer, prompts, *arguments, **options):
         asked.extend(prompts)
-        return ["It is 2."]
+        return [reply for prompt in prompts for word, reply in REPLIES.items() if word in prompt]
 
+    REPLIES = {"1+1": "It is 2.", "Complete this": "```python\ndef one():\n    return 1\n```", "expert": "[BEGIN]"}
     monkeypatch.setattr(evaluation, "respond", respond)
-    sums = [Example("", ["#### 2"], instruction="1+1?")]
-    tokenizer, m = read_tokenizer(chatting / "student", "smollm2"), model.load_model(chatting / "student")
-    assert evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)["accuracy"] == [100.0]
     code = CodeTask("assert one() == 1", "one")
+    sums = [Example("", ["#### 2"], instruction="1+1?")]
     exercise = Example("", ["    return 1"], prompt="def one():\n    'one'\n", code=code)
-    asked += tokenizer.fit_prompts([exercise], 250)
-    assert "1+1?" in asked[0] and "Complete this Python function" in asked[1]
+    tokenizer, m = read_tokenizer(chatting / "student", SMOLLM), model.load_model(chatting / "student")
+    scores = evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)
+    assert scores["accuracy"] == [100.0]
+    [response] = respond(m, tokenizer, tokenizer.fit_prompts([exercise], 250))
+    assert "return 1" in program_of(response, exercise.prompt, code.entry_point)  # without running it
     assert all(prompt.startswith("<|im_start|>system") and prompt.endswith("assistant\n") for prompt in asked)
-
-
-def test_a_format_that_nobody_knows(tiny_task):
-    with pytest.raises(ValueError, match="no chat format is called 'relu', only none, qwen2.5, llama3.2, smollm2"):
-        read_tokenizer(tiny_task / "student", "relu")

@@ -10,8 +10,9 @@ import eval as evaluation
 import model
 import train
 from baselines.seqkd import read_recipe
-from data import read_jsonl, replace_response, tokenise
+from data import replace_response, tokenise
 from experiments import tiny
+from runtime.formats import read_examples
 from runtime.options import Options
 from runtime.strict import check_options
 from runtime.tokenizer import read_tokenizer
@@ -58,7 +59,7 @@ def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_pat
     teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
     options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin", "data": tiny_task / "valid.jsonl"}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
-    answers = read_jsonl(tmp_path / "run" / "seqkd.jsonl")
+    answers = read_examples(tmp_path / "run" / "seqkd.jsonl")
     assert len(answers) == 10 and {(e.outputs[0], e.ends) for e in answers} == {("The sky is blue.", True)}
     twin = read_tokenizer(tiny_task / "twin")
     assert tokenise(answers, twin)[0][0].student.response == [*twin.encode("The sky is blue."), twin.eos_id]

@@ -4,14 +4,22 @@ client reads its environment when it is imported."""
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import SENTENCES
+from safetensors.torch import load_file
 
+from model import load_model
 from runtime import hub
 from runtime.hub import DATASETS, MODELS, data_file, model_directory
+from runtime.load import find_model
+from runtime.tokenizer import read_tokenizer
 
 ROOT = Path(hub.__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,6 +81,49 @@ def test_missing_files_are_named(tmp_path, files, weights, missing):
     assert ("--from-scratch" in message) == missing[0].startswith("model.safetensors")  # nothing else is missing
 
 
+@pytest.mark.parametrize("kind", ["pickled weights", "older tokenizer files", "both"])
+def test_other_layouts_are_converted_by_the_command_that_is_named(tmp_path, tiny_task, monkeypatch, kind):
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    source, directory = tiny_task / "student", tmp_path / "of mine"
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("model.safetensors", "tokenizer.json"))
+    if kind != "both":
+        shutil.copy(source / {"pickled weights": "tokenizer.json"}.get(kind, "model.safetensors"), directory)
+    if kind != "older tokenizer files":
+        tensors = load_file(source / "model.safetensors")
+        torch.save(tensors, directory / "pytorch_model.bin")
+    if kind != "pickled weights":
+        vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]
+        (directory / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+        (directory / "merges.txt").write_text("\n".join(" ".join(pair) for pair in vocabulary["merges"]))
+        (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(FileNotFoundError, match="are not read") as caught:
+        model_directory(str(directory))
+    words = shlex.split(str(caught.value))  # as a shell reads them
+    commands = [index for index, word in enumerate(words) if word == "-c"]
+    assert len(commands) == 1 + (kind == "both")
+    for index in commands:
+        monkeypatch.setattr(sys, "argv", ["-c", words[index + 2].rstrip(";")])
+        exec(words[index + 1], {})
+    assert find_model(str(directory), "student") == directory
+    assert torch.equal(load_model(directory).embed.weight, load_model(source).embed.weight)
+    before, after = (read_tokenizer(path, rows=900).encode(SENTENCES[0]) for path in (source, directory))
+    assert before == after
+
+
+def test_a_run_is_its_student(tmp_path):
+    run, student = put(tmp_path / "run", "args.json"), tmp_path / "run" / "student"
+    with pytest.raises(FileNotFoundError, match="no config.json.*it is a run without a checkpoint, --resume goes on"):
+        model_directory(str(run))
+    put(student, "config.json", "tokenizer.json", "model.safetensors")
+    assert model_directory(str(run)) == student
+    put(run, "config.json", "tokenizer.json", "model.safetensors")  # a model that happens to have such a folder
+    assert model_directory(str(run)) == run
+    put(tmp_path / "trainer" / "checkpoint-500", "config.json")
+    with pytest.raises(FileNotFoundError, match="no config.json.*there is a model in .*trainer/checkpoint-500"):
+        model_directory(str(tmp_path / "trainer"))
+
+
 def test_absent_shards_are_named(tmp_path):
     put(tmp_path, "config.json", "tokenizer.json", "model-00001-of-00003.safetensors")
     put_index(tmp_path, *(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)))
@@ -90,7 +141,28 @@ def test_malformed_index_is_named(tmp_path, content):
         model_directory(str(tmp_path))
 
 
-UNKNOWN = [(model_directory, (name,), ["tiny", *MODELS]) for name in ("gpt3", "a/b/c", "./gpt2-of-mine", "/nowhere/m")]
+@pytest.mark.parametrize(
+    "name, hint",
+    [("runs/qwen-gtp2", "; did you mean runs/qwen-gpt2?"), ("runs/x", ""), ("here/qwen", ""), ("a/b/c", ""),
+     ("a/model.safetensors", ""), ("./gpt2-of-mine", ""), ("/nowhere/model", ""), ("~/model", "")],
+)  # fmt: skip
+def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "here")
+    if hint:
+        put(tmp_path / "runs" / "qwen-gpt2")
+    monkeypatch.setattr(hub, "find_snapshot", lambda *where: pytest.fail("it was"))
+    with pytest.raises(FileNotFoundError, match="no such directory") as caught:
+        model_directory(name)
+    assert repr(name) in str(caught.value) and str(caught.value).endswith(f"on the hub){hint}")
+
+
+def test_a_repository_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "find_snapshot", lambda repository, *where: put(tmp_path, *hub.MODEL_FILES[:2]))
+    assert model_directory("Qwen/Qwen2.5-72B", weights=False) == tmp_path
+
+
+UNKNOWN = [(model_directory, ("gpt3",), ["tiny", *MODELS])]
 UNKNOWN += [(data_file, (name, "train"), DATASETS) for name in ("dolly2", "absent.jsonl", "a/b")]
 
 
@@ -103,7 +175,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_known(find, arguments, 
 
 @pytest.mark.parametrize("name", hub.BY_HAND)
 def test_sets_that_the_hub_has_as_parquet_only(name, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.*fetch the original.*--data FILE.jsonl"):
+    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.* or the original.*--data FILE"):
         data_file(name, "test")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("{}")
@@ -173,7 +245,7 @@ def snapshot(home, repository, kind="model"):
 
 
 def test_offline_with_an_empty_cache(tmp_path):
-    models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("runs/b@d",)]
+    models = [("gpt2",), ("gpt2", False), ("someone/some-model",), ("some/b@d",)]
     full, unweighted, other, invalid = probe(tmp_path, *(("model_directory", *arguments) for arguments in models))
     dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "test"))
     for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
@@ -181,13 +253,13 @@ def test_offline_with_an_empty_cache(tmp_path):
         assert "config.json, tokenizer.json, tokenizer_config.json" in line and "model.safetensors" in line
         assert f"of {repository} on a machine that can, and give its path instead of the name" in line
     assert unweighted.startswith("FileNotFoundError") and "safetensors" not in unweighted
-    assert invalid.startswith("FileNotFoundError 'runs/b@d' is neither a directory nor a repository's name")
+    assert invalid.startswith("FileNotFoundError 'some/b@d' is neither a directory nor a repository's name")
     for line, name, file, repository in [
         (dolly, "dolly", "raw.jsonl", "MiniLLM/dolly"),
         (uinst, "uinst", "11_/valid.jsonl", "MiniLLM/uinst"),
     ]:
         assert line.startswith(f"FileNotFoundError '{name}' is no file, it is not in the local cache, and the hub")
-        assert f"Fetch {file} of {repository} on" in line and "--data FILE.jsonl" in line
+        assert f"Fetch {file} of {repository} on" in line and "--data FILE" in line
 
 
 def test_unreachable_hub_is_as_good_as_offline(tmp_path):

@@ -4,6 +4,7 @@ of processes; what a failing process leaves for the user to read."""
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,10 +22,10 @@ from torch.distributed.tensor import DTensor
 import eval as evaluation
 import lora
 import train
-from data import read_jsonl
 from experiments import memory
 from model import load_model, read_json
 from runtime import parallel
+from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
 
@@ -250,7 +251,7 @@ def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
     step = max(scores, key=scores.get)
     assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
     student, tokenizer = load_model(run / "student"), read_tokenizer(run / "student")
-    examples, total = read_jsonl(task / "valid.jsonl"), 0.0
+    examples, total = read_examples(task / "valid.jsonl"), 0.0
     for share in (examples[::2], examples[1::2]):
         prompts = [example.prompt_text() for example in share]
         responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
@@ -332,7 +333,8 @@ def test_the_command_line_speaks_with_one_voice(task, tmp_path):
     assert result.stderr.count("train: 40 examples") == 1
     result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run"))
     assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1, result.stderr
-    assert "already holds a run" in result.stderr.rstrip().splitlines()[-3]  # torchrun's last words
+    assert "already holds a run" in result.stderr.rstrip().splitlines()[-2]  # torchrun's last words
+    assert not re.search(r"(train|runtime.*)\.py\", line", result.stderr)  # no traceback but torchrun's own
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ import eval as evaluation
 import lora
 import model
 import train
-from data import read_jsonl, tokenise
+from data import tokenise
 from runtime import load as loading
 from runtime import run as checkpoint
+from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
 
@@ -54,7 +55,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in names[0]:
         if name.endswith(".safetensors"):
             assert same(load_file(one / name), load_file(other / name)), name
-        elif name not in ("args.json", "log.jsonl", "resume/lock"):
+        elif name not in ("args.json", "log.jsonl", "resume/lock", "student/README.md"):
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
     logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in log_of(run)] for run in (one, other)]
     assert logs[0] == logs[1]
@@ -154,7 +155,7 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     assert f"student/ is from update {step}, which has the best {name}: {scores[step]:.4f}" in capsys.readouterr().err
 
     student, tokenizer = model.load_model(run / "student"), read_tokenizer(run / "student")
-    examples = read_jsonl(tiny_task / "valid.jsonl")
+    examples = read_examples(tiny_task / "valid.jsonl")
     rows, _ = tokenise(examples, tokenizer, max_len=96, max_prompt_len=48)
     prompts = [example.prompt_text() for example in examples]
     if keep_best == "ce":

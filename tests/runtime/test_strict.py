@@ -7,7 +7,7 @@ import torch
 from helpers import GPT2, LLAMA, LLAMA3, QWEN, random_batch, save_random, write
 from safetensors.torch import save_file
 
-from model import load_model
+from model import FIELDS, load_model
 from runtime.strict import check_config, check_model
 
 
@@ -40,7 +40,7 @@ def test_missing_files(tmp_path):
         check_model(tmp_path / "absent")
     save_random(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="expected model.safetensors, or model.safetensors.index.json"):
+    with pytest.raises(FileNotFoundError, match="index.json not found; expected a Hugging Face directory"):
         check_model(tmp_path)
 
 
@@ -118,32 +118,35 @@ def test_shards(tmp_path):
         ({**GPT2, "n_head": 5}, "n_embd 24 does not divide into 5 heads"),
         ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
         ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
-        ({**GPT2, "flash": 1}, "field 'flash' .= 1. is not known"),
-        ({**GPT2, "hidden_size": 24}, "field 'hidden_size'"),
-        ({**LLAMA, "quantization_config": {"bits": 4}}, "field 'quantization_config'"),
+        ({**GPT2, "hidden_size": 32}, "hidden_size = 32 is not supported, only 24"),  # n_embd's other name
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "'bits': 4. is not supported.* not quantised"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
         ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
         ({**GPT2, "scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
         ({**GPT2, "add_cross_attention": True}, "add_cross_attention = True"),
         ({**GPT2, "activation_function": "tanh"}, "activation 'tanh' is not supported"),
         ({**LLAMA, "hidden_act": "mish"}, "activation 'mish' is not supported"),
-        ({**LLAMA, "sliding_window": 8}, "sliding_window = 8 is not supported"),
+        ({**LLAMA, "is_causal": False}, "is_causal = False is not supported"),
         ({**LLAMA, "rope_interleaved": True}, "rope_interleaved = True"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
-        ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "got .'factor', 'type'."),
+        ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "by parts or by layers is not supported"),
+        ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by parts or by layers"),
+        ({**LLAMA, "rope_scaling": {"type": "longrope"}}, "rotary scaling 'longrope' is not supported, only default"),
+        ({**LLAMA, "rope_scaling": {"rope_type": ["yarn"]}}, "rotary scaling .'yarn'. is not supported"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "contradict each other"),
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
+        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor must be a number from .*, it is 'missing'"),
         ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, it is '8'"),
         ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
-        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "'linear' needs the fields .'factor'., got .."),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "beta_fast": 32}}, "'llama3' needs the fields .*beta_fast"),
-        ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta.*contradict"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "truncate": 1}}, "truncate must be true or false"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "'yarn' needs a rope_theta above"),
+        ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta 10000.*contradict"),
         ({**LLAMA, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e6}}, "contradict"),
+        ({**LLAMA, "rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 5.0}}, "contradict"),
+        ({**LLAMA, "rope_scaling": LLAMA3, "original_max_position_embeddings": 17}, "contradict"),
         ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types must"),
         ({**QWEN, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
-        ({**LLAMA, "model_type": "mistral", "attention_bias": True}, "attention_bias = True"),
     ],
 )
 def test_configs_not_understood(config, message):
@@ -164,3 +167,37 @@ def test_configs_of_the_hub_are_understood():
     check_config({**LLAMA, **llama32, "head_dim": 64})
     qwen = {"use_mrope": False, "attention_dropout": 0.0, "rope_theta": 1e6}
     assert check_config({**QWEN, **qwen, "model_type": "qwen2"}).windows == [None, None]
+
+
+MARKS = {"auto_map": {"AutoModel": "modeling.X"}, "author": "A. Author", "_model_name_or_path": "x/y", "num_beams": 1,
+         "unsloth_version": "2025.9.7", "unsloth_fixed": True, "bad_words_ids": None, "new_in_2027": [1]}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FIELDS)
+def test_marks_of_other_software_are_one_note(family, capsys):
+    """Fields that no computation of the family reads, also those of another family: they change nothing."""
+    config = {**(GPT2 if family == "gpt2" else LLAMA), "model_type": family}
+    foreign = {"gpt2": {"sliding_window": 8, "mlp_bias": True}, "llama": {"sliding_window": 8, "layer_types": ["x"]},
+               "mistral": {"attention_bias": True, "mlp_bias": True}, "qwen2": {"attention_bias": True},
+               "qwen3": {"n_embd": 4}}[family]  # fmt: skip
+    plain = check_config(config)
+    harmless = {"use_cache": None, "quantization_config": None, "is_causal": None, "torch_dtype": "float16"}
+    assert not capsys.readouterr().err
+    marked = check_config({**config, **harmless, **MARKS, **foreign}, f"{family}.json")
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {family}.json: fields that do not affect a {family} model are ignored: ")
+    assert note.count("\n") == 1
+    assert all(field in note for field in [*MARKS, *foreign]) and not any(field in note for field in harmless)
+    check_config({**config, **MARKS, **foreign}, f"{family}.json")
+    assert not capsys.readouterr().err  # once
+    assert str(plain) == str(marked)
+
+
+def test_null_is_the_default():
+    assert check_config({**GPT2, "tie_word_embeddings": None, "activation_function": None}).tied
+    llama = {**LLAMA, "tie_word_embeddings": None, "hidden_act": None, "attention_bias": None, "rms_norm_eps": None}
+    assert str(check_config(llama)) == str(check_config(LLAMA)) and not check_config(llama).tied
+    assert check_config({**LLAMA, "model_type": "mistral", "sliding_window": None}).windows == [None, None]
+    windows = {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}
+    assert check_config({**QWEN, **windows, "model_type": "qwen2"}).windows == [None, None]
+    assert check_config({**LLAMA, "model_type": "mistral", "num_key_value_heads": None}).kv_heads == 6

@@ -1,13 +1,18 @@
 """runtime/tokenizer.py: ends, special tokens, and what can be wrong with a tokenizer's files."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import SENTENCES, wordpiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data import Example, tokenise
+from runtime.run import tokenizer_of
 from runtime.tokenizer import check_size, read_tokenizer
+
+CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_templates" / "qwen2.5.jinja"
+CONFIG = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,37 @@ def test_a_tokenizer_belongs_to_models_of_about_its_size(student):
     for rows in (int(1.1 * size) + 1025, 32000):
         with pytest.raises(ValueError, match=f"has {rows} embeddings, the tokenizer only {size} ids.*not belong"):
             check_size(student, rows)
+
+
+def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_folder, capsys):
+    """In their place their names are text. Others without one, and an end-of-text without one, are a mismatch."""
+    source = trained_folder / "student"
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    rows, eos = tokenizer.get_vocab_size(), tokenizer.id_to_token(0)
+
+    def read(*tokens, chat="none", **files):
+        changed = Tokenizer.from_str(tokenizer.to_str())
+        changed.add_tokens(list(tokens))
+        files = {"tokenizer_config.json": {"eos_token": eos}, "config.json": {**CONFIG, "vocab_size": rows}, **files}
+        return tokenizer_of(with_files(tmp_path, trained_folder, {**files, "tokenizer.json": changed.to_str()}), chat)
+
+    pad, end = AddedToken("<pad>", special=True), AddedToken("<|im_end|>", special=True)
+    found = read(pad, end, **{"generation_config.json": {"eos_token_id": [0, rows + 1]}})
+    assert f"no embedding for <pad> ({rows}), <|im_end|> ({rows + 1}); left out" in capsys.readouterr().err
+    assert found.size == rows and found.end_ids == [0] and found.tokenizer.get_vocab() == tokenizer.get_vocab()
+    ids = found.encode_prompt("a<pad>b<|im_end|>")
+    assert max(ids) < rows and found.decode(ids) == "a<pad>b<|im_end|>"
+    (tmp_path / "generation_config.json").unlink()
+    for tokens, chat, named in (
+        ([AddedToken("photosynthesis")], "none", "photosynthesis"),
+        ([pad, AddedToken("photosynthesis")], "none", "photosynthesis"),
+        ([AddedToken("<|im_start|>", special=True), end], str(CHAT_TEMPLATE), "<|im_start|>"),
+    ):
+        with pytest.raises(ValueError, match="do not belong together") as caught:
+            read(*tokens, chat=chat)
+        assert named in str(caught.value) and str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match="the first without one is '<pad>'"):
+        read(pad, **{"tokenizer_config.json": {"eos_token": "<pad>"}})
 
 
 def test_size_counts_ids_not_tokens(tmp_path):

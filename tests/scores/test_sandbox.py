@@ -1,6 +1,7 @@
 """The sandbox, attacked. What needs the kernel's namespaces is checked where they are allowed, and skipped else."""
 
 import os
+import runpy
 import signal
 import socket
 import stat
@@ -458,3 +459,18 @@ def test_without_namespaces_the_rest_holds(tmp_path, monkeypatch):
     assert run_python(escape, "assert True", limits=Limits(processes=10_000)).passed
     if os.getuid() == 0:
         assert run_python("import os\nassert os.getuid() == 65534").passed
+
+
+@pytest.mark.parametrize("words, code, said", [(["--help"], 0, "What it does NOT cover"), (["x"], 2, "unrecognized")])
+def test_the_command_line(monkeypatch, capsys, words, code, said):
+    monkeypatch.setattr(sys, "argv", ["sandbox", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sandbox.__file__, run_name="__main__")
+    assert end.value.code == code and said in "".join(capsys.readouterr())
+
+
+def test_a_sandbox_that_does_not_work_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sandbox"])
+    monkeypatch.setattr(sys, "executable", "false")  # nothing starts
+    with pytest.raises(SystemExit, match="error: the sandbox does not work here"):
+        runpy.run_path(sandbox.__file__, run_name="__main__")

@@ -1,0 +1,103 @@
+"""What a run tells people: the model card of its student, and the commands that come next."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+
+from data import Example
+from model import read_json
+from runtime.hub import DATASETS, MODELS, repository_of
+from runtime.options import Options
+from runtime.presets import flags
+from runtime.run import KEPT_BY, read_log, run_of, write_text
+
+MARK = "<!-- train.py and eval.py write this file again as long as this line is in it -->"
+MEASURES = ("rouge_l", "exact_match", "accuracy", "pass_at_1", "cross_entropy")  # of eval-NAME.json
+
+
+def base_model(o) -> str | None:
+    """The hub's name of the model that a run's student began as, also through runs between; None if it has none."""
+    run = run_of(o.student)
+    return None if o.from_scratch else run.get("base_model") if run else repository_of(o.student)
+
+
+def read_scores(out: Path, record: dict) -> list[str]:
+    """A line for each score that the run directory knows."""
+    valid = {name: line[name] for line in read_log(out / "log.jsonl") for name in KEPT_BY.values() if name in line}
+    valid |= {name: value for name, value in record.get("best", {}).items() if name in valid}
+    lines = [f"- {record['valid']}, held out: {name} {value:.4g}" for name, value in valid.items()]
+    for file in sorted(out.glob("eval-*.json")):
+        report = read_json(file)
+        scores = {name: report[name] for name in MEASURES if name in report}
+        means = (f"{name} {fmean(x) if isinstance(x, list) else x:.4g}" for name, x in scores.items())
+        how = "greedy" if report["greedy"] else f"sampled with seeds {report['seeds']}"
+        lines.append(f"- {report['data']}, {report['examples']} examples, {how}: {', '.join(means)}")
+    return lines
+
+
+def write_card(out: Path) -> None:
+    """student/README.md, from args.json, log.jsonl and the evaluations beside it; not over one that was edited."""
+    file, record = out / "student" / "README.md", read_json(out / "args.json")
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
+        return
+    base, method = record.get("base_model"), record["method"]
+    how = f"{method} {record['recipe']}" if method == "dskd" else method
+    origin = f"`{base or record['student']}`" + " (its config.json alone)" * record["from_scratch"]
+    taught = "" if method == "sft" else f", teacher `{MODELS.get(record['teacher'], record['teacher'])}`"
+    data = DATASETS.get(record["data"], [None])[0]
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base,
+            "datasets": data and [data], "tags": ["knowledge-distillation", how.replace(" ", "-")]}  # fmt: skip
+    matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
+    names = ["max_steps" if record["max_steps"] else "epochs", *"batch_size grad_accum lr max_len seed".split()]
+    settings = ", ".join(f"{name} {record[name]}" for name in names)
+    options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
+    options = {name: value for name, value in options.items() if value != getattr(Options, name)}
+    scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
+    text = f"""---
+{matter}
+# license: which one? See "Licence" below.
+---
+{MARK}
+
+# {out.resolve().name}
+
+{origin}, trained with `{how}`{taught}, on `{data or record["data"]}`.
+Settings: {settings}. Papers: [DSKD](https://arxiv.org/abs/2406.17328), [v2](https://arxiv.org/abs/2504.11426).
+
+## Licence
+
+Which licence do the base model {origin}, the teacher and the data have,
+and what do they ask of a model that was made from them? Name it above, as `license:`.
+
+## Scores
+
+{scores}
+
+## Training
+
+    python train.py {flags(options)}
+"""
+    write_text(file, text)
+
+
+def prompt_form(example: Example) -> str:
+    """How prompts like this example's are written, with {} for what a person types."""
+    if example.prompt is None:
+        return Example("", [], instruction="{}").prompt_text()
+    return "{}" + example.prompt[len(example.prompt.rstrip()) :]
+
+
+def say_next(given: dict, o: Options, line: dict) -> None:
+    """After a run, on standard error: its last losses and scores, and the commands for its student. (On standard output
+    stands where that is.)"""
+    losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
+    test = o.data if o.data in DATASETS else "TEST.jsonl"
+    further = {name: value for name, value in given.items() if name not in ("resume", "from_scratch", "teacher_sft")}
+    further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
+    if line:  # not of a run that was finished before
+        print(f"after {line['step']} updates: {losses}", file=sys.stderr)
+    print(f"""score it:       python eval.py {o.out} --data {test}
+talk to it:     python eval.py {o.out} --prompt "..."
+train further:  python train.py {flags(further)}""", file=sys.stderr)  # fmt: skip

@@ -1,0 +1,136 @@
+"""What a run tells people: the device, its result, the next commands, the model card, TensorBoard's files."""
+
+import json
+import shlex
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import arguments
+
+import eval as evaluation
+import train
+from runtime import device, hub, report
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
+
+
+def pretend_card(monkeypatch, capability, built, cards=1):
+    for name, value in {"is_available": True, "device_count": cards, "get_device_name": "Some Card",
+                        "get_device_capability": capability, "get_arch_list": built}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.mark.parametrize(
+    "capability, built, usable",
+    [((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_80", "compute_80"], True),
+     ((5, 2), ["sm_75", "sm_100a", "compute_120"], False), ((10, 0), ["sm_75", "sm_100a"], True), ((7, 5), [], False)],
+)  # fmt: skip
+def test_a_card_is_used_if_this_torch_is_built_for_it(monkeypatch, capability, built, usable):
+    pretend_card(monkeypatch, capability, built)
+    kind, why = device.choose_device()
+    assert kind == ("cuda" if usable else "cpu") and "Some Card" in why
+    assert usable or "not built for the Some Card here, of compute capability" in why
+
+
+@pytest.mark.parametrize("cuda, why", [(None, "is built without CUDA"), ("13.0", "hides it, or the driver is too old")])
+def test_a_card_that_torch_does_not_see_is_named(monkeypatch, tmp_path, capsys, cuda, why):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   24\n")
+    monkeypatch.setattr(device, "CARDS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    device.say_device(None, "cpu")
+    told = capsys.readouterr().err
+    assert told.startswith("device: cpu (there is an NVIDIA H100 80GB HBM3 here, but") and why in told
+    with pytest.raises(SystemExit, match=f"error: --device cuda: .*H100.*{why}.*use --device cpu"):
+        evaluation.main(["x", "--data", "y", "--device", "cuda"])
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    with pytest.raises(SystemExit, match="error: --device mps: .*no float64"):
+        evaluation.main(["x", "--data", "y", "--device", "mps"])
+    pretend_card(monkeypatch, (9, 0), ["sm_90"], cards=2)
+    with pytest.raises(SystemExit, match="error: --device cuda:2: .*torch sees 2 of them"):
+        evaluation.main(["x", "--data", "y", "--device", "cuda:2"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The result
+
+
+@pytest.fixture(scope="module")
+def run(tiny_task, tmp_path_factory):
+    """A finished run with held-out scores."""
+    out = tmp_path_factory.mktemp("run") / "mine"
+    train.main(arguments(tiny_task, out, valid=tiny_task / "valid.jsonl"))
+    return out
+
+
+def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
+    train.main(arguments(tiny_task, tmp_path / "run", valid=tiny_task / "valid.jsonl", resume=None))
+    out, err = capsys.readouterr()
+    assert out == f"student: {tmp_path / 'run' / 'student'}\n" and "device: cpu (torch sees no CUDA card" in err
+    assert "an epoch: 10 updates in 10 forward passes; " in err and "after 2 updates: loss " in err
+    said = dict(line.split(":", 1) for line in err.splitlines() if ":  " in line)
+    commands = {name: shlex.split(command)[1:] for name, command in said.items() if " python " in command}
+    assert list(commands) == ["score it", "talk to it", "train further"]
+    evaluation.main([*commands["talk to it"][1:], "--max-len", "20", "--device", "cpu"])
+    assert capsys.readouterr().out.strip()
+    train.main(commands["train further"][1:])
+    assert capsys.readouterr().out == f"student: {tmp_path}/run-2/student\n"
+
+
+def test_the_model_card(tiny_task, run, monkeypatch, capsys):
+    card = huggingface_hub.ModelCard.load(run / "student" / "README.md")
+    assert card.data.library_name == "transformers" and "dskd-v2" in card.data.tags and card.data.base_model is None
+    assert f"teacher `{tiny_task / 'teacher'}`" in card.text and "valid_ce" in card.text and "icence" in card.text
+    [command] = [line.strip() for line in card.text.splitlines() if line.startswith("    python train.py ")]
+    record, again = (json.loads((run / "args.json").read_text()), train.parse(shlex.split(command)[2:]))
+    assert all(record[name] == value for name, value in again.items()) and again["max_steps"] == 2
+    evaluation.main([str(run), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--max-len", "20", "--limit", "1",
+                     "--device", "cpu"])  # fmt: skip
+    file = run / "student" / "README.md"
+    assert "- test-first-1, 1 examples, greedy: rouge_l " in file.read_text()
+    file.write_text("mine")  # edited: left alone
+    report.write_card(run)
+    assert file.read_text() == "mine"
+
+
+def test_the_card_names_what_the_hub_knows(run, tmp_path):
+    record = json.loads((run / "args.json").read_text()) | {"data": "dolly", "base_model": hub.MODELS["gpt2"]}
+    (tmp_path / "student").mkdir()
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    (tmp_path / "log.jsonl").write_text("")
+    report.write_card(tmp_path)
+    data = huggingface_hub.ModelCard.load(tmp_path / "student" / "README.md").data
+    assert data.base_model == "openai-community/gpt2" and data.datasets == ["MiniLLM/dolly"]
+
+
+@pytest.mark.parametrize(
+    "student, scratch, base",
+    [("gpt2", False, "openai-community/gpt2"), ("gpt2", True, None), ("Qwen/Qwen2.5-72B", False, "Qwen/Qwen2.5-72B"),
+     ("run/student", False, "some/base"), ("tiny", False, None)],
+)  # fmt: skip
+def test_the_base_model_is_found_through_runs(tmp_path, monkeypatch, student, scratch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text('{"base_model": "some/base"}')
+    assert report.base_model(train.Options(student=student, from_scratch=scratch)) == base
+
+
+def test_tensorboard(tiny_task, tmp_path, monkeypatch):
+    words = arguments(tiny_task, tmp_path / "run", tensorboard=True, valid=tiny_task / "valid.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.strict.has_tensorboard", lambda: False)
+        with pytest.raises(SystemExit, match="error: --tensorboard needs .* pip install tensorboard"):
+            train.main(words)
+    assert not (tmp_path / "run").exists()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main(words)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr", "valid_ce"):
+        written = [(line["step"], pytest.approx(line[name])) for line in log if name in line]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == written and written

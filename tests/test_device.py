@@ -1,0 +1,110 @@
+"""Nothing meets on two devices, and nothing waits for the device without need: training on a CUDA device that is only
+pretended (pretended.py)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import arguments, log_of, stopped_by_ctrl_c
+from pretended import pretended_cuda
+from test_train import EVERY_KIND
+
+import train
+from model import read_json
+
+# All methods wait for the terms and for the gradient's norm.
+MORE_WAITS = {"eta": 2, "cma": 1, "none": 1}  # for the aligned and the agreeing tokens; CMA's moments; the agreeing
+
+
+@pytest.fixture(scope="module")
+def short_task(tiny_task, tmp_path_factory):
+    """The tiny task with four examples, and a student with dropout and 48 positions."""
+    root = tmp_path_factory.mktemp("short") / "task"
+    shutil.copytree(tiny_task, root)
+    for name in ("train.jsonl", "valid.jsonl"):
+        (root / name).write_text("".join((root / name).read_text().splitlines(keepends=True)[:4]))
+    config = read_json(root / "dropout" / "config.json")
+    (root / "dropout" / "config.json").write_text(json.dumps({**config, "n_positions": 48}))
+    return root
+
+
+def words(task, out, device, **options) -> list[str]:
+    common = {"dtype": "fp32", "max_len": 40, "max_prompt_len": 36, "checkpoint_every": 1}
+    return [*arguments(task, out, **{**common, **options, "device": device}), "--no-compile"]
+
+
+def update(arguments: list[str]) -> dict[str, float]:
+    """The terms of one update of train.py and the gradient's norm."""
+    o = train.check_options(train.Options(**train.settings(train.parse(arguments))))
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    optimizer = train.make_optimizer(o, pieces)
+    indices, rows, batches = next(pieces.updates(o, 0, 1))
+    sampled = train.sample_batches(o, pieces, rows, 0, train.Meter())[1] if o.on_policy else None
+    terms = train.distil(o, pieces, pieces.student.train(), batches, sampled)
+    terms["grad_norm"] = train.parallel.clip_gradients([p for g in optimizer.param_groups for p in g["params"]], o.clip)
+    optimizer.step()
+    return terms
+
+
+ONCE = [kind for kind in EVERY_KIND if kind[:1] + kind[3:4] not in {("uld", "twin"), ("mined", "twin")}]
+KINDS = [(kind, 512) for kind in ONCE if not kind[-1]] + [(ONCE[-1], 512)]  # one of them on-policy
+KINDS += [(kind, 0) for kind in EVERY_KIND if kind[2] in ("eta", "cma") and not kind[-1]]
+
+
+@pytest.mark.parametrize("kind, chunk", KINDS, ids=str)
+def test_every_method(short_task, tmp_path, kind, chunk):
+    """The same terms as on the CPU, and no more waits than are needed: with sampling, one for each token."""
+    method, recipe, align, teacher, on_policy = kind
+    options = {"method": method, "recipe": recipe, "align": align, "teacher": short_task / teacher, "chunk": chunk,
+               "on_policy": on_policy}  # fmt: skip
+    expected = update(words(short_task, tmp_path / "cpu", "cpu", **options))
+    with pretended_cuda() as card:
+        assert update(words(short_task, tmp_path / "cuda", "cuda", **options)) == pytest.approx(expected, rel=1e-3)
+    if method != "seqkd":  # there, the teacher's answers are in it
+        sampling = 40 if on_policy else 0  # a token each
+        assert sum(card.waits.values()) <= 2 + MORE_WAITS.get(align, 0) + sampling
+
+
+def test_a_whole_run(short_task, tmp_path):
+    """With everything that reads or writes files, and interrupted."""
+    options = {"student": short_task / "dropout", "from_scratch": True, "valid": short_task / "valid.jsonl",
+               "cache_teacher": tmp_path / "states"}  # fmt: skip
+    with pretended_cuda():
+        with stopped_by_ctrl_c():
+            train.main(words(short_task, tmp_path / "run", "cuda", **options))
+        train.main([*words(short_task, tmp_path / "run", "cuda", **options), "--resume"])
+    assert log_of(tmp_path / "run")[-1].keys() == {"step", "valid_ce"}
+
+
+def test_what_a_card_refuses():
+    with pretended_cuda() as card:
+        x = torch.arange(6.0).view(2, 3).to("cuda").requires_grad_()
+        assert x.device == torch.device("cuda:0") and x.is_cuda and (x * 2).sum().item() == 30
+        assert (2 * x.cpu()).tolist() == [[0, 2, 4], [6, 8, 10]] and not x.cpu().is_cuda
+        other, index = torch.ones(2, 3), torch.tensor([0])
+        for wrong in (lambda: x + other, lambda: other + x, lambda: torch.cat([x, other]), lambda: x[index],
+                      lambda: other.add_(x), lambda: torch.zeros(2, 3, device=x.device) @ other.mT):  # fmt: skip
+            with pytest.raises(RuntimeError, match="cuda:0 and"):
+                wrong()
+        for wrong in (x.detach().numpy, lambda: x.detach().cpu().numpy() * 0 + x.detach().__array__()):
+            with pytest.raises(TypeError, match="can't convert cuda:0"):
+                wrong()
+        before = sum(card.waits.values())
+        assert len(x[x > 2]) == 3 and bool((x > 2).any())
+        assert sum(card.waits.values()) == before + 2
+
+
+@pytest.mark.parametrize("name", ["label", "hidden"])
+def test_a_tensor_that_was_left_on_the_cpu_is_found_in_an_update(short_task, tmp_path, monkeypatch, name):
+    ask = train.Method.ask_teacher
+
+    def ask_and_forget(self, batch):
+        answer = ask(self, batch)
+        setattr(answer, name, getattr(answer, name).cpu())
+        return answer
+
+    monkeypatch.setattr(train.Method, "ask_teacher", ask_and_forget)
+    with pretended_cuda(), pytest.raises(RuntimeError, match="cuda:0 and"):
+        update(words(short_task, tmp_path / "run", "cuda"))
