@@ -148,8 +148,9 @@ def test_malformed_index_is_named(tmp_path, content):
 )  # fmt: skip
 def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "runs" / "qwen-gpt2")
     put(tmp_path / "here")
+    if hint:
+        put(tmp_path / "runs" / "qwen-gpt2")
     monkeypatch.setattr(hub, "find_snapshot", lambda *where: pytest.fail("it was"))
     with pytest.raises(FileNotFoundError, match="no such directory") as caught:
         model_directory(name)
