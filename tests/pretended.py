@@ -39,7 +39,9 @@ class OnCard(torch.Tensor):
     def __init__(self, held):
         self.held = held.detach()
 
-    device, is_cuda, is_cpu = property(lambda self: CUDA), True, False
+    device = property(lambda self: CUDA)
+    is_cuda = True
+    is_cpu = False
 
     def __repr__(self):
         return f"OnCard({self.held})"
