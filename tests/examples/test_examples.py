@@ -18,6 +18,7 @@ from projector import Projectors
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ["transformers_loop", "trainer"]
+CONCEPTS = ["align", "losses", "projector"]
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,41 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
 
 
+@pytest.mark.slow
+def test_everything_copied_alone(task, options, tmp_path):
+    """The doctests run and both examples train with nothing of the repository but the copied files."""
+    folder = tmp_path / "mine" / "alone"
+    folder.mkdir(parents=True)
+    for file in [*(ROOT / f"{name}.py" for name in CONCEPTS), *(ROOT / "examples").glob("*.py")]:
+        shutil.copy(file, folder)
+    script = f"""
+        import doctest, importlib, pathlib, sys
+        for name in {CONCEPTS}:
+            result = doctest.testmod(importlib.import_module(name))
+            assert result.attempted and not result.failed, name
+        for name in {EXAMPLES}:
+            importlib.import_module(name).main([*sys.argv[1:], "--out", name])
+        for name in {[*CONCEPTS, "batch", *EXAMPLES]}:
+            assert pathlib.Path(sys.modules[name].__file__).parent == pathlib.Path.cwd(), name
+    """
+    code = "\n".join(line[8:] for line in script.splitlines())
+    run(["-c", code, *options, "--steps", 3], folder)
+    for name in EXAMPLES:
+        check_student(task, folder / name)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains_and_saves_the_student(examples, task, options, tmp_path, name):
-    """That the files it is copied with are all it needs: tests/test_house.py and tests/test_docs.py."""
     examples[name].main([*map(str, options), "--steps", "3", "--out", str(tmp_path / name)])
-    before, after = weights(task / "student"), weights(tmp_path / name)
+    check_student(task, tmp_path / name)
+
+
+def check_student(task: Path, out: Path) -> None:
+    """All weights of the student in `out` have changed, and its tokenizer has not."""
+    before, after = weights(task / "student"), weights(out)
     assert after.keys() == before.keys()
-    assert all(not torch.equal(after[key], before[key]) for key in before), name
-    read = [transformers.PreTrainedTokenizerFast.from_pretrained(path) for path in (task / "student", tmp_path / name)]
+    assert all(not torch.equal(after[key], before[key]) for key in before), out
+    read = [transformers.PreTrainedTokenizerFast.from_pretrained(path) for path in (task / "student", out)]
     assert read[0]("A fox.")["input_ids"] == read[1]("A fox.")["input_ids"]
 
 
