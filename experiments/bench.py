@@ -16,12 +16,10 @@ generation. What runs beside ours:
   and losses.
 
 All compute the same loss, which is checked. Weights are random, of the real shapes; without --data the text is made up,
-with the lengths of Dolly. On a CPU, repeats of the alternatives take turns (A B A B), so that noise meets all of them,
-each in a fresh process, and everything is eager. On a GPU each way has one process for all its steps, so that it is
-compiled once, as ours is, and an update includes AdamW's (with a rate of 0). A cell is the median (smallest-largest)
-after a warm-up; before and after each repeat the device is waited for. The memory of a step is what it needs above
-weights, gradients and moments; "in all" is with them, beside what memory.py forecasts. MFU is the share of the GPU's
-bf16 peak that `paper.operations` makes of the time.
+with the lengths of Dolly. A cell is the median (smallest–largest) after a warm-up. On a CPU everything is eager, and
+the alternatives take turns (A B A B), each in a fresh process. On a GPU each has one process for all its steps, ours is
+compiled, and an update includes AdamW's part, with a rate of 0. Memory is what a step needs above weights, gradients
+and moments; "in all" is with them. MFU is `paper.operations` per second, as a share of the GPU's bf16 peak.
 """
 
 import argparse
@@ -101,13 +99,13 @@ CARD = {  # nothing is smaller than in the papers; on one vocabulary the teacher
     **FULL,
     "student": memory.CONFIGS["GPT-2 120M"], "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
     "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
-    "batches": [4, 8, 32], "compiled": list(METHODS), "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
+    "batches": [4, 8, 32], "full": list(METHODS), "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
     "lora_pair": {"models": {"student": memory.CONFIGS["TinyLlama 1.1B"], "teacher": memory.CONFIGS["Llama-2 7B"]},
-                  "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA"},
+                  "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA, eager"},
 }  # fmt: skip
 TINY = {
     **CARD, "student": gpt2(32, 2, 2, 600, 128), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
-    "same_teacher": gpt2(48, 1, 2, 600, 128), "overlap": 400, "batches": [2, 4], "compiled": [], "max_len": 64,
+    "same_teacher": gpt2(48, 1, 2, 600, 128), "overlap": 400, "batches": [2, 4], "max_len": 64,
     "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600, 320), "prompts": 4, "new_tokens": 4,
     "repeats": 1, "aligned_lengths": [64, 256],
     "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
@@ -115,8 +113,8 @@ TINY = {
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
                   "batches": [4], "what": "LoRA"},
 }  # fmt: skip
-QUICK = {"compiled": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # of any of them
-CARD_CASES = ["steps", "lora_pair", "generation"]
+QUICK = {"full": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # of any of them; full: with all rivals
+CARD_CASES = ["generation", "lora_pair", "steps"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: given, or made up with the lengths of Dolly and two vocabularies that overlap as GPT-2's and Qwen1.5's do
@@ -457,7 +455,7 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     if bench.size.get("card"):
-        hows = dict.fromkeys(how for job in jobs for how in job["hows"])
+        hows = "ours", COMPILED, "transformers", "plain"  # should the time run out: the strongest rival first
         groups = [[(job, how, 0) for job in jobs if how in job["hows"]] for how in hows]
     for group in groups:
         with own_process(bench.in_this_process) as run_step:
@@ -507,8 +505,10 @@ def compare_step(bench: Bench, job: dict, how: str, ours: dict | str, other: dic
         bench.add(what, "", dtype, ours["seconds"], "", "s", remark)
         rank, tokens = job["options"].get("lora", 0), ours["tokens"][0]
         forecast = sum(memory.needs(job["teacher"], job["student"], rank, 1, None, 1, max_len=tokens).values())
-        what, both = f"{job['what']}, memory in all", ([(ours["peak"] or 0) + ours["weights"]], [forecast])
-        return bench.add(what, "forecast", dtype, *both, "B") if seen else None
+        if seen:
+            total = ours["peak"] + ours["weights"]
+            bench.add(f"{job['what']}, memory in all", "forecast", dtype, [total], [forecast], "B")
+        return None
     if job["card"]:
         remark += f" ({how}: {say_speed(job, other)})"
     errors = [abs(other[key] / ours[key] - 1) for key in ("loss", "gradient")]
@@ -522,13 +522,16 @@ def compare_step(bench: Bench, job: dict, how: str, ours: dict | str, other: dic
 
 def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict:
     size, card = bench.size, bench.size.get("card", False)
-    compiled = card and name in size["compiled"] and batch == 8 and "transformers" in bench.others
+    hows = ["ours", *bench.others]
+    if card:
+        hows = hows if name in size["full"] or batch == 8 else ["ours"]
+        hows += [COMPILED] * (name in size["full"] and batch == 8 and "transformers" in hows)
     return {
         "name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device, "text": bench.text,
         "student": size["student"], "teacher": size["teacher" if name in ("eta", "cma") else "same_teacher"],
         "batch": batch, "max_len": size["max_len"], "enough": size["enough"], "card": card,
         "compile": card and torch.device(bench.device).type == "cuda",
-        "hows": ["ours", *bench.others, *[COMPILED] * compiled],
+        "hows": hows,
         "what": METHODS[name][0] + f", {batch} examples" * card, **changes,
     }  # fmt: skip
 
@@ -651,8 +654,8 @@ CASES = {f.__name__: f for f in (steps, lora_pair, generation, alignment, growth
 def machine(device: str) -> str:
     """What the figures were measured on."""
     installed = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in installed]
-    versions.append(f"Python {platform.python_version()}")
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in installed]
     if torch.device(device).type == "cuda":
         return ", ".join([torch.cuda.get_device_name(device), *versions])
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -680,8 +683,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(given.values()) and not all(given.values()):
         parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
     on_cuda = torch.device(o.device).type == "cuda"
-    size = TINY if o.tiny else CARD if on_cuda else FULL
-    size = {**size, **QUICK} if o.quick else size
+    size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
     minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
     limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny}
     cases = o.cases
@@ -689,8 +691,8 @@ def main(arguments: list[str] | None = None) -> None:
         cases = CARD_CASES if "card" in size else [name for name in CASES if name != "lora_pair"]
     with tempfile.TemporaryDirectory() as folder:
         text = given if o.data else stand_in(size, 200, Path(folder))
-        for name, side in (("student", "student"), ("same_teacher", "student"), ("teacher", "teacher")):
-            rows = read_tokenizer(text[side]).size  # a head has as many, or some more, that pad it
+        for name in ("student", "teacher", "same_teacher"):  # a head may have more rows than its tokenizer, not fewer
+            rows = read_tokenizer(text["teacher" if name == "teacher" else "student"]).size
             size[name] = {**size[name], "vocab_size": max(size[name]["vocab_size"], rows)}
         others = ["plain", *["transformers"] * bool(importlib.util.find_spec("transformers"))]
         bench = Bench(size, text, o.device, o.dtype or size["dtypes"], others, o.methods, **limits)
@@ -698,9 +700,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
             print(f"  {seconds(partial(CASES[name], bench), 'cpu'):.0f} s", file=sys.stderr)
             gc.collect()
-    results = bench.results
-    print(f"{machine(o.device)}\n\n{report(results)}")
-    if any(str(cell).startswith("failed") for result in results for cell in (result.ours, result.other)):
+    print(f"{machine(o.device)}\n\n{report(bench.results)}")
+    if any(str(cell).startswith("failed") for result in bench.results for cell in (result.ours, result.other)):
         sys.exit(1)
 
 

@@ -16,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 import losses
 from baselines.mined import mined_loss
 from baselines.uld import uld_loss
-from experiments import tiny
 from fast import losses as fast_losses
 from losses import RECIPES, Counts
-from model import build_model, save_model
+from model import build_model, load_model, save_model
 from runtime import run as checkpoint
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -270,6 +269,20 @@ def random_batch():
     return ids, (torch.arange(14) < torch.tensor([[14], [9], [1], [2]])).long()
 
 
+def make_model(source, directory, special_tokens=(), seed=0, **changes):
+    """An untrained model like that in `source` but for some fields of its config.json, in `directory`: with the
+    tokenizer that is there, else a copy of the source's, and these special tokens more."""
+    config = json.loads((source / "config.json").read_text())
+    if not directory.exists():
+        shutil.copytree(source, directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens([*special_tokens])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    torch.manual_seed(seed)
+    save_model(build_model({**config, "vocab_size": tokenizer.get_vocab_size(), **changes}), directory)
+    return directory
+
+
 def save_random(path, config=GPT2):
     """A valid directory to spoil; returns its config and tensors."""
     save_model(random_model(config), path)
@@ -332,8 +345,8 @@ def speaker(task, directory, files=None, says=(900, 902), special=True, text="Th
     tokenizer.add_tokens(plain[:1])
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(plain[1:])
     tokenizer.save(str(directory / "tokenizer.json"))
-    size = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 1024, "vocab_size": 903}
-    m = build_model({**tiny.STUDENT, **size, "tie_word_embeddings": False, **files.get("config.json", {})})
+    size = {"n_embd": 8, "n_head": 1, "n_positions": 1024, "tie_word_embeddings": False}
+    m = load_model(make_model(task / "student", directory, **size, **files.get("config.json", {})))
     with torch.no_grad():
         for parameter in [*m.blocks.parameters(), *m.positions.parameters(), *m.lm_head.parameters()]:
             parameter.zero_()

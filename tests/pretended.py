@@ -39,7 +39,9 @@ class OnCard(torch.Tensor):
     def __init__(self, held):
         self.held = held.detach()
 
-    device, is_cuda, is_cpu = property(lambda self: CUDA), True, False
+    device = property(lambda self: CUDA)
+    is_cuda = True
+    is_cpu = False
 
     def __repr__(self):
         return f"OnCard({self.held})"
@@ -140,7 +142,9 @@ def pretended_cuda():
     """Meanwhile there is one CUDA device. Yields it; its `waits` are counted anew."""
     state = {"cuda": torch.get_rng_state()}
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "get_rng_state": lambda device: state["cuda"],
-            "set_rng_state": lambda value, device: state.update(cuda=value)}  # fmt: skip
+            "set_rng_state": lambda value, device: state.update(cuda=value),
+            "get_device_name": lambda index: "pretended", "get_device_capability": lambda index: (9, 0),
+            "get_arch_list": lambda: ["sm_90"]}  # fmt: skip
     counted.clear()
     precision = torch.get_float32_matmul_precision()
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of
+from helpers import arguments, log_of, stopped_by_ctrl_c
 from pretended import pretended_cuda
 from test_train import EVERY_KIND
 
@@ -67,7 +67,7 @@ def test_every_method(short_task, tmp_path, kind, chunk):
         assert sum(card.waits.values()) <= 2 + MORE_WAITS.get(align, 0) + sampling
 
 
-def test_a_whole_run(short_task, tmp_path, stopped_by_ctrl_c):
+def test_a_whole_run(short_task, tmp_path):
     """With everything that reads or writes files, and interrupted."""
     options = {"student": short_task / "dropout", "from_scratch": True, "valid": short_task / "valid.jsonl",
                "cache_teacher": tmp_path / "states"}  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments
+from helpers import arguments, make_model
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -417,12 +417,11 @@ def test_padded_vocabularies(tiny_task, tmp_path):
     """From the command line to the scores; the padding's rows are large, and yet never a prediction or a sample."""
     directories = {}
     for seed, (role, count) in enumerate([("student", 964), ("teacher", 1000)]):
-        directory = directories[role] = shutil.copytree(tiny_task / "twin", tmp_path / role)
-        torch.manual_seed(seed)
-        m = model.build_model({**load_model(directory).config, "vocab_size": count, "tie_word_embeddings": False})
-        if role == "teacher":
-            m.lm_head.weight.data[900:] *= 100
-        model.save_model(m, directory)
+        directory = directories[role] = tmp_path / role
+        make_model(tiny_task / "twin", directory, seed=seed, vocab_size=count, tie_word_embeddings=False)
+    teacher = load_model(directory)
+    teacher.lm_head.weight.data[900:] *= 100
+    model.save_model(teacher, directory)
     train.main(arguments(tiny_task, tmp_path / "run", method="seqkd", data=tiny_task / "valid.jsonl", **directories))
     saved = load_model(tmp_path / "run" / "student")
     assert saved.embed.weight.shape[0] == saved.head_weight.shape[0] == 964

@@ -161,16 +161,17 @@ def test_impossible_sizes_are_named(size):
         tiny.make_data(**{**SMALL, **size})
 
 
+@pytest.mark.slow
 def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
     code = (
         "import json, sys, hashlib\nfrom experiments import tiny\n"
-        "data = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)\n"
+        "data = tiny.make_data(5, teacher_train=300, student_train=50, valid=30, test=30)\n"
         "texts = [text for e in data['teacher_train'] for text in (e['prompt'], e['output'])]\n"
         "tiny.train_tokenizers(texts, {0!r} + '/teacher', {0!r} + '/student')\n"
         "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())\n"
     )
     digest = in_another_process(code.format(str(tmp_path / "there")), hash_seed="1").strip()
-    here = tiny.make_data(5, teacher_train=1500, student_train=50, valid=30, test=30)
+    here = tiny.make_data(5, teacher_train=300, student_train=50, valid=30, test=30)
     assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == digest
     tiny.train_tokenizers(texts_of(here["teacher_train"]), str(tmp_path / "teacher"), str(tmp_path / "student"))
     files = [path.relative_to(tmp_path / "there") for path in (tmp_path / "there").rglob("*.json")]

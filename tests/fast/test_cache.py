@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CHAT_TEMPLATES, arguments, log_of, same, weights_of
+from helpers import CHAT_TEMPLATES, arguments, log_of, make_model, same, weights_of
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
 import model
 import train
@@ -133,20 +132,10 @@ def two_students(tiny_task, tmp_path_factory):
     (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     texts = [text for line in lines for text in line.values()]
     tiny.train_tokenizers(texts[:10], str(root / "unused"), str(root / "other"), student_vocabulary=270)
-    for name in ("teacher", "student"):
-        shutil.copytree(tiny_task / name, root / name)
-    shutil.copytree(tiny_task / "student", root / "chatting")
-    for seed, name in enumerate(("teacher", "student", "other", "chatting")):
-        tokenizer = Tokenizer.from_file(str(root / name / "tokenizer.json"))
-        if name == "chatting":
-            tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-            tokenizer.save(str(root / name / "tokenizer.json"))
-        small = {"n_embd": 32, "n_layer": 1, "n_positions": 512}
-        if name == "teacher":
-            small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 512}
-        config = {**(tiny.TEACHER if name == "teacher" else tiny.STUDENT), **small}
-        torch.manual_seed(seed)
-        model.save_model(model.build_model({**config, "vocab_size": tokenizer.get_vocab_size()}), root / name)
+    make_model(tiny_task / "teacher", root / "teacher", max_position_embeddings=512)
+    tokens = {"student": [], "other": [], "chatting": ["<|im_start|>", "<|im_end|>"]}
+    for seed, name in enumerate(tokens, start=1):
+        make_model(tiny_task / "student", root / name, tokens[name], seed, n_positions=512)
     return root
 
 

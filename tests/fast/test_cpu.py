@@ -163,6 +163,7 @@ def test_packed_weights_give_the_same(calls, decoder, dtype, autocast):
         assert again == generate(decoder, [[1, 2, 3], [4]], 20, None, temperature=0)
 
 
+@pytest.mark.slow
 def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tmp_path):
     """oneDNN is told that there is AVX2 alone, which it reads when first used; on processors other than x86 that says
     nothing."""

@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments
+from helpers import arguments, make_model
 from safetensors.torch import save_file
 
-import model
 import train
 from experiments import tiny
 from runtime import load as loading
@@ -81,10 +80,8 @@ def test_unknown_names(command, name):
     ("student", 500, "ids up to 899, the model only 500 embeddings"),
     ("teacher", 32000, "the model has 32000 embeddings, the tokenizer only"),
 ])  # fmt: skip
-def test_tokenizer_of_another_model(command, copy, role, rows, expected):
-    directory = copy(role)
-    config = json.loads((directory / "config.json").read_text()) | {"vocab_size": rows}
-    model.save_model(model.build_model(config), directory)
+def test_tokenizer_of_another_model(command, tiny_task, tmp_path, role, rows, expected):
+    directory = make_model(tiny_task / role, tmp_path / role, vocab_size=rows)
     assert contains(command(**{role: directory}), str(directory), expected, "do not belong together")
 
 
@@ -204,11 +201,9 @@ def test_what_the_embedded_task_does_not_know(tmp_path, monkeypatch, words, mess
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_more_tokens_than_positions(command, copy, role):
-    directory = copy(role)
+def test_more_tokens_than_positions(command, tiny_task, tmp_path, role):
     field = {"student": "n_positions", "teacher": "max_position_embeddings"}[role]
-    config = json.loads((directory / "config.json").read_text()) | {field: 80}
-    model.save_model(model.build_model(config), directory)
+    directory = make_model(tiny_task / role, tmp_path / role, **{field: 80})
     assert contains(command(**{role: directory}), f"--max-len 96: the {role} has only 80 positions")
 
 

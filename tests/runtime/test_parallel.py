@@ -313,6 +313,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_the_run_with_its_error(task, tmp_path):
     """The other process, which waits for it in the middle of an update, ends too, and says nothing of that."""
     (tmp_path / "failing.py").write_text(FAILING)
