@@ -10,9 +10,10 @@ A *cell* is one training run, named by what it is: `v2-fkl+random labels=1000 se
 from random projectors, with 1000 labels; what is not named is as in `Cell`. Each cell is a process with one thread,
 and leaves one small JSON file. `--list` prints the cells that are left as commands, one a line, for other machines.
 
-The task differs from `python train.py`'s in one thing: the student does not start at random. The papers' students have
-read much before they see an instruction; ours has read answers to the training prompts of which half are true and half
-have the words' tastes wiped out (`untasted`). So it speaks the language, and half believes what the teacher knows.
+The task has the grammar of `python train.py`'s, and settings of its own: labels of every family, another split, smaller
+vocabularies. The papers' students have read much before they see an instruction; ours has read answers to the training
+prompts of which half are true and half have the words' tastes wiped out (`untasted`). So it speaks the language, and
+half believes what the teacher knows.
 """
 
 import argparse
