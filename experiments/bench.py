@@ -6,9 +6,9 @@
     python -m experiments.bench --device cuda --quick --json FILE   on a GPU: the papers' pairs, in 8 minutes
     python -m experiments.bench --tiny   the same at a size for any machine: does it all still work
 
-Cases: steps (one update of four methods), generation, alignment, growth (of a step with batch, length and vocabulary,
-also with `--recompute`); on a GPU steps, lora_pair (the papers' larger pair, in the largest batch that fits) and
-generation. What runs beside ours:
+Cases: steps (one update of four methods), body (a decoder alone, forward and backward), generation, alignment, growth
+(of a step with batch, length and vocabulary, also with `--recompute`); on a GPU steps, lora_pair (the papers' larger
+pair, in the largest batch that fits) and generation. What runs beside ours:
 
 - "plain": the same update with this repository's decoders, written as anyone would write it first (`plain_step.py`):
   padded to --max-len, logits at all positions, autograd, no chunks;
@@ -61,7 +61,7 @@ from data import Row, tokenise
 from experiments import memory, paper, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
-from fast.cpu import by_onednn, keep_freed_memory, packed
+from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from model import build_model, generate
 from runtime.formats import read_examples
 from runtime.order import count_tokens
@@ -90,6 +90,8 @@ FULL = {
     "same_teacher": gpt2(1280, 2, 20, 50257),  # GPT-2 large with 2 of its 36
     "overlap": 42256,  # tokens that GPT-2 and Qwen1.5 share, as vocabulary_overlap counts them
     "batches": [4], "max_len": 512, "rounds": 2, "enough": 10.0, "dtypes": ["fp32", "bf16"],
+    "bodies": {"GPT-2 small": gpt2(768, 12, 12, 50257), "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152)},
+    "body_shape": [4, 512], "square": 4096,
     "generator": gpt2(768, 12, 12, 50257), "prompts": 8, "new_tokens": 128, "repeats": 5,
     "aligned_lengths": [256, 1024, 4096, 16384, 65536],
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
@@ -107,7 +109,8 @@ TINY = {
     **CARD, "student": gpt2(32, 2, 2, 600, 128), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
     "same_teacher": gpt2(48, 1, 2, 600, 128), "overlap": 400, "batches": [2, 4], "max_len": 64,
     "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600, 320), "prompts": 4, "new_tokens": 4,
-    "repeats": 1, "aligned_lengths": [64, 256],
+    "repeats": 1, "aligned_lengths": [64, 256], "body_shape": [2, 32], "square": 64,
+    "bodies": {"GPT-2 small": gpt2(32, 2, 2, 600), "LLaMA": llama(32, 64, 2, 2, 1, 600)},
     "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
     "growth_teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
@@ -379,6 +382,7 @@ HEADER = ["ratio", "what", "against", "dtype", "ours", "the other", "remark"]
 SCALES = {  # unit: what reads well from which value on
     "B": {"GiB": 2**30, "MiB": 2**20},
     "s": {"s": 1, "ms": 1e-3},
+    "FLOP/s": {"TFLOP/s": 1e12, "GFLOP/s": 1e9},
     "tokens/s": {"M tokens/s": 1e6, "k tokens/s": 1e3, "tokens/s": 1},
 }
 
@@ -558,6 +562,43 @@ def lora_pair(bench: Bench) -> None:
                 return
 
 
+def body(bench: Bench) -> None:
+    """Forward and backward pass of decoders without head, beside transformers and square matrix products."""
+    for (label, config), dtype in product(bench.size["bodies"].items(), bench.dtypes):
+        measure_body(bench, f"body of {label}", config, dtype)
+
+
+def measure_body(bench: Bench, what: str, config: dict, dtype: str) -> None:
+    torch.manual_seed(0)
+    ours, shape, n = build_model(config, bench.device).train(), bench.size["body_shape"], bench.size["square"]
+    ids = torch.randint(config["vocab_size"], shape, device=bench.device)
+    direction = torch.randn(*shape, ours.embed.weight.shape[1], device=bench.device)
+    a, b = torch.randn(2, n, n, device=bench.device).to(DTYPES[dtype])
+
+    def update(model, states_of) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            states = states_of(ids)
+        (states.float() * direction).sum().backward()
+
+    if torch.device(bench.device).type == "cpu":
+        put_on(ours)
+    by_ours = by_onednn(bench.device)
+    runs = {"ours": by_ours(partial(update, ours, ours)), "product": partial(torch.mm, a, b)}
+    runs["product by oneDNN"] = by_ours(runs["product"])
+    if "transformers" in bench.others:
+        theirs = as_transformers(ours).train()
+        states_of = partial(theirs.base_model, use_cache=False)
+        runs["transformers"] = partial(update, theirs, lambda ids: states_of(ids).last_hidden_state)
+    times = take_turns(runs, bench.size["repeats"], bench.device)
+    if "transformers" in times:
+        bench.add(what, "transformers", dtype, times["ours"], times["transformers"], "s")
+    counts = memory.counts({**config, "vocab_size": 0})
+    work = 6 * math.prod(shape) * counts.matrices
+    ceiling = 2 * n**3 / min(times["product"] + times["product by oneDNN"])
+    bench.add(what, "matrix product", dtype, [work / t for t in times["ours"]], [ceiling], "FLOP/s")
+
+
 def generation(bench: Bench) -> None:
     """Greedy generation of a batch of prompts, in models of each dtype."""
     for dtype in bench.dtypes:
@@ -644,7 +685,7 @@ def growth(bench: Bench) -> None:
             measure_steps(once, [make_job(once, "eta", "fp32", batch, **changes)])
 
 
-CASES = {f.__name__: f for f in (steps, lora_pair, generation, alignment, growth)}
+CASES = {f.__name__: f for f in (steps, lora_pair, body, generation, alignment, growth)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
