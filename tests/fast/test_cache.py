@@ -243,7 +243,7 @@ def test_what_the_states_depend_on_is_in_the_key(setting, tiny_task, tmp_path):
     config = json.loads((other_config / "config.json").read_text())
     (other_config / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     longer = [*setting.examples[:-1], dataclasses.replace(setting.examples[-1], outputs=["Another answer."])]
-    cut = dict(max_len=40, max_prompt_len=20)
+    cut = dict(max_len=20, max_prompt_len=10)
     made = [
         setting.make(), setting.make(other), setting.make(other_config), setting.make(examples=longer),
         setting.make(examples=setting.examples[:-1]), setting.make(dtype=torch.bfloat16), setting.make(**cut),

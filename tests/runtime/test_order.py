@@ -3,6 +3,7 @@ torch.compile compiles once."""
 
 import itertools
 import random
+import re
 import threading
 
 import pytest
@@ -82,16 +83,22 @@ def test_padding_share_by_hand():
     assert measure_padding([rows[:1], rows[1:]]) == 0
 
 
+def read_padding(said: str) -> list[tuple[int, int, int]]:
+    """Of each run: the updates and the forward passes of an epoch, and the share of padding in per cent."""
+    found = re.findall(r"an epoch: (\d+) updates in (\d+) forward passes; (\d+)% of their positions are padding", said)
+    return [tuple(map(int, numbers)) for numbers in found]
+
+
 def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys):
     """By a budget of tokens, or by gradient accumulation; test_method.py has this for all methods."""
     ways = {"one": {"batch_size": 8}, "budget": {"batch_size": 8, "tokens_per_batch": 130},
             "accumulated": {"batch_size": 2, "grad_accum": 4}}  # fmt: skip
     for name, options in ways.items():
         train.main(arguments(tiny_task, tmp_path / name, **options))
-    reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
-    assert reports[0].startswith("5 batches") and int(reports[1].split()[0]) > 10
-    shares = [float(report.split(", ")[1].split("%")[0]) for report in reports]
-    assert shares[1] < shares[0]
+    reports = read_padding(capsys.readouterr().err)
+    assert [updates for updates, _, _ in reports] == [5, 5, 5]
+    assert reports[0][1] == 5 and reports[1][1] > 10 and reports[2][1] == 20
+    assert reports[1][2] < reports[0][2]
     one, *others = (log_of(tmp_path / name) for name in ways)
     for other in others:
         for line, again in zip(one, other, strict=True):
@@ -103,8 +110,7 @@ def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys):
 def test_bucketed_runs_see_less_padding(tiny_task, tmp_path, capsys):
     for bucket in (None, True):
         train.main(arguments(tiny_task, tmp_path / str(bucket), method="sft", max_steps=1, bucket=bucket))
-    reports = [line for line in capsys.readouterr().err.splitlines() if "batches per epoch" in line]
-    plain, bucketed = (float(report.split(", ")[1].split("%")[0]) for report in reports)
+    (_, _, plain), (_, _, bucketed) = read_padding(capsys.readouterr().err)
     assert bucketed < plain / 2
 
 

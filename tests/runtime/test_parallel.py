@@ -142,6 +142,7 @@ def process(number: int, task: Path, port: int, out: Path) -> None:
             (out / f"{case} {number}.json").write_text(json.dumps(terms))
             save_file({name: value.contiguous() for name, value in gradients.items()}, out / f"{case} {number}.st")
         runs_of_two(task, out)
+    parallel.leave()  # as the command line does
 
 
 @pytest.fixture(scope="module")
