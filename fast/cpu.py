@@ -1,17 +1,20 @@
 """Products on a CPU by oneDNN, which PyTorch is built with, where that is faster than what PyTorch does by itself.
 
 MKL has no fast kernels for AMD's processors: a float32 product takes twice as long there as oneDNN's, which PyTorch
-uses for bf16 only. Values are the same up to the order of summation. There is no public switch, so `by_onednn` puts
-PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, below autograd.
+uses for bf16 only; on Intel's the two are equal. Values are the same up to the order of summation. There is no public
+switch, so `by_onednn` puts PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, below
+autograd, where `onednn_is_faster` has measured that this pays.
 """
 
 import ctypes
+import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +27,28 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 SMALLEST = 2**20  # multiplications below which the way through Python costs more than it saves
 
 
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN needs less than 3/4 of the time that PyTorch's own way needs for a float32 product, by the best of
+    four each, in turns: ten milliseconds, once per process. (Between 1/2 on AMD's processors and 1 on Intel's, so that
+    a busy machine does not change the answer, and with it the order of summation.)"""
+    a, b = torch.ones(256, 768), torch.ones(768, 768)
+    ways = partial(torch.mm, a, b.T), partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
+    least = [math.inf, math.inf]
+    for _ in range(4):
+        for i, multiply in enumerate(ways):
+            began = time.perf_counter()
+            multiply()
+            least[i] = min(least[i], time.perf_counter() - began)
+    return least[1] < 0.75 * least[0]
+
+
 @contextmanager
 def by_onednn(device: str) -> Iterator[None]:
     """Meanwhile float32 products on the CPU, of SMALLEST multiplications or more, are oneDNN's; shapes, errors and
-    gradients are PyTorch's. On other devices, and where PyTorch is built without oneDNN, nothing changes."""
-    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+    gradients are PyTorch's. On other devices, where PyTorch is built without oneDNN, and on processors on which it is
+    hardly faster, nothing changes."""
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available() or not onednn_is_faster():
         yield
         return
     mm_before, addmm_before = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,9 +29,11 @@ class Calls(list):
 
 
 @pytest.fixture
-def calls():
+def calls(monkeypatch):
+    """As on a processor on which oneDNN is faster."""
     calls = Calls()
     calls.inner = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: True)
     with patch.object(torch.ops.mkldnn, "_linear_pointwise", calls):
         yield calls
 
@@ -118,6 +121,27 @@ def test_other_devices_and_builds_keep_theirs(calls, monkeypatch):
     with by_onednn("cpu"):
         a @ a
     assert not calls
+
+
+@pytest.mark.parametrize("slow, faster", [("mm", True), ("_linear_pointwise", False)])
+def test_the_faster_product_is_found_by_measuring(monkeypatch, slow, faster):
+    owner = torch if slow == "mm" else torch.ops.mkldnn
+    multiply, measured = getattr(owner, slow), cpu.onednn_is_faster.__wrapped__
+
+    def multiply_slowly(*factors):
+        time.sleep(0.05)
+        return multiply(*factors)
+
+    monkeypatch.setattr(owner, slow, multiply_slowly)
+    assert measured() == faster
+    calls = Calls()
+    calls.inner = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(cpu, "onednn_is_faster", measured)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", calls)
+    with by_onednn("cpu"):
+        before = len(calls)  # of the measurement
+        torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+    assert len(calls) - before == faster
 
 
 # -- weights laid out for generation -----------------------------------------------------------------------------------
