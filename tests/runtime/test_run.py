@@ -140,7 +140,7 @@ def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The best checkpoint
 
-SPOILT = {"max_steps": 6, "lr": 1.0, "warmup": 6}  # the learning rate rises until the student is spoilt
+SPOILT = {"max_steps": 6, "lr": 2.0, "warmup": 6}  # the learning rate rises until the student is spoilt
 
 
 @pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {"lora": 4})], ids=str)
