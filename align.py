@@ -313,6 +313,8 @@ def deviations(moments: list[float]) -> Deviations:
 
 
 if __name__ == "__main__":
-    from runtime.show import main  # the printing alone; nothing else here needs another file of ours
-
+    try:
+        from runtime.show import main  # the printing alone; nothing else here needs another file of ours
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: {error}; a copied align.py is a module, only the project shows what aligns") from None
     main(__doc__)

@@ -247,6 +247,8 @@ def test_concept_files_work_alone(tmp_path):
     command = [sys.executable, "-c", ALONE, *(Path(file).name for file in files)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    shown = subprocess.run([sys.executable, "align.py", "x"], cwd=tmp_path / "align", capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stderr.startswith("error: ") and shown.stderr.count("\n") == 1
 
 
 def test_the_snippet_to_copy_runs():

@@ -272,7 +272,7 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     assert find_model(str(adapter), "student", weights=False) == base
 
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for base in ("/root/elsewhere", None):
+    for base in ("/nowhere/else", None):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         with pytest.raises(FileNotFoundError, match=f"is an adapter, and its base is not here: model '{base}'"):
             find_model(str(adapter), "teacher")
