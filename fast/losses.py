@@ -282,10 +282,17 @@ def head_terms(
 
 
 def sft_loss(
-    student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0, **how
+    student_hidden: Tensor,
+    gold: Tensor,
+    student_head: Tensor,
+    counts: Counts,
+    kd_rate: float = 0.0,
+    chunk: int = 512,
+    fused: bool = False,
 ) -> dict[str, Tensor]:
     """As `losses.sft_loss`."""
-    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=(1 - kd_rate) / counts.tokens, **how)
+    weight = (1 - kd_rate) / counts.tokens
+    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=weight, chunk=chunk, fused=fused)
     return {"ce": found.ce / counts.tokens, "correct": found.correct, "loss": found.loss}
 
 
@@ -299,13 +306,14 @@ def kd_loss(
     divergence: str = "fkl",
     temperature: float = 2.0,
     kd_rate: float = 0.5,
-    **how,  # chunk, fused: of head_terms
+    chunk: int = 512,
+    fused: bool = False,
 ) -> dict[str, Tensor]:
     """As `losses.kd_loss`."""
     found = head_terms(
         student_hidden, student_head, teacher_hidden, teacher_head, gold=gold,
         ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens,
-        divergence=divergence, temperature=temperature, **how,
+        divergence=divergence, temperature=temperature, chunk=chunk, fused=fused,
     )  # fmt: skip
     on_gold = {} if gold is None else {"ce": found.ce / counts.tokens, "correct": found.correct}
     return {**on_gold, "kd": found.kd / counts.tokens, "loss": found.loss}
@@ -326,12 +334,13 @@ def dskd_loss(
     divergence: str = "fkl",
     temperature: float = 2.0,
     kd_rate: float = 0.5,
-    **how,  # chunk, fused: of head_terms
+    chunk: int = 512,
+    fused: bool = False,
 ) -> dict[str, Tensor]:
     """As `losses.dskd_loss`."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
     over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
-    options = {"temperature": temperature, **how}
+    options = {"temperature": temperature, "chunk": chunk, "fused": fused}
 
     in_student_space = head_terms(
         student_hidden, student_head, t2s_hidden, student_head, rows, gold, label, recipe.only_agreeing,
