@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from align import exact_token_alignment
@@ -284,7 +285,7 @@ class ModelBatch:
     causality hides it from every position that is used."""
 
     input_ids: Tensor  # (B, T), padded to the longest example
-    real: Tensor  # (N,) of the tokens that are no padding, in the flattened (B·T)
+    real: Tensor  # (N,) the positions that are computed, in the flattened (B·T): all but padding
     positions: Tensor  # (R,) of the response positions in the flattened (B·T)
     labels: Tensor  # (R,) the token that each of them predicts
     lengths: list[int]  # (B,) how many of the R belong to each example
@@ -295,6 +296,9 @@ class ModelBatch:
     def inputs(self) -> Tensor:
         """(R,) the token that is read at each response position."""
         return self.input_ids.flatten()[self.positions]
+
+
+STEP = 128  # tokens
 
 
 @dataclass
@@ -312,24 +316,32 @@ class Batch:
     to = move_to
 
 
-def collate_side(sides: list[Side], pad_id: int) -> ModelBatch:
+def collate_side(sides: list[Side], pad_id: int, width: int = 0) -> ModelBatch:
     """Pad on the right and shift once: position i reads token i and predicts token i+1."""
     read = [torch.tensor((side.prompt + side.response)[:-1]) for side in sides]  # nothing follows the last token
     input_ids = pad_sequence(read, batch_first=True, padding_value=pad_id)  # (B, T)
+    input_ids = pad(input_ids, (0, max(0, width - input_ids.shape[1])), value=pad_id)
     column = torch.arange(input_ids.shape[1])
     real = column < torch.tensor([[len(ids)] for ids in read])  # (B, T)
     # the last prompt token predicts the first response token
     predicting = real & (column >= torch.tensor([[len(side.prompt) - 1] for side in sides]))  # (B, T)
     labels = torch.tensor([token for side in sides for token in side.response])  # (R,)
+    if width:  # every sequence keeps its tokens at the front
+        more = (~real).flatten().nonzero()[: -int(real.sum()) % STEP, 0]
+        real.view(-1)[more] = True
     places = (mask.flatten().nonzero()[:, 0] for mask in (real, predicting))
     return ModelBatch(input_ids, *places, labels, [len(side.response) for side in sides])
 
 
-def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0) -> Batch:
-    """One batch of rows. The padding ids are read by no response position, any valid id will do."""
-    batch = Batch(collate_side([row.student for row in rows], student_pad))
+def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0, width: int = 0) -> Batch:
+    """One batch of rows. The padding ids are read by no response position, any valid id will do.
+
+    width: make the shapes of all batches few, so that each can be kept as a CUDA graph: (B, width), and padding counts
+    as real up to a multiple of STEP tokens.
+    """
+    batch = Batch(collate_side([row.student for row in rows], student_pad, width))
     if rows[0].teacher is not None:
-        batch.teacher = collate_side([row.teacher for row in rows], teacher_pad)
+        batch.teacher = collate_side([row.teacher for row in rows], teacher_pad, width)
     if rows[0].pairs is not None:
         batch.teacher_index = shift([row.pairs[0] for row in rows], batch.teacher.lengths)  # (A,)
         batch.student_index = shift([row.pairs[1] for row in rows], batch.student.lengths)  # (A,)

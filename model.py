@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,17 +53,20 @@ class Attention(nn.Module):
 
     scaled_dot_product_attention = staticmethod(F.scaled_dot_product_attention)  # fast/cpu.py puts another in its place
 
-    def attend(self, q, k, v, layer: int, mask, cache, packing, dropout: float) -> torch.Tensor:
+    def attend(self, q, k, v, mask, store, packing, dropout: float) -> torch.Tensor:
         """q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, heads·head_dim); with a packing
         (1, N) in the place of (B, T), in and out.
 
         mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
+        store: `KVCache.store` of this layer, or None.
         """
+        if packing is not None and mask is None and store is None and packing.by_flash(q):
+            return packing.attend(q, k, v, dropout).flatten(2)
         if packing is not None:
             q, k, v = map(packing.pad, (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
-        if cache is not None:
-            k, v = cache.store(layer, k, v)  # (B, kv_heads, S, head_dim)
+        if store is not None:
+            k, v = store(k, v)  # (B, kv_heads, S, head_dim)
         B, heads, T, head_dim = q.shape
         groups = heads // k.size(1)  # query heads that share a key-value head
         if T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
@@ -80,10 +84,14 @@ class Attention(nn.Module):
 
 
 class Packing:
-    """Sequences of a padded batch without the padding, one after another: what every layer but attention works on."""
+    """Sequences of a padded batch without the padding, one after another: what the layers work on; attention only where
+    it has a kernel for that."""
 
-    def __init__(self, real: torch.Tensor, shape: tuple[int, int]):
-        self.real, self.shape = real, shape  # (N,) the positions of real tokens in the flattened batch; its (B, T)
+    def __init__(self, real: torch.Tensor, batch: torch.Tensor):
+        self.real, self.batch = real, batch  # (N,) the positions of real tokens in the flattened batch; (B, T)
+        B, T = batch.shape
+        # (B + 1,) where each sequence starts among the N, and N
+        self.starts = torch.searchsorted(real, T * torch.arange(B + 1, device=real.device), out_int32=True)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (1, N, ...)"""
@@ -91,8 +99,20 @@ class Packing:
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(1, N, ...) -> (B, T, ...), zeros at the padding"""
-        B, T = self.shape
+        B, T = self.batch.shape
         return x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, (B, T))
+
+    @staticmethod
+    def by_flash(q: torch.Tensor) -> bool:
+        """Whether there is a kernel for such heads."""
+        return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+        """Causal attention in each sequence by itself: (1, N, heads, head_dim), k and v with kv_heads -> as q. This is
+        what torch.nn.attention.varlen calls, which has no dropout."""
+        T = self.batch.size(1)  # no sequence is longer
+        where = self.starts, self.starts, T, T
+        return torch.ops.aten._flash_attention_forward(q[0], k[0], v[0], *where, dropout, True, False)[0][None]
 
 
 class GPT2Attention(Attention):
@@ -103,9 +123,9 @@ class GPT2Attention(Attention):
         self.c_proj = nn.Linear(c.width, c.width)
         self.dropout = nn.Dropout(c.resid_dropout)
 
-    def forward(self, x, layer, *where):
+    def forward(self, x, *where):
         q, k, v = self.c_attn(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # 3 x (B, T, heads, head_dim)
-        y = self.attend(q, k, v, layer, *where, self.attn_dropout if self.training else 0.0)
+        y = self.attend(q, k, v, *where, self.attn_dropout if self.training else 0.0)
         return self.dropout(self.c_proj(y))
 
 
@@ -122,16 +142,15 @@ class GPT2MLP(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    def __init__(self, c, layer: int):
+    def __init__(self, c):
         super().__init__()
-        self.layer = layer
         self.ln_1 = nn.LayerNorm(c.width, eps=c.eps)
         self.attn = GPT2Attention(c)
         self.ln_2 = nn.LayerNorm(c.width, eps=c.eps)
         self.mlp = GPT2MLP(c)
 
-    def forward(self, x, rotation, *where):  # of attention: mask, cache, packing
-        x = x + self.attn(self.ln_1(x), self.layer, *where)
+    def forward(self, x, rotation, *where):  # of attention: mask, store, packing
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -186,13 +205,13 @@ class LlamaAttention(Attention):
             self.k_norm = RMSNorm(c.head_dim, c.eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x, layer, rotation, *where):
+    def forward(self, x, rotation, *where):
         # (B, T, heads, head_dim), k and v with kv_heads
         q, k, v = (project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
-        return self.o_proj(self.attend(q, k, v, layer, *where, self.attn_dropout if self.training else 0.0))
+        return self.o_proj(self.attend(q, k, v, *where, self.attn_dropout if self.training else 0.0))
 
 
 class LlamaMLP(nn.Module):
@@ -208,16 +227,15 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, c, layer: int):
+    def __init__(self, c):
         super().__init__()
-        self.layer = layer
         self.input_layernorm = RMSNorm(c.width, c.eps)
         self.self_attn = LlamaAttention(c)
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = LlamaMLP(c)
 
-    def forward(self, x, rotation, *where):  # of attention: mask, cache, packing
-        x = x + self.self_attn(self.input_layernorm(x), self.layer, rotation, *where)
+    def forward(self, x, rotation, *where):  # of attention: mask, store, packing
+        x = x + self.self_attn(self.input_layernorm(x), rotation, *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -243,7 +261,7 @@ class Decoder(nn.Module):
         self.positions = embedding(c.limit, c.width) if gpt2 else None
         self.rotary = None if gpt2 else Rotary(*c.rotary)
         self.dropout = nn.Dropout(c.embd_dropout if gpt2 else 0.0)
-        self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c, layer) for layer in range(c.layers))
+        self.blocks = nn.ModuleList((GPT2Block if gpt2 else LlamaBlock)(c) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width, eps=c.eps) if gpt2 else RMSNorm(c.width, c.eps)
         self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
 
@@ -283,7 +301,7 @@ class Decoder(nn.Module):
             positions, n_keys = torch.arange(T, device=input_ids.device)[None], T  # (1, T)
 
         masks = {window: causal_mask(positions, n_keys, window) for window in set(self.windows)}
-        packing = None if real is None else Packing(real, input_ids.shape)
+        packing = None if real is None else Packing(real, input_ids)
         if packing is not None:
             input_ids, positions = packing.pack(input_ids), (real % T)[None]  # (1, N)
 
@@ -292,8 +310,9 @@ class Decoder(nn.Module):
             x = x + self.positions(positions)
         x = self.dropout(x)
         rotation = None if self.rotary is None else self.rotary(positions)
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            where = rotation, masks[window], cache, packing
+        for layer, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            store = None if cache is None else partial(cache.store, layer)
+            where = rotation, masks[window], store, packing
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
@@ -541,6 +560,7 @@ def save_model(m: Decoder, path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
+
 
 class KVCache:
     """Keys and values of all tokens so far: two buffers per layer, filled at each sequence's own pace.

@@ -68,6 +68,7 @@ SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 
+
 @dataclass
 class TeacherAnswer:
     """What the frozen teacher says about one batch, at the positions that are compared."""
@@ -305,6 +306,10 @@ def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | N
         totals = method.count(pieces.student, compared, said, batches)
     parts = [(batch, None, True) for batch in batches] if sampled else []
     parts += [(batch, answer, not sampled) for batch, answer in zip(compared, said, strict=True)]
+    if len(parts) > 1 and parallel.uses_graphs(o):  # a gradient must not stay in a graph's memory, which is used again
+        for p in pieces.student.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
     names: list[str] = []
     values = []
     for batch, answer, is_gold in parts:
@@ -384,7 +389,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
     with by_onednn(o.device):
         pieces = load(o)
         add_method(o, pieces)
-        student = parallel.compile_model(pieces.student) if o.compile else pieces.student
+        student = parallel.compile_model(pieces.student, parallel.uses_graphs(o)) if o.compile else pieces.student
         return dry_run(o, pieces, student) if o.dry_run else run_updates(o, pieces, student, description)
 
 

@@ -65,7 +65,7 @@ from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
 from model import build_model, generate
 from runtime.formats import read_examples
 from runtime.order import count_tokens
-from runtime.parallel import compile_model
+from runtime.parallel import compile_model, uses_graphs
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import table
 
@@ -227,11 +227,11 @@ def make_step(job: dict) -> SimpleNamespace:
     student, teacher = make_model(*student_of), make_model(*teacher_of)
     o = train.check_options(train.Options(
         student="-", teacher="-", data="-", device=device, dtype=dtype, kd_rate=KD_RATE, temperature=TEMPERATURE,
-        batch_size=len(rows), compile=job["compile"], **job["options"],
+        batch_size=len(rows), max_len=job["max_len"], compile=job["compile"], **job["options"],
     ))  # fmt: skip
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # as training does
-    compile_ours = compile_model if o.compile and how in OURS else lambda model: model
+    compile_ours = partial(compile_model, graphs=uses_graphs(o)) if o.compile and how in OURS else lambda model: model
     torch.manual_seed(1)  # v1's projectors are the same for all
     method = train.Method(o, student, tokenizers[0], compile_ours(teacher), tokenizers[1])
     if how in OURS:
@@ -288,6 +288,11 @@ def measure_step(job: dict) -> dict:
         step.trained.train()
         step.trained.zero_grad()
         before = memory_floor(device)
+        if job["card"]:  # an update that is not the first has moments from the start
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            step.trained.zero_grad()
         if ours and device == "cpu":
             keep_freed_memory()  # as training does
         update()

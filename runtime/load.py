@@ -66,16 +66,17 @@ class Pieces:
         facts = {"base_model": base_model(o), "prompts": prompt_form(self.examples[0])}
         return {**facts, "aligned": self.aligned} if self.aligned else facts
 
-    def collate(self, rows: list[Row], device) -> Batch:
+    def collate(self, rows: list[Row], device, width: int = 0) -> Batch:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
-        return collate(rows, self.student_tokenizer.eos_id, pad).to(device)
+        return collate(rows, self.student_tokenizer.eos_id, pad, width).to(device)
 
     def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
         """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
         last of which then have no row: processes that share a model's weights must run it equally often."""
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
         parts += [[]] * (count - len(parts))
-        batches = [(part, self.collate(part or self.rows[:1], o.device)) for part in parts]
+        width = o.max_len if parallel.uses_graphs(o) else 0
+        batches = [(part, self.collate(part or self.rows[:1], o.device, width)) for part in parts]
         return [batch if part else drop_responses(batch) for part, batch in batches]
 
     def updates_per_epoch(self, o: Options) -> int:
@@ -223,7 +224,7 @@ def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
     else:
         teacher = load_model(directory, dtype, o.device, body=o.cache_teacher is None)
     teacher.requires_grad_(False)
-    return parallel.compile_model(teacher) if o.compile else teacher
+    return parallel.compile_model(teacher, parallel.uses_graphs(o)) if o.compile else teacher
 
 
 def load_answers(

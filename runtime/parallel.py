@@ -246,13 +246,25 @@ def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
     return m.eval()
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    """The model compiled; a sharded one block by block, as its weights come and go between them."""
-    if not is_sharded(model):
+def compile_model(model: nn.Module, graphs: bool = False) -> nn.Module:
+    """The model compiled; a sharded one block by block, as its weights come and go between them. graphs: with a CUDA
+    graph for every shape; without, the processor, which launches a thousand kernels an update, cannot keep up."""
+    if is_sharded(model):
+        for block in model.blocks:
+            block.compile(dynamic=True)
+        return model
+    if not graphs:
         return torch.compile(model, dynamic=True)
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    return model
+    import torch._inductor.config as inductor  # takes a second
+
+    inductor.triton.cudagraph_dynamic_shape_warn_limit = None
+    return torch.compile(model, dynamic=True, mode="reduce-overhead")
+
+
+def uses_graphs(o) -> bool:
+    """Whether an update runs as CUDA graphs: where shapes can be kept few, as `data.collate` does with a width. In
+    float32 that would cost more than it gains, attention having no kernel for packed sequences."""
+    return bool(o.compile) and torch.device(o.device).type == "cuda" and o.dtype == "bf16" and not o.shard
 
 
 def is_sharded(model: nn.Module) -> bool:

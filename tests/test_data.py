@@ -452,6 +452,23 @@ def test_collate_against_a_loop(rows, student, teacher):
         assert len(side.positions) == len(side.labels) == k and side.real.tolist() == real
 
 
+@pytest.mark.parametrize("width", [40, 300])
+def test_collate_to_few_shapes(rows, width):
+    """A width for all batches, and padding that counts as real up to a multiple of 128 tokens, if there is enough."""
+    batch, expected = collate(rows, 0, 0, width), collate(rows, 0, 0)
+    for side, other in ((batch.student, expected.student), (batch.teacher, expected.teacher)):
+        T, real = other.input_ids.shape[1], torch.zeros(len(rows), width, dtype=torch.bool)
+        assert torch.equal(side.input_ids[:, :T], other.input_ids) and not side.input_ids[:, T:].any()
+        assert len(side.real) == min(-(-len(other.real) // 128) * 128, len(rows) * width)
+        assert torch.equal(side.real, side.real.sort().values)
+        real.view(-1)[side.real] = True
+        assert not (real[:, 1:] & ~real[:, :-1]).any()  # no token without the ones before it
+        of_other = (index // T * width + index % T for index in (other.real, other.positions))
+        for found, wanted in zip((side.real, side.positions), of_other, strict=True):
+            assert torch.equal(found[torch.isin(found, wanted)], wanted)
+        assert len(side.positions) == len(other.positions) and torch.equal(side.labels, other.labels)
+
+
 def test_padding_is_in_the_ids_alone(rows):
     one, other = collate(rows, 0, 0), collate(rows, 5, 7)
     for name in ("student", "teacher"):

@@ -12,7 +12,7 @@ from helpers import CONFIGS, GPT2, LLAMA, LLAMA3, perturb, random_batch, random_
 from safetensors.torch import load_file, save_file
 
 import model
-from model import build_model, generate, load_model, sample, save_model
+from model import Packing, build_model, generate, load_model, sample, save_model
 from runtime.strict import check_config, check_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [44, 2, 60], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]]
@@ -290,11 +290,23 @@ def test_dropout_is_active_in_training_only():
             assert torch.equal(m(ids), m(ids)) != active
     block, x = random_model({**GPT2, "attn_pdrop": 0, "resid_pdrop": 0.5}).train().blocks[0], torch.ones(1, 1, 24)
     assert not torch.equal(block.mlp(x), block.mlp(x))
-    assert not torch.equal(block.attn(x, 0, None, None, None), block.attn(x, 0, None, None, None))
+    assert not torch.equal(block.attn(x, None, None, None), block.attn(x, None, None, None))
+
+
+def flash_attention(q, k, v, starts, key_starts, longest, longest_keys, dropout, causal, debug):
+    """PyTorch's, which is for CUDA alone, of each sequence by itself; q, k, v (N, heads, head_dim)"""
+    assert torch.equal(starts, key_starts) and starts.dtype == torch.int32 and causal and not dropout
+    assert max(starts.diff()) <= longest == longest_keys
+    parts = []
+    for part in zip(*(x.split(starts.diff().tolist()) for x in (q, k, v)), strict=True):
+        of_one = (x.transpose(0, 1)[None] for x in part)
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*of_one, is_causal=True, enable_gqa=True)[0])
+    return torch.cat([part.transpose(0, 1) for part in parts]), None
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [[6, 1, 9], [4]])
-def test_nothing_is_computed_for_padding(name, lengths):
+def test_nothing_is_computed_for_padding(name, lengths, monkeypatch):
     """States and gradients without the padding are those with it, and the padding has no token that is looked at."""
     m = random_model(CONFIGS[name]).double()
     T, vocabulary = max(lengths), m.config["vocab_size"]
@@ -319,6 +331,10 @@ def test_nothing_is_computed_for_padding(name, lengths):
         gradients.append({name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None})
         m.zero_grad()
     torch.testing.assert_close(packed.flatten(0, 1)[real], padded.flatten(0, 1)[real])
+    with monkeypatch.context() as on_cuda:
+        on_cuda.setattr(Packing, "by_flash", staticmethod(lambda q: True))
+        on_cuda.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+        torch.testing.assert_close(m(ids, real=real).flatten(0, 1)[real], packed.flatten(0, 1)[real])
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -471,4 +487,3 @@ def test_only_plain_models_are_saved(tmp_path):
     with pytest.raises(ValueError, match="blocks.0.attn.c_attn.adapter.*merge adapters before saving"):
         save_model(m, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-

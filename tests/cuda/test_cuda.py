@@ -1,4 +1,5 @@
-"""What a CUDA device computes is what the CPU computes; run with `python -m pytest -m cuda`, three minutes on an H100.
+"""What a CUDA device computes is what the CPU computes; run with `python -m pytest -m cuda -n 8` (pytest-xdist), two
+minutes on an H100.
 
 With DEVICE=cpu the same tests run without a card, to try them: `DEVICE=cpu python -m pytest -m cuda`. What is compiled
 is slow there; `-k "not compiled"` leaves it out.
@@ -173,6 +174,23 @@ def test_options_of_an_update(tiny_task, tmp_path, more, compiled):
     assert (tmp_path / "more" / "adapter").exists() == ("lora" in more)
     if "lora" not in more:
         assert log[1]["loss"] == pytest.approx(plain[1]["loss"], rel=2e-2 if "cache_teacher" in more else 1e-3)
+
+
+@pytest.mark.skipif("compiled" not in MORE, reason="torch.compile needs triton on CUDA")
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"recipe": "v1", "align": "cma"}, {"grad_accum": 2}, {"on_policy": 0.5, "max_len": 60}, {"recompute": True},
+     {"lora": 4, "grad_accum": 2}],
+    ids=str,
+)  # fmt: skip
+def test_graphs(tiny_task, tmp_path, more):
+    """Six updates of other lengths in bf16, which on CUDA run as graphs, beside the same ones launched one by one."""
+    options = {"dtype": "bf16", "max_steps": 6, "lr": 1e-5, **more}
+    found, expected = (run(tiny_task, tmp_path / how, how, **options) for how in ("--compile", "--no-compile"))
+    names = ("ce", "t2s_ce", "s2t_kd", "grad_norm")
+    for line, other in zip(found, expected, strict=True):
+        for name in names if "on_policy" not in more else names[:1]:
+            assert line[name] == pytest.approx(other[name], rel=0.05), (line["step"], name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
