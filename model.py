@@ -104,8 +104,10 @@ class Packing:
 
     @staticmethod
     def by_flash(q: torch.Tensor) -> bool:
-        """Whether there is a kernel for such heads."""
-        return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+        """Whether there is a kernel for such heads: on NVIDIA's cards from Ampere on."""
+        if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip:
+            return False
+        return torch.cuda.get_device_properties(q.device).major >= 8 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
         """Causal attention in each sequence by itself: (1, N, heads, head_dim), k and v with kv_heads -> as q. This is
