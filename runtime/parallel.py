@@ -262,9 +262,10 @@ def compile_model(model: nn.Module, graphs: bool = False) -> nn.Module:
 
 
 def uses_graphs(o) -> bool:
-    """Whether an update runs as CUDA graphs: where shapes can be kept few, as `data.collate` does with a width. In
-    float32 that would cost more than it gains, attention having no kernel for packed sequences."""
-    return bool(o.compile) and torch.device(o.device).type == "cuda" and o.dtype == "bf16" and not o.shard
+    """Whether an update runs as CUDA graphs: where batches have equally many examples, so that `data.collate` can keep
+    shapes few. In float32 a width would cost more than it gains, attention having no kernel for packed sequences."""
+    few_shapes = o.dtype == "bf16" and not o.tokens_per_batch and not o.shard
+    return bool(o.compile) and torch.device(o.device).type == "cuda" and few_shapes
 
 
 def is_sharded(model: nn.Module) -> bool:
