@@ -2,7 +2,7 @@
 
     python -m experiments.realtext --small DIR --large DIR --judge DIR --data DIR
     python -m experiments.realtext ... --run [--pairs weaker] [--rows sft v2] [--seeds 0 1 2]
-    python -m experiments.realtext --tables
+    python -m experiments.realtext --tables [--picture FILE]
 
 prints the commands; with --run runs them one after the other. What is finished stays, and a command that was stopped
 goes on. The tables show whatever is finished.
@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 import eval
 from data import Example, tokenise
 from experiments import paper
+from experiments.analyse import new_figure, save
 from fast.cpu import by_onednn
 from model import load_model, read_json, save_model
 from runtime.formats import read_examples
@@ -211,31 +213,65 @@ MEASURES = {  # of scores.json: its title, and the digits that are shown
 }  # fmt: skip
 
 
+def scores_of(out: Path, name: str) -> dict[str, dict]:
+    """{run: its scores} of what is finished of a pair."""
+    return {file.parent.name: read_json(file) for file in sorted((out / name).glob("*/scores.json"))}
+
+
+def differences(runs: dict[str, dict], row: str, part: str, key: str) -> list[float]:
+    """From `sft`, seed by seed."""
+    twins = {run: runs.get(f"sft{run[-2:]}") for run in runs if run[:-2] == row != "sft"}
+    return [runs[run][part][key] - twin[part][key] for run, twin in twins.items() if twin]
+
+
 def tables(out: Path) -> str:
     """A table for each pair and set of what is scored: the mean over the seeds and, below `sft`, the difference from
     it, seed by seed, ± its standard deviation."""
     parts = []
     for name, pair in PAIRS.items():
-        runs = {file.parent.name: read_json(file) for file in sorted((out / name).glob("*/scores.json"))}
+        runs = scores_of(out, name)
         for part in (pair.data, *pair.others) if runs else ():
             lines = [[f"{name}, {part}", "seeds", *(title for title, _ in MEASURES.values())]]
             for row in ("teacher", "start", *ROWS):
-                found = {run: scores[part] for run, scores in runs.items() if run == row or run[:-2] == row}
-                twins = {run: runs.get(f"sft{run[-2:]}", {}).get(part) for run in found if row != "sft"}
+                found = [scores[part] for run, scores in runs.items() if run == row or run[:-2] == row]
                 if found:
-                    cells = (cell(found, twins, key, digits) for key, (_, digits) in MEASURES.items())
+                    cells = (cell([scores[key] for scores in found], differences(runs, row, part, key), digits)
+                             for key, (_, digits) in MEASURES.items())  # fmt: skip
                     lines.append([row, str(len(found)), *cells])
             parts.append(table(lines))
     return "\n\n".join(parts)
 
 
-def cell(found: dict, twins: dict, key: str, digits: int) -> str:
-    text = f"{fmean(scores[key] for scores in found.values()):.{digits}f}"
-    differences = [found[run][key] - twin[key] for run, twin in twins.items() if twin]
-    if differences:
-        text += f" ({fmean(differences):+.{digits}f}"
-        text += f" ± {stdev(differences):.{digits}f})" if len(differences) > 1 else ")"
+def cell(values: list[float], gaps: list[float], digits: int) -> str:
+    text = f"{fmean(values):.{digits}f}"
+    if gaps:
+        text += f" ({fmean(gaps):+.{digits}f}" + (f" ± {stdev(gaps):.{digits}f})" if len(gaps) > 1 else ")")
     return text
+
+
+def draw(out: Path):
+    """The differences from `sft` with their standard deviations: a panel for each measure, a line for each row, a
+    colour for each pair; filled in domain, hollow out of domain."""
+    figure = new_figure(10, 4)
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    finished = {run[:-2] for name in PAIRS for run in scores_of(out, name)}
+    rows = [row for row in list(ROWS)[1:] if row in finished]
+    for n, (name, pair) in enumerate(PAIRS.items()):
+        runs, sets = scores_of(out, name), (pair.data, *pair.others)
+        for axis, key in zip(axes, MEASURES, strict=True):
+            for (y, row), (m, part) in product(enumerate(rows), enumerate(sets)):
+                if gaps := differences(runs, row, part, key):
+                    error = stdev(gaps) if len(gaps) > 1 else 0
+                    axis.errorbar(fmean(gaps), y + 0.2 * n + 0.06 * m - 0.3, xerr=error, fmt="o", markersize=4,
+                                  color=f"C{n}", markerfacecolor="white" if m else f"C{n}")  # fmt: skip
+        axes[0].plot([], [], "o", color=f"C{n}", label=name if runs else None)
+    for axis, (title, _) in zip(axes, MEASURES.values(), strict=True):
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=title.replace(" of", "\nof").replace("Rouge-L ", "Rouge-L,\n"))
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PAIRS))
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,12 +289,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
     parser.add_argument("--run", action="store_true", help="run the commands, too")
     parser.add_argument("--tables", action="store_true", help="print what is finished")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
     parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
     parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE")
     o = parser.parse_args(arguments)
     try:
         if o.tables:
             print(tables(o.out))
+            if o.picture:
+                save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:
             with by_onednn("cpu"):
                 score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge)

@@ -65,6 +65,10 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     assert cells[:2] == ["v2", "2"]
     assert cells[2] == f"{(scores['v2-0'] + scores['v2-1']) / 2:.3f} ({mean:+.3f} ± {spread:.3f})"
 
+    pytest.importorskip("matplotlib")
+    realtext.main(["--out", str(tmp_path / "out"), "--tables", "--picture", str(tmp_path / "picture.png")])
+    assert capsys.readouterr().out.endswith("picture.png\n") and (tmp_path / "picture.png").stat().st_size > 5000
+
 
 def test_the_weaker_student_lacks_the_layers(tiny_task, tmp_path):
     whole = load_model(tiny_task / "teacher")
