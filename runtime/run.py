@@ -45,9 +45,7 @@ TOKENIZER_FILES = (
 KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
 
 
-def save_checkpoint(
-    o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float], score: float | None = None
-) -> None:
+def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], score: float | None = None) -> None:
     """What `write_student` writes, and resume/state.safetensors with all that an exact continuation needs, also
     `meter`, the counts for the next line of the log. Raises OSError if it cannot be written; the last checkpoint is
     then untouched.
@@ -155,42 +153,30 @@ def name_modules(pieces) -> nn.ModuleDict:
     return nn.ModuleDict({"student": pieces.student, "projectors": pieces.method.projectors})
 
 
-def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
     """Take up the state that `save_checkpoint` left, if any: the number of updates done, and the meter's counts. Raises
     ValueError for a damaged file, and if the examples, or models that are not trained, have changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
-    with name_file_if_unreadable(path), safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    changed = ""
-    if metadata.get("examples", pieces.digest) != pieces.digest:
-        changed = f"examples of {o.data}, or their tokens,"
-    elif parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
-        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
-        changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
-    if changed:
-        raise ValueError(
-            f"--resume: the {changed} are not those that {o.out} was started with; bring these back, or start again "
-            "with another --out"
-        )
-    with name_file_if_unreadable(path):
-        return take_up(o, pieces, optimizer, tensors, metadata)
-
-
-@contextmanager
-def name_file_if_unreadable(path: Path) -> Iterator[None]:
-    """A ValueError that names the file, in place of an error while a checkpoint is read or taken up."""
     try:
-        yield
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        if metadata.get("examples", pieces.digest) != pieces.digest:
+            changed = f"examples of {o.data}, or their tokens,"
+        elif parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+            models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+            changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
+        else:
+            return take_up(o, pieces, optimizer, tensors, metadata)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+    raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; bring these back, or start "
+                     "again with another --out")  # fmt: skip
 
 
 @torch.no_grad()
-def take_up(
-    o, pieces, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[int, dict[str, float]]:
+def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, dict]:
     """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
     for name, parameter in name_modules(pieces).named_parameters():
         if name.startswith("student.") and not parameter.requires_grad:
@@ -303,9 +289,7 @@ def run_of(directory: str | Path) -> dict | None:
     """The options of the run whose student/ this model directory is; None for any other model."""
     directory = Path(os.path.abspath(directory))
     record = directory.parent / "args.json"
-    if directory.name != "student" or not record.is_file():
-        return None
-    return read_json(record)
+    return read_json(record) if directory.name == "student" and record.is_file() else None
 
 
 def chat_of(directory: str | Path) -> str | None:
@@ -537,7 +521,7 @@ class RunDirectory:
     `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
     """
 
-    def __init__(self, o, pieces, optimizer: torch.optim.AdamW, total: int, per_epoch: int, description: str):
+    def __init__(self, o, pieces, optimizer, total: int, per_epoch: int, description: str):
         self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
         self.description, self.every, self.line = description, o.checkpoint_every or per_epoch, {}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -550,8 +534,8 @@ class RunDirectory:
             if self.o.resume:
                 self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
             if parallel.highest(self.start) != self.start:
-                shared = "is not the same directory for all processes; they need a shared one"
-                raise ValueError(f"--resume: {self.o.out} {shared}")
+                raise ValueError(f"--resume: {self.o.out} is not the same directory for all processes; they need a "
+                                 "shared one")  # fmt: skip
             self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start, self.o.tensorboard)
             parallel.start_alike(self.parameters)
             if not self.start and parallel.rank() > 0:  # dropout of its own
@@ -570,8 +554,8 @@ class RunDirectory:
             return
         if parallel.rank() == 0 and (best := best_checkpoint(self.o)):
             name = KEPT_BY[self.o.keep_best]
-            print(f"student/ is from update {best['step']}, which has the best {name}: {best[name]:.4f}",
-                  file=sys.stderr)  # fmt: skip
+            about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
+            print(f"student/ is from {about}", file=sys.stderr)
         if self.signals:  # while the samples were written
             raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", *self.signals)
 
@@ -628,11 +612,9 @@ class RunDirectory:
             yield
         except FloatingPointError as error:
             about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
-            places = [self.pieces.examples[i].where for i in indices[:8]]
-            lines = ", ".join(place.rpartition("line ")[2] for place in places)
-            more = ", ..." if len(indices) > 8 else ""
-            examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
-            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
+            places = [self.pieces.examples[i].where.rpartition(", line ") for i in indices[:8]]
+            lines = ", ".join([line for _, _, line in places] + ["..."] * (len(indices) > 8))
+            raise FloatingPointError(f"update {step + 1}: {error} ({places[0][0]}, lines {lines}); {about}") from None
 
 
 def count_compilations() -> int:
@@ -641,7 +623,7 @@ def count_compilations() -> int:
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
+def save_if_finite(o, pieces, optimizer, step: int, random, counts) -> str:
     """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
     parameters = [*pieces.student.named_parameters(), *pieces.method.named_parameters()]
     trained = {name: parallel.local_part(p) for name, p in parameters if p.requires_grad}
