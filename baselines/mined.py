@@ -77,10 +77,8 @@ def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
 
 def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
-    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use.
-
-    A minute or two for a hundred thousand tokens without an equal, for each is compared with the whole vocabulary.
-    """
+    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use. A minute or
+    two for a hundred thousand tokens without an equal."""
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
     fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
     ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
@@ -114,9 +112,7 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
 
 def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(teacher_ids, student_ids): each student token that some teacher token maps to, and the first one that does.
-
-    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller.
-    """
+    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller."""
     order = np.argsort(np.array(is_byte_fallback(teacher, len(mapped))) | (mapped < 0), kind="stable")
     student_ids, first = np.unique(mapped[order], return_index=True)  # the first occurrence of each
     used = student_ids >= 0
@@ -125,11 +121,9 @@ def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, 
 
 def edit_distance_alignment(teacher: list[bytes], student: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (teacher_index, student_index) by dynamic time warping: of all ways to walk through both token sequences at
-    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces).
-
-    Only student tokens that meet exactly one teacher token are in a pair; a teacher token may be in several.
-    Of steps that cost the same: both, the teacher, the student, seen from the end.
-    """
+    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces); of
+    steps that cost the same, seen from the end, both, the teacher, the student. Only student tokens that meet exactly
+    one teacher token are in a pair; a teacher token may be in several."""
     cost = edit_distances([t.replace(b" ", b"") for t in teacher], [s.replace(b" ", b"") for s in student])
     total = np.full((len(teacher) + 1, len(student) + 1), np.inf)  # of the first i and j tokens
     total[0, 0] = 0
@@ -166,12 +160,9 @@ def _by_length(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time.
-
-    A column of the usual table of distances is two words per text: bit i of `plus` (of `minus`) says that entry i + 1
-    is one more (one less) than entry i. The narrowest word that holds the patterns is the fastest; for more than 64
-    bytes Python's integers take its place.
-    """
+    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time. A column of the usual table is two words
+    per text: bit i of `plus` (of `minus`) says that entry i + 1 is one more (one less) than entry i. The narrowest word
+    that holds the patterns is the fastest; for more than 64 bytes Python's integers take its place."""
     longest = max(map(len, patterns))
     word = np.dtype(next((f"u{bits // 8}" for bits in (8, 16, 32, 64) if longest <= bits), object))
     where = np.zeros((len(patterns), 256), dtype=word)  # bit i: the pattern has this byte at i

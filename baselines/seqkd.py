@@ -21,14 +21,7 @@ from model import generate
 
 
 def answer_prompts(
-    examples: list[Example],
-    model,
-    teacher,
-    student,
-    max_len: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 32,
+    examples: list[Example], model, teacher, student, max_len: int, temperature: float, seed: int, batch_size: int
 ) -> list[dict]:
     """The lines of a JSONL file with `model`'s responses to the prompts of the examples, in their order.
 

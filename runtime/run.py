@@ -47,11 +47,9 @@ KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score
 
 def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], score: float | None = None) -> None:
     """What `write_student` writes, and resume/state.safetensors with all that an exact continuation needs, also
-    `meter`, the counts for the next line of the log. Raises OSError if it cannot be written; the last checkpoint is
-    then untouched.
-
-    With --keep-best, all but resume/ stays as it is unless this update's `score` (None: it was not scored) is the best
-    so far. args.json then says which update student/ is from, and its score.
+    `meter`, the counts for the next line of the log. With --keep-best the former only if this update's `score` (None:
+    it was not scored) is the best so far; args.json then has the update and its score. Raises OSError if it cannot be
+    written; the last checkpoint is then untouched.
 
     Process 0 writes, but all processes call this. Nothing in the files depends on how the student was sharded, or on
     the number of processes; but random.*, which has a row for each.
@@ -76,7 +74,8 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
     try:
         with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
-            if is_best(o, score):
+            best, sign = best_checkpoint(o), 1 if o.keep_best == "rouge" else -1  # of cross-entropy, less is better
+            if best is None or (score is not None and sign * score > sign * best[KEPT_BY[o.keep_best]]):
                 write_student(o, pieces, tensors, new)
                 if score is not None:
                     best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
@@ -95,15 +94,6 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
                 move(path, out / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def is_best(o, score: float | None) -> bool:
-    """Whether student/ is to be this update's: without --keep-best, before any score, and where it is the best."""
-    best = best_checkpoint(o)
-    if best is None:
-        return True
-    before = best[KEPT_BY[o.keep_best]]
-    return score is not None and (score > before if o.keep_best == "rouge" else score < before)
 
 
 def best_checkpoint(o) -> dict | None:
@@ -203,7 +193,7 @@ def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run, or --resume is given and it holds this very run."""
+    """Raises unless --out is free for a new run or, with --resume, holds this very one."""
     out = Path(o.out)
     if o.resume:
         check_resumed(o)
@@ -243,8 +233,11 @@ def read_record(o) -> dict:
     wrong = [entry.name for entry in fields(o) if not is_value(record.get(entry.name), entry)]
     sizes = "batch_size", "grad_accum", "processes"
     wrong += [name for name in sizes if type(record.get(name)) is not int or record[name] < 1]
-    if not wrong and "best" in record and not is_score(record["best"], KEPT_BY.get(record.get("keep_best"))):
-        wrong.append("best")
+    if not wrong and "best" in record:
+        best = record["best"] if isinstance(record["best"], dict) else {}
+        step, score = best.get("step"), best.get(KEPT_BY.get(record.get("keep_best")))
+        if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
+            wrong.append("best")
     if wrong:
         raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
     return record
@@ -263,12 +256,6 @@ def is_value(value, entry: Field) -> bool:
     if fits and type(value) is str and entry.name.endswith("_chat"):
         return value in ("own", "thinking", "none", *FORMER) or Path(value).exists()
     return value is None or fits and value in (entry.metadata["choices"] or [value])
-
-
-def is_score(best, name: str | None) -> bool:
-    """Whether that is what `best_checkpoint` may find, with a score of this name."""
-    step, score = (best.get("step"), best.get(name)) if isinstance(best, dict) else (None, None)
-    return type(step) is int and type(score) in (int, float) and math.isfinite(score)
 
 
 def check_update_size(o, before: dict) -> None:
@@ -441,10 +428,6 @@ class Log:
             self.board.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
-
-
 class Stopped(Exception):
     """A run that was asked to stop has saved its state; `number` is the signal's."""
 
@@ -516,10 +499,8 @@ class Meter:
 
 
 class RunDirectory:
-    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C.
-
-    `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
-    """
+    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C. `start`:
+    updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts."""
 
     def __init__(self, o, pieces, optimizer, total: int, per_epoch: int, description: str):
         self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
@@ -606,13 +587,23 @@ class RunDirectory:
 
     @contextmanager
     def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
-        """Around an update: a FloatingPointError is raised again with the update's examples, and what is saved."""
-        before = random_state(self.o.device), self.meter.counts()
+        """Around an update: where it raises a FloatingPointError, the state before it is saved, for whoever looks into
+        it, and the error raised again with the update's examples."""
+        o, pieces, random, counts = self.o, self.pieces, random_state(self.o.device), self.meter.counts()
         try:
             yield
         except FloatingPointError as error:
-            about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
-            places = [self.pieces.examples[i].where.rpartition(", line ") for i in indices[:8]]
+            parameters = [*pieces.student.named_parameters(), *pieces.method.named_parameters()]
+            trained = {name: parallel.local_part(p) for name, p in parameters if p.requires_grad}
+            spoilt = [name for name, part in trained.items() if not part.isfinite().all()]
+            if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+                name = spoilt[0] if spoilt else "a parameter"
+                about = f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+            else:
+                set_random_state(o.device, random)
+                save_checkpoint(o, pieces, self.optimizer, step, counts)
+                about = f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
+            places = [pieces.examples[i].where.rpartition(", line ") for i in indices[:8]]
             lines = ", ".join([line for _, _, line in places] + ["..."] * (len(indices) > 8))
             raise FloatingPointError(f"update {step + 1}: {error} ({places[0][0]}, lines {lines}); {about}") from None
 
@@ -621,19 +612,6 @@ def count_compilations() -> int:
     """How many graphs torch.compile has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def save_if_finite(o, pieces, optimizer, step: int, random, counts) -> str:
-    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
-    parameters = [*pieces.student.named_parameters(), *pieces.method.named_parameters()]
-    trained = {name: parallel.local_part(p) for name, p in parameters if p.requires_grad}
-    spoilt = [name for name, part in trained.items() if not part.isfinite().all()]
-    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
-        name = spoilt[0] if spoilt else "a parameter"
-        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
-    set_random_state(o.device, random)
-    save_checkpoint(o, pieces, optimizer, step, counts)
-    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +30,14 @@ AT_LEAST |= dict.fromkeys(
 )  # fmt: skip
 BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
          "seed": 2**32}  # it is multiplied into the seeds of epochs; of all others 2**31 # fmt: skip
+
+
+def has_tensorboard() -> bool:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def check_options(o: Options) -> Options:
@@ -120,7 +127,7 @@ def check_together(o: Options) -> None:
          "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
         (o.keep_best and o.valid is None,
          f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
-        (o.tensorboard and find_spec("tensorboard") is None,
+        (o.tensorboard and not has_tensorboard(),
          "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
         (of_lora and not o.lora,
          "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"),
@@ -305,7 +312,10 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     check_config(config, file)
     if not weights:
         return
-    check_files(path)
+    for shard in model.checkpoint_files(path):
+        if shard.parent != path or shard.name == ".." or "\\" in shard.name:
+            raise ValueError(f"{path}: shard '{shard}' is not a plain file name; it would be read from elsewhere")
+        check_safetensors(shard, str(shard), "; fetch it again")
     with torch.device("meta"):
         m = model.Decoder(config)
     expected = {ours: list(parameter.shape) for ours, parameter in m.named_parameters()}
@@ -329,14 +339,6 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     if head is not None and not equal_tensors(head, places["embed.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, but config.json ties them: set "
                          "tie_word_embeddings to false")  # fmt: skip
-
-
-def check_files(path: Path) -> None:
-    """Raises unless all files of the weights lie here, whatever the index of shards says, and can be opened."""
-    for file in model.checkpoint_files(path):
-        if file.parent != path or file.name == ".." or "\\" in file.name:
-            raise ValueError(f"{path}: shard '{file}' of the index is not a plain file name; it is read from elsewhere")
-        check_safetensors(file, str(file), "; fetch it again")
 
 
 def check_safetensors(file: Path, where: str, hint: str = "") -> None:
@@ -384,20 +386,17 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
-    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be.
-
-    Methods uld and mined pair tokens in their own way, which has the method's name.
-    """
+    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be. The way in
+    which uld and mined pair tokens has the method's name."""
+    own = {"uld": "pairs tokens itself, position by position", "mined": "pairs tokens itself, by edit distance",
+           "kd": "compares position by position"}  # fmt: skip
+    if method in own and align != "auto" and (method, align) != ("kd", "none"):
+        raise ValueError(f"--method {method} {own[method]}: --align {align} belongs to --method dskd")
     if method in ("uld", "mined"):
-        if align != "auto":
-            how = {"uld": "position by position", "mined": "by edit distance"}[method]
-            raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
     shared = count_shared(teacher, student)
     if align == "auto":
         align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
-    if method == "kd" and align != "none":
-        raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
     if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
         differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"

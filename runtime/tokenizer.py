@@ -203,11 +203,8 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
         tokenizer.encode_special_tokens, added = False, tokenizer.get_added_tokens_decoder()
         encoded = tokenizer.encode(behind, add_special_tokens=False).ids
         ends += [i for i in encoded if i in added and added[i].special][:1]
-    for name, key in [
-        ("tokenizer_config.json", "eos_token"),
-        ("generation_config.json", "eos_token_id"),
-        ("config.json", "eos_token_id"),
-    ]:
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        key = "eos_token" if name == "tokenizer_config.json" else "eos_token_id"
         value = content_of(read_if_there(directory / name).get(key))
         for end in value if isinstance(value, list) else [value]:
             index = vocabulary.get(end) if isinstance(end, str) else end

@@ -146,7 +146,8 @@ def final_answer(text: str, ended: bool = True) -> str | None:
         if ended and answer and not text[match.end() :].strip():
             leading = LEADING.match(answer)
             return leading[1] if leading else answer
-    return boxed(text) or said(text) or (last_number(text) if ended else None)
+    numbers = [match[0] for match in re.finditer(NUMBER, text)] if ended else []
+    return boxed(text) or said(text) or (numbers[-1] if numbers else None)
 
 
 def boxed(text: str) -> str | None:
@@ -169,12 +170,6 @@ def said(text: str) -> str | None:
         if leading and (match[1] or "").lower() not in NOT_SAID:
             return leading[1]
     return None
-
-
-def last_number(text: str) -> str | None:
-    """The last number, with its sign and its denominator if it has them; None if there is none."""
-    found = [match[0] for match in re.finditer(NUMBER, text)]
-    return found[-1] if found else None
 
 
 def answers_equal(answer: str, reference: str) -> bool:
