@@ -68,9 +68,8 @@ def model_directory(name: str, weights: bool = True) -> Path:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise FileNotFoundError(f"model {name!r}: no such directory (a path is not looked up on the hub){hint}")
     else:
-        raise FileNotFoundError(
-            f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
-        )
+        presets = ", ".join(sorted(["tiny", *MODELS]))
+        raise FileNotFoundError(f"model {name!r} is neither a directory nor a preset; presets: {presets}")
     missing = missing_files(directory, weights)
     if missing:
         raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{explain_missing(directory, missing)}")
@@ -144,17 +143,14 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     file, first, last = splits[split]
     path = find_snapshot(repository, "dataset", [file], name) / file
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{name!r}: neither the cache nor the repository {repository} has {file}; give the path of a JSONL file"
-        )
+        where = f"neither the cache nor the repository {repository}"
+        raise FileNotFoundError(f"{name!r}: {where} has {file}; give the path of a JSONL file")
     return path, first, last
 
 
 def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
-    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars.
-
-    The hub's client compares the sizes of what it downloads; `verify_checksums` compares the contents.
-    """
+    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars. Of
+    what it downloads the hub's client compares the sizes alone, `verify_checksums` the contents."""
     from huggingface_hub import errors, snapshot_download
 
     request = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}

@@ -637,10 +637,8 @@ def seconds_of_finished_stage(o) -> float | None:
     finished = read_json(file)
     changed = [name for name, before in finished["options"].items() if asked.get(name, before) != before]
     if changed:
-        raise ValueError(
-            f"{o.out} was trained with --{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}; "
-            "give another --out, or remove it to train it again"
-        )
+        was = f"--{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}"
+        raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train it again")
     return finished["seconds"]
 
 

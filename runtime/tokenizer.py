@@ -219,15 +219,11 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
 
 def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     """Raises ValueError unless the tokenizer can belong to a model with `rows` embeddings."""
-    apart = "tokenizer.json and model.safetensors do not belong together"
-    if tokenizer.size > rows:
+    if not tokenizer.size <= rows <= 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
+        without = f" (the first without one is {tokenizer.names([rows])!r})" if rows < tokenizer.size else ""
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {tokenizer.size - 1}, the model only {rows} "
-            f"embeddings; {apart} (the first without one is {tokenizer.names([rows])!r})"
-        )
-    if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
-        raise ValueError(
-            f"{tokenizer.directory}: the model has {rows} embeddings, the tokenizer only {tokenizer.size} ids; {apart}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {tokenizer.size - 1}, the model {rows} embeddings; "
+            f"tokenizer.json and model.safetensors do not belong together{without}"
         )
 
 
