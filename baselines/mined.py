@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +28,12 @@ from data import Row
 from fast.losses import rest_of
 from losses import Counts, forward_kl, logits_under
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which tokens and which positions stand for each other
-
 
 def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
     """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
     inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
-    spelt = [[spellings(tokenizer)[i] for i in ids] for tokenizer, ids in zip((teacher, student), inputs, strict=True)]
+    spellings = token_spellings(teacher.tokenizer), token_spellings(student.tokenizer)
+    spelt = [[spelling[i] for i in ids] for spelling, ids in zip(spellings, inputs, strict=True)]
     teacher_index, student_index = edit_distance_alignment(*spelt)
     equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
     return teacher_index[equal], student_index[equal]
@@ -48,7 +45,7 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
     of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
     """
     names = json.dumps([sorted(tokenizer.tokenizer.get_vocab().items()) for tokenizer in (teacher, student)])
-    spelt = repr([spellings(tokenizer) for tokenizer in (teacher, student)])
+    spelt = repr([token_spellings(tokenizer.tokenizer) for tokenizer in (teacher, student)])
     key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
     if file.is_file():
@@ -59,9 +56,7 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
             print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
         except (OSError, ValueError, EOFError) as error:
             print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
-    options = {"unit": "part", "leave": False, "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 30}
-    progress = functools.partial(tqdm, desc="MinED vocabulary map", **options)
-    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer, progress)
+    mapped = edit_distance_map(teacher.tokenizer, student.tokenizer)
     new = file.with_suffix(f".{os.getpid()}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,24 +69,16 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def spellings(tokenizer) -> list[bytes | None]:
-    return token_spellings(tokenizer.tokenizer)
-
-
 def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
     """`token_bytes`, with special tokens spelt by their names: MinED compares every token. None for unused ids."""
-    names = (tokenizer.id_to_token(i) for i in range(len(token_bytes(tokenizer))))
-    spelt = zip(token_bytes(tokenizer), names, strict=True)
-    return [name.encode() if piece is None and name is not None else piece for piece, name in spelt]
+    named = [(piece, tokenizer.id_to_token(i)) for i, piece in enumerate(token_bytes(tokenizer))]
+    return [name.encode() if piece is None and name is not None else piece for piece, name in named]
 
 
-def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable = list) -> np.ndarray:
+def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
-    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use.
-
-    A minute or two for a hundred thousand tokens without an equal, for each is compared with the whole vocabulary.
-    `progress` is put around the parts of that search (tqdm, for instance).
-    """
+    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use. A minute or
+    two for a hundred thousand tokens without an equal."""
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
     fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
     ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
@@ -110,7 +97,9 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable
     student_ids = student_ids[order]
     parts = [(length, ids[i : i + 16]) for length, ids in sorted(unmatched.items()) for i in range(0, len(ids), 16)]
     reach, near = -1, 0
-    for length, part in progress(parts):
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+    bar = {"desc": "MinED vocabulary map", "unit": "part", "leave": False, "delay": 2, "mininterval": every}
+    for length, part in tqdm(parts, **bar):
         if length > reach:  # any text as short as this is within `length` edits, one longer than twice that is not
             reach = length
             near = np.searchsorted(-lengths, -(length + max(length, lengths[-1])))
@@ -123,9 +112,7 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer, progress: Callable
 
 def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(teacher_ids, student_ids): each student token that some teacher token maps to, and the first one that does.
-
-    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller.
-    """
+    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller."""
     order = np.argsort(np.array(is_byte_fallback(teacher, len(mapped))) | (mapped < 0), kind="stable")
     student_ids, first = np.unique(mapped[order], return_index=True)  # the first occurrence of each
     used = student_ids >= 0
@@ -134,27 +121,23 @@ def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, 
 
 def edit_distance_alignment(teacher: list[bytes], student: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (teacher_index, student_index) by dynamic time warping: of all ways to walk through both token sequences at
-    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces).
-
-    Only student tokens that meet exactly one teacher token are in a pair; a teacher token may be in several.
-    Of steps that cost the same: both, the teacher, the student, seen from the end.
-    """
+    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces); of
+    steps that cost the same, seen from the end, both, the teacher, the student. Only student tokens that meet exactly
+    one teacher token are in a pair; a teacher token may be in several."""
     cost = edit_distances([t.replace(b" ", b"") for t in teacher], [s.replace(b" ", b"") for s in student])
-    total = np.cumsum(cost, axis=1)  # right for the first row: there is only one way
-    for i in range(1, len(teacher)):
-        before = total[i - 1].copy()
-        before[1:] = np.minimum(before[1:], total[i - 1, :-1])  # a step of the teacher, or of both
-        # total[i, j] = cost[i, j] + min(before[j], total[i, j−1]), a loop over j that a running minimum spares us
-        total[i] += np.minimum.accumulate(before - (total[i] - cost[i]))
-    i, j = len(teacher) - 1, len(student) - 1
-    met = [(i, j)]
-    while i > 0 or j > 0:
-        both = total[i - 1, j - 1] if i > 0 and j > 0 else np.inf
-        teacher_step = total[i - 1, j] if i > 0 else np.inf
-        student_step = total[i, j - 1] if j > 0 else np.inf
-        step = int(np.argmin([both, teacher_step, student_step]))
+    total = np.full((len(teacher) + 1, len(student) + 1), np.inf)  # of the first i and j tokens
+    total[0, 0] = 0
+    for i, row in enumerate(cost):
+        before = np.minimum(total[i, 1:], total[i, :-1])  # a step of the teacher, or of both
+        # total[i+1, j+1] = row[j] + min(before[j], total[i+1, j]), a loop over j that a running minimum spares us
+        sums = np.cumsum(row)
+        total[i + 1, 1:] = sums + np.minimum.accumulate(before - (sums - row))
+    i, j = len(teacher), len(student)
+    met = []
+    while i > 0:
+        met.append((i - 1, j - 1))
+        step = int(np.argmin([total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]]))
         i, j = i - (step < 2), j - (step != 1)
-        met.append((i, j))
     teacher_index, student_index = np.array(met[::-1], dtype=np.int64).T
     once = np.bincount(student_index)[student_index] == 1
     return teacher_index[once], student_index[once]
@@ -172,19 +155,14 @@ def _by_length(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The texts as columns (length, n) of bytes, the longest first: their order, the columns, and their lengths."""
     lengths = np.array([len(text) for text in texts])
     order = np.argsort(-lengths, kind="stable")
-    table = np.zeros((lengths.max(), len(texts)), dtype=np.uint8)
-    for column, index in enumerate(order):
-        table[: len(texts[index]), column] = np.frombuffer(texts[index], dtype=np.uint8)
-    return order, table, lengths[order]
+    table = np.array([np.frombuffer(texts[i].ljust(lengths.max(), b"\0"), dtype=np.uint8) for i in order])
+    return order, table.T, lengths[order]
 
 
 def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time.
-
-    A column of the usual table of distances is two words per text: bit i of `plus` (of `minus`) says that entry i + 1
-    is one more (one less) than entry i. The narrowest word that holds the patterns is the fastest; for more than 64
-    bytes Python's integers take its place.
-    """
+    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time. A column of the usual table is two words
+    per text: bit i of `plus` (of `minus`) says that entry i + 1 is one more (one less) than entry i. The narrowest word
+    that holds the patterns is the fastest; for more than 64 bytes Python's integers take its place."""
     longest = max(map(len, patterns))
     word = np.dtype(next((f"u{bits // 8}" for bits in (8, 16, 32, 64) if longest <= bits), object))
     where = np.zeros((len(patterns), 256), dtype=word)  # bit i: the pattern has this byte at i
@@ -205,10 +183,6 @@ def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarra
         minus[:, alive] = up & keep
     ones = np.bitwise_count  # the last entry of the last column: its first entry, and all the steps up and down
     return lengths + ones(plus & masks).astype(np.int64) - ones(minus & masks).astype(np.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
 
 
 def mined_loss(

@@ -2,10 +2,9 @@
 student is fine-tuned on these answers as if they were gold.
 
 Answers are greedy by default, the cheapest way near the mode of the teacher's distribution (the paper uses a beam).
-They are a data set as any other, with the prompts of the original but for what was cut, so that each model may have a
-format of its own; an answer that stopped at the length limit has "end_of_text": false, so that the student does not
-learn to stop there. The first line also holds the recipe, by which a later run knows whether they are the answers that
-it would get.
+They are a data set as any other, with the prompts of the original but for what was cut; an answer that stopped at the
+length limit has "end_of_text": false, so that the student does not learn to stop there. The first line also holds the
+recipe, by which a later run knows whether they are the answers that it would get.
 """
 
 import hashlib
@@ -22,14 +21,7 @@ from model import generate
 
 
 def answer_prompts(
-    examples: list[Example],
-    model,
-    teacher,
-    student,
-    max_len: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 32,
+    examples: list[Example], model, teacher, student, max_len: int, temperature: float, seed: int, batch_size: int
 ) -> list[dict]:
     """The lines of a JSONL file with `model`'s responses to the prompts of the examples, in their order.
 
@@ -51,12 +43,9 @@ def answer_prompts(
                 if text.strip():
                     lines[i] = {**write_prompt(examples[i], student), "output": text}
                     lines[i] |= {} if ended else {"end_of_text": False}
-    unended = sum("end_of_text" in line for line in lines.values())
-    print(
-        f"seqkd: {len(ids)} answers by the teacher, of which {unended} stopped at --max-len {max_len}, and "
-        f"{len(ids) - len(lines)} empty ones were dropped",
-        file=sys.stderr,
-    )
+    unended, dropped = sum("end_of_text" in line for line in lines.values()), len(ids) - len(lines)
+    print(f"seqkd: {len(ids)} answers by the teacher, of which {unended} stopped at --max-len {max_len}, and {dropped} "
+          "empty ones were dropped", file=sys.stderr)  # fmt: skip
     if not lines:
         raise ValueError(f"{teacher.directory}: all of the teacher's answers are empty")
     return [lines[i] for i in sorted(lines)]

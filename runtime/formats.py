@@ -27,9 +27,9 @@ ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "
 
 
 def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> list[Example]:
-    """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows.
-    An example with an empty output has no response to learn from: it is left out, with a note. Raises ValueError naming
-    the file, the place and the key of what is wrong, and what the record looks like."""
+    """The examples on lines [first, last) of a JSONL file, or of a JSON array's items, or of a parquet file's rows;
+    without those whose output is empty, with a note. Raises ValueError naming the file, the place and the key of what
+    is wrong, and what the record looks like."""
     examples = [read_record(record, where) for where, record in read_records(path, first, last)]
     empty = [example.where.removeprefix(f"{path}, ") for example in examples if not all(example.outputs)]
     if empty:
@@ -41,7 +41,7 @@ def read_examples(path: str | Path, first: int = 0, last: int | None = None) -> 
 
 
 def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tuple[str, object]]:
-    """Where each record is, and what it is. The content says what kind of file it is, whatever its name says."""
+    """Where each record is, and what it is; the kind of file by its content, not its name."""
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         try:
@@ -89,13 +89,9 @@ def read_parquet(path: str | Path, content: bytes) -> list[dict]:
         raise ValueError(f"{path}: parquet, which takes pyarrow to read (or give JSONL): {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-
-
 def read_record(record: object, where: str) -> Example:
-    """A record's example. null is as if the key were not there, and a key that says nothing about the prompt or the
-    response is left alone. Raises ValueError for one that does and is not understood."""
+    """A record's example. null is as if the key were not there. Raises ValueError for a key that says something about
+    the prompt or the response, and is not understood."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}
@@ -154,7 +150,7 @@ def read_mbpp(record: dict, where: str) -> Example:
 
 
 def read_conversation(record: dict, where: str) -> Example:
-    """The last turn is the response, and the one before it is the message; earlier ones are read and not trained on."""
+    """The last turn is the response, the one before it the message; earlier ones are not trained on."""
     turns = read_turns(record.get("messages", record.get("conversations")))
     if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         raise ValueError("the last two turns must be the user's and the assistant's; drop what follows, or this record")

@@ -1,6 +1,5 @@
 """From a name to files: presets of models and data sets, a local path first, then the local cache, then a download."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -54,17 +53,12 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 def model_directory(name: str, weights: bool = True) -> Path:
     """The local directory of a model: `name` is a directory, of a model or a run, a preset, or a hub repository
-    `owner/model`.
-
-    Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run. Raises
-    FileNotFoundError saying which files are missing, and where they could be put, if there is neither a directory, nor
-    a cached copy, nor a network; ValueError for a download that is damaged.
-    """
+    `owner/model`. Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run.
+    Raises FileNotFoundError saying which files are missing, and ValueError for a download that is damaged."""
     if os.path.isdir(name):
         directory = Path(name)
-        student = directory / "student"
-        if (student / "config.json").is_file() and not (directory / "config.json").is_file():
-            directory = student  # of a run
+        if not (directory / "config.json").is_file() and (directory / "student" / "config.json").is_file():
+            directory /= "student"  # of a run
     elif repository := repository_of(name):
         files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
         directory = find_snapshot(repository, "model", files, name)
@@ -74,9 +68,8 @@ def model_directory(name: str, weights: bool = True) -> Path:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise FileNotFoundError(f"model {name!r}: no such directory (a path is not looked up on the hub){hint}")
     else:
-        raise FileNotFoundError(
-            f"model {name!r} is neither a directory nor a preset; presets: {', '.join(sorted(['tiny', *MODELS]))}"
-        )
+        presets = ", ".join(sorted(["tiny", *MODELS]))
+        raise FileNotFoundError(f"model {name!r} is neither a directory nor a preset; presets: {presets}")
     missing = missing_files(directory, weights)
     if missing:
         raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{explain_missing(directory, missing)}")
@@ -132,9 +125,7 @@ def missing_files(directory: Path, weights: bool) -> list[str]:
 
 def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     """The JSONL file of a data set and the lines that make up `split`: (path, first, last), lines counted from 0.
-
-    `name` is a file or a named set; a file is one split, whichever is asked for. Raises FileNotFoundError as above.
-    """
+    `name` is a named set, or a file, which is one split, whichever is asked for."""
     if os.path.isfile(name):
         return Path(name), 0, None
     if name in BY_HAND:
@@ -152,24 +143,15 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     file, first, last = splits[split]
     path = find_snapshot(repository, "dataset", [file], name) / file
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{name!r}: neither the cache nor the repository {repository} has {file}; give the path of a JSONL file"
-        )
+        where = f"neither the cache nor the repository {repository}"
+        raise FileNotFoundError(f"{name!r}: {where} has {file}; give the path of a JSONL file")
     return path, first, last
 
 
 def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
-    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars.
-
-    The hub's client compares the sizes of what it downloads; `verify_checksums` compares the contents.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars. Of
+    what it downloads the hub's client compares the sizes alone, `verify_checksums` the contents."""
+    from huggingface_hub import errors, snapshot_download
 
     request = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
     try:
@@ -177,21 +159,21 @@ def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Pa
         lacking = missing_files(cached, WEIGHT_FILES[0] in files) if kind == "model" else []
         if not lacking and (cached / files[0]).is_file():
             return cached
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise FileNotFoundError(f"{name!r} is neither a directory nor a repository's name: {error}") from error
     try:
         downloaded = Path(snapshot_download(**request))
     except Exception as error:  # the names of the HTTP library's exceptions differ from version to version
-        if isinstance(error, GatedRepoError):
+        if isinstance(error, errors.GatedRepoError):
             why = f": the repository {repository} is gated: accept its licence on the hub and run `hf auth login`, or:"
-        elif isinstance(error, RepositoryNotFoundError):
+        elif isinstance(error, errors.RepositoryNotFoundError):
             why = f": there is no public {kind} repository {repository}."
         else:
-            why = f" is no {'file' if kind == 'dataset' else 'directory'}, it is not in the local cache, and "
-            offline = isinstance(error, LocalEntryNotFoundError)
-            why += "the hub cannot be reached." if offline else f"fetching it failed ({type(error).__name__}: {error})."
+            offline = isinstance(error, errors.LocalEntryNotFoundError)
+            why = "the hub cannot be reached" if offline else f"fetching it failed ({type(error).__name__}: {error})"
+            why = f" is no {'file' if kind == 'dataset' else 'directory'}, it is not in the local cache, and {why}."
         option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
         by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
         raise FileNotFoundError(f"{name!r}{why} {by_hand}") from error
@@ -201,14 +183,14 @@ def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Pa
 
 def verify_checksums(folder: Path) -> None:
     """Raises ValueError for a file of a snapshot whose content is not what its name in the cache says: the SHA-256 of a
-    large file, the git hash of a small one (the client names it by what the hub has announced, not by what came)."""
+    large file, the git hash of a small one, as the hub has announced them."""
+    from huggingface_hub.utils import sha
+
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_file()):
         blob = link.resolve()
         if len(blob.name) not in (40, 64) or set(blob.name) - set("0123456789abcdef"):
             continue  # another server's name
-        content = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
         with open(blob, "rb") as stream:
-            while piece := stream.read(1 << 20):
-                content.update(piece)
-        if content.hexdigest() != blob.name:
+            digest = sha.sha_fileobj(stream).hex() if len(blob.name) == 64 else sha.git_hash(stream.read())
+        if digest != blob.name:
             raise ValueError(f"{link}: damaged on its way, its checksum is another; remove {blob} and try again")

@@ -55,8 +55,8 @@ class Pieces:
     def digest(self) -> str:
         """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
         hasher = hashlib.sha256()
-        for row in self.rows:
-            for ids in (part for side in (row.student, row.teacher) if side for part in (side.prompt, side.response)):
+        for side in (side for row in self.rows for side in (row.student, row.teacher) if side):
+            for ids in (side.prompt, side.response):
                 hasher.update(np.array([len(ids), *ids], np.int64).tobytes())
         return hasher.hexdigest()
 
@@ -64,7 +64,7 @@ class Pieces:
         """What args.json says beside the options: where the student comes from, how its prompts are written (with {}
         for what a person types), and what aligns."""
         facts = {"base_model": base_model(o), "prompts": prompt_form(self.examples[0])}
-        return {**facts, "aligned": self.aligned} if self.aligned else facts
+        return facts | ({"aligned": self.aligned} if self.aligned else {})
 
     def collate(self, rows: list[Row], device, width: int = 0) -> Batch:
         pad = self.teacher_tokenizer.eos_id if self.teacher_tokenizer else 0
@@ -72,7 +72,7 @@ class Pieces:
 
     def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
         """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
-        last of which then have no row: processes that share a model's weights must run it equally often."""
+        last without a row: processes that share a model's weights must run it equally often."""
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
         parts += [[]] * (count - len(parts))
         width = o.max_len if parallel.uses_graphs(o) else 0
@@ -108,8 +108,8 @@ class Pieces:
 
 
 def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged).
-    Raises if it lacks something, or cannot be used."""
+    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged), once
+    it has been checked."""
     if name == "tiny":
         from experiments import tiny  # which imports this file
 
@@ -146,12 +146,11 @@ def load(o: Options) -> Pieces:
     student = load_student(o, student_directory)
 
     dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
-    first_lines = o.batch_size if o.dry_run else None
     if o.method == "seqkd":  # from here on it is supervised fine-tuning
         with parallel.main_first():
             examples = load_answers(o, examples, teacher_directory, teacher_tokenizer, tokenizer)
         teacher_tokenizer = None
-    examples = examples[:first_lines]
+    examples = examples[: o.batch_size] if o.dry_run else examples
     rows, report = tokenise(examples, tokenizer, teacher_tokenizer, o.max_len, o.max_prompt_len, align)
     print(f"train: {report}", file=sys.stderr)
     aligned = {}
@@ -165,14 +164,13 @@ def load(o: Options) -> Pieces:
     if valid:
         print(f"valid: {report}", file=sys.stderr)
 
-    teacher = load_teacher(o, teacher_directory, dtype) if teacher_tokenizer else None
-    cache = None
+    teacher, cache = load_teacher(o, teacher_directory, dtype) if teacher_tokenizer else None, None
     if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
         cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
         with parallel.main_first():
             cache.attach_states(o.compile)
     if o.shard in ("student", "both"):
-        parallel.shard(student, o.device, torch.bfloat16 if o.dtype == "bf16" else None)
+        parallel.shard(student, o.device, dtype if o.dtype == "bf16" else None)
     student.to(o.device)
     untrained = [teacher_directory] if teacher is not None else []
     untrained += [student_directory] if o.lora else []
@@ -230,10 +228,9 @@ def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
 def load_answers(
     o: Options, examples: list[Example], directory: Path, teacher: TextTokenizer, student: TextTokenizer
 ) -> list[Example]:
-    """The examples with the responses of the teacher in `directory`, as they are in --out, where they are generated and
-    written unless they are there; the file appears when it is complete. A dry run generates for the first examples
-    only, and writes nothing. Raises ValueError if the file there was made in another way, or if the examples are such
-    answers already."""
+    """The examples with the responses of the teacher in `directory`: those in --out, or generated and written there. A
+    dry run generates for the first examples only, and writes nothing. Raises ValueError if the file there was made in
+    another way, or if the examples are such answers already."""
     file, given = Path(o.out) / "seqkd.jsonl", Path(examples[0].where.rpartition(", line ")[0])
     if given.is_file() and seqkd.read_recipe(given) is not None:
         raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
@@ -242,11 +239,9 @@ def load_answers(
     how = o.max_len, o.seqkd_temperature, o.seed
     recipe = seqkd.make_recipe(asked, directory, teacher, student, *how)
     if file.is_file():
-        changed = seqkd.compare_recipes(seqkd.read_recipe(file), recipe)
+        changed = " and ".join(seqkd.compare_recipes(seqkd.read_recipe(file), recipe))
         if changed:
-            raise ValueError(
-                f"{file} was made with other {' and '.join(changed)}: give another --out, or remove the file"
-            )
+            raise ValueError(f"{file} was made with other {changed}: give another --out, or remove the file")
         print(f"seqkd: the teacher's answers are those in {file}", file=sys.stderr)
         return read_examples(file)
     model = load_model(directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)

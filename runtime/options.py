@@ -111,7 +111,15 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
             about += f" (default: {default})"
         elif "default" not in about:
             about += " (default: none)"
-        add_option(group, entry, kind, {"default": argparse.SUPPRESS, "help": about})
+        if kind is bool:  # a switch that may be left open has a --no- form too
+            takes = {"action": argparse.BooleanOptionalAction if entry.default is None else "store_true"}
+        elif kind is list:
+            takes = {"nargs": "+"}
+        elif entry.name.endswith("_chat"):
+            takes = {"nargs": "?", "const": "own"}
+        else:
+            takes = {"type": kind, "choices": entry.metadata["choices"]}
+        group.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **takes)
     about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
     group.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
     about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
@@ -121,16 +129,3 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     given = vars(parser.parse_args(arguments))
     sides = ["student_chat", "teacher_chat"][: 1 if given.get("method") == "sft" else 2]
     return {**dict.fromkeys(sides if "chat" in given else [], given.pop("chat", None)), **given}
-
-
-def add_option(group, entry, kind: type, common: dict) -> None:
-    flag = "--" + entry.name.replace("_", "-")
-    if kind is bool:  # a switch that may be left open has a --no- form too
-        action = argparse.BooleanOptionalAction if entry.default is None else "store_true"
-        group.add_argument(flag, action=action, **common)
-    elif kind is list:
-        group.add_argument(flag, nargs="+", **common)
-    elif entry.name.endswith("_chat"):
-        group.add_argument(flag, nargs="?", const="own", **common)
-    else:
-        group.add_argument(flag, type=kind, choices=entry.metadata["choices"], **common)

@@ -12,12 +12,10 @@ from data import Batch, ModelBatch, Row
 def order_updates(
     examples: int, per_update: int, seed: int, start: int = 0, lengths: list[int] | None = None
 ) -> Iterator[list[int]]:
-    """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew.
-
-    A function of (seed, epoch) alone, so that a run can be taken up at any update. One update of an epoch, the last, is
-    smaller where the examples do not divide evenly. With `lengths` the examples of an update are of similar length:
-    windows of 50 shuffled updates are sorted and cut anew, and the updates of the epoch shuffled.
-    """
+    """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew, by (seed,
+    epoch) alone, so that a run can be taken up at any update. The last update of an epoch may be smaller. With
+    `lengths` the examples of an update are of similar length: windows of 50 shuffled updates are sorted and cut anew,
+    and the updates of the epoch shuffled."""
     while True:
         epoch, first = divmod(start, -(-examples // per_update))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -67,16 +65,13 @@ def measure_padding(batches: list[list[Row]]) -> float:
 def drop_responses(batch: Batch) -> Batch:
     """A batch of one padding token per model and no response position, for a process that has no example left."""
 
-    def empty(side: ModelBatch | None) -> ModelBatch | None:
-        if side is None:
-            return None
+    def empty(side: ModelBatch) -> ModelBatch:
         nothing = side.positions[:0]
-        return replace(side, input_ids=side.input_ids[:1, :1], real=side.real[:1], positions=nothing, labels=nothing,
-                       lengths=[0])  # fmt: skip
+        return ModelBatch(side.input_ids[:1, :1], side.real[:1], nothing, nothing, lengths=[0])
 
-    tensors = "teacher_index", "student_index", "teacher_hidden", "teacher_predictions"
-    none = {name: tensor[:0] for name in tensors if (tensor := getattr(batch, name)) is not None}
-    return replace(batch, student=empty(batch.student), teacher=empty(batch.teacher), align_ratios=[], **none)
+    tensors = {name: value[:0] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    sides = {name: empty(value) for name, value in vars(batch).items() if isinstance(value, ModelBatch)}
+    return replace(batch, align_ratios=[], **tensors, **sides)
 
 
 def prefetch(items: Iterator) -> Iterator:

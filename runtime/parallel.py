@@ -1,8 +1,8 @@
 """Several processes, one per device: what `torchrun --nproc_per_node=N train.py ...` adds to a run of one.
 
 Every process holds the student, takes its share of each update's examples and computes its part of the loss, which is
-normalised by the totals of all processes. So the parts of the gradient *add up* to the gradient of one process with the
-same examples: they are summed after the last backward pass, and nothing is averaged anywhere.
+normalised by the totals of all processes. So the parts of the gradient *add up*, after the last backward pass, to the
+gradient of one process with the same examples, and nothing is averaged anywhere.
 
 A model too large for that is sharded (FSDP2): each process keeps 1/N of the matrices of every block, of their gradients
 and of their optimiser state, and holds the whole matrices only of the block that is being computed. Embedding and head
@@ -40,6 +40,9 @@ from model import Decoder, read_json, read_tensors
 LONGEST_WAIT = timedelta(days=2)
 
 
+by_torchrun = dist.is_torchelastic_launched  # whether that started this process
+
+
 def rank() -> int:
     """Which process this is; 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -50,15 +53,10 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_torchelastic_launched()
-
-
 @contextmanager
 def session() -> Iterator[None]:
     """Join the processes that torchrun started, if it did. Only process 0 prints. Of an error only the first process
-    that has it tells: all that the others can say is that this one is gone."""
+    that has it tells: the others could say no more than that it is gone."""
     if not by_torchrun():
         yield
         return
@@ -84,8 +82,7 @@ def session() -> Iterator[None]:
         except dist.DistError:  # the process that kept the store is gone already
             first = False
         if not first:
-            # torchrun ends the others as soon as it finds one process dead, and repeats that one's error last.
-            time.sleep(20)
+            time.sleep(20)  # torchrun ends this one as soon as it finds the first dead, and repeats that one's error
             sys.exit(1)
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if isinstance(error, SystemExit) and file:  # a mistake of the user's: torchrun repeats the sentence alone
@@ -99,8 +96,8 @@ def session() -> Iterator[None]:
 
 
 def leave(status: int = 0) -> None:
-    """End a process of torchrun at once, without finalising the interpreter: a thread of gloo that lets go of a tensor
-    then would need the interpreter, and abort the process. (FSDP keeps the group, so that it cannot be waited for.)"""
+    """End a process of torchrun without finalising the interpreter, which a thread of gloo that lets go of a tensor
+    then would need, and abort the process. (FSDP keeps the group, so that it cannot be waited for.)"""
     if by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -168,9 +165,8 @@ def start_alike(parameters: list[nn.Parameter]) -> None:
 def add_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place, once per update. (Those of sharded weights are summed already.)
 
-    Plain all-reduce, not DistributedDataParallel: to hide the communication behind the last backward pass, that wrapper
-    averages, needs the whole loss in a module's forward pass, and needs every micro-batch of every process to use the
-    same parameters. Here a loss is a function, and some processes may have fewer examples.
+    Not by DistributedDataParallel, which averages, needs the whole loss in a module's forward pass, and needs every
+    batch of every process to use the same parameters; here some processes may have fewer examples.
     """
     if world() == 1:
         return
@@ -180,22 +176,17 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale the gradients so that the norm of all of them together is at most `largest`; returns what it was. Raises
-    FloatingPointError if it is not finite."""
-    norm = gradient_norm(parameters)
+    """Scale the gradients, whole and sharded, so that their norm together, which is returned, is at most `largest`.
+    Raises FloatingPointError if it is not finite."""
+    parts = split_by_placement(parameters)
+    norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norm = get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
     found = float(norm)
     if not math.isfinite(found):
         raise FloatingPointError(f"the gradient's norm is {found}")
-    for part in split_by_placement(parameters):
+    for part in parts:
         clip_grads_with_norm_(part, largest, norm)
     return found
-
-
-def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Of whole gradients, which are the same everywhere, and of sharded ones, whose parts are added up."""
-    parts = split_by_placement(parameters)
-    norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
-    return get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
 
 
 def split_by_placement(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -219,8 +210,8 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn
     """Shard the matrices of a model's blocks, in place, over all processes; the rest moves to the device as it is.
 
     The model is whole on the CPU, and then one block at a time on the device; or on the meta device, to be filled.
-    dtype: what a block's matrices are put together in. With autocast that is its own, or it would keep a copy of all of
-    them for the backward pass. Each process keeps its part as it is, and gradients are summed in float32.
+    dtype: what a block's matrices are put together in; with autocast its own, or it would keep a copy of them all.
+    Each process keeps its part as it is, and gradients are summed in float32.
     """
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)), "reshard_after_forward": True}
     if dtype is not None:
@@ -248,7 +239,7 @@ def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
 
 def compile_model(model: nn.Module, graphs: bool = False) -> nn.Module:
     """The model compiled; a sharded one block by block, as its weights come and go between them. graphs: with a CUDA
-    graph for every shape; without, the processor, which launches a thousand kernels an update, cannot keep up."""
+    graph for every shape, so that the processor need not launch a thousand kernels an update."""
     if is_sharded(model):
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -285,8 +276,8 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights of a module by their names, and the optimiser's state of them as "optimizer.NAME.KEY". All of it is
-    put together on the CPU of process 0; the others get nothing, but all have to call this."""
+    """The weights of a module by their names, and the optimiser's state of them as "optimizer.NAME.KEY", on the CPU of
+    process 0; the others get nothing, but all have to call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(module, options=options)
     if optimizer.state:  # before the first update it would be made up, by an update with gradients of 0
@@ -299,7 +290,7 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 @contextmanager
 def gather_parameters(model: nn.Module) -> Iterator[None]:
     """Meanwhile every process has all weights of a sharded model, in the dtype of `shard`, and its forward pass waits
-    for nobody: to generate, each at its own pace, and to score. Needs room for them; must not change them."""
+    for nobody: to generate, each at its own pace, and to score. They must not change."""
     if not is_sharded(model):
         yield
         return

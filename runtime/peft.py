@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora import adapted_layers, attach, check_values, default_targets, linear_layers, merge
 from model import load_model, read_json, save_model
 from runtime.hub import MODEL_FILES, WEIGHT_FILES, model_directory
+from runtime.strict import check_safetensors
 from runtime.tokenizer import say_once
 
 # What peft's configuration may say without changing the computation: used, about other software, or about training.
@@ -52,8 +52,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path, base: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which peft loads on transformers' model.
 
-    base: name or directory of the model underneath, for those who want to load both at once. Each file is written
-    beside its place and moved there. Raises ValueError for a model without adapters.
+    base: name or directory of the model underneath, for those who want to load both at once. Raises ValueError for a
+    model without adapters.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -71,22 +71,16 @@ def save_adapter(model: nn.Module, path, base: str | None = None) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    save_file(tensors, path / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-    (path / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        os.replace(path / f"{name}.tmp", path / name)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, path) -> nn.Module:
     """Attach the adapter of such a directory, written here or by peft, to the plain model it was made for. In place;
-    returns the model, frozen but for the adapters.
-
-    Raises FileNotFoundError for missing files and ValueError, with the model as it was, for an adapter of another model
-    (naming tensor and shapes), another kind than plain LoRA, or a damaged file.
-    """
-    file = Path(path) / "adapter_model.safetensors"
+    returns the model, frozen but for the adapters. Raises FileNotFoundError for missing files and ValueError, with the
+    model as it was, for an adapter of another model or kind, or a damaged file."""
     rank, alpha, dropout = read_adapter_config(Path(path) / "adapter_config.json")
-    adapters = read_adapters(model, file, rank)
+    adapters = read_adapters(model, Path(path) / "adapter_model.safetensors", rank)
     attach(model, rank, alpha, dropout, targets=list(adapters))
     with torch.no_grad():
         for name, layer in adapted_layers(model).items():
@@ -114,7 +108,7 @@ def base_of(adapter: Path) -> str:
 
 def merge_into(base: Path, adapter: Path) -> Path:
     """The directory of `base` with the adapter merged into it, in float32: made once, in the user's cache
-    ($XDG_CACHE_HOME or ~/.cache). Raises as `load_adapter` does."""
+    ($XDG_CACHE_HOME or ~/.cache)."""
     names = [*MODEL_FILES, *WEIGHT_FILES, "adapter_*"]
     files = sorted({file for directory in (base, adapter) for name in names for file in directory.glob(name)})
     key = repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
@@ -131,7 +125,7 @@ def merge_into(base: Path, adapter: Path) -> Path:
     return merged
 
 
-def read_adapter_config(file: Path) -> tuple[int, float, float]:
+def read_adapter_config(file: Path) -> list:
     """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for what is more than plain LoRA."""
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -141,23 +135,20 @@ def read_adapter_config(file: Path) -> tuple[int, float, float]:
     wrong += [field for field, value in config.items() if field not in KNOWN and value and value != "none"]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA: {MERGE}")
-    values = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
+    values = [config.get(name) for name in ("r", "lora_alpha", "lora_dropout")]
     check_values(str(file), *values)
     return values
 
 
 def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str, Tensor]]:
-    """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}; raises as `load_adapter` does."""
+    """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}"""
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found (adapters in pickled .bin files are not read: {MERGE})")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    check_safetensors(file, str(file), "; fetch it again")
     layers = linear_layers(model)
     ours = {peft_path(model, name): name for name in layers}
     adapters: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in load_file(file).items():
         match = KEY.fullmatch(key)
         if re.search(r"\.(lm_head|embed_tokens|wte|wpe)\.", key):
             raise ValueError(f"{file}: {key} changes the head or an embedding, which is not supported, only plain LoRA "

@@ -67,7 +67,7 @@ def say_settings(given: dict) -> None:
 
 
 def teacher_stage(given: dict, out: str) -> dict:
-    """The options of the stage that fine-tunes the teacher, as the papers do before they distil it."""
+    """The options of the stage that fine-tunes the teacher before it is distilled."""
     stage = {"method": "sft", "student": given["teacher"]}
     if given.get("teacher_chat"):
         stage["student_chat"] = given["teacher_chat"]

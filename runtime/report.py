@@ -90,8 +90,7 @@ def prompt_form(example: Example) -> str:
 
 
 def say_next(given: dict, o: Options, line: dict) -> None:
-    """After a run, on standard error: its last losses and scores, and the commands for its student. (On standard output
-    stands where that is.)"""
+    """After a run, on standard error: its last losses and scores, and the commands for its student."""
     losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
     test = o.data if o.data in DATASETS else "TEST.jsonl"
     further = {name: value for name, value in given.items() if name not in ("resume", "from_scratch", "teacher_sft")}

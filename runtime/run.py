@@ -1,10 +1,10 @@
 """What a run leaves on disk: `args.json`, `log.jsonl`, `student/` for the world, and `resume/` for going on exactly.
 
 A run may end at any moment, also while it writes. So whatever is read again is written beside its place, brought to the
-disk (fsync: a rename can outlive the contents when the power fails) and only then moved there; and of one checkpoint's
-files resume/state.safetensors is moved last, so that the others are never older than what a run goes on from.
+disk (fsync: a rename can outlive the contents when the power fails) and only then moved there; of a checkpoint
+resume/state.safetensors is moved last, so that the other files are never older than what a run goes on from.
 
-In all functions `o` holds the options of a run, `pieces` its models and data: `Options` and `Pieces` of train.py.
+`o` holds the options of a run (`Options`), `pieces` its models and data (`Pieces` of load.py).
 """
 
 import json
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,25 +42,17 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
     "added_tokens.json vocab.json merges.txt tokenizer.model"
 ).split()  # what a student's directory hands on to what was trained from it
-
-
 KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
 
 
-def save_checkpoint(
-    o, pieces, optimizer: torch.optim.AdamW, step: int, meter: dict[str, float], score: float | None = None
-) -> None:
-    """student/ as a Hugging Face directory, projectors.safetensors with those that are trained, and
-    resume/state.safetensors with all that an exact continuation needs, also `meter`, the counts for the next line of
-    the log. With LoRA student/ has the adapters merged into its weights, and adapter/ has them alone, as peft does.
+def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], score: float | None = None) -> None:
+    """What `write_student` writes, and resume/state.safetensors with all that an exact continuation needs, also
+    `meter`, the counts for the next line of the log. With --keep-best the former only if this update's `score` (None:
+    it was not scored) is the best so far; args.json then has the update and its score. Raises OSError if it cannot be
+    written; the last checkpoint is then untouched.
 
-    With --keep-best, all but resume/ stays as it is unless this update's `score` (None: it was not scored) is the best
-    so far. args.json then says which update student/ is from, and its score.
-
-    All of it is written to checkpoint.new/ first. Raises OSError if that fails; the last checkpoint is then untouched.
-
-    Process 0 writes, but all processes call this, and go on when it is written. Nothing in the files depends on how the
-    student was sharded, or on the number of processes; but random.*, which has a row for each.
+    Process 0 writes, but all processes call this. Nothing in the files depends on how the student was sharded, or on
+    the number of processes; but random.*, which has a row for each.
     """
     tensors = parallel.gather_state(name_modules(pieces), optimizer)
     tensors |= {f"random.{name}": parallel.gather(state) for name, state in random_state(o.device).items()}
@@ -81,7 +74,8 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
     try:
         with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
-            if is_best(o, score):
+            best, sign = best_checkpoint(o), 1 if o.keep_best == "rouge" else -1  # of cross-entropy, less is better
+            if best is None or (score is not None and sign * score > sign * best[KEPT_BY[o.keep_best]]):
                 write_student(o, pieces, tensors, new)
                 if score is not None:
                     best = {"step": int(metadata["step"]), KEPT_BY[o.keep_best]: score}
@@ -102,34 +96,23 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
         shutil.rmtree(new, ignore_errors=True)
 
 
-def is_best(o, score: float | None) -> bool:
-    """Whether student/ is to be this update's: always without --keep-best. With it, until an update has been scored;
-    from then on where `score` (None: not scored) is better than all before it."""
-    best = best_checkpoint(o)
-    if best is None:
-        return True
-    before = best[KEPT_BY[o.keep_best]]
-    return score is not None and (score > before if o.keep_best == "rouge" else score < before)
-
-
 def best_checkpoint(o) -> dict | None:
     """{"step": update, name of the score: its value} of the student that --keep-best has kept so far; else None."""
     return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
 
 
 def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
-    """What the world reads: student/, adapter/ and projectors.safetensors. The student that is trained, and may be
-    sharded, stays as it is: the gathered weights are put into another one."""
+    """What the world reads: student/ as a Hugging Face directory, with LoRA's adapters merged; adapter/, where they are
+    alone, as peft has them; and the projectors that are trained. The student in training, which may be sharded, stays
+    as it is: the gathered weights are put into another one."""
     with torch.device("meta"):
         student = Decoder(pieces.student.config)
         if o.lora:
             lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
     student.load_state_dict({name: tensors[f"student.{name}"] for name in student.state_dict()}, assign=True)
     if o.lora:
-        base = MODELS.get(o.student, o.student)
-        if Path(o.student).is_dir():
-            base = str(pieces.student_tokenizer.directory.resolve())
-        save_adapter(student, out / "adapter", base)
+        base, is_local = pieces.student_tokenizer.directory.resolve(), Path(o.student).is_dir()
+        save_adapter(student, out / "adapter", str(base) if is_local else MODELS.get(o.student, o.student))
         lora.merge(student)
     save_model(student, out / "student")
     for file in TOKENIZER_FILES:
@@ -160,44 +143,30 @@ def name_modules(pieces) -> nn.ModuleDict:
     return nn.ModuleDict({"student": pieces.student, "projectors": pieces.method.projectors})
 
 
-def restore_checkpoint(o, pieces, optimizer: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
-    """Take up the state that `save_checkpoint` left, if it came to that; returns the number of updates done and the
-    meter's counts. Raises ValueError for a damaged file, and if the examples, or models that are not trained, have
-    changed since."""
+def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
+    """Take up the state that `save_checkpoint` left, if any: the number of updates done, and the meter's counts. Raises
+    ValueError for a damaged file, and if the examples, or models that are not trained, have changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
-    with name_file_if_unreadable(path), safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    if metadata.get("examples", pieces.digest) != pieces.digest:
-        raise ValueError(
-            f"--resume: the examples of {o.data}, or their tokens, are not those that {o.out} was started with; bring "
-            "these back, or start again with another --out"
-        )
-    if parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
-        models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
-        models += [f"--student {o.student}"] if o.lora else []
-        raise ValueError(
-            f"--resume: the weights of {' or '.join(models)} are not those that {o.out} was started with; bring these "
-            "back, or start again with another --out"
-        )
-    with name_file_if_unreadable(path):
-        return take_up(o, pieces, optimizer, tensors, metadata)
-
-
-@contextmanager
-def name_file_if_unreadable(path: Path) -> Iterator[None]:
-    """Says of an error while a checkpoint is read or taken up which file it is about: ValueError."""
     try:
-        yield
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        if metadata.get("examples", pieces.digest) != pieces.digest:
+            changed = f"examples of {o.data}, or their tokens,"
+        elif parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+            models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
+            changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
+        else:
+            return take_up(o, pieces, optimizer, tensors, metadata)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
+    raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; bring these back, or start "
+                     "again with another --out")  # fmt: skip
 
 
 @torch.no_grad()
-def take_up(
-    o, pieces, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[int, dict[str, float]]:
+def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, dict]:
     """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
     for name, parameter in name_modules(pieces).named_parameters():
         if name.startswith("student.") and not parameter.requires_grad:
@@ -224,8 +193,7 @@ def take_up(
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run, or --resume is given and it holds this very run; options that are None
-    then take the value of that run."""
+    """Raises unless --out is free for a new run or, with --resume, holds this very one."""
     out = Path(o.out)
     if o.resume:
         check_resumed(o)
@@ -239,7 +207,8 @@ def check_directory(o) -> None:
 
 
 def check_resumed(o) -> None:
-    """Raises unless the options are those of the run in --out, but for what leaves its updates as they were."""
+    """Raises unless the options are those of the run in --out, but for what leaves its updates as they were. Options
+    that are None take the value of that run."""
     asked, before = record_of(o), read_record(o)
     for name, value in asked.items():  # what is left open is as it was, also where it followed from the models
         if value is None and name != "shard":
@@ -264,8 +233,11 @@ def read_record(o) -> dict:
     wrong = [entry.name for entry in fields(o) if not is_value(record.get(entry.name), entry)]
     sizes = "batch_size", "grad_accum", "processes"
     wrong += [name for name in sizes if type(record.get(name)) is not int or record[name] < 1]
-    if not wrong and "best" in record and not is_score(record["best"], KEPT_BY.get(record.get("keep_best"))):
-        wrong.append("best")
+    if not wrong and "best" in record:
+        best = record["best"] if isinstance(record["best"], dict) else {}
+        step, score = best.get("step"), best.get(KEPT_BY.get(record.get("keep_best")))
+        if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
+            wrong.append("best")
     if wrong:
         raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
     return record
@@ -278,28 +250,16 @@ def record_of(o) -> dict:
 
 
 def is_value(value, entry: Field) -> bool:
-    """Whether an option may have this value. None is one of every option, a whole number one of those that are floats,
-    but a truth value is no number."""
-    choices = entry.metadata["choices"]
-    if value is None or choices:
-        return value is None or value in choices
-    if entry.name.endswith("_chat"):
-        return value in ("own", "thinking", "none", *FORMER) or type(value) is str and Path(value).exists()
-    if type(value) is bool:
-        return entry.type in (bool, bool | None)
-    return isinstance(value, entry.type) or (type(value) is int and isinstance(1.0, entry.type))
-
-
-def is_score(best, name: str | None) -> bool:
-    """Whether that is what `best_checkpoint` may find, with a score of this name."""
-    if not isinstance(best, dict) or type(best.get("step")) is not int:
-        return False
-    return type(best.get(name)) in (int, float) and math.isfinite(best[name])
+    """Whether an option may have this value, or None. A truth value is no number here, but an integer is a float."""
+    kinds = get_args(entry.type) or (entry.type,)
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if fits and type(value) is str and entry.name.endswith("_chat"):
+        return value in ("own", "thinking", "none", *FORMER) or Path(value).exists()
+    return value is None or fits and value in (entry.metadata["choices"] or [value])
 
 
 def check_update_size(o, before: dict) -> None:
-    """Raises ValueError unless a resumed run's updates are over as many examples as those of the run `before`, and so
-    over the same ones, however they are split over processes and forward passes."""
+    """Raises ValueError unless updates are over as many examples as in the run `before`, and so over the same ones."""
     asked, size = (x["batch_size"] * x["grad_accum"] * x["processes"] for x in (record_of(o), before))
     each, rest = divmod(size, parallel.world())
     if asked == size:
@@ -316,14 +276,12 @@ def run_of(directory: str | Path) -> dict | None:
     """The options of the run whose student/ this model directory is; None for any other model."""
     directory = Path(os.path.abspath(directory))
     record = directory.parent / "args.json"
-    if directory.name != "student" or not record.is_file():
-        return None
-    return read_json(record)
+    return read_json(record) if directory.name == "student" and record.is_file() else None
 
 
 def chat_of(directory: str | Path) -> str | None:
     """The chat template that a model directory was trained with here, which is its own since then, or "none"; None if
-    it was not trained here. Older runs name one of FORMER, which `read_chat` refuses."""
+    it was not trained here. `read_chat` refuses those of FORMER."""
     record = run_of(directory)
     chat = record and (record.get("student_chat") or "none")
     return chat if chat in (None, "none", "thinking", *FORMER) else "own"
@@ -331,11 +289,10 @@ def chat_of(directory: str | Path) -> str | None:
 
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
     """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
-    are None. Whether they begin with a begin-of-text is what the tokenizer files of a run's student say; those of runs
-    before that was an option are copies that say it of another model, and had none, as have models from elsewhere.
-    Raises ValueError for a tokenizer that cannot belong to the model."""
+    are None: a run's student has a begin-of-text where its files say so, a model from elsewhere none. Raises ValueError
+    for a tokenizer that cannot belong to the model."""
     if bos is None:
-        bos = "bos" in (run_of(directory) or {})
+        bos = "bos" in (run_of(directory) or {})  # older runs do not say: their files are another model's
     rows = read_config(read_json(Path(directory) / "config.json")).vocab_size
     tokenizer = read_tokenizer(directory, chat or chat_of(directory) or "none", bos, rows)
     check_size(tokenizer, rows)
@@ -344,8 +301,7 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
 
 @contextmanager
 def hold_directory(o, facts: dict) -> Iterator[None]:
-    """The run directory with args.json (the options, and these facts), made if need be, for this process alone (or for
-    it and those it is 0 of)."""
+    """The run directory with args.json (the options, and these facts), made if need be, for this run alone."""
     if parallel.rank() > 0:
         yield
         return
@@ -363,7 +319,7 @@ def hold_directory(o, facts: dict) -> Iterator[None]:
 @contextmanager
 def lock_directory(out: Path) -> Iterator[None]:
     """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
-    does. Where a file system has no locks, a warning says so."""
+    does."""
     import fcntl  # here, for it needs a Unix, which eval.py does not
 
     with open(out / "resume" / "lock", "a+") as file:
@@ -433,8 +389,8 @@ def sync(path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl. The last one may have been cut off by the end of its process, or not be written to its
-    end yet: then it is left out. Raises ValueError for any other line that is damaged."""
+    """The lines of a log.jsonl, without a last one that was cut off, or is not complete yet. Raises ValueError for any
+    other line that is damaged."""
     texts, lines = path.read_bytes().split(b"\n"), []
     for number, text in enumerate(texts, 1):
         try:
@@ -472,10 +428,6 @@ class Log:
             self.board.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
-
-
 class Stopped(Exception):
     """A run that was asked to stop has saved its state; `number` is the signal's."""
 
@@ -484,30 +436,30 @@ class Stopped(Exception):
         self.number = number
 
 
-class StopSignals:
-    """Within it the first Ctrl-C or SIGTERM is only noted, in `number`: the loop finishes its update and saves. The
+@contextmanager
+def note_signals() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C or SIGTERM is only noted, in this list: the loop finishes its update and saves. The
     next one does what it always does."""
+    noted, before = [], {}
 
-    def __init__(self):
-        self.number, self.before = 0, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other may change what signals do
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # started with nohup, for instance
-                    self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number: int, frame) -> None:
-        self.__exit__()
-        self.number = number
+    def note(number: int, frame) -> None:
+        restore()
+        noted.append(number)
         text = "\nstopping: this update is finished and saved first (once more: stop at once)\n"
         os.write(2, text.encode())  # print could fail here, in the middle of another one
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():  # no other may change what signals do
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # started with nohup, for instance
+                before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,12 +499,10 @@ class Meter:
 
 
 class RunDirectory:
-    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C.
+    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C. `start`:
+    updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts."""
 
-    `start`: updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts.
-    """
-
-    def __init__(self, o, pieces, optimizer: torch.optim.AdamW, total: int, per_epoch: int, description: str):
+    def __init__(self, o, pieces, optimizer, total: int, per_epoch: int, description: str):
         self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
         self.description, self.every, self.line = description, o.checkpoint_every or per_epoch, {}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -560,14 +510,13 @@ class RunDirectory:
     def __enter__(self):
         with ExitStack() as stack:
             stack.enter_context(hold_directory(self.o, self.pieces.facts(self.o)))
-            self.stop = stack.enter_context(StopSignals())
+            self.signals = stack.enter_context(note_signals())
             self.start, self.counts = 0, {}
             if self.o.resume:
                 self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
             if parallel.highest(self.start) != self.start:
-                raise ValueError(
-                    f"--resume: {self.o.out} is not the same directory for all processes; they need a shared one"
-                )
+                raise ValueError(f"--resume: {self.o.out} is not the same directory for all processes; they need a "
+                                 "shared one")  # fmt: skip
             self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start, self.o.tensorboard)
             parallel.start_alike(self.parameters)
             if not self.start and parallel.rank() > 0:  # dropout of its own
@@ -588,8 +537,8 @@ class RunDirectory:
             name = KEPT_BY[self.o.keep_best]
             about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
             print(f"student/ is from {about}", file=sys.stderr)
-        if self.stop.number:  # while the samples were written
-            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", self.stop.number)
+        if self.signals:  # while the samples were written
+            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", *self.signals)
 
     def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
         """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""
@@ -615,7 +564,7 @@ class RunDirectory:
 
     def asked_to_stop(self) -> int:
         """The number of the signal that any process was given; 0 for none."""
-        return parallel.highest(self.stop.number)
+        return parallel.highest(sum(self.signals))
 
     def check_weights(self, done: int) -> None:
         """Raises FloatingPointError where update `done` left a weight that is not finite."""
@@ -638,36 +587,31 @@ class RunDirectory:
 
     @contextmanager
     def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
-        """Around an update: a FloatingPointError is raised again with the update's examples, and what is saved."""
-        before = random_state(self.o.device), self.meter.counts()
+        """Around an update: where it raises a FloatingPointError, the state before it is saved, for whoever looks into
+        it, and the error raised again with the update's examples."""
+        o, pieces, random, counts = self.o, self.pieces, random_state(self.o.device), self.meter.counts()
         try:
             yield
         except FloatingPointError as error:
-            about = save_if_finite(self.o, self.pieces, self.optimizer, step, *before)
-            places = [self.pieces.examples[i].where for i in indices[:8]]
-            lines = ", ".join(place.rpartition("line ")[2] for place in places)
-            more = ", ..." if len(indices) > 8 else ""
-            examples = f"{places[0].rpartition(', line ')[0]}, lines {lines}{more}"
-            raise FloatingPointError(f"update {step + 1}: {error} ({examples}); {about}") from None
+            parameters = [*pieces.student.named_parameters(), *pieces.method.named_parameters()]
+            trained = {name: parallel.local_part(p) for name, p in parameters if p.requires_grad}
+            spoilt = [name for name, part in trained.items() if not part.isfinite().all()]
+            if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+                name = spoilt[0] if spoilt else "a parameter"
+                about = f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+            else:
+                set_random_state(o.device, random)
+                save_checkpoint(o, pieces, self.optimizer, step, counts)
+                about = f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
+            places = [pieces.examples[i].where.rpartition(", line ") for i in indices[:8]]
+            lines = ", ".join([line for _, _, line in places] + ["..."] * (len(indices) > 8))
+            raise FloatingPointError(f"update {step + 1}: {error} ({places[0][0]}, lines {lines}); {about}") from None
 
 
 def count_compilations() -> int:
     """How many graphs torch.compile has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def save_if_finite(o, pieces, optimizer: torch.optim.AdamW, step: int, random, counts) -> str:
-    """Save the state before update `step`, which failed, for whoever looks into it; says where it is."""
-    modules = pieces.student, pieces.method
-    trained = (pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad)
-    spoilt = [name for name, parameter in trained if not parallel.local_part(parameter).isfinite().all()]
-    if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
-        name = spoilt[0] if spoilt else "a parameter"
-        return f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
-    set_random_state(o.device, random)
-    save_checkpoint(o, pieces, optimizer, step, counts)
-    return f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,10 +637,8 @@ def seconds_of_finished_stage(o) -> float | None:
     finished = read_json(file)
     changed = [name for name, before in finished["options"].items() if asked.get(name, before) != before]
     if changed:
-        raise ValueError(
-            f"{o.out} was trained with --{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}; "
-            "give another --out, or remove it to train it again"
-        )
+        was = f"--{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}"
+        raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train it again")
     return finished["seconds"]
 
 

@@ -11,7 +11,7 @@ from runtime.tokenizer import TextTokenizer, content_of, find_chat, find_templat
 
 def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     """Make the files of a copy in `directory` say what a model was trained with here, so that `transformers` makes the
-    same ids of a prompt, and of turns in the chat template, and ends responses at end-of-text too."""
+    same ids of a prompt, and of turns, and ends responses at end-of-text too."""
     if find_template(tokenizer.tokenizer) != (tokenizer.prefix, []):
         write_template(directory / "tokenizer.json", tokenizer)
     end, model = tokenizer.names([tokenizer.eos_id]), read_if_there(directory / "config.json")

@@ -37,8 +37,8 @@ def kind_of(token: bytes | None) -> str:
 
 
 def measure_alignment(responses: Iterable[tuple[list[bytes | None], np.ndarray]]) -> dict[str, dict]:
-    """{kind of token: {tokens, aligned (the share of them), missed (the text of one that is not)}} of the student's
-    response tokens; "all" for all of them. responses: each one's tokens, and the indices of those that are aligned."""
+    """{kind of token, or "all": {tokens, aligned (the share of them), missed (the text of one that is not)}} of the
+    student's response tokens. responses: each one's tokens, and the indices of those that are aligned."""
     tokens, aligned, missed = Counter(), Counter(), {}
     for spelt, index in responses:
         kinds = [kind_of(token) for token in spelt]
@@ -96,12 +96,6 @@ def show_pairs(teacher: list[bytes | None], student: list[bytes | None], pairs, 
     return "\n\n".join("\n".join(map(str.rstrip, rows)) for rows in lines)
 
 
-def align_text(text: str, teacher: TextTokenizer, student: TextTokenizer) -> tuple[list, list, tuple]:
-    """The tokens of a response for both, with end-of-text, and the pairs of indices that are aligned."""
-    sides = [tokenizer.spell([*tokenizer.encode(text), tokenizer.eos_id]) for tokenizer in (teacher, student)]
-    return *sides, exact_token_alignment(*sides)
-
-
 def find_tokenizer(name: str) -> TextTokenizer:
     """Of a run, of a model by name or directory, or of a directory with nothing but the tokenizer's files."""
     places = [place for place in (Path(name), Path(name, "student")) if (place / "tokenizer.json").is_file()]
@@ -124,6 +118,7 @@ def main(description: str, arguments: list[str] | None = None) -> None:
             texts = [example.outputs[0] for example in read_examples(*data_file(o.text, "train"))[:1000]]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    aligned = [align_text(text, *tokenizers) for text in texts]
+    spelt = [[t.spell([*t.encode(text), t.eos_id]) for t in tokenizers] for text in texts]  # with end-of-text
+    aligned = [(*sides, exact_token_alignment(*sides)) for sides in spelt]
     print("\n\n".join(show_pairs(*sides) for sides in aligned[: o.show]))
     print("\n" + describe_alignment(measure_alignment((student, pairs[1]) for _, student, pairs in aligned)))

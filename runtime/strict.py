@@ -17,28 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model import (
-    ACTIVATIONS,
-    FIELDS,
-    REQUIRED,
-    ROPE,
-    TRANSPOSED,
-    Decoder,
-    checkpoint_files,
-    find_tensors,
-    hugging_face_names,
-    read_config,
-    read_fields,
-    read_json,
-    read_rope,
-)
+import model
 from runtime import parallel
 from runtime.device import choose_device
 from runtime.options import Options
 from runtime.tokenizer import TextTokenizer, count_shared, say_once
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The options
 
 AT_LEAST = dict.fromkeys(["epochs", "batch_size", "grad_accum", "max_prompt_len", "log_every"], 1) | {"max_len": 2}
 AT_LEAST |= dict.fromkeys(
@@ -60,56 +43,24 @@ def has_tensorboard() -> bool:
 def check_options(o: Options) -> Options:
     """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
     check_numbers(o)
-    why = {"sft": "has no teacher to judge sampled responses", "seqkd": "learns the teacher's responses"}
-    why_fkl = {"uld": "compares sorted probabilities by their absolute difference",
-               "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
-    refuse_first([
-        (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy belongs to --method kd and dskd; --method "
-         f"{o.method} {why.get(o.method, 'is defined on the gold responses')}"),
-        (o.on_policy and o.dry_run,
-         "--dry-run is on the gold responses, so that others can compare: leave out --on-policy"),
-        (o.on_policy_after and not o.on_policy,
-         f"--on-policy-after {o.on_policy_after} belongs to --on-policy, which is not given"),
-        (o.on_policy_after >= o.epochs and not o.max_steps, f"--on-policy-after {o.on_policy_after}: the run ends "
-         f"after --epochs {o.epochs}, so that no update would be on-policy"),
-        (o.teacher_chat not in (None, "none") and o.method == "sft",
-         "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
-        (o.keep_best and o.valid is None,
-         f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
-        (o.tensorboard and not has_tensorboard(),
-         "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
-    ])  # fmt: skip
+    check_together(o)
     check_cache(o)
-    o = check_lora(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
             raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
     check_processes(o)
     device = o.device or choose_device()[0]
     on_cuda = check_device(device).type == "cuda"
-    if on_cuda and parallel.by_torchrun():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    refuse_first([
-        (o.method in why_fkl and o.divergence != "fkl", f"--divergence {o.divergence}: --method {o.method} "
-         f"{why_fkl.get(o.method)}; leave --divergence out"),
-        (0 < o.seqkd_temperature < 1e-3,
-         f"--seqkd-temperature {o.seqkd_temperature}: must be 0 (greedy) or at least 0.001"),
-        (o.seqkd_temperature and o.method != "seqkd",
-         f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing"),
-        (o.projectors is not None and o.method != "dskd",
-         f"--projectors belongs to --method dskd; --method {o.method} has none"),
-    ])  # fmt: skip
     if o.projectors is not None:  # only that it can be read; whether it fits is known once the models are there
-        if not Path(o.projectors).is_file():  # opening a pipe would wait for a writer
-            raise FileNotFoundError(f"--projectors {o.projectors}: not a readable safetensors file (no such file)")
-        try:
-            with safe_open(o.projectors, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--projectors {o.projectors}: not a readable safetensors file ({error})") from error
+        check_safetensors(Path(o.projectors), f"--projectors {o.projectors}")
+    if o.lora:
+        alpha = 8.0 if o.lora_alpha is None else o.lora_alpha
+        o = replace(o, lora_alpha=alpha, lora_dropout=0.1 if o.lora_dropout is None else o.lora_dropout)
+    if o.lora_targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
+        o = replace(o, lora_targets=sorted(set(" ".join(o.lora_targets).replace(",", " ").split())))
     return replace(
         o,
-        device=device,
+        device=f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda and parallel.by_torchrun() else device,
         dtype=o.dtype or ("bf16" if on_cuda else "fp32"),
         compile=on_cuda if o.compile is None else o.compile,
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
@@ -126,13 +77,20 @@ def refuse_first(rules: list[tuple]) -> None:
 
 def check_numbers(o: Options) -> None:
     check_values(asdict(o), AT_LEAST, BELOW)
-    for name in ("lr", "temperature", "clip"):
-        if not 0 < getattr(o, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(o, name)}: must be positive and finite")
-    if not 0 <= o.kd_rate <= 1:
-        raise ValueError(f"--kd-rate {o.kd_rate}: must be between 0 (only gold labels) and 1 (only the teacher)")
-    if not 0 <= o.on_policy <= 1:
-        raise ValueError(f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)")
+    for name in ("lr", "temperature", "clip", "lora_alpha"):
+        value = getattr(o, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
+    refuse_first([
+        (not 0 <= o.kd_rate <= 1,
+         f"--kd-rate {o.kd_rate}: must be between 0 (only gold labels) and 1 (only the teacher)"),
+        (not 0 <= o.on_policy <= 1,
+         f"--on-policy {o.on_policy}: must be between 0 (gold responses) and 1 (sampled ones)"),
+        (o.lora_dropout is not None and not 0 <= o.lora_dropout < 1,
+         f"--lora-dropout {o.lora_dropout}: must be at least 0 and below 1"),
+        (0 < o.seqkd_temperature < 1e-3,
+         f"--seqkd-temperature {o.seqkd_temperature}: must be 0 (greedy) or at least 0.001"),
+    ])  # fmt: skip
 
 
 def check_values(options: dict, at_least: dict, below: dict) -> None:
@@ -150,18 +108,53 @@ def check_values(options: dict, at_least: dict, below: dict) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below {most}")
 
 
+def check_together(o: Options) -> None:
+    """Raises ValueError for an option that the method, or another option, does not allow."""
+    why = {"sft": "has no teacher to judge sampled responses", "seqkd": "learns the teacher's responses"}
+    why_fkl = {"uld": "compares sorted probabilities by their absolute difference",
+               "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
+    of_lora = any(value is not None for value in (o.lora_alpha, o.lora_dropout, o.lora_targets))
+    refuse_first([
+        (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy belongs to --method kd and dskd; --method "
+         f"{o.method} {why.get(o.method, 'is defined on the gold responses')}"),
+        (o.on_policy and o.dry_run,
+         "--dry-run is on the gold responses, so that others can compare: leave out --on-policy"),
+        (o.on_policy_after and not o.on_policy,
+         f"--on-policy-after {o.on_policy_after} belongs to --on-policy, which is not given"),
+        (o.on_policy_after >= o.epochs and not o.max_steps, f"--on-policy-after {o.on_policy_after}: the run ends "
+         f"after --epochs {o.epochs}, so that no update would be on-policy"),
+        (o.teacher_chat not in (None, "none") and o.method == "sft",
+         "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
+        (o.keep_best and o.valid is None,
+         f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
+        (o.tensorboard and not has_tensorboard(),
+         "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
+        (of_lora and not o.lora,
+         "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"),
+        (o.lora and o.from_scratch, f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded "
+         "task) starts without one"),
+        (o.method in why_fkl and o.divergence != "fkl", f"--divergence {o.divergence}: --method {o.method} "
+         f"{why_fkl.get(o.method)}; leave --divergence out"),
+        (o.seqkd_temperature and o.method != "seqkd",
+         f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing"),
+        (o.projectors is not None and o.method != "dskd",
+         f"--projectors belongs to --method dskd; --method {o.method} has none"),
+    ])  # fmt: skip
+
+
 def check_processes(o: Options) -> None:
-    by_torchrun, own = parallel.by_torchrun(), f"cuda:{os.environ.get('LOCAL_RANK')}"
-    if o.shard and not by_torchrun:
-        raise ValueError(f"--shard {o.shard} splits weights over processes: start with torchrun --nproc_per_node=N")
-    if o.shard in ("teacher", "both") and o.method in ("sft", "seqkd"):
-        raise ValueError(f"--shard {o.shard}: --method {o.method} trains without a teacher; use --shard student")
-    if by_torchrun and o.dry_run:
-        raise ValueError("--dry-run is for one process: start without torchrun")
-    if by_torchrun and o.device not in (None, "cuda", "cpu", own):
-        raise ValueError(f"--device {o.device}: torchrun gives each process its own; use cuda, cpu or leave it out")
-    if by_torchrun and o.device != "cpu" and 0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
-        raise ValueError(f"torchrun started more processes than there are CUDA devices ({torch.cuda.device_count()})")
+    by_torchrun, rank = parallel.by_torchrun(), int(os.environ.get("LOCAL_RANK", 0))
+    devices = torch.cuda.device_count() if by_torchrun and o.device != "cpu" else 0
+    refuse_first([
+        (o.shard and not by_torchrun,
+         f"--shard {o.shard} splits weights over processes: start with torchrun --nproc_per_node=N"),
+        (o.shard in ("teacher", "both") and o.method in ("sft", "seqkd"),
+         f"--shard {o.shard}: --method {o.method} trains without a teacher; use --shard student"),
+        (by_torchrun and o.dry_run, "--dry-run is for one process: start without torchrun"),
+        (by_torchrun and o.device not in (None, "cuda", "cpu", f"cuda:{rank}"),
+         f"--device {o.device}: torchrun gives each process its own; use cuda, cpu or leave it out"),
+        (0 < devices <= rank, f"torchrun started more processes than there are CUDA devices ({devices})"),
+    ])  # fmt: skip
 
 
 def check_device(name: str) -> torch.device:
@@ -170,54 +163,28 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, cpu, ...") from error
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name}: only cuda and cpu are supported (Apple's mps has no float64, in which "
-                         "projectors are solved)")  # fmt: skip
     usable, why = choose_device(device.index or 0)
-    if device.type == "cuda" and usable != "cuda":
-        raise ValueError(f"--device {name}: no CUDA device to compute on here ({why}); use --device cpu")
+    refuse_first([
+        (device.type not in ("cuda", "cpu"), f"--device {name}: only cuda and cpu are supported (Apple's mps has no "
+         "float64, in which projectors are solved)"),
+        (device.type == "cuda" and usable != "cuda",
+         f"--device {name}: no CUDA device to compute on here ({why}); use --device cpu"),
+    ])  # fmt: skip
     return device
 
 
 def check_cache(o: Options) -> None:
     if o.cache_teacher is None:
         return
-    why = ""
-    if o.method in ("sft", "seqkd"):
-        why = {"sft": "--method sft has no teacher", "seqkd": "--method seqkd keeps the teacher's text, in seqkd.jsonl"}
-        why = why[o.method]
-    elif o.on_policy:
-        why = "with --on-policy the teacher reads responses that are new in every update"
-    elif o.dry_run:
-        why = "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16"
-    elif o.shard in ("teacher", "both"):
-        why = f"--shard {o.shard} is for a teacher that runs in every update, and the cache is filled by whole ones"
-    if why:
-        raise ValueError(f"--cache-teacher {o.cache_teacher}: {why}; leave it out")
-    if Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir():
-        raise ValueError(f"--cache-teacher {o.cache_teacher}: not a directory")
-
-
-def check_lora(o: Options) -> Options:
-    alpha, dropout, targets = o.lora_alpha, o.lora_dropout, o.lora_targets
-    if not o.lora:
-        if alpha is not None or dropout is not None or targets is not None:
-            raise ValueError(
-                "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"
-            )
-        return o
-    alpha, dropout = 8.0 if alpha is None else alpha, 0.1 if dropout is None else dropout
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"--lora-alpha {alpha}: must be positive and finite")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
-    if o.from_scratch:
-        raise ValueError(
-            f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded task) starts without one"
-        )
-    if targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
-        targets = sorted(set(" ".join(targets).replace(",", " ").split()))
-    return replace(o, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
+    refuse_first([(wrong, f"--cache-teacher {o.cache_teacher}: {why}") for wrong, why in [
+        (o.method == "sft", "--method sft has no teacher; leave it out"),
+        (o.method == "seqkd", "--method seqkd keeps the teacher's text, in seqkd.jsonl; leave it out"),
+        (o.on_policy, "with --on-policy the teacher reads responses that are new in every update; leave it out"),
+        (o.dry_run, "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16; leave it out"),
+        (o.shard in ("teacher", "both"), f"--shard {o.shard} is for a teacher that runs in every update, and the cache "
+         "is filled by whole ones; leave it out"),
+        (Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir(), "not a directory"),
+    ]])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,19 +225,19 @@ HARMLESS = set("""model_type architectures _name_or_path transformers_version to
 def check_config(config: dict, file="config.json") -> SimpleNamespace:
     """`read_config` of a config that can be trusted. Raises ValueError, naming `file` and the field."""
     family = config.get("model_type")
-    if family not in list(FIELDS):
-        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(FIELDS)}")
-    where, f = f"{file} (model_type {family})", read_fields(config)
-    for field in FIELDS[family]:
+    if family not in list(model.FIELDS):
+        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(model.FIELDS)}")
+    where, f = f"{file} (model_type {family})", model.read_fields(config)
+    for field in model.FIELDS[family]:
         if (value := getattr(f, field)) is not None:
-            check_value(field, "missing" if value is REQUIRED else value, where)
+            check_value(field, "missing" if value is model.REQUIRED else value, where)
     aliases = {alias: getattr(f, field) for alias, field in GPT2_ALIASES.items()} if family == "gpt2" else {}
     only = ONLY | aliases
     for field in sorted(config.keys() & only.keys()):
         if config[field] is not None and config[field] != only[field]:
             hint = "; take the checkpoint that is not quantised" if field == "quantization_config" else ""
             raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}{hint}")
-    unused = sorted(config.keys() - FIELDS[family].keys() - only.keys() - HARMLESS)
+    unused = sorted(config.keys() - model.FIELDS[family].keys() - only.keys() - HARMLESS)
     if unused:
         say_once(f"{file}: fields that do not affect a {family} model are ignored: {', '.join(unused)}")
 
@@ -280,9 +247,9 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
         raise ValueError(f"{where}: n_embd {f.n_embd} does not divide into {f.n_head} heads")
     if family in ("qwen2", "qwen3"):
         check_windows(f, where)
-    c = read_config(config)
-    if c.activation not in ACTIVATIONS:
-        raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    c = model.read_config(config)
+    if c.activation not in model.ACTIVATIONS:
+        raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(model.ACTIVATIONS)}")
     if c.heads % c.kv_heads:
         raise ValueError(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key-value heads")
     if family != "gpt2" and c.head_dim % 2:
@@ -311,16 +278,16 @@ def check_rope(f: SimpleNamespace, where: str) -> None:
     meanings = []
     for rope in [spelt for spelt in (f.rope_parameters, f.rope_scaling) if spelt] or [{}]:
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in list(ROPE):
-            raise ValueError(f"{where}: rotary scaling {kind!r:.60} is not supported, only {', '.join(ROPE)}")
+        if kind not in list(model.ROPE):
+            raise ValueError(f"{where}: rotary scaling {kind!r:.60} is not supported, only {', '.join(model.ROPE)}")
         if rope.get("partial_rotary_factor") not in (None, 1) or any(isinstance(x, dict) for x in rope.values()):
             raise ValueError(f"{where}: rotary embedding by parts or by layers is not supported: {rope!s:.200}")
-        meaning = read_rope(f, rope)
-        for field in ("rope_theta", *ROPE[kind]):
+        meaning = model.read_rope(f, rope)
+        for field in ("rope_theta", *model.ROPE[kind]):
             if meaning[field] is not None or kind != "yarn":  # which has a default for each
                 check_value(field, "missing" if meaning[field] is None else meaning[field], where)
         meanings.append(meaning)
-        top = {field: getattr(f, field) or meaning[field] for field in meaning.keys() & FIELDS["llama"].keys()}
+        top = {field: getattr(f, field) or meaning[field] for field in meaning.keys() & model.FIELDS["llama"].keys()}
         if rope.get("type") not in (None, kind) or meanings[0] != meaning or meaning | top != meaning:
             raise ValueError(f"{where}: rope_theta {f.rope_theta}, rope_scaling {f.rope_scaling!s:.200} and "
                              f"rope_parameters {f.rope_parameters!s:.200} contradict each other; keep one")  # fmt: skip
@@ -341,16 +308,19 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     """Raises FileNotFoundError for a file that a model directory lacks, ValueError for a config, a tensor or a file
     that is not understood, incomplete or damaged. Without `weights` they need not be there."""
     path, file = Path(path), Path(path) / "config.json"
-    config = read_json(file)
+    config = model.read_json(file)
     check_config(config, file)
     if not weights:
         return
-    check_files(path)
+    for shard in model.checkpoint_files(path):
+        if shard.parent != path or shard.name == ".." or "\\" in shard.name:
+            raise ValueError(f"{path}: shard '{shard}' is not a plain file name; it would be read from elsewhere")
+        check_safetensors(shard, str(shard), "; fetch it again")
     with torch.device("meta"):
-        m = Decoder(config)
+        m = model.Decoder(config)
     expected = {ours: list(parameter.shape) for ours, parameter in m.named_parameters()}
     places, head = {}, None
-    for file, names in find_tensors(m, path).items():
+    for file, names in model.find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
             for theirs, ours in names.items():
                 if ours is None and theirs == "lm_head.weight":  # compared below: the embedding may come later
@@ -360,10 +330,10 @@ def check_model(path: str | Path, weights: bool = True) -> None:
                 elif ours in places:
                     raise ValueError(f"{file}: tensor {theirs!r} came twice")
                 elif ours is not None:
-                    shape = expected[ours][::-1] if TRANSPOSED.search(ours) else expected[ours]
+                    shape = expected[ours][::-1] if model.TRANSPOSED.search(ours) else expected[ours]
                     check_tensor(tensors.get_slice(theirs), shape, f"{file}: {theirs}")
                     places[ours] = file, theirs
-    missing = sorted(theirs for ours, theirs in hugging_face_names(m).items() if ours not in places)
+    missing = sorted(theirs for ours, theirs in model.hugging_face_names(m).items() if ours not in places)
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
     if head is not None and not equal_tensors(head, places["embed.weight"]):
@@ -371,24 +341,14 @@ def check_model(path: str | Path, weights: bool = True) -> None:
                          "tie_word_embeddings to false")  # fmt: skip
 
 
-def check_files(path: Path) -> None:
-    """Raises unless the weights are there, in one file or in all the shards that the index lists, and can be opened."""
-    index = path / "model.safetensors.index.json"
-    if not (path / "model.safetensors").is_file() and index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{index}: expected a weight_map of tensor names to file names")
-        for shard in sorted(set(weight_map.values())):
-            if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-                raise ValueError(f"{index}: shard {shard!r} is not a plain file name; it would be read from elsewhere")
-            if not (path / shard).is_file():
-                raise FileNotFoundError(f"{path / shard} not found, but {index.name} lists it as a shard")
-    for file in checkpoint_files(path):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+def check_safetensors(file: Path, where: str, hint: str = "") -> None:
+    try:
+        if not file.is_file():  # opening a pipe would wait for a writer
+            raise FileNotFoundError("no such file")
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{where}: not a readable safetensors file ({error}){hint}") from error
 
 
 def check_tensor(header, shape: list[int], where: str) -> None:
@@ -409,7 +369,7 @@ def equal_tensors(*places: tuple[Path, str]) -> bool:
 def fit_lengths(o, directories: dict[str, Path]) -> None:
     """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
     files = {name: path / "config.json" for name, path in directories.items()}
-    limits = {name: read_config(read_json(file)).limit for name, file in files.items()}
+    limits = {name: model.read_config(model.read_json(file)).limit for name, file in files.items()}
     if o.max_len is None:
         o.max_len = min(512, *limits.values())
     if o.max_prompt_len is None:
@@ -426,20 +386,17 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
-    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be.
-
-    Methods uld and mined pair tokens in their own way, which has the method's name.
-    """
+    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be. The way in
+    which uld and mined pair tokens has the method's name."""
+    own = {"uld": "pairs tokens itself, position by position", "mined": "pairs tokens itself, by edit distance",
+           "kd": "compares position by position"}  # fmt: skip
+    if method in own and align != "auto" and (method, align) != ("kd", "none"):
+        raise ValueError(f"--method {method} {own[method]}: --align {align} belongs to --method dskd")
     if method in ("uld", "mined"):
-        if align != "auto":
-            how = {"uld": "position by position", "mined": "by edit distance"}[method]
-            raise ValueError(f"--method {method} pairs tokens itself, {how}: --align {align} belongs to --method dskd")
         return method
     shared = count_shared(teacher, student)
     if align == "auto":
         align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
-    if method == "kd" and align != "none":
-        raise ValueError(f"--method kd compares position by position, --align {align} belongs to --method dskd")
     if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
         differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"

@@ -75,16 +75,11 @@ class TextTokenizer:
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids], skip_special_tokens=True)
 
     def spell(self, ids: list[int]) -> list[bytes | None]:
-        """The bytes of each id, as `exact_token_alignment` takes them: None is end-of-text alone, the other special
-        tokens spell nothing."""
+        """The bytes of each id, as `exact_token_alignment` takes them."""
         return [self.bytes[i] for i in ids]
 
     def names(self, ids: list[int]) -> str:
         return "".join(self.tokenizer.id_to_token(i) or "" for i in ids)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 def read_tokenizer(
@@ -108,7 +103,7 @@ def read_tokenizer(
         end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, template)
-    except ValueError as error:  # nobody knows what its tokens spell
+    except ValueError as error:  # of `token_bytes`
         raise ValueError(f"{file}: {error}") from error
     if bos:
         begin, _ = find_template(tokenizer)
@@ -141,7 +136,7 @@ def open_tokenizer(file: Path) -> Tokenizer:
 
 def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, written: str) -> Tokenizer:
     """The tokenizer without the special tokens whose ids are `rows` and above, but for the end and those that the chat
-    template `written` writes: the names of the others are then text like any other."""
+    template `written` writes."""
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     beyond = {token: i for token, i in special.items() if i >= rows and token != end and token not in written}
     if not beyond:
@@ -170,15 +165,17 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
     `enable_thinking`; else the path of another one's file, or of a model directory that has it."""
     own = find_chat(directory)
     source = own if chat in ("own", "thinking") else find_chat(Path(chat))
+    if source is None and chat in ("own", "thinking"):
+        raise ValueError(f"{directory}: no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
+                         "name a path")  # fmt: skip
     if source is None:
-        why = "no chat template, neither in chat_template.jinja nor in tokenizer_config.json; name a path"
-        if chat not in ("own", "thinking"):
-            why = f"the chat template {chat!r} is neither own, thinking, none nor a path; {', '.join(FORMER)} are "
-            why += "no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
-        raise ValueError(f"{directory}: {why}")
+        raise ValueError(
+            f"{directory}: the chat template {chat!r} is neither own, thinking, none nor a path; {', '.join(FORMER)} "
+            "are no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
+        )
     named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
-    named = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
-    tokens = {name: token for name, token in named.items() if isinstance(token, str)}
+    tokens = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
+    tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
     name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
     return ChatTemplate(source, tokens, name, source == own, chat == "thinking")
 
@@ -206,11 +203,8 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
         tokenizer.encode_special_tokens, added = False, tokenizer.get_added_tokens_decoder()
         encoded = tokenizer.encode(behind, add_special_tokens=False).ids
         ends += [i for i in encoded if i in added and added[i].special][:1]
-    for name, key in [
-        ("tokenizer_config.json", "eos_token"),
-        ("generation_config.json", "eos_token_id"),
-        ("config.json", "eos_token_id"),
-    ]:
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        key = "eos_token" if name == "tokenizer_config.json" else "eos_token_id"
         value = content_of(read_if_there(directory / name).get(key))
         for end in value if isinstance(value, list) else [value]:
             index = vocabulary.get(end) if isinstance(end, str) else end
@@ -225,22 +219,17 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
 
 def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     """Raises ValueError unless the tokenizer can belong to a model with `rows` embeddings."""
-    apart = "tokenizer.json and model.safetensors do not belong together"
-    if tokenizer.size > rows:
-        last = tokenizer.size - 1
+    if not tokenizer.size <= rows <= 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
+        without = f" (the first without one is {tokenizer.names([rows])!r})" if rows < tokenizer.size else ""
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {last}, the model only {rows} embeddings; {apart} "
-            f"(the first without one is {tokenizer.names([rows])!r})"
-        )
-    if rows > 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
-        raise ValueError(
-            f"{tokenizer.directory}: the model has {rows} embeddings, the tokenizer only {tokenizer.size} ids; {apart}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {tokenizer.size - 1}, the model {rows} embeddings; "
+            f"tokenizer.json and model.safetensors do not belong together{without}"
         )
 
 
 def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
-    """How many ids, from 0 on, both vocabularies have for the same tokens, where they are of one family: where only
-    added tokens, special ones mostly, follow, and end-of-text is the same. 0 where they are not."""
+    """How many ids, from 0 on, both vocabularies have for the same tokens; 0 unless they are of one family, where only
+    added tokens follow, and end-of-text is the same."""
     vocabularies = [tokenizer.tokenizer.get_vocab() for tokenizer in (teacher, student)]
     apart = vocabularies[0].items() ^ vocabularies[1].items()
     shared = min((index for _, index in apart), default=teacher.size)
@@ -252,8 +241,8 @@ def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
 
 
 def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: bool, bos_is_open: bool) -> None:
-    """A note on standard error where prompts are not in the model's own chat template though it has one, or where its
-    texts begin with something and its prompts do not; unless that was decided when it was trained."""
+    """A note on standard error where prompts are not in the model's own chat template, or where its texts begin with
+    something and its prompts do not; unless that was decided when it was trained."""
     chat, directory, notes = tokenizer.chat, tokenizer.directory, []
     end, begin = tokenizer.names([tokenizer.eos_id]), tokenizer.names(find_template(tokenizer.tokenizer)[0])
     if chat and not chat.own:

@@ -1,7 +1,5 @@
 r"""Graders of calculations: the final answer of a response, and whether it is the reference's.
 
-    response -> answer_part -> final_answer -> number -> equal to the reference's?
-
 A response ends where the model's turn ends. What follows (the next turn of a chat, the template's next instruction, a
 question that the model made up) is not looked at, and neither is what stands in <think>...</think>.
 
@@ -23,9 +21,6 @@ answers omit them.
 
 import re
 from fractions import Fraction
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a response ends
 
 TAG = r"(?<![\"'`])<{}(?:think(?:ing)?|thought|reasoning)>(?![\"'`])"  # in quotes it would be a string of a program
 THINK, THOUGHT = TAG.format(""), TAG.format("/")
@@ -53,9 +48,7 @@ NEXT_QUESTION = re.compile(
 
 def answer_part(response: str, ended: bool = True, to_question: bool = False) -> tuple[str, bool]:
     """The part of a response that answers, and whether that has an end: a next turn, or the response's own (`ended`).
-
-    An answer `to_question` ends at a next question too; one with which it begins is the prompt's, said again.
-    """
+    An answer `to_question` ends at a next question too; one with which it begins is the prompt's, said again."""
     text = THINKING.sub("", response)
     own = OWN_TURN.match(text)
     text = text[own.end() :] if own else text
@@ -65,9 +58,6 @@ def answer_part(response: str, ended: bool = True, to_question: bool = False) ->
         ends += [match.start() for match in NEXT_QUESTION.finditer(text) if match.start() > begin]
     return text[: min(ends, default=None)], ended or bool(ends)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How a number looks
 
 # Between thousands, all of one kind: commas, LaTeX's and typography's spaces, blanks; 1 234/567 is a mixed number
 COMMA, BLANK = r",(?:\\!)?|(?:\\[a-z]+)?\{,\}", r" (?!\d+\s*/)"
@@ -128,9 +118,6 @@ def without_marks(text: str) -> str:
     return re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Final answers
-
 ANSWER_IS = re.compile(
     r"(?:\b(\w+),? )?(?:that )?(?:the |my |our )?(?:final |correct )?\banswer(?: to [\w' ]{1,40}?)?\**"
     r"(?: (?:is|was|would be|should be|must be)\b| ?[:=])[:\s*]*",
@@ -147,11 +134,9 @@ TAKEN_BACK = re.compile(r"\W*(?:(?:but|oh|hmm)\W+)?(?:no[,.!:]|(?:wait|sorry|oop
 
 
 def final_answer(text: str, ended: bool = True) -> str | None:
-    """The answer that a response or a reference ends with, as written; None if there is none.
-
-    The first `#### x` counts whose x is a number and that is not taken back, and in the last line whatever x is:
-    elsewhere it is a heading. ended: False for a response that was cut at its budget; its last number says nothing.
-    """
+    """The answer that a response or a reference ends with, as written; None if there is none. The first `#### x` counts
+    whose x is a number and that is not taken back, and in the last line whatever x is: elsewhere it is a heading.
+    ended: False for a response that was cut at its budget; its last number says nothing."""
     text, ended = answer_part(text, ended, to_question=True)
     for match in re.finditer(r"####[ \t]*([^#\n]*[^#\s])", text):
         answer = ANSWER_IS.sub("", match[1])
@@ -161,7 +146,8 @@ def final_answer(text: str, ended: bool = True) -> str | None:
         if ended and answer and not text[match.end() :].strip():
             leading = LEADING.match(answer)
             return leading[1] if leading else answer
-    return boxed(text) or said(text) or (last_number(text) if ended else None)
+    numbers = [match[0] for match in re.finditer(NUMBER, text)] if ended else []
+    return boxed(text) or said(text) or (numbers[-1] if numbers else None)
 
 
 def boxed(text: str) -> str | None:
@@ -186,12 +172,6 @@ def said(text: str) -> str | None:
     return None
 
 
-def last_number(text: str) -> str | None:
-    """The last number, with its sign and its denominator if it has them; None if there is none."""
-    found = [match[0] for match in re.finditer(NUMBER, text)]
-    return found[-1] if found else None
-
-
 def answers_equal(answer: str, reference: str) -> bool:
     """Equal as numbers if either is one, else as texts but for case, white space, LaTeX's marks and spare braces."""
     value, wanted = number(answer), number(reference)
@@ -209,10 +189,7 @@ def answers_equal(answer: str, reference: str) -> bool:
 
 
 def is_correct(response: str, references: list[str], ended: bool = True) -> bool:
-    """Whether the response's final answer equals that of any reference. Raises ValueError for one without an answer.
-
-    ended: as of `final_answer`.
-    """
+    """Whether the response's final answer equals that of any reference. Raises ValueError for one without an answer."""
     wanted = [final_answer(reference) or reference.strip() for reference in references]
     if not all(wanted):
         raise ValueError("a reference has no final answer")

@@ -1,9 +1,8 @@
 r"""The program in a response, to be run with its task's tests (sandbox.py does that; nothing here runs any code).
 
-    response -> answer_part -> HumanEval: continues the prompt, or has the whole function; MBPP: stands alone
-
 A program is made of all the code blocks of a response that are Python, in their order: the last complete definition of
-a function wins, and its helpers stay with it.
+a function wins, and its helpers stay with it. HumanEval's continues the prompt, or has the whole function; MBPP's
+stands alone.
 
 >>> humaneval_program("def one():\n    '''1'''\n", "one", "    return 1\n\nprint(one())")
 "def one():\n    '''1'''\n    return 1\n"
@@ -59,10 +58,8 @@ def run_programs(programs: list[str], tests: list[str], ended: list[bool]) -> li
 
 
 def program_of(response: str, prompt: str, entry_point: str, ended: bool = True) -> str:
-    """The program to be tested: HumanEval's continues the prompt, MBPP's (without an entry point) stands alone."""
-    if entry_point:
-        return humaneval_program(prompt, entry_point, response, ended)
-    return mbpp_program(response, ended)
+    """The program to be tested: HumanEval's, or without an entry point MBPP's."""
+    return humaneval_program(prompt, entry_point, response, ended) if entry_point else mbpp_program(response, ended)
 
 
 def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool = True) -> str:
@@ -93,8 +90,7 @@ def mbpp_program(response: str, ended: bool = True) -> str:
     """The program in a response to an MBPP prompt: its fenced blocks, else what looks like code; "" without any."""
     text = complete_part(response, ended)
     blocks, runs = code_blocks(text), code_runs(text)
-    programs = [combine(blocks), combine(runs)]
-    programs.sort(key=lambda program: not program[1])  # first what defines something
+    programs = sorted([combine(blocks), combine(runs)], key=lambda program: not program[1])  # first what defines
     return next(filter(None, [*(program for program, _ in programs), *blocks, *runs]), "")
 
 
@@ -129,10 +125,6 @@ def cut(code: str, end: re.Pattern) -> str:
     found = end.search(code)
     kept = (code[: found.start()] if found else code).rstrip()
     return kept + "\n" if kept else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Code in a text
 
 
 def code_blocks(text: str) -> list[str]:

@@ -1,9 +1,7 @@
 """Rouge-L with Porter stemming, and exact match: the two scores that compare a response with its references.
 
 The papers report Rouge-L of the `rouge-score` package (`rougeL`, F-measure, `use_stemmer=True`), the maximum over the
-references. This file gives the same numbers to the last bit, with the standard library alone:
-
-    text -> tokenize -> stems -> longest common subsequence (LCS) -> precision, recall -> F
+references. This file gives the same numbers to the last bit, with the standard library alone.
 
 Sources:
     C.-Y. Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, section 3 (with beta = 1)
@@ -36,9 +34,6 @@ import re
 import string
 from functools import lru_cache
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Porter's stemmer
-
 IRREGULAR = {
     "skies": "sky", "sky": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
     "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing",
@@ -62,10 +57,8 @@ STEP4 = dict.fromkeys(
 
 
 def letter_kinds(word: str) -> str:
-    """The word with every vowel written `v` and everything else `c`: `toy` -> `cvc`, `syzygy` -> `cvcvcv`.
-
-    y is a vowel after a consonant and a consonant elsewhere; digits count as consonants.
-    """
+    """The word with every vowel written `v` and everything else, digits too, `c`: `toy` -> `cvc`, `syzygy` -> `cvcvcv`.
+    y is a vowel after a consonant."""
     kinds = ""
     for letter in word:
         vowel = letter in "aeiou" or (letter == "y" and kinds.endswith("c"))
@@ -79,10 +72,7 @@ def measure(stem: str) -> int:
 
 
 def ends_short(stem: str) -> bool:
-    """Porter's *o: the stem ends consonant, vowel, consonant, the last not w, x or y (`hop`): it had an e to lose.
-
-    NLTK adds stems that are just vowel, consonant (`us`).
-    """
+    """Porter's *o: the stem ends consonant, vowel, consonant, the last not w, x or y (`hop`); NLTK's `us` too."""
     kinds = letter_kinds(stem)
     return kinds == "vc" or (kinds.endswith("cvc") and stem[-1] not in "wxy")
 
@@ -149,10 +139,6 @@ def stem(word: str) -> str:
     return step5(word)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Longest common subsequence
-
-
 def lcs_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence of `a` and `b`.
 
@@ -172,10 +158,6 @@ def lcs_length(a: list[str], b: list[str]) -> int:
     return len(b) - flat.bit_count()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
 def tokenize(text: str) -> list[str]:
     """Runs of a-z and 0-9 in the lower-cased text, stemmed where longer than three characters.
 
@@ -185,13 +167,11 @@ def tokenize(text: str) -> list[str]:
 
 
 def check_texts(prediction: str, reference: str | list[str]) -> list[str]:
-    """The references as a list; ValueError unless there is at least one, and all texts are strings."""
+    """The references as a list. Raises ValueError unless there is one, and all texts are strings."""
     references = [reference] if isinstance(reference, str) else reference
-    if not isinstance(references, (list, tuple)) or not references:
-        raise ValueError(f"reference must be a string or a non-empty list of strings, got {reference!r}")
-    for name, text in [("prediction", prediction), *((f"reference {i}", r) for i, r in enumerate(references))]:
-        if not isinstance(text, str):
-            raise ValueError(f"{name} must be a string, got {type(text).__name__}; score one prediction per call")
+    texts = [prediction, *references] if isinstance(references, (list, tuple)) and references else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"score a string by a string, or a non-empty list of them; not {prediction!r} by {reference}")
     return references
 
 
@@ -199,24 +179,19 @@ def rouge_l(prediction: str, reference: str | list[str]) -> float:
     """Rouge-L F-measure in [0, 1] (the papers print 100 times it), the maximum over the references.
 
     P = LCS / prediction tokens, R = LCS / reference tokens, F = 2PR / (P + R); 0 where a side has no tokens.
-    Raises ValueError for an empty list of references or a text that is no string.
     """
     references = check_texts(prediction, reference)
     predicted = tokenize(prediction)
     best = 0.0
     for wanted in map(tokenize, references):
-        common = lcs_length(predicted, wanted)
-        if common:
+        if common := lcs_length(predicted, wanted):
             precision, recall = common / len(predicted), common / len(wanted)
             best = max(best, 2 * precision * recall / (precision + recall))  # rouge-score's order: same rounding
     return best
 
 
 def exact_match(prediction: str, reference: str | list[str]) -> bool:
-    """Whether the prediction equals any reference, but for case, ASCII punctuation and the amount of white space.
-
-    Articles stay; a text of punctuation alone equals the empty one. Raises ValueError as `rouge_l` does.
-    """
+    """Whether the prediction equals any reference, but for case, ASCII punctuation and the amount of white space."""
 
     def normalise(text: str) -> str:
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())

@@ -7,11 +7,10 @@
 
 What holds everywhere: a time limit on the wall clock; per process, limits on the address space, CPU time, the size of a
 file and the number of open files; an empty environment, an empty working directory that is removed afterwards, no
-descriptor but /dev/null and an output of which only the beginning is kept; the standard library alone. A program has
-passed only if the code after its last test was reached in the first process: leaving early, however politely, has not.
+descriptor but /dev/null and an output of which only the beginning is kept; the standard library alone. A program that
+leaves before the end of its tests, however politely, has not passed.
 
-What holds where Linux lets this process make namespaces (as root, or as a user where user namespaces are allowed), each
-named in `Outcome.guards`:
+What holds where Linux lets this process make namespaces (`Outcome.guards`):
     network     no interface at all, not even loopback
     processes   a process namespace of its own: it sees no other process, and all of it dies with the run
     files       the file system is read-only but for a working directory of limited bytes and files; home directories,
@@ -84,10 +83,8 @@ class Outcome:
 
 
 def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outcome:
-    """Run `code`, then `tests` in the same namespace; it has passed if neither raises and the end is reached.
-
-    Raises RuntimeError if the sandbox itself does not work here; whatever the program does is an Outcome.
-    """
+    """Run `code`, then `tests` in the same namespace; it has passed if neither raises and the end is reached. Raises
+    RuntimeError if the sandbox itself does not work here."""
     limits = limits or Limits()
     job = json.dumps({"code": code, "tests": tests, "limits": asdict(limits)}).encode()
     # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, so the score, would change
@@ -104,7 +101,7 @@ def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outc
     if answer.get("status") not in ("passed", "failed", "timed out"):
         reason = answer.get("reason") or done.stderr.decode("utf-8", "replace").strip() or "no answer"
         raise RuntimeError(f"the sandbox does not work here: {reason}")
-    return Outcome(answer["status"], answer["reason"], answer["output"], answer["guards"])
+    return Outcome(**answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +123,7 @@ def launch() -> None:
     guards = isolate(limits) if LINUX else dict.fromkeys(GUARDS, False)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if guards["processes"]:
-        child = os.fork()  # the first process of the namespace; with it all others die
-        if child:
+        if child := os.fork():  # the first process of the namespace; with it all others die
             os.waitpid(child, 0)
             os._exit(0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -164,7 +160,7 @@ def restrict_files(limits: Limits) -> bool:
         return LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
 
     def expose_python(hidden: str) -> bool:
-        """The interpreter may live in a directory that was just hidden; its path may also lead there by a link."""
+        """The interpreter may live in a hidden directory; its path may also lead there by a link."""
         for place in {sys.base_prefix, os.path.realpath(sys.base_prefix)}:
             if os.path.commonpath([place, hidden]) == hidden:
                 os.makedirs(place, exist_ok=True)
@@ -211,8 +207,7 @@ def supervise(job: dict) -> dict:
         work(job, secret, verdict_fd, output_fd)
     os.set_blocking(verdict_end, False)  # whoever holds the other ends, and for how long
     os.set_blocking(output_end, False)
-    deadline = time.monotonic() + limits.seconds
-    ended, output = None, b""
+    deadline, ended, output = time.monotonic() + limits.seconds, None, b""
     while ended is None and time.monotonic() < deadline:
         child, code = os.waitpid(-1, os.WNOHANG)  # any child: orphans end up here
         if child == worker:
@@ -286,10 +281,8 @@ def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
             raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if not os.access(os.__file__, os.R_OK):
-            raise OSError(
-                f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; "
-                "do not evaluate as root, or use a Python that everybody can read"
-            )
+            raise OSError(f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; do "
+                          "not evaluate as root, or use a Python that everybody can read")  # fmt: skip
         os.environ.clear()
     except Exception as error:  # the program has not run yet: this is about the sandbox
         write(3, (secret + dumps({"status": "broken", "reason": str(error)})).encode())

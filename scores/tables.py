@@ -26,27 +26,20 @@ def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
 
 def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
     """The table of all (model, set) scored so far; a column per set, or for a single set all that was measured."""
-    single = len(sets) == 1
+    single, columns = len(sets) == 1, [(data, MEASURES[data.task]) for data in sets]
     if single:
         columns = [(sets[0], name) for name in TITLES if all(name in scores for scores in results.values())]
-    else:
-        columns = [(data, MEASURES[data.task]) for data in sets]
     averaged = not single and len({name for _, name in columns}) == 1  # Rouge-L and pass@1 have no common mean
-    head = ["model", *(TITLES[name] if single else f"{data.name} {TITLES[name]}" for data, name in columns)]
-    if single:
-        head.append("cross-entropy")
-    if averaged:
-        head.append("average")
-    rows = [[*head, "not ended"]]
+    head = [TITLES[name] if single else f"{data.name} {TITLES[name]}" for data, name in columns]
+    rows = [["model", *head, *["cross-entropy"] * single, *["average"] * averaged, "not ended"]]
     for model in dict.fromkeys(model for model, _ in results):
         found = [(results.get((model, data.name)), name) for data, name in columns]
         row = [model, *(spread(scores[name]) + mark(scores, name) if scores else "-" for scores, name in found)]
         if single:
             row.append(f"{results[model, sets[0].name]['cross_entropy']:.4f}")
-        if averaged and all(scores for scores, _ in found):
-            row.append(spread([statistics.fmean(seed) for seed in zip(*(s[n] for s, n in found), strict=True)]))
-        elif averaged:
-            row.append("-")
+        if averaged:
+            complete = [scores[name] for scores, name in found] if all(scores for scores, _ in found) else []
+            row.append(spread([statistics.fmean(seed) for seed in zip(*complete, strict=True)]))
         rows.append([*row, count_unfinished([scores for (name, _), scores in results.items() if name == model])])
     return table(rows) + notes(sets, results)
 

@@ -42,10 +42,8 @@ def is_marked(output: str) -> bool:
 
 
 def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, positions=2**31) -> tuple[int, int]:
-    """(tokens of prompt and response together, tokens of the prompt). Raises ValueError if a response has no room.
-
-    For a model that has fewer positions both shrink, in proportion.
-    """
+    """(tokens of prompt and response together, tokens of the prompt), which shrink in proportion for a model with fewer
+    positions. Raises ValueError if a response has no room."""
     max_len = max_len or MAX_LEN[task]
     max_prompt_len = max_prompt_len or max_len // 2
     if max_prompt_len >= max_len:

@@ -144,8 +144,8 @@ def write_header(file, header: bytes, body, length=None):
 @torch.no_grad()
 def open_model(directory):
     """What a run does, and the states; those of a copy are the same, and training changes nothing about them."""
-    strict.check_model(directory)
     hub.missing_files(directory, True)
+    strict.check_model(directory)
     m = load_model(directory)
     if m.limit < INPUT.size(1):
         return None

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from scores.answers import answer_part, answers_equal, boxed, final_answer, is_correct, last_number, number
+from scores.answers import answer_part, answers_equal, boxed, final_answer, is_correct, number
 from scores.programs import mbpp_program
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def test_of_an_answer_that_was_cut_the_last_number_is_none(text, answer):
     assert is_correct(text, ["#### 18"], ended=False) is (answer == "18")
 
 
-def test_last_number_and_boxed_alone():
-    assert boxed("nothing") is None and boxed(r"\boxed{}") == "" and last_number("nothing") is None
+def test_no_number_and_boxed_alone():
+    assert boxed("nothing") is None and boxed(r"\boxed{}") == "" and final_answer("nothing") is None
     assert final_answer(r"\boxed{} 5") == "5"  # an empty box is no answer
 
 

@@ -105,15 +105,10 @@ def test_exact_match_by_hand():
 
 
 @pytest.mark.parametrize("score", [rouge.rouge_l, rouge.exact_match])
-def test_what_is_not_text_is_refused(score):
-    with pytest.raises(ValueError, match="non-empty list"):
-        score("a", [])
-    with pytest.raises(ValueError, match="reference must be"):
-        score("a", None)
-    with pytest.raises(ValueError, match="reference 1 must be a string, got int"):
-        score("a", ["a", 42])
-    with pytest.raises(ValueError, match="prediction must be a string, got list"):
-        score(["a"], ["a"])
+@pytest.mark.parametrize("prediction, reference", [("a", []), ("a", None), ("a", ["a", 42]), (["a"], ["a"])])
+def test_what_is_not_text_is_refused(score, prediction, reference):
+    with pytest.raises(ValueError, match="non-empty list of them; not .* by "):
+        score(prediction, reference)
 
 
 def test_the_docstring_example_runs():
