@@ -12,10 +12,12 @@ They change `losses.py` from outside, as a list of patches around one run with -
 import math
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import align
 import losses
 import train
 from model import hidden_at
@@ -47,27 +49,15 @@ def by_entropy() -> list:
 
 
 def find_spans(teacher: list[bytes | None], student: list[bytes | None]) -> list[tuple[slice, slice]]:
-    """The fewest tokens of each, one after the other, that spell the same bytes. None, end-of-text, is one by itself.
-    Ends where the two texts differ, or one of them does."""
-    spans, i, j = [], 0, 0
-    while i < len(teacher) and j < len(student):
-        stop, end = i + 1, j + 1
-        if teacher[i] is None or student[j] is None:
-            if teacher[i] is not student[j]:
-                return spans
-        else:
-            theirs, ours = teacher[i], student[j]
-            while theirs != ours:
-                tokens, at = (teacher, stop) if len(theirs) < len(ours) else (student, end)
-                if at == len(tokens) or tokens[at] is None or len(theirs) == len(ours):
-                    return spans
-                if tokens is teacher:
-                    theirs, stop = theirs + teacher[stop], stop + 1
-                else:
-                    ours, end = ours + student[end], end + 1
-        spans.append((slice(i, stop), slice(j, end)))
-        i, j = stop, end
-    return spans
+    """The fewest tokens of each, one after the other, that spell the same bytes; none if the whole texts differ. None,
+    end-of-text, is a token by itself."""
+    sides = align.without_dummy_space(teacher, student)
+    if align.spell(sides[0]) != align.spell(sides[1]):
+        return []
+    tokens, _, ends = zip(*map(align.token_spans, sides), strict=True)
+    shared = np.intersect1d(*ends)
+    stops = (index[np.searchsorted(end, shared)] + 1 for index, end in zip(tokens, ends, strict=True))
+    return list(zip(*(map(slice, [0, *stop[:-1]], stop) for stop in stops), strict=True))
 
 
 def span_divergence(student_log_p: Tensor, teacher_log_p: Tensor) -> Tensor:

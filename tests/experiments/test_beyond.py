@@ -1,8 +1,12 @@
+from contextlib import ExitStack
+
 import pytest
 import torch
+from helpers import arguments
 
 import losses
-from experiments.beyond import by_entropy, find_spans, span_divergence, weigh_by_entropy
+import train
+from experiments.beyond import by_entropy, by_spans, find_spans, span_divergence, weigh_by_entropy
 
 
 @pytest.mark.parametrize(
@@ -11,9 +15,8 @@ from experiments.beyond import by_entropy, find_spans, span_divergence, weigh_by
         ([b"a", b"bc", None], [b"a", b"bc", None], [(1, 1)] * 3),
         ([b"ab", b"c", b"d", None], [b"a", b"bc", b"d", None], [(2, 2), (1, 1), (1, 1)]),
         ([b"abc", b"d"], [b"a", b"b", b"c", b"d"], [(1, 3), (1, 1)]),
-        ([b"a", b"xy"], [b"a", b"xz", b"w"], [(1, 1)]),  # another text from here on
-        ([b"a", b"b"], [b"ab", b"c"], [(2, 1)]),
-        ([b"a", None], [b"a", b"b", None], [(1, 1)]),
+        ([b"The", b" fox", None], [b" The", b" f", b"", b"ox", None], [(1, 1), (1, 3), (1, 1)]),  # a dummy space
+        ([b"a", b"xy"], [b"a", b"xz"], []),
         ([b"ab", None], [b"a", None], []),
     ],
 )
@@ -22,7 +25,7 @@ def test_spans(teacher, student, expected):
     assert [(a.stop - a.start, b.stop - b.start) for a, b in found] == expected
     for a, b in found:
         if teacher[a] != [None]:
-            assert b"".join(teacher[a]) == b"".join(student[b])
+            assert b"".join(teacher[a]).strip() == b"".join(student[b]).strip()
     assert [a.start for a, _ in found[1:]] == [a.stop for a, _ in found[:-1]]
 
 
@@ -47,3 +50,19 @@ def test_entropy_weights():
     with change:
         found = losses.DIVERGENCES["rkl"](student, teacher, 2.0)
     torch.testing.assert_close(found, plain * weigh_by_entropy(student, teacher))
+
+
+@pytest.mark.parametrize("changes", [by_entropy, by_spans])
+def test_a_run_is_changed(tiny_task, tmp_path, changes):
+    """And what is logged as the loss is what has the gradient."""
+    words = [*arguments(tiny_task, tmp_path / "run", recipe="v2", align="eta", chunk=0), "--dry-run"]
+    found = []
+    for patches in ([], changes()):
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            found.append(train.train(train.Options(**train.settings(train.parse(words)))))
+    plain, changed = found
+    assert changed["ce"] == plain["ce"] and changed["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-6)
+    assert changed["kd"] != pytest.approx(plain["kd"], rel=1e-6)
+    assert changed["loss"] == pytest.approx((changed["ce"] + changed["kd"]) / 2)
