@@ -49,7 +49,7 @@ import train
 from baselines import mined
 from data import tokenise
 from eval import held_out_cross_entropy
-from experiments import beyond, paper, tiny
+from experiments import paper, tiny
 from experiments.tiny import write_jsonl
 from fast.cpu import by_onednn
 from losses import DIVERGENCES
@@ -361,8 +361,6 @@ CHANGES = {
     "strings": by_strings,
     "strings-throughout": by_strings_throughout,
     "ends": with_ends,
-    "entropy": beyond.by_entropy,
-    "spans": beyond.by_spans,
     "answers": list,  # the labels are the teacher's greedy answers, as SeqKD's are
     "random": list,  # both projectors start at random and are trained (--projectors)
     "random-t2s": list,  # t2s does; s2t is solved
@@ -399,8 +397,6 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
         options |= {"method": "dskd", "recipe": family}
     if divergence:
         options |= {"divergence": divergence, "on_policy": cell.on_policy}
-    if change in ("entropy", "spans"):
-        options["chunk"] = 0  # the losses that they change
     if change.startswith("random"):
         options["projectors"] = str(scratch / "projectors.safetensors")
         random_projectors(options["projectors"], change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
@@ -493,11 +489,6 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
         "On-policy and off-policy, by updates and by time (v2's on-policy table)",
         [f"{method}{how}" for method in ("v2-fkl", "kd-fkl teacher=same")
          for how in ("", " on_policy=0.5", " on_policy=1.0", " updates=600", " updates=900")],
-    ),
-    "beyond": (
-        "Beyond both papers (on the validation split)",
-        [f"v2-fkl{change} split=valid{regime}" for regime in ("", " vocabulary=450")
-         for change in ("", "+entropy", "+spans")],
     ),
     "map": (
         "Where does each method win? Rouge-L, and differences of Rouge-L",
