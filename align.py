@@ -150,16 +150,13 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
     special tokens other than end-of-text spell nothing. The indices count from the start of the response; where the
     responses of a batch are flattened into one row, add the lengths of those before it.
     """
-    teacher, student = without_dummy_space(teacher, student)
-    return (align_by_sweep if spell(teacher) == spell(student) else align_by_programme)(teacher, student)
-
-
-def without_dummy_space(teacher: list[bytes | None], student: list[bytes | None]) -> tuple[list, list]:
-    """Both sides, without the first byte of the one that begins with more spaces."""
-    spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in map(spell, (teacher, student)))
+    teacher_text, student_text = spell(teacher), spell(student)
+    spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in (teacher_text, student_text))
     if spaces > student_spaces:
-        return without_first_byte(teacher), student
-    return teacher, without_first_byte(student) if spaces < student_spaces else student
+        teacher, teacher_text = without_first_byte(teacher), teacher_text[1:]
+    elif spaces < student_spaces:
+        student, student_text = without_first_byte(student), student_text[1:]
+    return align_by_sweep(teacher, student) if teacher_text == student_text else align_by_programme(teacher, student)
 
 
 def spell(tokens: list[bytes | None]) -> str:

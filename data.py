@@ -285,7 +285,7 @@ class ModelBatch:
     causality hides it from every position that is used."""
 
     input_ids: Tensor  # (B, T), padded to the longest example
-    real: Tensor  # (N,) the positions that are computed, in the flattened (B·T): all but padding
+    real: Tensor  # (N,) the positions that are computed, in the flattened (B·T): all but padding (and see `collate`)
     positions: Tensor  # (R,) of the response positions in the flattened (B·T)
     labels: Tensor  # (R,) the token that each of them predicts
     lengths: list[int]  # (B,) how many of the R belong to each example
@@ -296,9 +296,6 @@ class ModelBatch:
     def inputs(self) -> Tensor:
         """(R,) the token that is read at each response position."""
         return self.input_ids.flatten()[self.positions]
-
-
-STEP = 128  # tokens
 
 
 @dataclass
@@ -316,8 +313,11 @@ class Batch:
     to = move_to
 
 
+STEP = 128  # tokens: with a width, the length of ModelBatch.real is a multiple of it
+
+
 def collate_side(sides: list[Side], pad_id: int, width: int = 0) -> ModelBatch:
-    """Pad on the right and shift once: position i reads token i and predicts token i+1."""
+    """Pad on the right and shift once: position i reads token i and predicts token i+1. width: as of `collate`."""
     read = [torch.tensor((side.prompt + side.response)[:-1]) for side in sides]  # nothing follows the last token
     input_ids = pad_sequence(read, batch_first=True, padding_value=pad_id)  # (B, T)
     input_ids = pad(input_ids, (0, max(0, width - input_ids.shape[1])), value=pad_id)

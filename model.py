@@ -60,7 +60,7 @@ class Attention(nn.Module):
         mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
         store: `KVCache.store` of this layer, or None.
         """
-        if packing is not None and mask is None and store is None and packing.by_flash(q):
+        if packing is not None and mask is None and store is None and packing.has_flash_kernel(q):
             return packing.attend(q, k, v, dropout).flatten(2)
         if packing is not None:
             q, k, v = map(packing.pad, (q, k, v))
@@ -103,7 +103,7 @@ class Packing:
         return x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, (B, T))
 
     @staticmethod
-    def by_flash(q: torch.Tensor) -> bool:
+    def has_flash_kernel(q: torch.Tensor) -> bool:
         """Whether there is a kernel for such heads: on NVIDIA's cards from Ampere on."""
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip:
             return False

@@ -306,10 +306,8 @@ def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | N
         totals = method.count(pieces.student, compared, said, batches)
     parts = [(batch, None, True) for batch in batches] if sampled else []
     parts += [(batch, answer, not sampled) for batch, answer in zip(compared, said, strict=True)]
-    if len(parts) > 1 and parallel.uses_graphs(o):  # a gradient must not stay in a graph's memory, which is used again
-        for p in pieces.student.parameters():
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
+    if len(parts) > 1 and parallel.uses_graphs(o):
+        parallel.make_gradients(pieces.student)
     names: list[str] = []
     values = []
     for batch, answer, is_gold in parts:

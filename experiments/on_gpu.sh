@@ -2,8 +2,8 @@
 # The tests and the benchmark on one GPU, in two calls. What they print is left in $OUT (default: runs/gpu), and the
 # results of the benchmark as JSON, written anew with every result.
 #
-#     sh experiments/on_gpu.sh tests    what the GPU computes is what the CPU computes: ten minutes, with -n 8 (pytest-xdist) two
-#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs: ten minutes
+#     sh experiments/on_gpu.sh tests    what the GPU computes is what the CPU computes (-n 8, with pytest-xdist, is faster)
+#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs: eight minutes, and what is left is left out
 #
 # Further words are options of pytest or of experiments.bench.
 cd "$(dirname "$0")/.." || exit

@@ -113,7 +113,7 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     return p, logits - log_sum
 
 
-def aligned(head: Tensor, dtype: torch.dtype) -> Tensor:
+def pad_head(head: Tensor, dtype: torch.dtype) -> Tensor:
     """The head in `dtype`; on CUDA with rows of 0 up to a multiple of 64: with GPT-2's 50,257, products under it would
     take three times as long."""
     more = -len(head) % 64 if head.is_cuda else 0
@@ -194,8 +194,8 @@ class HeadTerms(torch.autograd.Function):
         V, target_V = len(head), len(target_head)
         vocabularies = (V, target_V) if divergence == "uld" else (min(V, target_V),) * 2
         hidden, target_hidden = hidden.detach().to(dtype), target_hidden.detach().to(dtype)
-        head = aligned(head, dtype)
-        target_head = head if shared else aligned(target_head, dtype)
+        head = pad_head(head, dtype)
+        target_head = head if shared else pad_head(target_head, dtype)
         if fused:  # as tensors: a number would be compiled in, and differs in every update
             weights = [torch.full((), weight, dtype=exact, device=hidden.device) for weight in weights]
         ce_weight, target_ce_weight, kd_weight = weights

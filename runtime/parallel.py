@@ -259,6 +259,14 @@ def uses_graphs(o) -> bool:
     return bool(o.compile) and torch.device(o.device).type == "cuda" and few_shapes
 
 
+def make_gradients(model: nn.Module) -> None:
+    """Gradients of 0, for backward passes to add to. One that a backward pass made itself would lie in a CUDA graph's
+    memory, which the next forward pass overwrites."""
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 

@@ -332,7 +332,7 @@ def test_nothing_is_computed_for_padding(name, lengths, monkeypatch):
         m.zero_grad()
     torch.testing.assert_close(packed.flatten(0, 1)[real], padded.flatten(0, 1)[real])
     with monkeypatch.context() as on_cuda:
-        on_cuda.setattr(Packing, "by_flash", staticmethod(lambda q: True))
+        on_cuda.setattr(Packing, "has_flash_kernel", staticmethod(lambda q: True))
         on_cuda.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
         torch.testing.assert_close(m(ids, real=real).flatten(0, 1)[real], packed.flatten(0, 1)[real])
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5

@@ -1,5 +1,5 @@
-"""What a CUDA device computes is what the CPU computes; run with `python -m pytest -m cuda -n 8` (pytest-xdist), two
-minutes on an H100.
+"""What a CUDA device computes is what the CPU computes; run with `python -m pytest -m cuda`, which is
+faster with `-n 8` of pytest-xdist.
 
 With DEVICE=cpu the same tests run without a card, to try them: `DEVICE=cpu python -m pytest -m cuda`. What is compiled
 is slow there; `-k "not compiled"` leaves it out.
