@@ -60,8 +60,12 @@ class Attention(nn.Module):
         mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
         store: `KVCache.store` of this layer, or None.
         """
-        if packing is not None and mask is None and store is None and packing.has_flash_kernel(q):
-            return packing.attend(q, k, v, dropout).flatten(2)
+        if packing is not None and mask is None and store is None:
+            if packing.has_flash_kernel(q):
+                return packing.attend(q, k, v, dropout).flatten(2)
+            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere too many small calls
+                parts = zip(*(x.split(packing.lengths(), 1) for x in (q, k, v)), strict=True)
+                return torch.cat([self.attend(*part, None, None, None, dropout) for part in parts], 1)
         if packing is not None:
             q, k, v = map(packing.pad, (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
@@ -92,6 +96,10 @@ class Packing:
         B, T = batch.shape
         # (B + 1,) where each sequence starts among the N, and N
         self.starts = torch.searchsorted(real, T * torch.arange(B + 1, device=real.device), out_int32=True)
+
+    def lengths(self) -> list[int]:
+        """Of the B sequences: N together."""
+        return self.starts.diff().tolist()
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (1, N, ...)"""

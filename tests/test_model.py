@@ -339,6 +339,28 @@ def test_nothing_is_computed_for_padding(name, lengths, monkeypatch):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_takes_no_memory(name):
+    """Of a long sequence beside short ones hardly more is kept for the backward pass than of the long one alone."""
+
+    def kept(lengths: list[int]) -> int:
+        storages, T = {}, max(lengths)
+        real = torch.cat([torch.arange(length) + row * T for row, length in enumerate(lengths)])
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = m(torch.zeros((len(lengths), T), dtype=torch.long), real=real)
+        assert hidden.requires_grad
+        return sum(storages.values())
+
+    m = random_model(CONFIGS[name]).train()
+    T = m.limit
+    assert kept([T, 1, 1, 1]) < 1.2 * kept([T])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "qwen3"])
 def test_autocast(name):
     m = random_model(CONFIGS[name])
