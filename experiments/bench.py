@@ -236,6 +236,8 @@ def make_step(job: dict) -> SimpleNamespace:
     method = train.Method(o, student, tokenizers[0], compile_ours(teacher), tokenizers[1])
     if how in OURS:
         student.recompute = how == "--recompute"
+        if torch.device(device).type == "cpu":
+            put_on(student)  # as training does
         pieces = train.Pieces(student, tokenizers[0], teacher, tokenizers[1], rows, method=method)
         run, batches, trained = compile_ours(student), pieces.batches(rows, o), nn.ModuleList([student, method])
 

@@ -12,6 +12,7 @@ import torch
 from align import exact_token_alignment
 from data import tokenise
 from experiments import bench
+from fast.cpu import Dropout
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
@@ -131,6 +132,11 @@ def test_a_step_in_a_process_of_its_own(text):
     with bench.own_process(False) as run_step:
         result = run_step(job | {"how": "ours", "check": True})
     assert result["loss"] > 0 and (result["peak"] is None) == (sys.platform != "linux")
+
+
+def test_the_step_has_the_layers_of_training(text):
+    step = bench.make_step(bench.make_job(make_bench(text), "kd", "fp32", 2) | {"how": "ours"})
+    assert Dropout in map(type, step.trained.modules())
 
 
 def test_unknown_cases_and_half_of_the_data_options(capsys):
