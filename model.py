@@ -64,7 +64,7 @@ class Attention(nn.Module):
             if packing.has_flash_kernel(q):
                 return packing.attend(q, k, v, dropout).flatten(2)
             if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere too many small calls
-                parts = zip(*(x.split(packing.lengths(), 1) for x in (q, k, v)), strict=True)
+                parts = zip(*(x.split(packing.starts.diff().tolist(), 1) for x in (q, k, v)), strict=True)
                 return torch.cat([self.attend(*part, None, None, None, dropout) for part in parts], 1)
         if packing is not None:
             q, k, v = map(packing.pad, (q, k, v))
@@ -96,10 +96,6 @@ class Packing:
         B, T = batch.shape
         # (B + 1,) where each sequence starts among the N, and N
         self.starts = torch.searchsorted(real, T * torch.arange(B + 1, device=real.device), out_int32=True)
-
-    def lengths(self) -> list[int]:
-        """Of the B sequences: N together."""
-        return self.starts.diff().tolist()
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (1, N, ...)"""

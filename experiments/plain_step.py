@@ -2,7 +2,7 @@
 
 Examples padded to --max-len, hidden states and logits at all positions, every term over (B, T, V), gradients by
 autograd: slow, large, and plain to read. It specifies `train.distil` with all that it calls: the same loss and the same
-gradients (`tests/test_bench.py`). It runs on this repository's decoders, or on transformers'.
+gradients (`tests/test_method.py`). It runs on this repository's decoders, or on transformers'.
 
 Shapes: B batch, T = --max-len, d student width, D teacher width, V vocabulary.
 """

@@ -285,19 +285,9 @@ def head_terms(
         hidden = hidden[order]
     weights = (ce_weight, target_ce_weight, kd_weight)
     loss, *terms = HeadTerms.apply(
-        hidden,
-        head,
-        target_hidden,
-        target_head,
-        gold,
-        label,
-        only_agreeing,
-        weights,
-        divergence,
-        temperature,
-        chunk,
+        hidden, head, target_hidden, target_head, gold, label, only_agreeing, weights, divergence, temperature, chunk,
         fused,
-    )
+    )  # fmt: skip
     names = ("ce", "correct", "target_ce", "agrees", "kd")
     return SimpleNamespace(loss=loss, **{name: term.sum() for name, term in zip(names, terms, strict=True)})
 
