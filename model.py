@@ -63,9 +63,11 @@ class Attention(nn.Module):
         if packing is not None and mask is None and store is None:
             if packing.has_flash_kernel(q):
                 return packing.attend(q, k, v, dropout).flatten(2)
-            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere too many small calls
-                parts = zip(*(x.split(packing.starts.diff().tolist(), 1) for x in (q, k, v)), strict=True)
-                return torch.cat([self.attend(*part, None, None, None, dropout) for part in parts], 1)
+            if q.device.type == "cpu" and not torch.compiler.is_compiling():
+                # one sequence after another; a GPU would wait for the lengths, and for many small calls
+                lengths = packing.starts.diff().tolist()
+                parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+                return torch.cat([self.attend(*part, None, None, None, dropout) for part in parts], dim=1)
         if packing is not None:
             q, k, v = map(packing.pad, (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)

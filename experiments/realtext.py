@@ -58,14 +58,14 @@ class Pair:
     teacher: str  # small, large
     data: str  # the set that it is trained and tested on
     others: tuple[str, ...]  # sets out of domain
-    options: str = ""  # of all rows with a teacher: v2's own for mathematics and code
+    temperature: float = 2.0  # of all rows with a teacher, as in the papers
 
 
 PAIRS = {
     "weaker": Pair("weak", "small", "dolly", ("self_instruct", "gsm8k")),
     "other": Pair("weak", "large", "dolly", ("self_instruct", "gsm8k")),
-    "math": Pair("small", "large", "gsm8k", ("dolly", "code"), "--temperature 1 "),
-    "code": Pair("small", "large", "code", ("dolly", "gsm8k"), "--temperature 1 "),
+    "math": Pair("small", "large", "gsm8k", ("dolly", "code"), 1.0),
+    "code": Pair("small", "large", "code", ("dolly", "gsm8k"), 1.0),
 }
 ROWS = {  # how the student is trained; the first is what the others are compared with
     "sft": "--method sft",
@@ -159,8 +159,7 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
         for row in o.rows or (ONE_VOCABULARY if name == "weaker" else TWO):
             how = ROWS[row].format(home=home)
             if row != "sft":
-                how = pair.options + how
-                how += f" --teacher {home}/teacher/student"
+                how += f" --teacher {home}/teacher/student --temperature {pair.temperature}"
             if row not in ("sft", "seqkd"):
                 how += f" --cache-teacher {home}/states"
             out = f"{home}/{row}-{seed}"
