@@ -142,9 +142,11 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
     """Pairs (teacher_index, student_index) of response tokens that are equal and have equal histories (v2, eq. 14).
 
     teacher, student: the canonical bytes of each response token in order; None is end-of-text and matches None. Returns
-    two int64 arrays of equal length, both increasing. One leading space that only one side has (SentencePiece's
-    dummy prefix) is ignored. Where both sides spell the same bytes this is one sweep over the two offset arrays;
-    where a tokenizer changed the text (NFC, lower-casing) `align_by_programme` aligns what can be aligned.
+    two int64 arrays of equal length, both increasing. One leading space that only one side has (SentencePiece's dummy
+    prefix) is no part of the histories; but a token that it begins equals none of the other side's: " The" is another
+    token than "The", and what the teacher predicts there would be learnt with the space. Where both sides spell the
+    same bytes this is one sweep over the two offset arrays; where a tokenizer changed the text (NFC, lower-casing)
+    `align_by_programme` aligns what can be aligned.
 
     The bytes of a response are `[None if i == eos else spelt[i] or b"" for i in ids]` with `spelt = token_bytes(...)`:
     special tokens other than end-of-text spell nothing. The indices count from the start of the response; where the
@@ -152,11 +154,15 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
     """
     teacher_text, student_text = spell(teacher), spell(student)
     spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in (teacher_text, student_text))
+    shortened = [-1, -1]  # the token that loses its space: no token of the other side equals it
     if spaces > student_spaces:
-        teacher, teacher_text = without_first_byte(teacher), teacher_text[1:]
+        shortened[0], teacher, teacher_text = *without_first_byte(teacher), teacher_text[1:]
     elif spaces < student_spaces:
-        student, student_text = without_first_byte(student), student_text[1:]
-    return align_by_sweep(teacher, student) if teacher_text == student_text else align_by_programme(teacher, student)
+        shortened[1], student, student_text = *without_first_byte(student), student_text[1:]
+    align = align_by_sweep if teacher_text == student_text else align_by_programme
+    teacher_index, student_index = align(teacher, student)
+    equal = (teacher_index != shortened[0]) & (student_index != shortened[1])
+    return teacher_index[equal], student_index[equal]
 
 
 def spell(tokens: list[bytes | None]) -> str:
@@ -166,9 +172,10 @@ def spell(tokens: list[bytes | None]) -> str:
     return "\u0100".join(b"".join(tokens[first:last]).decode("latin-1") for first, last in parts)
 
 
-def without_first_byte(tokens: list[bytes | None]) -> list[bytes | None]:
+def without_first_byte(tokens: list[bytes | None]) -> tuple[int, list[bytes | None]]:
+    """The index of the token that begins the text, and the tokens without its first byte."""
     first = next(i for i, token in enumerate(tokens) if token)
-    return [*tokens[:first], tokens[first][1:], *tokens[first + 1 :]]
+    return first, [*tokens[:first], tokens[first][1:], *tokens[first + 1 :]]
 
 
 def token_spans(tokens: list[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -286,7 +293,7 @@ def cross_model_attention(
         of_student = query.split(student.lengths), s2t_value.split(student.lengths)
         of_teacher = key.split(teacher.lengths), t2s_value.split(teacher.lengths)
         for q, v_s, k, v_t in zip(*of_student, *of_teacher, strict=True):  # an example's n and m positions
-            scores = q @ k.T / math.sqrt(k.shape[-1])  # (n, 2D) x (2D, m) -> (n, m); 2D is the papers' 2·D
+            scores = q @ k.T / math.sqrt(k.shape[-1])  # (n, 2D) x (2D, m) -> (n, m)
             t2s.append(scores.softmax(1) @ v_t)  # (n, m) x (m, d) -> (n, d)
             s2t.append(scores.T.softmax(1) @ v_s)  # (m, n) x (n, D) -> (m, D)
         return torch.cat(t2s), torch.cat(s2t)
@@ -317,4 +324,4 @@ if __name__ == "__main__":
         from runtime.show import main  # the printing alone; nothing else here needs another file of ours
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: {error}; a copied align.py is a module, only the project shows what aligns") from None
-    main(__doc__)
+    main(__doc__.partition("\nA tokenizer here")[0])

@@ -58,16 +58,15 @@ def symbols(tokens):
 
 
 def pairs_by_spans(teacher, student):
-    """Every pair of tokens with the same span, one leading space of the side that has more of them left out."""
+    """Every pair of equal tokens with the same span, one leading space of the side that has more of them left out."""
     spaces = [len(list(itertools.takewhile(lambda s: s == 32, symbols(side)))) for side in (teacher, student)]
     spans = []
     for side, own, other in zip((teacher, student), spaces, spaces[::-1], strict=True):
         ends = np.cumsum([0] + [len(symbols([token])) for token in side])
         ends = np.maximum(ends - (own > other), 0).tolist()
         spans.append(list(zip(ends, ends[1:], strict=False)))
-    return [
-        (i, j) for i, (a, b) in enumerate(spans[0]) for j, (c, d) in enumerate(spans[1]) if (a, b) == (c, d) and a < b
-    ]
+    same = [(i, j) for i, (a, b) in enumerate(spans[0]) for j, c in enumerate(spans[1]) if (a, b) == c and a < b]
+    return [(i, j) for i, j in same if teacher[i] == student[j]]
 
 
 def cut_randomly(data, rng, probability):
@@ -165,9 +164,9 @@ HAND = {
         [b"I", b" " + PIZZA[:2], PIZZA[2:3], PIZZA[3:], b" x", None],
         [(0, 0), (4, 2), (5, 3), (6, 4), (7, 5)],
     ),
-    "dummy prefix, teacher's": ([b" The", b" cat", None], [b"The", b" cat", None], [(0, 0), (1, 1), (2, 2)]),
+    "dummy prefix, teacher's": ([b" The", b" cat", None], [b"The", b" cat", None], [(1, 1), (2, 2)]),
     "dummy prefix a token of its own": ([b" ", "北".encode(), None], ["北".encode(), None], [(1, 0), (2, 1)]),
-    "dummy prefix before a real space": ([b"  The", None], [b" The", None], [(0, 0), (1, 1)]),
+    "dummy prefix before a real space": ([b"  The", None], [b" The", None], [(1, 1)]),
     "dummy prefix before end-of-text": ([b" ", None], [None], [(1, 0)]),
     "spaces of different width": ([b"   ", b"x"], [b" ", b"x"], [(1, 1)]),
     "end-of-text in the middle": (
@@ -383,6 +382,22 @@ def test_prediction_map_by_hand(small_vocabularies):
     # the student's "A" is the one that is not a byte token, even where that has the smaller id
     back = prediction_map(student, teacher, teacher_eos=0, student_eos=2, size=10)
     assert back.tolist() == [2, -1, 6, 7, 4, 8, -1, 5, -1, -1]
+
+
+@pytest.mark.parametrize("pair", list(itertools.permutations(["sentencepiece", "byte-level"])), ids="-".join)
+def test_a_teacher_that_is_right_gives_gold_labels(trained, pair):
+    """What the teacher's token of a pair is in the student's vocabulary is the student's token of that pair; also at
+    the start of a response, where one of them has a dummy prefix."""
+    teacher, student = (trained[name] for name in pair)
+    eos = [next(i for i, token in enumerate(token_bytes(t)) if token is None) for t in (teacher, student)]
+    mapped = prediction_map(teacher, student, *eos, size=teacher.get_vocab_size())
+    found = 0
+    for text in [*SENTENCES, *UNSEEN, "the", "fox"]:
+        ids = [t.encode(text, add_special_tokens=False).ids for t in (teacher, student)]
+        pairs = [(i, j) for i, j in aligned(spelt(teacher, text), spelt(student, text)) if i < len(ids[0])]
+        assert all(mapped[ids[0][i]] == ids[1][j] for i, j in pairs)
+        found += len(pairs)
+    assert found > 100
 
 
 def test_an_end_of_text_that_is_not_marked_as_special_is_no_text():
