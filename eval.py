@@ -12,9 +12,10 @@ rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's r
 math    where references end in `#### x` or hold \\boxed{x}: accuracy, final answers equal to the reference's
 code    where examples have tests: pass@1, programs that pass all of them; the mean over one sample for each seed
 
-Prints one table of means ± standard deviations over the seeds (the average over sets is taken for each seed first), and
-writes eval-<data>.json beside each scored model's directory, with all responses, as soon as that set is done. "Not
-ended" counts the responses of all seeds that the budget of new tokens cut off before the model ended them.
+Prints one table of means ± standard deviations over the seeds (the average over sets is taken for each seed first). As
+soon as a set is done, all responses go into the scored run's eval-<data>.json; those of a model that is no run go into
+eval-<model>-<data>.json here. "Not ended" counts the responses of all seeds that the budget of new tokens cut off
+before the model ended them.
 
 A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are. A
 longer prompt is cut, and the report says how many were; the official runs drop such examples, and average over fewer.
@@ -210,7 +211,10 @@ def answer(options, models: dict[str, Path]) -> None:
         opened.append((f"{name}: " if len(models) > 1 else "", model, tokenizer, form, *lengths))
     for text in read_lines() if options.prompt is True else [options.prompt]:
         for name, model, tokenizer, form, max_len, limit in opened:
-            prompts = tokenizer.fit_prompts([Example("--prompt", [""], prompt=form.replace("{}", text))], limit)
+            example = Example("--prompt", [""], prompt=form.replace("{}", text))
+            prompts = tokenizer.fit_prompts([example], limit)
+            if prompts != [tokenizer.prompt_text(example)]:
+                print(f"note: {name}the prompt is cut to {limit} tokens (--max-prompt-len)", file=sys.stderr)
             for seed in options.seeds:
                 temperature = 0.0 if seed is None else 1.0
                 print(name + respond(model, tokenizer, prompts, max_len - limit, temperature, seed=seed)[0], flush=True)
@@ -242,14 +246,14 @@ def read_sets(options) -> list[DataSet]:
 
 
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
-    """eval-<data>.json in the run's directory; for a model that is no directory, here and with its name."""
+    """eval-<data>.json in the run's directory; of a model that is no run, here and with its name: its own directory may
+    be shared, or published."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
     report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
-    if Path(name).is_dir():
-        path = Path(name) / f"eval-{data.name}.json"
-    else:
-        path = Path(f"eval-{name.replace('/', '-')}-{data.name}.json")
+    is_run = (Path(name) / "student").is_dir()
+    path = Path(name) if is_run else Path()
+    path /= f"eval-{data.name}.json" if is_run else f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json"
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     if (Path(name) / "args.json").is_file():
         write_card(Path(name))

@@ -186,7 +186,7 @@ def kd_loss(
     temperature: float = 2.0,
     kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Vanilla KD: D(p ‖ q) of each student token and the teacher's distribution at the same place. {ce, kd, loss, ...}
+    """Vanilla KD: D(p, q) of each student token and the teacher's distribution at the same place. {ce, kd, loss, ...}
 
     Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows that both have.
     """
@@ -215,7 +215,7 @@ def dskd_loss(
 ) -> dict[str, Tensor]:
     """DSKD: loss = (1 − kd_rate)·L_gold + kd_rate·(L_stu + L_ce + L_tea)
 
-    L_stu = D(p_s, sg(p_t→s))    L_ce = −log p_t→s(label)    L_tea = D(p_s→t, p_t)
+    L_stu = D(p, sg(q_t→s))    L_ce = −log q_t→s(label)    L_tea = D(p_s→t, q)
 
     J is N without alignment, K with ETA, the teacher's response tokens with CMA. No pair, or no agreeing one: the term
     is 0. Returns {ce, correct, t2s_ce, t2s_kd, s2t_kd, kd, agreeing, loss}. Raises ValueError for arguments that cannot

@@ -624,7 +624,8 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     """
     logits = logits.float()
     if temperature == 0:
-        return logits.argmax(-1)
+        largest, token = logits.max(-1)
+        return token.masked_fill(~largest.isfinite(), -1)
     logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]

@@ -1,12 +1,12 @@
-"""Distil a teacher into a student: what is loaded for it, one update, and the loop.
+"""Distil a teacher into a student.
 
     python train.py                                                the embedded tiny task, to the end
     python train.py --teacher qwen --student gpt2 --data dolly     the papers' pair
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
     torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see docs/multi_gpu.md
 
-The loop is `run_updates`, one update `distil`, what the methods need of the teacher `Method`, and what the terms mean
-is in losses.py. The options are in runtime/options.py; runtime/run.py keeps the run directory.
+In this file: what the methods need of the teacher, `Method`; one update, `distil`; the loop, `run_updates`. What the
+terms mean is in losses.py; the options are in runtime/options.py, and runtime/run.py keeps the run directory.
 """
 
 import json
@@ -57,6 +57,7 @@ from runtime.run import (
     run_of,
     say_how_to_go_on,
     seconds_of_finished_stage,
+    stored_options,
     tokenizer_of,
     write_text,
 )
@@ -501,7 +502,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     with parallel.session():
-        given = parse(arguments, __doc__)
+        given = parse(arguments, __doc__.partition("\nIn this file")[0])
         try:
             run(given)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -513,6 +514,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(given: dict) -> None:
     """What a command line asks for."""
+    given = {**stored_options(given), **given}
     if not given.keys() & {"student", "teacher", "data"}:
         if given.get("dry_run"):
             raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
@@ -535,6 +537,8 @@ def run(given: dict) -> None:
     elif o.method != "sft":
         teacher = find_model(o.teacher, "teacher")
         say_teacher(given, o, teacher, run_of(teacher))
+    elif o.teacher:
+        print("note: --method sft learns from the data alone; --teacher is not used", file=sys.stderr)
     if o.dry_run:
         print(json.dumps(train(o)))
     else:

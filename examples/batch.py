@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # in the repository the concept files are one folder up
 from align import exact_token_alignment, prediction_map, token_bytes, vocabulary_overlap
@@ -29,12 +29,13 @@ def parse_options(description: str, arguments: list[str] | None, out: str) -> ar
 
 def load(o: argparse.Namespace) -> tuple:
     """(student, teacher, (student's tokenizer, teacher's), rows): the models in float32, the teacher frozen."""
-    student = AutoModelForCausalLM.from_pretrained(o.student, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=torch.float32).eval().requires_grad_(False)
+    both = o.student, o.teacher
     # this class takes tokenizer.json as it is; AutoTokenizer may build its own version of it
-    tokenizers = tuple(PreTrainedTokenizerFast.from_pretrained(directory) for directory in (o.student, o.teacher))
-    max_len = min(512, student.config.max_position_embeddings, teacher.config.max_position_embeddings)
-    return student, teacher, tokenizers, read_rows(o.data, *tokenizers, max_len)
+    tokenizers = tuple(PreTrainedTokenizerFast.from_pretrained(directory) for directory in both)
+    limits = [AutoConfig.from_pretrained(directory).max_position_embeddings for directory in both]
+    rows = read_rows(o.data, *tokenizers, max_len=min(512, *limits))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32) for directory in both)
+    return student, teacher.eval().requires_grad_(False), tokenizers, rows
 
 
 def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_rows: int):
@@ -55,8 +56,11 @@ def read_rows(
     tokenizers = {"student": student, "teacher": teacher}
     spelling = {model: token_bytes(tokenizer.backend_tokenizer) for model, tokenizer in tokenizers.items()}
     rows = []
-    for line in Path(file).read_text(encoding="utf-8").strip().split("\n"):
-        example, row, spelt = json.loads(line), {}, {}
+    lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    for number, example in ((n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()):
+        row, spelt = {}, {}
+        if not {"prompt", "output"} <= example.keys():
+            raise ValueError(f'{file}, line {number}: needs "prompt" and "output"')
         for model, tokenizer in tokenizers.items():
             # as in train.py without --bos, nothing is put before the prompt; and "</s>" inside a response is text
             prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]

@@ -292,11 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="print what is finished")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
     parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
-    parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE", help="with --score: the test sets")
     o = parser.parse_args(arguments)
     try:
         if o.tables:
-            print(tables(o.out))
+            print(tables(o.out) or f"nothing is finished in {o.out}")
             if o.picture:
                 save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:

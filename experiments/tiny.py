@@ -429,6 +429,10 @@ def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
 def prepare(root: Path, seed: int) -> None:
     """The data as JSONL files, both tokenizers, and a config.json for each model, in `root`; kept if they are there."""
     asked = {"seed": seed, "version": 2}  # 1: without pre-training
+    others = [root / name for name in ("args.json", "teacher/args.json") if (root / name).is_file()]
+    if others and not (root / "prepared.json").is_file():
+        raise ValueError(f"{root} holds another run ({others[0]}), not the embedded task: give another --out or, to go "
+                         "on with that run, its whole command")  # fmt: skip
     if (root / "prepared.json").is_file():
         if (made := json.loads((root / "prepared.json").read_text())) != asked:
             raise ValueError(f"--seed {seed}: {root} was made with {made}, not with {asked}; give another --out")

@@ -152,6 +152,8 @@ def read_mbpp(record: dict, where: str) -> Example:
 def read_conversation(record: dict, where: str) -> Example:
     """The last turn is the response, the one before it the message; earlier ones are not trained on."""
     turns = read_turns(record.get("messages", record.get("conversations")))
+    if turns and turns[-1]["role"] == "user":  # without a response: left out, as where it is empty
+        turns.append({"role": "assistant", "content": ""})
     if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         raise ValueError("the last two turns must be the user's and the assistant's; drop what follows, or this record")
     *history, ask, answer = turns
@@ -194,7 +196,8 @@ FORMS = {  # the key that tells a form: how it is read, whose it is, and its fie
 def refuse_unread(record: dict, keys: set[str] = UNREAD) -> None:
     unread = sorted(key for key in keys & record.keys() if record[key] not in (None, "", [], {}, "[]", False))
     if unread:
-        raise ValueError(f"{unread[0]!r} would change the text, and is not understood; drop the key, or the record")
+        raise ValueError(f"{unread[0]!r} would change the text, and is not understood; drop the record, or the key if "
+                         "the text is right without it")  # fmt: skip
 
 
 def get_only(record: dict, keys: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ class Options:
         None, "chat template of the student's prompts: own (the model's; --student-chat alone), thinking (own, with "
         "thinking), a path, or none (default: as in the run which trained it here, else none)",
     )  # fmt: skip
-    teacher_chat: str | None = option(None, "the same for the teacher's; it may be another one")
+    teacher_chat: str | None = option(None, "the same for the teacher's, which may be another one (default: likewise)")
     bos: bool | None = option(
         None, "begin each prompt as the model's own tokenizer begins a text, with <s> for instance (default: as in the "
         "run which trained the model here, else not)",
@@ -124,7 +124,7 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     group.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
     about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
     group.add_argument("--teacher-sft", action="store_true", default=argparse.SUPPRESS, help=f"{about} (default: off)")
-    about = "--student-chat and --teacher-chat in one (default: none)"
+    about = "--student-chat and --teacher-chat in one (default: as theirs)"
     group.add_argument("--chat", nargs="?", const="own", default=argparse.SUPPRESS, help=about)
     given = vars(parser.parse_args(arguments))
     sides = ["student_chat", "teacher_chat"][: 1 if given.get("method") == "sft" else 2]

@@ -45,6 +45,13 @@ def settings(given: dict) -> dict:
     return {**divided(RECIPES.get(recipe_name(given), {})), **options}
 
 
+def shorten(options: dict) -> dict:
+    """Of a run's options those that its command line must give: not the defaults, unless a recipe comes before them."""
+    recipe = RECIPES.get(recipe_name({name: options[name] for name in ("student", "from_scratch")}), {})
+    given = {name: value for name, value in options.items() if value != getattr(Options, name) or name in recipe}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def flags(options: dict) -> str:
     """The options as words of a command line."""
     words = []
@@ -91,6 +98,6 @@ def say_teacher(given: dict, o: Options, directory: Path, run: dict | None) -> N
     print(
         f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
         f"    python train.py {flags(teacher_stage(given, o.out))}\n"
-        f"and then --teacher {o.out}/teacher/student; --teacher-sft does both",
+        f"and then --teacher {shlex.quote(f'{o.out}/teacher/student')}; --teacher-sft does both",
         file=sys.stderr,
     )

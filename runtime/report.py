@@ -1,6 +1,7 @@
 """What a run tells people: the model card of its student, and the commands that come next."""
 
 import json
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from data import Example
 from model import read_json
 from runtime.hub import DATASETS, MODELS, repository_of
 from runtime.options import Options
-from runtime.presets import flags
+from runtime.presets import RECIPES, flags, recipe_name, shorten
 from runtime.run import KEPT_BY, read_log, run_of, write_text
 
 MARK = "<!-- train.py and eval.py write this file again as long as this line is in it -->"
@@ -53,7 +54,6 @@ def write_card(out: Path) -> None:
     names = ["max_steps" if record["max_steps"] else "epochs", *"batch_size grad_accum lr max_len seed".split()]
     settings = ", ".join(f"{name} {record[name]}" for name in names)
     options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
-    options = {name: value for name, value in options.items() if value != getattr(Options, name)}
     scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
     text = f"""---
 {matter}
@@ -77,7 +77,7 @@ and what do they ask of a model that was made from them? Name it above, as `lice
 
 ## Training
 
-    python train.py {flags(options)}
+    python train.py {flags(shorten(options))}
 """
     write_text(file, text)
 
@@ -93,10 +93,12 @@ def say_next(given: dict, o: Options, line: dict) -> None:
     """After a run, on standard error: its last losses and scores, and the commands for its student."""
     losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
     test = o.data if o.data in DATASETS else "TEST.jsonl"
-    further = {name: value for name, value in given.items() if name not in ("resume", "from_scratch", "teacher_sft")}
+    further = {**RECIPES.get(recipe_name(given), {}), **given}  # a directory's name brings no recipe
+    for name in ("resume", "from_scratch", "teacher_sft", "task"):
+        further.pop(name, None)
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
     if line:  # not of a run that was finished before
         print(f"after {line['step']} updates: {losses}", file=sys.stderr)
-    print(f"""score it:       python eval.py {o.out} --data {test}
-talk to it:     python eval.py {o.out} --prompt "..."
+    print(f"""score it:       python eval.py {shlex.quote(o.out)} --data {shlex.quote(test)}
+talk to it:     python eval.py {shlex.quote(o.out)} --prompt "..."
 train further:  python train.py {flags(further)}""", file=sys.stderr)  # fmt: skip

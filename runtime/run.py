@@ -34,7 +34,9 @@ from model import Decoder, read_config, read_json, save_model
 from runtime import parallel
 from runtime.chat import FORMER
 from runtime.hub import MODELS
+from runtime.options import Options
 from runtime.peft import save_adapter
+from runtime.presets import shorten
 from runtime.serving import write_as_trained
 from runtime.tokenizer import TextTokenizer, check_size, read_tokenizer
 
@@ -201,6 +203,9 @@ def check_directory(o) -> None:
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
         raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+    place = next(place for place in (out, *out.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise PermissionError(f"--out {out}: {place} is no directory that can be written to")
     if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
         with lock_directory(out):
             pass
@@ -256,6 +261,15 @@ def is_value(value, entry: Field) -> bool:
     if fits and type(value) is str and entry.name.endswith("_chat"):
         return value in ("own", "thinking", "none", *FORMER) or Path(value).exists()
     return value is None or fits and value in (entry.metadata["choices"] or [value])
+
+
+def stored_options(given: dict) -> dict:
+    """With --resume and --out, but no models: the options of the run in --out, as if they were given; else {}."""
+    models = given.keys() & {"student", "teacher", "data"}
+    if not given.get("resume") or models or not (Path(given.get("out", "")) / "args.json").is_file():
+        return {}
+    record = read_record(Options(out=given["out"]))
+    return shorten({entry.name: record.get(entry.name, entry.default) for entry in fields(Options)})
 
 
 def check_update_size(o, before: dict) -> None:
@@ -626,6 +640,8 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
     out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
     if embedded or (out / "args.json").is_file():
         return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+    if given.get("teacher_sft") and (out / "teacher" / "args.json").is_file():
+        return f"go on with: {shlex.join(words)}"
     return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
 
 

@@ -401,8 +401,9 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
         differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"
         raise ValueError(
-            f"--method {method} --align none needs vocabularies of one family; {teacher.directory} and "
-            f"{student.directory} {differ}: use --method dskd with --align eta (recipe v2) or cma (recipe v1)"
+            f"--method {method}{'' if method == 'kd' else ' --align none'} needs vocabularies of one family; "
+            f"{teacher.directory} and {student.directory} {differ}: use --method dskd with --align eta (recipe v2) or "
+            "cma (recipe v1)"
         )
     if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
         other = {"eta": "v2", "cma": "v1"}[align]

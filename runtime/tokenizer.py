@@ -169,10 +169,9 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
         raise ValueError(f"{directory}: no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
                          "name a path")  # fmt: skip
     if source is None:
-        raise ValueError(
-            f"{directory}: the chat template {chat!r} is neither own, thinking, none nor a path; {', '.join(FORMER)} "
-            "are no longer built in, a model brings its own: give own to --chat, --student-chat or --teacher-chat"
-        )
+        former = " (which is no longer built in)" * (chat in FORMER)
+        raise ValueError(f"{directory}: the chat template {chat!r}{former} is neither own, thinking, none nor a path; "
+                         "for the model's own give own to --chat, --student-chat or --teacher-chat")  # fmt: skip
     named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
     tokens = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
     tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}

@@ -67,7 +67,7 @@ def check_sets(sets: list[DataSet], run_code: bool) -> None:
     if programs and not run_code:
         raise ValueError(
             f"{programs[0]}: scoring code means running what a model wrote on this machine, in a process with limits "
-            "that is no perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
+            "that is not a perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
         )
     if programs:
         from scores.sandbox import check, describe_guards  # here, for it needs a Unix

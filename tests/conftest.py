@@ -38,6 +38,12 @@ def short_ends_of_runs():
         yield
 
 
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """What is written into the current directory goes there."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory):
     """A directory with teacher/ and student/, tokenizers of `helpers.SENTENCES`: SentencePiece-style and byte-level."""

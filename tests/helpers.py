@@ -362,3 +362,9 @@ def speaker(task, directory, files=None, says=(900, 902), special=True, text="Th
     if generation := files.get("generation_config.json"):
         (directory / "generation_config.json").write_text(json.dumps(generation))
     return directory
+
+
+def report_of(directory: Path, data: str) -> dict:
+    """What eval.py wrote about a run, or here about a model that is no run."""
+    here = f"eval-{str(directory).strip('/').replace('/', '-')}-{data}.json"
+    return json.loads((directory / f"eval-{data}.json" if (directory / "student").is_dir() else Path(here)).read_text())

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import speaker
+from helpers import report_of, speaker
 
 import eval as evaluation
 import model
 from data import CodeTask, Example, tokenise
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_folder")  # eval.py writes reports into it
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,8 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     monkeypatch.setattr("sys.stdin", io.StringIO("A fox\n\nAn owl\n"))  # no terminal: a line each
     evaluation.main(words)
     assert capsys.readouterr().out == "".join(f"{response}\n" for response in expected)
+    evaluation.main([*words, "A fox " * 30])
+    assert "note: the prompt is cut to 15 tokens (--max-prompt-len)\n" in capsys.readouterr().err
     evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
     sampled = capsys.readouterr().out.splitlines()
     assert sampled != [expected[0]] * len(sampled)
@@ -285,8 +289,7 @@ def scores_of(directory, data, capsys, *options):
     out = capsys.readouterr().out
     head, _, row, *notes = out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, row)]
-    report = json.loads((directory / f"eval-{Path(data).stem}.json").read_text())
-    return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report
+    return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report_of(directory, Path(data).stem)
 
 
 HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 each. How much is earned?",

@@ -1,6 +1,7 @@
 """model.py against transformers (where installed), and against its own plain definitions."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -196,13 +197,13 @@ def test_rows_beyond_the_vocabulary_are_never_drawn():
 
 
 def test_there_is_nothing_to_draw_from_logits_that_are_not_finite():
-    for wrong in (float("nan"), float("inf")):
-        drawn = sample(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]])).tolist()
+    for wrong, temperature in itertools.product((float("nan"), float("inf")), (1.0, 0.0)):
+        drawn = sample(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]), temperature).tolist()
         assert drawn[0] >= 0 and drawn[1] == -1
         m = random_model(GPT2)
         m.embed.weight.data[7] = wrong
         with pytest.raises(FloatingPointError, match="not finite"):
-            generate(m, [[1, 2], [3]], 3, None)
+            generate(m, [[1, 2], [3]], 3, None, temperature)
 
 
 def test_generate_restores_the_mode_and_refuses_nonsense():

@@ -137,7 +137,7 @@ def test_missing_options(command, nothing_loaded, missing):
 
 SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
 TOGETHER = [
-    ({"method": "kd"}, "--method kd --align none needs vocabularies of one family", "--method dskd"),
+    ({"method": "kd"}, "--method kd needs vocabularies of one family", "--method dskd"),
     ({"align": "none"}, "--align none needs vocabularies of one family", "--align eta"),
     ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
     ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
@@ -251,7 +251,7 @@ def test_query_projector_without_cma_is_told(command, tmp_path, capsys):
 # The run directory
 
 
-def test_existing_run_is_not_overwritten(command, tmp_path, nothing_loaded):
+def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_loaded):
     run = tmp_path / "run"
     run.mkdir()
     (run / "args.json").write_text("{}")
@@ -261,6 +261,8 @@ def test_existing_run_is_not_overwritten(command, tmp_path, nothing_loaded):
     shutil.rmtree(run)
     run.write_text("a file")
     assert contains(command(), f"--out {run} is a file")
+    with pytest.raises(SystemExit, match=f"--out {run / 'below'}: {run} is no directory that can be written to"):
+        train.main(arguments(tiny_task, run / "below"))
 
 
 def test_resume_without_a_run(command, tmp_path, nothing_loaded):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import CHAT_TEMPLATES, arguments
+from helpers import CHAT_TEMPLATES, arguments, report_of
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 import eval as evaluation
@@ -20,6 +20,8 @@ from runtime.run import tokenizer_of
 from runtime.serving import write_as_trained
 from runtime.strict import check_options
 from runtime.tokenizer import read_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_folder")  # eval.py writes reports into it
 
 TEXTS = ["The fox", " begins with a space", "  two", "", "\n\nlines", "1,250 and 42", "é 東京 🦊", "a <s> b", "</s>x"]
 BEGIN = "<|begin_of_text|>"
@@ -180,7 +182,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
 
     def evaluate(directory, *more):
         evaluation.main([str(directory), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--device", "cpu", *more])
-        report = json.loads((directory / "eval-test.json").read_text())
+        report = report_of(directory, "test")
         tokenizer = read_tokenizer(kinds["llama"], bos=report["bos"] == [1])
         rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), tokenizer)
         expected = evaluation.held_out_cross_entropy(model.load_model(student), rows, 0)

@@ -1,10 +1,9 @@
 """A model may have several ends: each ends what it writes, and what it is trained on ends with the first of them."""
 
-import json
 
 import pytest
 import torch
-from helpers import arguments, speaker
+from helpers import arguments, report_of, speaker
 
 import eval as evaluation
 import model
@@ -16,6 +15,8 @@ from runtime.formats import read_examples
 from runtime.options import Options
 from runtime.strict import check_options
 from runtime.tokenizer import read_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_folder")  # eval.py writes reports into it
 
 ANSWER, TURN, STOP = 900, 901, 902  # added to the tiny student's vocabulary, behind its end-of-text, 0
 WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
@@ -51,7 +52,7 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
     (tmp_path / "sky.jsonl").write_text('{"prompt": "What color is it?\\n", "output": "The sky is blue."}\n')
     for sampling in (["--greedy"], ["--seeds", "1"]):
         evaluation.main([str(directory), "--data", str(tmp_path / "sky.jsonl"), "--device", "cpu", *sampling])
-        report = json.loads((directory / "eval-sky.json").read_text())
+        report = report_of(directory, "sky")
         assert (report["rouge_l"], report["responses"]) == ([100.0], [["The sky is blue."]])
 
 

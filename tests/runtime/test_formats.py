@@ -184,7 +184,6 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({**DOLLY, "history": "a"}, "expected a list of turns, found str", "Dolly's"),
         ({**DOLLY, "history": [["a"]]}, "a turn must be an object with role and content, or a pair", "Dolly's"),
         ({**DOLLY, "history": [["a", None]]}, "'content' must be a string, found NoneType", "Dolly's"),
-        ({"messages": MESSAGES[:3]}, "the last two turns must be the user's and the assistant's", "chat messages"),
         ({"messages": MESSAGES[3:]}, "the last two turns must be", "chat messages"),
         ({"messages": 3}, "expected a list of turns, found int", "chat messages"),
         ({"messages": [{**MESSAGES[2], "role": "tool"}, MESSAGES[3]]}, "a turn of 'tool', which is neither", "chat"),
@@ -260,4 +259,7 @@ def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
     assert [example.where for example in read_examples(path)] == [f"{path}, line 2"]
     note = f"note: {path}: the output is empty on line 1, line 3, "
     assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
+    unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b"\n"
+    assert [example.where for example in read_examples(write(tmp_path, GOOD + unanswered))] == [f"{path}, line 1"]
+    assert "the output is empty on line 2; left out" in capsys.readouterr().err
     assert capsys.readouterr().err == ""

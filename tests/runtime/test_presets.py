@@ -225,12 +225,14 @@ def test_the_teachers_stage_keeps_its_best_checkpoint_too():
     assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
 
 
-def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets):
+def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, capsys):
     options = {"teacher": "qwen", "student": "gpt2", "checkpoint_every": 1, "teacher_sft": True}
     train.main(arguments(tiny_task, tmp_path / "whole", **options))
 
     with stopped_by_ctrl_c():
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("go on with: ") and last.endswith("--teacher-sft")
     train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import asdict
 
 import huggingface_hub
 import pytest
@@ -80,6 +81,29 @@ def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
     assert capsys.readouterr().out.strip()
     train.main(commands["train further"][1:])
     assert capsys.readouterr().out == f"student: {tmp_path}/run-2/student\n"
+
+
+@pytest.mark.parametrize("words", [
+    "--student qwen --method sft --epochs 20", "--student tinyllama --teacher llama2",
+    "--student tinyllama --teacher llama2 --lora 0", "--student gpt2 --teacher qwen --lr 5e-4 --task math",
+])  # fmt: skip
+def test_commands_that_are_printed_have_the_same_settings(tmp_path, capsys, words):
+    """Of "train further" and of the card: a recipe of the papers' belongs to a preset's name or a task."""
+    given = train.parse([*words.split(), "--data", "dolly", "--out", str(tmp_path / "a run")])
+    settings = train.settings(given)
+    report.say_next(given, train.Options(**settings), {})
+    [further] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train further")]
+    again = train.settings(train.parse(shlex.split(further.split("train.py ")[1])))
+    assert again == {**settings, "student": f"{tmp_path}/a run/student", "out": f"{tmp_path}/a run-2"}
+
+    (tmp_path / "a run" / "student").mkdir(parents=True)
+    record = asdict(train.Options(**settings))
+    (tmp_path / "a run" / "args.json").write_text(json.dumps(record))
+    (tmp_path / "a run" / "log.jsonl").touch()
+    report.write_card(tmp_path / "a run")
+    card = (tmp_path / "a run" / "student" / "README.md").read_text()
+    [command] = [line for line in card.splitlines() if line.startswith("    python train.py ")]
+    assert asdict(train.Options(**train.settings(train.parse(shlex.split(command)[2:])))) == record
 
 
 def test_the_model_card(tiny_task, run, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, name):
     if name == "eta":
         kinds = [line["on_policy"] for line in lines]
         assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
+
+
+def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys):
+    """`--resume --out` alone goes on with the run that is there, not with the embedded task inside it."""
+    train.main(command(tiny_task, tmp_path / "whole", max_steps=6, lr=1e-3))
+    with stopped_by_ctrl_c():
+        train.main(command(tiny_task, tmp_path / "parts", max_steps=6, lr=1e-3))
+    with pytest.raises(SystemExit, match="parts holds another run .*: give another --out or, .* its whole command"):
+        train.main(["--out", str(tmp_path / "parts")])
+    with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.001"):
+        train.main(["--out", str(tmp_path / "parts"), "--resume", "--lr", "0.1"])
+    train.main(["--out", str(tmp_path / "parts"), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    again = train.parse(shlex.split(capsys.readouterr().err.splitlines()[-1].partition(" train.py ")[2]))
+    assert (again["max_steps"], again["lr"], again["data"]) == (6, 1e-3, str(tiny_task / "train.jsonl"))
 
 
 def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
