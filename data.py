@@ -200,8 +200,8 @@ def keep(example: Example, part: str, length: int) -> Example:
 
 
 def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
-    """The example with as much of its first response as fits beside the prompt, without an end if any of it does not.
-    Raises ValueError if nothing fits."""
+    """The example with as much of its first response as fits beside the prompt, without an end if any of it does not;
+    cut between two tokens of each tokenizer, if there is such a place near by. Raises ValueError if nothing fits."""
     text = example.outputs[0]
     rooms = [max_len - len(tokenizer.encode_prompt(tokenizer.prompt_text(example))) for tokenizer in tokenizers]
 
@@ -214,6 +214,12 @@ def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
     length = find_longest(len(text), fits)
     if length < 1:
         raise ValueError(f"{example.where}: no room for a response within --max-len {max_len}")
+
+    def is_between_tokens(length: int) -> bool:  # of the whole text: a part of a token would be a wrong last label
+        parts = [(tokenizer.encode(text[:length]), tokenizer.encode(text)) for tokenizer in tokenizers]
+        return all(whole[: len(part)] == part for part, whole in parts)
+
+    length = next(filter(is_between_tokens, range(length, max(0, length - 32), -1)), length)
     return replace(example, outputs=[text[:length]], ends=False)
 
 

@@ -36,6 +36,9 @@ def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.nd
     spelt = [[spelling[i] for i in ids] for spelling, ids in zip(spellings, inputs, strict=True)]
     teacher_index, student_index = edit_distance_alignment(*spelt)
     equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
+    theirs, ours = spellings[0][row.teacher.response[0]], spellings[1][row.student.response[0]]
+    if theirs != ours and theirs.removeprefix(b" ") == ours.removeprefix(b" "):
+        equal &= student_index > 0  # SentencePiece's added space: the teacher would teach a token with it, as in ETA
     return teacher_index[equal], student_index[equal]
 
 
@@ -46,7 +49,7 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
     """
     names = json.dumps([sorted(tokenizer.tokenizer.get_vocab().items()) for tokenizer in (teacher, student)])
     spelt = repr([token_spellings(tokenizer.tokenizer) for tokenizer in (teacher, student)])
-    key = hashlib.sha256((names + spelt).encode()).hexdigest()[:32]
+    key = hashlib.sha256((names + spelt + "2").encode()).hexdigest()[:32]  # 2: of near tokens no byte-fallback
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
     if file.is_file():
         try:
@@ -77,8 +80,8 @@ def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
 
 def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
-    distance, of several the one of the smallest id; -1 for ids that the teacher's vocabulary does not use. A minute or
-    two for a hundred thousand tokens without an equal."""
+    distance, of several the first that is no byte-fallback token; -1 for ids that the teacher's vocabulary does not
+    use. A minute or two for a hundred thousand tokens without an equal."""
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
     fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
     ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
@@ -106,7 +109,8 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
             near_table = np.ascontiguousarray(table[:, near:])
         distance = _edit_distances([spelt[index] for index in part], near_table, lengths[near:])
         for row, index in zip(distance, part, strict=True):
-            mapped[index] = student_ids[near:][row == row.min()].min()
+            nearest = student_ids[near:][row == row.min()].tolist()
+            mapped[index] = min(nearest, key=lambda i: (fallback_student[i], i))
     return mapped
 
 

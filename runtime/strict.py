@@ -117,6 +117,8 @@ def check_together(o: Options) -> None:
     refuse_first([
         (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy belongs to --method kd and dskd; --method "
          f"{o.method} {why.get(o.method, 'is defined on the gold responses')}"),
+        (o.on_policy and o.method == "dskd" and o.recipe == "v1", "--on-policy is v2's: --recipe v1 takes the response "
+         "for the label, so that what the student sampled would be learnt as if it were right; use --recipe v2"),
         (o.on_policy and o.dry_run,
          "--dry-run is on the gold responses, so that others can compare: leave out --on-policy"),
         (o.on_policy_after and not o.on_policy,

@@ -150,6 +150,7 @@ TOGETHER = [
     ({"seqkd_temperature": 1.0}, "--seqkd-temperature belongs to --method seqkd"),
     *[({"method": name, "projectors": "p"}, "--projectors belongs to --method dskd") for name in ("sft", "seqkd")],
     *[({"method": name, "on_policy": 0.5}, f"{SAMPLES} {name} ") for name in ("sft", "uld", "mined", "seqkd")],
+    ({"recipe": "v1", "on_policy": 1}, "--on-policy is v2's: --recipe v1 takes the response for the label"),
     ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
     ({"on_policy_after": 3}, "--on-policy-after 3 belongs to --on-policy, which is not given"),
     ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so that no update would be"),
