@@ -154,7 +154,7 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
     """
     teacher_text, student_text = spell(teacher), spell(student)
     spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in (teacher_text, student_text))
-    shortened = [-1, -1]  # the token that loses its space: no token of the other side equals it
+    shortened = [-1, -1]  # of each side the token that loses a space here: it equals none of the other side's
     if spaces > student_spaces:
         shortened[0], teacher, teacher_text = *without_first_byte(teacher), teacher_text[1:]
     elif spaces < student_spaces:

@@ -215,9 +215,11 @@ def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
     if length < 1:
         raise ValueError(f"{example.where}: no room for a response within --max-len {max_len}")
 
+    wholes = [tokenizer.encode(text) for tokenizer in tokenizers]
+
     def is_between_tokens(length: int) -> bool:  # of the whole text: a part of a token would be a wrong last label
-        parts = [(tokenizer.encode(text[:length]), tokenizer.encode(text)) for tokenizer in tokenizers]
-        return all(whole[: len(part)] == part for part, whole in parts)
+        parts = [tokenizer.encode(text[:length]) for tokenizer in tokenizers]
+        return all(whole[: len(part)] == part for part, whole in zip(parts, wholes, strict=True))
 
     length = next(filter(is_between_tokens, range(length, max(0, length - 32), -1)), length)
     return replace(example, outputs=[text[:length]], ends=False)

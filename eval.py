@@ -251,9 +251,10 @@ def write_report(name: str, directory: Path, data: DataSet, options, scores: dic
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
     report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
-    is_run = (Path(name) / "student").is_dir()
-    path = Path(name) if is_run else Path()
-    path /= f"eval-{data.name}.json" if is_run else f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json"
+    if (Path(name) / "student").is_dir():
+        path = Path(name) / f"eval-{data.name}.json"
+    else:
+        path = Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     if (Path(name) / "args.json").is_file():
         write_card(Path(name))

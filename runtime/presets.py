@@ -46,7 +46,8 @@ def settings(given: dict) -> dict:
 
 
 def shorten(options: dict) -> dict:
-    """Of a run's options those that its command line must give: not the defaults, unless a recipe comes before them."""
+    """Of a run's options those that its command line must give: not the defaults, unless its student is a preset with
+    a recipe, which would come in their place."""
     recipe = RECIPES.get(recipe_name({name: options[name] for name in ("student", "from_scratch")}), {})
     given = {name: value for name, value in options.items() if value != getattr(Options, name) or name in recipe}
     return {name: value for name, value in given.items() if value is not None}

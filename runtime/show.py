@@ -61,7 +61,7 @@ def describe_alignment(shares: dict[str, dict]) -> str:
         if behind and share["tokens"] >= max(10, everything["tokens"] / 100):
             lines.append(
                 f"warning: the two vocabularies cut {kind} differently (such as {share['missed']}): only "
-                f"{share['aligned']:.1%} align, so ETA teaches next to nothing about them; --recipe v1 (CMA) does"
+                f"{share['aligned']:.1%} align, so ETA teaches next to nothing about them; use --recipe v1 (CMA)"
             )
     return "\n".join(lines)
 

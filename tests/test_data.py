@@ -173,7 +173,7 @@ def starts(ids, with_ids):
 def test_cutting_of_random_texts(student, teacher):
     """Both models see the same text, which is as long as fits without cutting a token, and no longer."""
     rng, both = random.Random(0), (student, teacher)
-    seen, whole_tokens, shorter_than_need_be = CutReport(), 0, 0
+    seen, inside_a_token, shorter_than_need_be = CutReport(), 0, 0
     for _ in range(150):
         example = raw(random_text(rng, 30), random_text(rng, 30))
         max_prompt_len = rng.randint(12, 60)
@@ -196,7 +196,7 @@ def test_cutting_of_random_texts(student, teacher):
             text, longer = example.outputs[0], range(len(response) + 1, len(response) + 32)
             longer = [n for n in longer if all(len(t.encode(text[:n])) <= r for t, r in zip(both, room, strict=True))]
             between = [all(starts(t.encode(text), t.encode(text[:n])) for t in both) for n in (len(response), *longer)]
-            whole_tokens += between[0]
+            inside_a_token += not between[0]  # where there is no place near by
             shorter_than_need_be += any(between[1:])  # where a merge lets a longer text fit again (`find_longest`)
         elif not any(ended):
             assert any(len(t.encode(response)) + 1 > space for t, space in zip(both, room, strict=True))
@@ -206,7 +206,7 @@ def test_cutting_of_random_texts(student, teacher):
         seen.prompts_cut += lost[0] > 0
         seen.responses_cut += not whole
     assert 30 < seen.prompts_cut < 140 and 30 < seen.responses_cut < 140
-    assert whole_tokens > 30 > 10 * shorter_than_need_be
+    assert inside_a_token <= 2 and shorter_than_need_be <= 2
 
 
 def test_a_response_that_was_cut_off_has_no_end_of_text(tmp_path, student):

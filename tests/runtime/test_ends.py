@@ -1,6 +1,5 @@
 """A model may have several ends: each ends what it writes, and what it is trained on ends with the first of them."""
 
-
 import pytest
 import torch
 from helpers import arguments, report_of, speaker

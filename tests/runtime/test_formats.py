@@ -259,7 +259,7 @@ def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
     assert [example.where for example in read_examples(path)] == [f"{path}, line 2"]
     note = f"note: {path}: the output is empty on line 1, line 3, "
     assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
+    assert capsys.readouterr().err == ""
     unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b"\n"
     assert [example.where for example in read_examples(write(tmp_path, GOOD + unanswered))] == [f"{path}, line 1"]
     assert "the output is empty on line 2; left out" in capsys.readouterr().err
-    assert capsys.readouterr().err == ""
