@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data import Example, collate, tokenise
 from fast.cpu import by_onednn, packed
+from fast.cuda import graphed
 from losses import logits_under
 from model import generate, hidden_at, load_model
 from runtime.evaluation import parse
@@ -71,7 +72,7 @@ def respond(
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: little padding
     responses = [""] * len(ids)
-    with packed(model):
+    with packed(model), graphed(model):
         for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):
             chosen = order[start : start + batch_size]
             batch_seed = None if seed is None else seed * 1_000_003 + start

@@ -281,6 +281,12 @@ class Decoder(nn.Module):
         """hidden (..., D) -> (..., V)"""
         return F.linear(hidden, self.head_weight)
 
+    def decode(self, tokens: torch.Tensor, cache: "KVCache") -> torch.Tensor:
+        """One more token per sequence, tokens (B,) -> the logits of what comes next (B, V)."""
+        hidden = self(tokens[:, None], cache=cache)[:, -1]  # (B, D)
+        cache.lengths += 1
+        return self.logits(hidden)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -581,7 +587,7 @@ class KVCache:
     STEP = 64
 
     def __init__(self, prompt_lengths: torch.Tensor):
-        self.lengths = prompt_lengths  # (B,) tokens stored per sequence, once the prompts are in
+        self.lengths = prompt_lengths.clone()  # (B,) tokens stored per sequence, once the prompts are in
         self.rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
         self.slots = 0
         self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
@@ -600,7 +606,7 @@ class KVCache:
 
     def make_room(self, tokens: int) -> None:
         """For sequences of up to this length. One that is longer has finished, and runs idle in the last slot."""
-        self.lengths = self.lengths.clamp(max=tokens - 1)
+        self.lengths.clamp_(max=tokens - 1)
         more = -(-tokens // self.STEP) * self.STEP - self.slots
         if more > 0:
             self.slots += more
@@ -683,9 +689,9 @@ def generate(
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,)
         cache = KVCache(lengths)
         hidden = m(ids, cache=cache, real=torch.tensor(real, device=device))  # (B, T, D)
-        hidden = hidden[torch.arange(len(rows), device=device), lengths - 1]  # (B, D)
+        logits = m.logits(hidden[torch.arange(len(rows), device=device), lengths - 1])  # (B, V)
         while True:
-            tokens = sample(m.logits(hidden)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
+            tokens = sample(logits[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
             drawn = tokens.tolist()  # the one wait for the device
             if min(drawn) < 0:
                 raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
@@ -701,7 +707,6 @@ def generate(
                 cache.keep(kept)
                 tokens, rows = tokens[kept], [rows[row] for row in alive]
             cache.make_room(max(len(prompts[i]) + len(outputs[i]) for i in rows))
-            hidden = m(tokens[:, None], cache=cache)[:, -1]  # (B, D)
-            cache.lengths = cache.lengths + 1
+            logits = m.decode(tokens, cache)
     finally:
         m.train(was_training)

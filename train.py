@@ -38,6 +38,7 @@ from baselines import mined, uld
 from data import Batch, Row, replace_response
 from eval import held_out_cross_entropy, respond, score
 from fast.cpu import by_onednn, keep_freed_memory, packed
+from fast.cuda import graphed
 from losses import RECIPES, Counts, predict_tokens
 from model import generate, hidden_at, load_model
 from projector import Projectors
@@ -275,9 +276,10 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
     room = [o.max_len - len(prompt) for prompt in prompts]
     responses, failure = [], None
-    with autocast(o), parallel.gather_parameters(pieces.student), packed(pieces.student):
+    student = pieces.student
+    with autocast(o), parallel.gather_parameters(student), packed(student), graphed(student):
         try:
-            responses = generate(pieces.student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
+            responses = generate(student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:
             failure = error
     if parallel.highest(failure is not None):  # all processes have it, or none

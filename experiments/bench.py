@@ -19,7 +19,8 @@ All compute the same loss, which is checked. Weights are random, of the real sha
 with the lengths of Dolly. A cell is the median (smallest–largest) after a warm-up. On a CPU everything is eager, and
 the alternatives take turns (A B A B), each in a fresh process. On a GPU each has one process for all its steps, ours is
 compiled, and an update includes AdamW's part, with a rate of 0. Memory is what a step needs above weights, gradients
-and moments; "in all" is with them. MFU is `paper.operations` per second, as a share of the GPU's bf16 peak.
+and moments, on a GPU what PyTorch reserves, with the graphs' part; "in all" is with them. MFU is `paper.operations` per
+second, as a share of the GPU's bf16 peak.
 """
 
 import argparse
@@ -62,6 +63,7 @@ from experiments import memory, paper, tiny
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
 from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
+from fast.cuda import graphed
 from model import build_model, generate
 from runtime.formats import read_examples
 from runtime.order import count_tokens
@@ -298,10 +300,17 @@ def measure_step(job: dict) -> dict:
         if ours and device == "cpu":
             keep_freed_memory()  # as training does
         update()
+        if torch.device(device).type == "cuda":
+            for _ in range(3):  # the third captures no more graphs
+                memory_floor(device)  # what compiling and capturing took is not counted
+                step.trained.zero_grad()
+                update()
         moments = [x for state in optimizer.state.values() for x in state.values()]
         result["kept"] = sum(x.nbytes for x in [*(p.grad for p in parameters if p.grad is not None), *moments])
         tensors = [*step.trained.parameters(), *step.trained.buffers(), *step.frozen.parameters()]
         result["weights"] = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
+        if ours and torch.device(device).type == "cuda":
+            before = result["weights"]  # of what graphs of smaller batches hold, these use a part again
         result["peak"] = None if before is None else memory_peak(device) - before
         while sum(result["seconds"]) < job["enough"]:
             step.trained.zero_grad()
@@ -333,9 +342,9 @@ def memory_floor(device: str) -> int | None:
     """Bytes in use now, from where `memory_peak` looks for the largest. None where that cannot be seen (not Linux)."""
     gc.collect()
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # for other processes
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_reserved(device)  # not what is allocated, where what CUDA graphs hold is not counted
     try:
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, not to be counted as in use
@@ -347,7 +356,7 @@ def memory_floor(device: str) -> int | None:
 
 def memory_peak(device: str) -> int:
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     return kernel_figure("self/status", "VmHWM")
 
 
@@ -462,12 +471,14 @@ def needed_memory(job: dict) -> int:
 
 def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     """Time and memory of ours against each alternative. On a CPU every step has a process of its own, and the ways take
-    turns; on a card a way has one process for all its jobs, so that it is compiled once."""
+    turns; on a card a way has one process for all its jobs, and ours one for each method, so that it is compiled once,
+    and only graphs of its own are in its memory."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     if bench.size.get("card"):
         hows = "ours", COMPILED, "transformers", "plain"  # should the time run out: the strongest rival first
-        groups = [[(job, how, 0) for job in jobs if how in job["hows"]] for how in hows]
+        groups = [[(job, how, 0) for job in jobs if how in job["hows"]] for how in hows[1:]]
+        groups = [[(job, hows[0], 0) for job in jobs if job["name"] == name] for name in bench.methods] + groups
     for group in groups:
         with own_process(bench.in_this_process) as run_step:
             for job, how, turn in group:
@@ -536,7 +547,7 @@ def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict
     hows = ["ours", *bench.others]
     if card:
         hows = hows if name in size["full"] or batch == 8 else ["ours"]
-        hows += [COMPILED] * (name in size["full"] and batch == 8 and "transformers" in hows)
+        hows += [COMPILED] * (name in size["full"] and batch > 4 and "transformers" in hows)
     return {
         "name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device, "text": bench.text,
         "student": size["student"], "teacher": size["teacher" if name in ("eta", "cma") else "same_teacher"],
@@ -624,7 +635,7 @@ def measure_generation(bench: Bench, dtype: str) -> None:
     theirs, written = as_transformers(ours) if "transformers" in bench.others else None, {}
 
     def run_ours() -> None:
-        with by_onednn(bench.device), packed(ours):
+        with by_onednn(bench.device), packed(ours), graphed(ours):
             written["ours"] = generate(ours, prompts, new, None, temperature=0)
 
     def run_theirs(how: str) -> None:

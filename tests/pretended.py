@@ -7,7 +7,8 @@ CUDA refuses.
 
 Raises where tensors of both devices meet in one operation (numbers, tensors without a dimension, may be the CPU's), and
 for `.numpy()`. An index from the CPU, which CUDA does take, is refused too: it has to be copied first, with a wait.
-Not seen: what autocast casts, the dtypes and layouts that a kernel lacks, streams.
+What would be captured as a CUDA graph runs when it would be replayed.
+Not seen: what autocast casts, the dtypes and layouts that a kernel lacks, streams, what a graph refuses.
 """
 
 from collections import Counter
@@ -149,7 +150,8 @@ def pretended_cuda():
     precision = torch.get_float32_matmul_precision()
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # as where a device's tensors differ in kind
-    with patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, Card() as card:
+    no_graphs = patch("fast.cuda.capture", lambda run: run)
+    with patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, Card() as card:
         try:
             yield card
         finally:

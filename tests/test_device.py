@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import arguments, log_of, stopped_by_ctrl_c
+from helpers import CONFIGS, arguments, log_of, random_model, stopped_by_ctrl_c
 from pretended import pretended_cuda
 from test_train import EVERY_KIND
 
+import fast.cuda
 import train
-from model import read_json
+from model import KVCache, generate, read_json
 
 # All methods wait for the terms and for the gradient's norm.
 MORE_WAITS = {"eta": 2, "cma": 1, "none": 1}  # for the aligned and the agreeing tokens; CMA's moments; the agreeing
@@ -76,6 +77,35 @@ def test_a_whole_run(short_task, tmp_path):
             train.main(words(short_task, tmp_path / "run", "cuda", **options))
         train.main([*words(short_task, tmp_path / "run", "cuda", **options), "--resume"])
     assert log_of(tmp_path / "run")[-1].keys() == {"step", "valid_ce"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-window"])
+def test_generation_replays_each_token(name, monkeypatch):
+    """The tokens are the CPU's; what is captured is captured once for all steps on the same buffers."""
+    monkeypatch.setattr(KVCache, "STEP", 8)
+    prompts, m, seen = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]], random_model(CONFIGS[name]), []
+    budgets = [25, 3, 12]  # so that sequences leave the batch
+    expected = generate(m, prompts, budgets, None, temperature=0)
+
+    def capture(run):
+        seen.append(0)
+
+        def replay():
+            seen[-1] += 1
+            return run()
+
+        return replay
+
+    with pretended_cuda():
+        monkeypatch.setattr(fast.cuda, "capture", capture)
+        m.to("cuda")
+        with fast.cuda.graphed(m):
+            assert generate(m, prompts, budgets, None, temperature=0) == expected
+            first = list(seen)
+            assert generate(m, prompts, budgets, None, temperature=0) == expected
+        assert generate(m, prompts, budgets, None, temperature=0) == expected
+    assert seen == 2 * first and sum(first) == 24 - len(first)  # all but the first step on the buffers
+    assert len(first) == 5  # of 3 sequences with 16 places, 2 with 16 and 24, 1 with 24 and 32
 
 
 def test_what_a_card_refuses():

@@ -25,7 +25,7 @@ EVERYTHING = [*TOP, "baselines", "fast", "runtime", "scores"]
 MAY_IMPORT = {
     "model": [], "lora": [], "projector": [], "align": [], "losses": [],
     "data": ["align"],
-    "fast/losses": ["losses"], "fast/cpu": [], "fast/cache": ["data", "model", "losses"],
+    "fast/losses": ["losses"], "fast/cpu": [], "fast/cuda": [], "fast/cache": ["data", "model", "losses"],
     "baselines": ["losses", "align", "data", "fast", "model"],
     "scores": [],
     "runtime/load": ["model", "data", "lora", "baselines", "fast"],  # it opens everything

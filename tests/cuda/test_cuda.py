@@ -18,7 +18,8 @@ from test_train import EVERY_KIND
 
 import train
 from fast import losses as fast_losses
-from model import generate
+from fast.cuda import graphed
+from model import KVCache, generate
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 ON_CARD = torch.device(DEVICE).type == "cuda"
@@ -86,6 +87,20 @@ def test_greedy_generation(name):
     assert generate(m.to(DEVICE), prompts, 25, 0, temperature=0) == expected
     sampled = [generate(m, prompts, 25, None, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_as_graphs(name, autocast, monkeypatch):
+    """The tokens are those of kernels launched one by one, in a batch that shrinks and in buffers that grow."""
+    monkeypatch.setattr(KVCache, "STEP", 8)
+    m, prompts = random_model(FAMILIES[name]).to(DEVICE), [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    for options in ({"temperature": 0}, {"seed": 1}):
+        with torch.autocast(m.embed.weight.device.type, torch.bfloat16, enabled=autocast):
+            expected = generate(m, prompts, [25, 3, 12], None, **options)
+            with graphed(m):
+                for _ in range(2):
+                    assert generate(m, prompts, [25, 3, 12], None, **options) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
