@@ -223,6 +223,11 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn
         block.set_gradient_divide_factor(1.0)  # sums: see the head of this file
         block.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
     fully_shard(model, ignored_params=whole, **options)  # only so that the blocks know of each other
+    blocks = [*model.blocks]
+    for block, next_back in zip(blocks, blocks[:1] + blocks, strict=False):
+        # By itself FSDP goes back through all passes since the last update, also those that sampled or scored; a
+        # process without a prompt to answer made none, and would wait for other weights than the rest. (First: itself.)
+        block.set_modules_to_backward_prefetch([next_back])
     return model if any(p.is_meta for p in whole) else model.to(device)
 
 

@@ -26,8 +26,9 @@ def base_model(o) -> str | None:
 
 def read_scores(out: Path, record: dict) -> list[str]:
     """A line for each score that the run directory knows."""
-    valid = {name: line[name] for line in read_log(out / "log.jsonl") for name in KEPT_BY.values() if name in line}
-    valid |= {name: value for name, value in record.get("best", {}).items() if name in valid}
+    log, step = read_log(out / "log.jsonl"), record.get("best", {}).get("step")  # of the checkpoint in student/
+    log = [line for line in log if step in (None, line["step"])]
+    valid = {name: line[name] for line in log for name in KEPT_BY.values() if name in line}
     lines = [f"- {record['valid']}, held out: {name} {value:.4g}" for name, value in valid.items()]
     for file in sorted(out.glob("eval-*.json")):
         report = read_json(file)

@@ -1,6 +1,7 @@
 """Two processes on the CPU against one: the same losses and gradients, whole or sharded; runs that change their number
 of processes; what a failing process leaves for the user to read."""
 
+import faulthandler
 import json
 import math
 import os
@@ -124,6 +125,7 @@ def runs_of_two(task: Path, out: Path) -> None:
     adapters |= {"keep_best": "rouge", "checkpoint_every": 1, "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
+    sampled["data"] = out / "five.jsonl"  # every second update is over one example: none for the second process
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
     (out / f"held {parallel.rank()}.json").write_text(json.dumps(bytes_held(task, out / "held")))
@@ -134,6 +136,7 @@ def runs_of_two(task: Path, out: Path) -> None:
 def process(number: int, task: Path, port: int, out: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(600, exit=True)  # where they wait for each other
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
     with parallel.session():
@@ -156,6 +159,7 @@ def out(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     with stopped_by_ctrl_c():
         train.train(options_of(task, out / "one, two", batch_size=4))
+    (out / "five.jsonl").write_text("".join((task / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(process, (task, port, out), nprocs=2)
@@ -264,7 +268,8 @@ def test_sharded_processes_sample_at_their_own_pace_and_save_float32(task, out):
     log = log_of(out / "bf16")
     lines = [line for line in log if "loss" in line]
     assert len(lines) == 4 and all(math.isfinite(line["valid_ce"]) for line in log if "valid_ce" in line)
-    assert all(line["on_policy"] == 1 and line["sampled_length"] * 4 == line["student_tokens"] for line in lines)
+    for line, examples in zip(lines, (4, 1, 4, 1), strict=True):
+        assert line["on_policy"] == 1 and line["sampled_length"] * examples == line["student_tokens"]
     saved, trained = load_file(out / "bf16/student/model.safetensors"), load_file(out / "bf16/resume/state.safetensors")
     assert torch.equal(saved["transformer.ln_f.weight"], trained["student.norm.weight"])
     weight = saved["transformer.h.0.mlp.c_fc.weight"]

@@ -184,6 +184,10 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     samples = (run / "samples.txt").read_text()
     assert all(f"{prompt}\n### response\n{reply}" in samples for prompt, reply in zip(prompts, greedy, strict=False))
 
+    [line] = [line for line in log_of(run) if line["step"] == step and "valid_ce" in line]  # both scores are the best's
+    card = (run / "student" / "README.md").read_text()
+    assert all(f"held out: {key} {value:.4g}\n" in card for key, value in line.items() if key != "step")
+
     assert step_of(run) == 6
     projectors, last = load_file(run / "projectors.safetensors"), load_file(run / "resume" / "state.safetensors")
     assert torch.equal(projectors["t2s.weight"], last["projectors.t2s.weight"]) == (step == 6)  # they go with student/
