@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, stopped_by_ctrl_c
+from helpers import arguments, log_of, make_model, same, stopped_by_ctrl_c
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -125,7 +125,8 @@ def runs_of_two(task: Path, out: Path) -> None:
     adapters |= {"keep_best": "rouge", "checkpoint_every": 1, "valid": task / "valid.jsonl"}
     train.train(options_of(task, out / "adapters", **adapters, batch_size=2))
     sampled = {"on_policy": 1, "max_len": 60, "teacher": task / "twin", "valid": task / "valid.jsonl"}
-    sampled["data"] = out / "five.jsonl"  # every second update is over one example: none for the second process
+    # every second update is over one example, and none for the second process
+    sampled |= {"data": out / "five.jsonl", "student": out / "two layers"}
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
     (out / f"held {parallel.rank()}.json").write_text(json.dumps(bytes_held(task, out / "held")))
@@ -159,6 +160,7 @@ def out(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     with stopped_by_ctrl_c():
         train.train(options_of(task, out / "one, two", batch_size=4))
+    make_model(task / "student", out / "two layers", n_layer=2)
     (out / "five.jsonl").write_text("".join((task / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
