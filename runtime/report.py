@@ -52,8 +52,11 @@ def write_card(out: Path) -> None:
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base,
             "datasets": data and [data], "tags": ["knowledge-distillation", how.replace(" ", "-")]}  # fmt: skip
     matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    names = ["max_steps" if record["max_steps"] else "epochs", *"batch_size grad_accum lr max_len seed".split()]
+    record = {"processes": 1, **record}  # which older runs do not name
+    names = ["max_steps" if record["max_steps"] else "epochs"]
+    names += "batch_size grad_accum processes lr max_len seed".split()
     settings = ", ".join(f"{name} {record[name]}" for name in names)
+    start = f"torchrun --nproc_per_node={record['processes']}" if record["processes"] > 1 else "python"
     options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
     scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
     text = f"""---
@@ -78,7 +81,7 @@ and what do they ask of a model that was made from them? Name it above, as `lice
 
 ## Training
 
-    python train.py {flags(shorten(options))}
+    {start} train.py {flags(shorten(options))}
 """
     write_text(file, text)
 

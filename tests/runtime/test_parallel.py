@@ -216,6 +216,8 @@ def test_a_run_of_two_processes_is_that_of_one(out, one):
     assert [len(state["random.cpu"]) for state in states] == [2, 1]
     assert not torch.equal(*states[0]["random.cpu"])
     assert not (out / "not mine").exists()  # only the first process writes
+    card = (out / "two" / "student" / "README.md").read_text()
+    assert "batch_size 2, grad_accum 1, processes 2," in card and "    torchrun --nproc_per_node=2 train.py " in card
 
 
 def test_one_process_then_two_sharded_ones(out, one):
