@@ -35,7 +35,7 @@ def answer_prompts(
     with packed(model):
         for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
             chosen = order[start : start + batch_size]
-            room = max_len - len(ids[chosen[0]])  # of the longest prompt
+            room = [max_len - len(ids[i]) for i in chosen]
             options = teacher.end_ids, temperature, 0, 1.0, seed * 1_000_003 + start, teacher.size
             for i, new in zip(chosen, generate(model, [ids[i] for i in chosen], room, *options), strict=True):
                 ended = new[-1] in teacher.end_ids

@@ -38,8 +38,7 @@ def test_the_file_holds_the_teachers_greedy_answers(tiny_task, finished):
     for answer in answers[:5]:
         ids = tokenizer.encode(answer.prompt)
         new = model.generate(teacher, [ids], 96 - len(ids), tokenizer.eos_id, temperature=0)[0]
-        # a batch stops with its longest prompt, perhaps in the middle of a character
-        assert tokenizer.decode(new).startswith(answer.outputs[0][:-4])
+        assert answer.outputs[0] == tokenizer.decode(new).rstrip("\ufffd")  # cut, perhaps in the middle of a character
         assert len(answer.outputs[0]) > 10
         assert answer.ends == (new[-1] == tokenizer.eos_id)
 
@@ -102,8 +101,7 @@ def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finishe
     stored = json.loads(capsys.readouterr().out)
     train.main(words(tiny_task, None, method="sft", data=finished / "seqkd.jsonl", dry_run=True))
     assert stored == json.loads(capsys.readouterr().out)
-    # answers of four prompts and of forty: some stop a little earlier in the larger batches
-    assert fresh["ce"] == pytest.approx(stored["ce"], rel=0.1)
+    assert fresh == pytest.approx(stored, rel=1e-5)  # an answer does not depend on what else is in its batch
 
 
 def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
@@ -112,9 +110,9 @@ def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     examples = read_examples(tiny_task / "train.jsonl")[: len(texts)]
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
-    def generate(model, prompts, room, *rest):
-        ids = [teacher.encode(words[tuple(prompt)]) for prompt in prompts]
-        return [new[:room] if len(new) >= room else [*new, teacher.eos_id] for new in ids]
+    def generate(model, prompts, rooms, *rest):
+        whole = [[*teacher.encode(words[tuple(prompt)]), teacher.eos_id] for prompt in prompts]
+        return [new[:room] for new, room in zip(whole, rooms, strict=True)]
 
     monkeypatch.setattr(seqkd, "generate", generate)
     o = Options(out=str(tmp_path / "run"), device="cpu", dtype="fp32", max_len=96, max_prompt_len=48, **options)
