@@ -9,8 +9,9 @@ A response token of the flattened batch is a position whose *next* token belongs
 hidden state, after the final norm, of the position that predicts it; end-of-text is the response's last token. In
 `transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
 is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
-logits, because the heads are the papers' point. `fast/losses.py` has the same functions with the same arguments and
-numbers, in a fraction of the time and the memory.
+logits, because the heads are the papers' point. What a model does to its logits after that product is left out: for a
+scale (Cohere, Granite) multiply the states by it; a bias (Phi) or soft-capping (Gemma 2) has no place here.
+`fast/losses.py` has the same functions with the same arguments and numbers, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
