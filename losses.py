@@ -129,7 +129,8 @@ RECIPES = {  # (recipe, alignment)
 @dataclass
 class Counts:
     """The normalisers of one update: over all its batches, so that the losses of the batches add up to that of the
-    whole; or their means over processes that average gradients. None: not counted."""
+    whole (accelerate divides each by their number: undo that); or their means over processes that average gradients.
+    None: not counted."""
 
     tokens: float  # student response tokens
     pairs: float | None = None  # aligned pairs whose prediction the student can say (ETA)
@@ -162,7 +163,8 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     """
     if gold is None:
         return {**terms, "loss": kd_rate * terms["kd"]}
-    ce = cross_entropy(logits, gold, reduction="sum") / tokens
+    # an error for -100, torch's mark of prompts and padding: they would count in every other term
+    ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-1) / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
 
