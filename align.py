@@ -120,17 +120,21 @@ def vocabulary_overlap(
     return tuple(np.array(common, dtype=np.int64).reshape(-1, 2).T[::-1])
 
 
-def prediction_map(teacher: Tokenizer, student: Tokenizer, teacher_eos: int, student_eos: int, size: int) -> np.ndarray:
+def prediction_map(
+    teacher: Tokenizer, student: Tokenizer, teacher_eos: int | None, student_eos: int | None, size: int
+) -> np.ndarray:
     """(size,) student id of each teacher id, -1 where the student has no such token: the ŷᵗ ∈ V_stu of eq. 14.
 
-    Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other.
+    Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other (None:
+    there is none).
     Eq. 14 keeps only the aligned pairs where the teacher's prediction maps to an id >= 0.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """
     student_ids, spelt = ids_by_bytes(student, student_eos), token_bytes(teacher)[:size]
     mapped = np.full(size, -1, dtype=np.int64)
     mapped[: len(spelt)] = [student_ids.get(piece, -1) for piece in spelt]
-    mapped[teacher_eos] = student_eos
+    if teacher_eos is not None and student_eos is not None:
+        mapped[teacher_eos] = student_eos
     return mapped
 
 
@@ -280,7 +284,8 @@ def cross_model_attention(
     A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
 
     projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. All in float32, whatever
-    autocast says: the scores decide who is heard.
+    autocast says: the scores decide who is heard. So the projectors stay in float32; without autocast the states and
+    heads of half-precision models go into `dskd_loss` as float32 too.
     """
     with torch.autocast(student.hidden.device.type, enabled=False):
         teacher_inputs, teacher_labels = teacher.embeddings()

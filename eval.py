@@ -141,7 +141,8 @@ def evaluate(
     prompts = tokenizer.fit_prompts(data.examples, max_prompt_len)
     rows, cut = tokenise(data.examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
     new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
-    report: dict = {"prompts_cut": cut.prompts_cut, "new_tokens": new_tokens, "responses": [], "details": []}
+    cuts = {"prompts_cut": cut.prompts_cut, "references_cut": cut.responses_cut}  # the latter for cross_entropy alone
+    report: dict = {**cuts, "new_tokens": new_tokens, "responses": [], "details": []}
     if data.task == "rouge":
         report["no_reference_tokens"] = sum(not any(map(tokenize, example.outputs)) for example in data.examples)
     for seed in seeds:

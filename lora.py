@@ -85,8 +85,8 @@ def choose_layers(model: nn.Module, targets: str | list[str] | None = None) -> l
     targets = default_targets(model) if targets is None else [targets] if isinstance(targets, str) else targets
     layers, chosen = linear_layers(model), {}
     for target in targets:  # transformers calls our blocks transformer.h or model.layers; inside, names are the same
-        ending = re.sub(r"^((transformer\.)?h|(model\.)?layers)\.", "blocks.", target)
-        chosen[target] = {path for path in layers if target == "all-linear" or f".{path}".endswith(f".{ending}")}
+        endings = f".{target}", "." + re.sub(r"^((transformer\.)?h|(model\.)?layers)\.", "blocks.", target)
+        chosen[target] = {path for path in layers if target == "all-linear" or f".{path}".endswith(endings)}
     unknown = [repr(target) for target, paths in chosen.items() if not paths]
     if unknown or not targets:
         names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in layers))
@@ -101,7 +101,8 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """{path: layer} of those that may have an adapter: not the head, whose weight the losses read."""
+    """{path: layer} of those that may have an adapter: not the head, whose weight the losses read. (In transformers'
+    own GPT-2 there is none: its layers are no nn.Linear.)"""
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and path != "lm_head"}
 
 

@@ -9,8 +9,9 @@ A response token of the flattened batch is a position whose *next* token belongs
 hidden state, after the final norm, of the position that predicts it; end-of-text is the response's last token. In
 `transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
 is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
-logits, because the heads are the papers' point. `fast/losses.py` has the same functions with the same arguments and
-numbers, in a fraction of the time and the memory.
+logits, because the heads are the papers' point. What a model does to its logits after that product is left out: for a
+scale (Cohere, Granite) multiply the states by it; a bias (Phi) or soft-capping (Gemma 2) has no place here.
+`fast/losses.py` has the same functions with the same arguments and numbers, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
@@ -128,7 +129,8 @@ RECIPES = {  # (recipe, alignment)
 @dataclass
 class Counts:
     """The normalisers of one update: over all its batches, so that the losses of the batches add up to that of the
-    whole; or their means over processes that average gradients. None: not counted."""
+    whole (accelerate divides each by their number: undo that); or their means over processes that average gradients.
+    None: not counted."""
 
     tokens: float  # student response tokens
     pairs: float | None = None  # aligned pairs whose prediction the student can say (ETA)
@@ -161,7 +163,8 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     """
     if gold is None:
         return {**terms, "loss": kd_rate * terms["kd"]}
-    ce = cross_entropy(logits, gold, reduction="sum") / tokens
+    # an error for -100, torch's mark of prompts and padding: they would count in every other term
+    ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-1) / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
 

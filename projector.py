@@ -50,7 +50,8 @@ def logit_preserving_weight(source_head: Tensor, target_head: Tensor) -> Tensor:
         raise ValueError(f"the heads must list the same tokens: source_head has {len(source_head)} rows, target_head "
                          f"{len(target_head)}; take the rows of the shared vocabulary first")  # fmt: skip
     inverse = pseudo_inverse(target_head)
-    return inverse @ source_head.detach().to(inverse.dtype)  # (d_out, V) x (V, d_in) -> (d_out, d_in)
+    with torch.autocast(inverse.device.type, enabled=False):
+        return inverse @ source_head.detach().to(inverse.dtype)  # (d_out, V) x (V, d_in) -> (d_out, d_in)
 
 
 class Projectors(nn.Module):
@@ -62,6 +63,8 @@ class Projectors(nn.Module):
     student head by `refresh_s2t`, before every update, and no optimiser touches it.
     Beside the student the optimiser gets the projectors that have `requires_grad`. With different tokenizers the heads
     to give are student_head[student_ids] and teacher_head[teacher_ids], by the ids of `align.vocabulary_overlap`.
+    For models in half precision convert t2s and s2t, not the whole module: the inverse behind s2t stays in float32.
+    With several processes average the projectors' gradient too: make them a part of the student, before it is wrapped.
     given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
     """
 
@@ -89,5 +92,6 @@ class Projectors(nn.Module):
     @torch.no_grad()
     def refresh_s2t(self, student_head: Tensor) -> None:
         """s2t for the current student head (V, d), where it is solved; no gradient flows through the solution."""
-        if self.teacher_inverse is not None:  # `logit_preserving_weight(student_head, teacher_head)`
-            self.s2t.weight.copy_(self.teacher_inverse @ student_head.to(self.teacher_inverse.dtype))  # (D, V) x (V, d)
+        if (inverse := self.teacher_inverse) is not None:  # `logit_preserving_weight(student_head, teacher_head)`
+            with torch.autocast(inverse.device.type, enabled=False):
+                self.s2t.weight.copy_(inverse @ student_head.to(inverse.dtype))  # (D, V) x (V, d)

@@ -37,7 +37,7 @@ def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.nd
     teacher_index, student_index = edit_distance_alignment(*spelt)
     equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
     theirs, ours = spellings[0][row.teacher.response[0]], spellings[1][row.student.response[0]]
-    if theirs != ours and theirs.removeprefix(b" ") == ours.removeprefix(b" "):
+    if theirs == b" " + ours or ours == b" " + theirs:
         equal &= student_index > 0  # SentencePiece's added space: the teacher would teach a token with it, as in ETA
     return teacher_index[equal], student_index[equal]
 

@@ -35,7 +35,19 @@ def load(o: argparse.Namespace) -> tuple:
     limits = [AutoConfig.from_pretrained(directory).max_position_embeddings for directory in both]
     rows = read_rows(o.data, *tokenizers, max_len=min(512, *limits))
     student, teacher = (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32) for directory in both)
-    return student, teacher.eval().requires_grad_(False), tokenizers, rows
+    for directory, model in zip(both, (student, teacher), strict=True):
+        check_head(directory, model.eval())
+    return student, teacher.requires_grad_(False), tokenizers, rows
+
+
+@torch.no_grad()
+def check_head(directory: str, model: nn.Module) -> None:
+    """Raises ValueError where the logits are not states @ headᵀ, which is all that the losses know."""
+    output = model(input_ids=torch.arange(8)[None], output_hidden_states=True)
+    logits = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
+    if not torch.allclose(logits, output.logits, rtol=0, atol=1e-3 * logits.abs().max()):
+        raise ValueError(f"{directory}: its logits are more than its states times its head (a bias, a scale, "
+                         "soft-capping), and the losses leave that out")  # fmt: skip
 
 
 def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_rows: int):
@@ -65,6 +77,9 @@ def read_rows(
             # as in train.py without --bos, nothing is put before the prompt; and "</s>" inside a response is text
             prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
             response = tokenizer(example["output"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if not prompt or tokenizer.eos_token_id is None:
+                raise ValueError(f"{file}, line {number}: the {model} needs a prompt with a token, which predicts the "
+                                 "response's first, and a tokenizer with end-of-text")  # fmt: skip
             response = response + [tokenizer.eos_token_id]
             row[model] = prompt, response
             # None is end-of-text, in both vocabularies; other special tokens spell nothing

@@ -41,16 +41,16 @@ class DecodingGraph:
             return self.decode(tokens, cache)
         if self.replay is None:
             self.tokens = tokens.clone()
-            self.replay = capture(partial(self.decode, self.tokens, cache))
+            self.replay = capture(partial(self.decode, self.tokens, cache), tokens.device)
         self.tokens.copy_(tokens)
         return self.replay()
 
 
-def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What `run` would launch on the current device, as a graph: each call launches it again, on the same memory, and
-    returns the same tensor. Not by `torch.cuda.graph`, which first gives all free memory back to the system."""
-    graph, stream = torch.cuda.CUDAGraph(), side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
+def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What `run` would launch on the device, as a graph: each call launches it again, on the same memory, and returns
+    the same tensor. Not by `torch.cuda.graph`, which first gives all free memory back to the system."""
+    graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")  # another thread may be copying the next batch
         output = run()
@@ -64,6 +64,6 @@ def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 @cache
-def side_stream(device: int) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all graphs of a device, which so share what cuBLAS keeps for every stream."""
     return torch.cuda.Stream(device)

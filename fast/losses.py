@@ -113,6 +113,16 @@ def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
     return p, logits - log_sum
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Autocast's, or else that of the states. Raises ValueError for float16."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype == torch.float16:
+        raise ValueError("fast/losses.py: in float16 small gradients would become 0, since they are made before a "
+                         "GradScaler scales the loss; use bfloat16, or losses.py")  # fmt: skip
+    return dtype
+
+
 def pad_head(head: Tensor, dtype: torch.dtype) -> Tensor:
     """The head in `dtype`; on CUDA with rows of 0 up to a multiple of 64: with GPT-2's 50,257, products under it would
     take three times as long."""
@@ -188,7 +198,7 @@ class HeadTerms(torch.autograd.Function):
     ):  # fmt: skip
         inputs, (wants_hidden, wants_head, wants_target) = (hidden, head, target_hidden), ctx.needs_input_grad[:3]
         device, shared = hidden.device.type, target_head is head
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = product_dtype(hidden)
         exact = torch.promote_types(dtype, torch.float32)
         d_head = torch.zeros_like(head, dtype=exact) if wants_head else None
         V, target_V = len(head), len(target_head)

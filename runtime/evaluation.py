@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch-size", type=int, default=32, help="prompts at a time (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one that torch can use)")
-    help = "of the weights while generating (default: %(default)s)"
+    help = "of the weights, for responses and cross-entropy (default: %(default)s)"
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help=help)
 
     options = parser.parse_args(arguments)

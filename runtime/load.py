@@ -236,6 +236,8 @@ def load_answers(
         raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
     limit = min(o.max_prompt_len, o.max_len - 1)
     asked = [cut_prompt(example, [student, teacher], limit) for example in examples]
+    if cut := sum(shorter is not whole for shorter, whole in zip(asked, examples, strict=True)):
+        print(f"seqkd: {cut} of {len(asked)} prompts are cut to fit", file=sys.stderr)
     how = o.max_len, o.seqkd_temperature, o.seed
     recipe = seqkd.make_recipe(asked, directory, teacher, student, *how)
     if file.is_file():

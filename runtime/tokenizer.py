@@ -101,6 +101,8 @@ def read_tokenizer(
         written = template.source if template else ""
         tokenizer = leave_out_tokens(file, tokenizer, rows, tokenizer.id_to_token(end_ids[0]), written)
         end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
+    added = tokenizer.get_added_tokens_decoder()  # not all files mark ends as special: a response may quote them too
+    tokenizer.add_special_tokens([added[end] for end in end_ids if end in added])
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, template)
     except ValueError as error:  # of `token_bytes`

@@ -54,6 +54,8 @@ def describe(scores: dict, data: DataSet, chat, file) -> str:
     line = f"{len(data.examples)} examples" + (f" in {chat.name}" if chat else "")
     if scores["prompts_cut"]:
         line += f", {scores['prompts_cut']} prompts cut to fit"
+    if scores["references_cut"]:
+        line += f", {scores['references_cut']} references cut to fit (in the cross-entropy alone)"
     if any(scores["not_ended"]):
         line += f", {count_unfinished([scores])} responses did not end within {scores['new_tokens']} tokens"
     line += f"; {file}"

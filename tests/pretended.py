@@ -150,7 +150,7 @@ def pretended_cuda():
     precision = torch.get_float32_matmul_precision()
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # as where a device's tensors differ in kind
-    no_graphs = patch("fast.cuda.capture", lambda run: run)
+    no_graphs = patch("fast.cuda.capture", lambda run, device: run)
     with patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, Card() as card:
         try:
             yield card

@@ -380,6 +380,8 @@ def test_prediction_map_by_hand(small_vocabularies):
     assert prediction_map(teacher, student, 2, 0, size=13).tolist() == expected
     assert prediction_map(teacher, student, 2, 0, size=6).tolist() == expected[:6]  # a head smaller than its tokenizer
     # the student's "A" is the one that is not a byte token, even where that has the smaller id
+    without = [-1 if i == 2 else token for i, token in enumerate(expected)]
+    assert prediction_map(teacher, student, None, 0, size=13).tolist() == without  # and not all to the student's end
     back = prediction_map(student, teacher, teacher_eos=0, student_eos=2, size=10)
     assert back.tolist() == [2, -1, 6, 7, 4, 8, -1, 5, -1, -1]
 

@@ -87,7 +87,7 @@ def test_generation_replays_each_token(name, monkeypatch):
     budgets = [25, 3, 12]  # so that sequences leave the batch
     expected = generate(m, prompts, budgets, None, temperature=0)
 
-    def capture(run):
+    def capture(run, device):
         seen.append(0)
 
         def replay():

@@ -168,16 +168,19 @@ def replies_of(run, name):
     return report, report["responses"][0]
 
 
-def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, student):
-    """--max-len minus --max-prompt-len, for short prompts and for one that is cut, and with any --limit."""
+def test_new_tokens_do_not_depend_on_the_prompts(tiny_task, tmp_path, capsys, student):
+    """--max-len minus --max-prompt-len, for short prompts and for one that is cut, and with any --limit. What is cut is
+    told, references too, which count whole in Rouge-L."""
     run, (m, tokenizer) = run_directory(tiny_task, tmp_path), student
     prompts = ["The fox\n", "Where is the owl?\n", "Where in the garden can I find the fox? " * 9]
-    data = write_lines(tmp_path / "set.jsonl", *({"prompt": prompt, "output": "x"} for prompt in prompts))
+    lines = ({"prompt": prompt, "output": "x" + " of the owl" * (len(prompt) // 10)} for prompt in prompts)
+    data = write_lines(tmp_path / "set.jsonl", *lines)
     for limit, cut in (("1", 0), ("2", 0), ("3", 1)):
         evaluation.main([run, "--data", data, "--greedy", "--limit", limit, "--max-len", "60", "--max-prompt-len", "50",
                          "--device", "cpu"])  # fmt: skip
         report, replies = replies_of(run, "set" if limit == "3" else f"set-first-{limit}")
-        assert report["new_tokens"] == 10 and report["prompts_cut"] == cut
+        assert report["new_tokens"] == 10 and report["prompts_cut"] == report["references_cut"] == cut
+        assert ("1 prompts cut to fit, 1 references cut to fit" in capsys.readouterr().err) == cut
         assert replies[:2] == evaluation.respond(m, tokenizer, prompts[:2], max_new_tokens=10)[: int(limit)]
     evaluation.main([run, "--data", data, "--greedy", "--limit", "1", "--max-len", "60", "--device", "cpu"])
     assert replies_of(run, "set-first-1")[0]["new_tokens"] == 30

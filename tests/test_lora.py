@@ -150,6 +150,13 @@ def test_impossible_values_leave_the_model_alone(values, message):
     assert not lora.adapted_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
+@pytest.mark.parametrize("target", ["model.layers.1.q_proj", "layers.1.q_proj"])
+def test_layers_of_a_model_of_transformers(target):
+    layers = [torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)}) for _ in range(2)]
+    m = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})})
+    assert lora.choose_layers(m, target) == ["model.layers.1.q_proj"]
+
+
 def test_a_rank_above_the_width_and_a_second_adapter():
     m = trained(random_model(GPT2), rank=30)  # wasteful, but peft's files may have it
     adapted = logits_of(m)

@@ -259,6 +259,15 @@ def test_terms_are_on_the_device_of_their_inputs(case):
     assert {term.device.type for term in i.terms().values()} == {"meta"}
 
 
+@both
+def test_gold_tokens_are_tokens(chunk):
+    """-100, torch's mark of prompts and padding, would be left out of the cross-entropy alone."""
+    i = Inputs("kd")
+    i.gold[2] = -100
+    with pytest.raises((IndexError, RuntimeError), match="-100 is out of bounds"):
+        i.terms(chunk=chunk)
+
+
 def test_predictions_by_parts():
     hidden, head = torch.randn(7, 4), torch.randn(9, 4)
     for chunk in (1, 3, 7, 100):

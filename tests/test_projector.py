@@ -147,6 +147,16 @@ def test_v2_starts_t2s_where_it_keeps_the_logits_and_solves_s2t_for_the_student_
     assert projectors.state_dict().keys() == {"t2s.weight", "s2t.weight"}  # the inverse comes from the teacher again
 
 
+def test_autocast_does_not_round_the_solutions():
+    heads = HEADS["common direction"], random_head(120, 24) + 50 * random_head(1, 24, seed=8)
+    exact = Projectors(*heads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Projectors(*heads)
+        assert torch.equal(found.t2s.weight, exact.t2s.weight) and torch.equal(found.s2t.weight, exact.s2t.weight)
+        found.refresh_s2t(2 * heads[0])
+    assert torch.equal(found.s2t.weight, 2 * exact.s2t.weight)
+
+
 @pytest.mark.parametrize("recipe", ["v1", "v2"])
 def test_given_weights_take_the_recipes_place_and_are_trained(recipe):
     weight, bias = torch.randn(10, 6), torch.randn(10)

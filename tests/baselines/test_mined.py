@@ -34,8 +34,8 @@ from baselines.mined import (
     pair_by_edit_distance,
     token_spellings,
 )
-from data import Example, tokenise
-from runtime.tokenizer import read_tokenizer
+from data import Example, Row, Side, tokenise
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 # -- edit distances and warping ----------------------------------------------------------------------------------------
 
@@ -171,6 +171,17 @@ def test_pairs_are_of_the_tokens_that_are_read(tokenizers):
     spelt = [[token_spellings(t.tokenizer)[i] for i in ids] for t, ids in ((teacher, theirs), (student, ours))]
     expected = [(m, n) for m, n in warped(*spelt) if mapped[theirs[m]] == ours[n]]
     assert pairs == expected and 0 < len(expected) < len(ours)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "expected"), [("▁x", "x", [2]), ("x", "▁x", [2]), ("▁▁▁", "▁▁", [2]),
+                                                         ("▁▁", "▁▁", [0, 1, 2]), ("▁x", "▁▁▁", [0, 2])])  # fmt: skip
+def test_a_first_token_with_a_space_more_is_in_no_pair(theirs, ours, expected):
+    """SentencePiece's added space, also before a response that begins with spaces itself."""
+    ids = {token: i for i, token in enumerate(["<end>", "x", "▁x", "▁▁", "▁▁▁"])}
+    student = byte_level({token.replace("▁", "Ġ"): i for token, i in ids.items()})
+    teacher, student = (TextTokenizer(None, tokenizer, [0]) for tokenizer in (sentencepiece(ids), student))
+    row = Row(*(Side([1], [ids[first], 1, 0]) for first in (ours, theirs)))
+    assert pair_by_edit_distance(row, student, teacher)[1].tolist() == expected
 
 
 def test_the_map_is_cached(tokenizers, tmp_path, monkeypatch, capsys):

@@ -111,11 +111,12 @@ def answers(tiny_task, tmp_path, monkeypatch, texts, **options):
     words = {tuple(teacher.encode(e.prompt)): text for e, text in zip(examples, texts, strict=True)}
 
     def generate(model, prompts, rooms, *rest):
-        whole = [[*teacher.encode(words[tuple(prompt)]), teacher.eos_id] for prompt in prompts]
+        whole = [[*teacher.encode(words.get(tuple(prompt), "an owl")), teacher.eos_id] for prompt in prompts]
         return [new[:room] for new, room in zip(whole, rooms, strict=True)]
 
     monkeypatch.setattr(seqkd, "generate", generate)
-    o = Options(out=str(tmp_path / "run"), device="cpu", dtype="fp32", max_len=96, max_prompt_len=48, **options)
+    options = {"device": "cpu", "dtype": "fp32", "max_len": 96, "max_prompt_len": 48, **options}
+    o = Options(out=str(tmp_path / "run"), **options)
     return load_answers(o, examples, tiny_task / "teacher", teacher, student)
 
 
@@ -133,6 +134,10 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "run" / "seqkd.jsonl").read_text().split("\n") if line]
     assert [line.get("end_of_text", True) for line in lines] == [True, False, True]
     assert [line.keys() - {"prompt", "output", "end_of_text"} for line in lines] == [{"seqkd"}, set(), set()]
+    assert "cut to fit" not in capsys.readouterr().err
+    short = answers(tiny_task, tmp_path / "short", monkeypatch, texts, max_prompt_len=3)
+    assert [e.outputs for e in short] == [["an owl"]] * 5
+    assert "seqkd: 5 of 5 prompts are cut to fit" in capsys.readouterr().err
     with pytest.raises(ValueError, match="all of the teacher's answers are empty"):
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 

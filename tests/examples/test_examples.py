@@ -129,6 +129,21 @@ def test_first_loss_equals_dry_run(examples, options, tmp_path, capsys):
     assert 0 < expected["t2s_agreement"] < 1 and expected["t2s_kd"] > 0  # else the comparison says little
 
 
+def test_what_would_give_a_wrong_number_is_refused(examples, loaded, tmp_path):
+    student, teacher, tokenizers, _ = loaded
+    batch, file = examples["batch"], tmp_path / "data.jsonl"
+    teacher.lm_head.bias = torch.nn.Parameter(torch.ones(len(teacher.lm_head.weight)))
+    with pytest.raises(ValueError, match="DIR: its logits"):
+        batch.check_head("DIR", teacher)
+    file.write_text('{"prompt": "", "output": "A fox."}')
+    with pytest.raises(ValueError, match="line 1: the student needs a prompt"):
+        batch.read_rows(file, *tokenizers, max_len=100)
+    tokenizers[1].eos_token = None
+    file.write_text('{"prompt": "Yes?", "output": "A fox."}')
+    with pytest.raises(ValueError, match="line 1: the teacher needs .* end-of-text"):
+        batch.read_rows(file, *tokenizers, max_len=100)
+
+
 class Recorder(transformers.TrainerCallback):
     """The gradient of each update, before the optimizer takes it."""
 

@@ -104,3 +104,10 @@ def test_the_loss_alone_has_a_gradient_and_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up"):
         loss.backward()
+
+
+def test_float16_is_refused():
+    """There a gradient below 6e-8 is 0, and a GradScaler would come too late."""
+    hidden, head = torch.randn(2, d, requires_grad=True), torch.randn(V_S, d)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
+        fast_losses.sft_loss(hidden, torch.tensor([0, 1]), head, Counts(2))

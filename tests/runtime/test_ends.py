@@ -55,6 +55,16 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
         assert (report["rouge_l"], report["responses"]) == ([100.0], [["The sky is blue."]])
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_response_may_quote_ends(tiny_task, tmp_path, special):
+    """Also where the vocabulary does not mark them as special: else the label would end in its midst."""
+    tokenizer, text = read_tokenizer(speaker(tiny_task, tmp_path / "model", WAYS["generation_config.json"],
+                                             special=special)), "Write <stop>, not <turn>."  # fmt: skip
+    assert {TURN, STOP} < {*tokenizer.end_ids} and not {*tokenizer.end_ids} & {*tokenizer.encode(text)}
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert {TURN, STOP} < {*tokenizer.encode_prompt(text)}
+
+
 def test_what_the_teacher_ended_with_becomes_the_students_end(tiny_task, tmp_path):
     teacher = speaker(tiny_task, tmp_path / "model", WAYS["config.json"], says=(ANSWER, STOP))
     options = {"method": "seqkd", "teacher": teacher, "student": tiny_task / "twin", "data": tiny_task / "valid.jsonl"}
