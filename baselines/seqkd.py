@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data import Example
 from fast.cache import model_digest
 from fast.cpu import packed
+from fast.cuda import graphed
 from model import generate
 
 
@@ -32,7 +33,7 @@ def answer_prompts(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
     lines: dict[int, dict] = {}
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
-    with packed(model):
+    with packed(model), graphed(model):
         for start in tqdm(range(0, len(order), batch_size), desc="teacher's answers", unit="batch", mininterval=every):
             chosen = order[start : start + batch_size]
             room = [max_len - len(ids[i]) for i in chosen]

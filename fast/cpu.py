@@ -30,16 +30,18 @@ SMALLEST = 2**20  # multiplications below which the way through Python costs mor
 @cache
 def onednn_is_faster() -> bool:
     """Whether oneDNN needs less than 3/4 of the time that PyTorch's own way needs for a float32 product, by the best of
-    four each, in turns: ten milliseconds, once per process. (Between 1/2 on AMD's processors and 1 on Intel's, so that
-    a busy machine does not change the answer, and with it the order of summation.)"""
+    six each, in turns: a thirtieth of a second, once per process. A busy machine must not change the answer, and with
+    it the order of summation: so 3/4 lies between 1/2 on AMD's processors and 1 on Intel's, and what is measured is one
+    thread's time on the processor."""
     a, b = torch.ones(256, 768), torch.ones(768, 768)
     ways = partial(torch.mm, a, b.T), partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
-    least = [math.inf, math.inf]
-    for _ in range(4):
-        for i, multiply in enumerate(ways):
-            began = time.perf_counter()
-            multiply()
-            least[i] = min(least[i], time.perf_counter() - began)
+    least, threads = [math.inf, math.inf], torch.get_num_threads()
+    torch.set_num_threads(1)
+    for turn in range(12):
+        began = time.thread_time()
+        ways[turn % 2]()
+        least[turn % 2] = min(least[turn % 2], time.thread_time() - began)
+    torch.set_num_threads(threads)
     return least[1] < 0.75 * least[0]
 
 

@@ -156,7 +156,8 @@ def test_labels_that_are_the_teachers_answers(root, tmp_path):
     tokenizer = read_tokenizer(reproduce.teacher(root, cell))
     said = respond(load_model(reproduce.teacher(root, cell)), tokenizer, [x["prompt"] for x in labels[:12]])
     said = {x["prompt"]: answer for x, answer in zip(labels[:12], said, strict=True)}
-    assert learned and all(said[x["prompt"]].startswith(x["output"]) for x in learned)
+    begun = {x["prompt"]: x["output"][:-4] for x in learned}  # where it stops, byte tokens may be half a character
+    assert begun and all(begun.values()) and all(said[prompt].startswith(part) for prompt, part in begun.items())
     with patch.object(train, "train", lambda options: pytest.fail("made twice")):
         assert reproduce.answers(root, cell) == reproduce.answers(root, replace(cell, updates=9))
 

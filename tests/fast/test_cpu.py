@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -128,12 +127,14 @@ def test_the_faster_product_is_found_by_measuring(monkeypatch, slow, faster):
     owner = torch if slow == "mm" else torch.ops.mkldnn
     multiply, measured = getattr(owner, slow), cpu.onednn_is_faster.__wrapped__
 
-    def multiply_slowly(*factors):
-        time.sleep(0.05)
+    def multiply_slowly(*factors):  # by work: waiting is not counted
+        for _ in range(5):
+            multiply(*factors)
         return multiply(*factors)
 
     monkeypatch.setattr(owner, slow, multiply_slowly)
-    assert measured() == faster
+    threads = torch.get_num_threads()
+    assert measured() == faster and torch.get_num_threads() == threads
     calls = Calls()
     calls.inner = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(cpu, "onednn_is_faster", measured)
