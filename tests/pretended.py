@@ -12,7 +12,7 @@ Not seen: what autocast casts, the dtypes and layouts that a kernel lacks, strea
 """
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -151,7 +151,13 @@ def pretended_cuda():
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # as where a device's tensors differ in kind
     no_graphs = patch("fast.cuda.capture", lambda run, device: run)
-    with patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, Card() as card:
+    # PyTorch's optimisers ask it for a stream, which takes a driver where PyTorch is built with CUDA
+    no_stream = patch("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    patches = patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, no_stream
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
+        card = stack.enter_context(Card())
         try:
             yield card
         finally:
