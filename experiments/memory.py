@@ -1,6 +1,6 @@
 """What a run needs on each device, worked out from the two config.json alone, to choose --shard and the processes by.
 
-    python -m experiments.memory                                         the table of the README
+    python -m experiments.memory                                         the table of docs/multi_gpu.md
     python -m experiments.memory --teacher DIR --student DIR --devices 4 --shard teacher
 
 Of a teacher (bf16, frozen) 2 bytes per parameter. Of a student 16 bytes per trained parameter (weight, gradient, two
