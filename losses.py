@@ -175,7 +175,7 @@ def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts:
     student_hidden (N, d), gold (N,), student_head (V_s, d). `kd_rate` is that of the loss of which this is the gold
     part: its weight is 1 − kd_rate.
     """
-    return add_gold({}, logits_under(student_hidden, student_head), gold, counts.tokens, kd_rate)
+    return add_gold({}, logits_under(student_hidden, student_head), gold, counts.over("tokens"), kd_rate)
 
 
 def kd_loss(
@@ -197,7 +197,8 @@ def kd_loss(
     teacher_logits = logits_under(teacher_hidden, teacher_head)
     shared = min(len(student_head), len(teacher_head))
     kd = DIVERGENCES[divergence](student_logits[:, :shared], teacher_logits[:, :shared].detach(), temperature)
-    return add_gold({"kd": kd.sum() / counts.tokens}, student_logits, gold, counts.tokens, kd_rate)
+    tokens = counts.over("tokens")
+    return add_gold({"kd": kd.sum() / tokens}, student_logits, gold, tokens, kd_rate)
 
 
 def dskd_loss(
@@ -225,7 +226,7 @@ def dskd_loss(
     belong together, naming one.
     """
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
-    over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
+    tokens, over, over_stu = map(counts.over, ("tokens", recipe.average, recipe.average_stu))
     D_stu, D_tea = DIVERGENCES[divergence], DIVERGENCES[recipe.divergence or divergence]
 
     # Student space: both models under the student's head. L_ce teaches the projector to speak through that head, which
@@ -243,7 +244,7 @@ def dskd_loss(
     s2t_kd = D_tea(s2t_logits, teacher_logits.detach(), temperature).sum() / over
 
     terms = {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "kd": t2s_ce + t2s_kd + s2t_kd}
-    return add_gold({**terms, "agreeing": agrees.sum()}, student_logits, gold, counts.tokens, kd_rate)
+    return add_gold({**terms, "agreeing": agrees.sum()}, student_logits, gold, tokens, kd_rate)
 
 
 def check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe: Recipe) -> None:

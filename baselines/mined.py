@@ -226,5 +226,5 @@ def mined_loss(
     parts = [part for group in groups for part in zip(*(x.split(chunk or max(1, len(x))) for x in group), strict=True)]
     terms = [checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     ce, correct, kd = (sum(column) for column in zip(*terms, strict=True))
-    ce, kd = ce / counts.tokens, kd / counts.tokens
+    ce, kd = (total / counts.over("tokens") for total in (ce, kd))
     return {"ce": ce, "correct": correct, "kd": kd, "loss": (1 - kd_rate) * ce + kd_rate * kd}

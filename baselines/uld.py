@@ -49,15 +49,15 @@ def uld_loss(
     Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0. `chunk`: the
     fast path, so many tokens at a time, and `fused` as there; 0 is the plain one.
     """
+    tokens = counts.over("tokens")
     if chunk:
         found = head_terms(
-            student_hidden, student_head, teacher_hidden, teacher_head, rows, gold,
-            ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens, divergence="uld", chunk=chunk,
-            fused=fused,
+            student_hidden, student_head, teacher_hidden, teacher_head, rows, gold, ce_weight=(1 - kd_rate) / tokens,
+            kd_weight=kd_rate / tokens, divergence="uld", chunk=chunk, fused=fused,
         )  # fmt: skip
-        ce, kd = found.ce / counts.tokens, found.kd / counts.tokens
+        ce, kd = found.ce / tokens, found.kd / tokens
         return {"ce": ce, "correct": found.correct, "kd": kd, "loss": found.loss}
     student_logits = logits_under(student_hidden, student_head)  # (N, V_s)
     teacher_logits = logits_under(teacher_hidden, teacher_head).detach()  # (K, V_t)
     distance = universal_logit_distance(student_logits[rows].softmax(-1), teacher_logits.softmax(-1))  # (K,)
-    return add_gold({"kd": distance.sum() / counts.tokens}, student_logits, gold, counts.tokens, kd_rate)
+    return add_gold({"kd": distance.sum() / tokens}, student_logits, gold, tokens, kd_rate)

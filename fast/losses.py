@@ -312,9 +312,10 @@ def sft_loss(
     fused: bool = False,
 ) -> dict[str, Tensor]:
     """As `losses.sft_loss`."""
-    weight = (1 - kd_rate) / counts.tokens
+    tokens = counts.over("tokens")
+    weight = (1 - kd_rate) / tokens
     found = head_terms(student_hidden, student_head, gold=gold, ce_weight=weight, chunk=chunk, fused=fused)
-    return {"ce": found.ce / counts.tokens, "correct": found.correct, "loss": found.loss}
+    return {"ce": found.ce / tokens, "correct": found.correct, "loss": found.loss}
 
 
 def kd_loss(
@@ -331,13 +332,14 @@ def kd_loss(
     fused: bool = False,
 ) -> dict[str, Tensor]:
     """As `losses.kd_loss`."""
+    tokens = counts.over("tokens")
     found = head_terms(
         student_hidden, student_head, teacher_hidden, teacher_head, gold=gold,
-        ce_weight=(1 - kd_rate) / counts.tokens, kd_weight=kd_rate / counts.tokens,
+        ce_weight=(1 - kd_rate) / tokens, kd_weight=kd_rate / tokens,
         divergence=divergence, temperature=temperature, chunk=chunk, fused=fused,
     )  # fmt: skip
-    on_gold = {} if gold is None else {"ce": found.ce / counts.tokens, "correct": found.correct}
-    return {**on_gold, "kd": found.kd / counts.tokens, "loss": found.loss}
+    on_gold = {} if gold is None else {"ce": found.ce / tokens, "correct": found.correct}
+    return {**on_gold, "kd": found.kd / tokens, "loss": found.loss}
 
 
 def dskd_loss(
@@ -360,12 +362,12 @@ def dskd_loss(
 ) -> dict[str, Tensor]:
     """As `losses.dskd_loss`."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
-    over, over_stu = counts.over(recipe.average), counts.over(recipe.average_stu)
+    tokens, over, over_stu = map(counts.over, ("tokens", recipe.average, recipe.average_stu))
     options = {"temperature": temperature, "chunk": chunk, "fused": fused}
 
     in_student_space = head_terms(
         student_hidden, student_head, t2s_hidden, student_head, rows, gold, label, recipe.only_agreeing,
-        ce_weight=(1 - kd_rate) / counts.tokens, target_ce_weight=kd_rate / over, kd_weight=kd_rate / over_stu,
+        ce_weight=(1 - kd_rate) / tokens, target_ce_weight=kd_rate / over, kd_weight=kd_rate / over_stu,
         divergence=divergence, **options,
     )  # fmt: skip
     in_teacher_space = head_terms(
@@ -374,7 +376,7 @@ def dskd_loss(
     )  # fmt: skip
     t2s_ce, t2s_kd = in_student_space.target_ce / over, in_student_space.kd / over_stu
     s2t_kd = in_teacher_space.kd / over
-    on_gold = {} if gold is None else {"ce": in_student_space.ce / counts.tokens, "correct": in_student_space.correct}
+    on_gold = {} if gold is None else {"ce": in_student_space.ce / tokens, "correct": in_student_space.correct}
     return {
         **on_gold, "t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "kd": t2s_ce + t2s_kd + s2t_kd,
         "agreeing": in_student_space.agrees, "loss": in_student_space.loss + in_teacher_space.loss,

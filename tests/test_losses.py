@@ -216,6 +216,23 @@ def test_counts_may_be_means_below_one(chunk):
         torch.testing.assert_close(i.terms(chunk=chunk)[name], 8 * whole[name])
 
 
+@pytest.mark.parametrize("loss", ["sft", "kd", "dskd"])
+@both
+def test_an_update_without_a_response_is_0(loss, chunk):
+    """Every prompt filled its row: nothing is taught, and nothing is NaN."""
+    none, heads = torch.zeros(0, dtype=torch.long), (torch.randn(9, d, requires_grad=True), torch.randn(7, D))
+    student, teacher, counts = torch.randn(0, d), torch.randn(0, D), Counts(0, 0, 0)
+    arguments = {
+        "sft": (student, none, heads[0], counts),
+        "kd": (student, none, teacher, *heads, counts),
+        "dskd": (student, none, slice(None), student, none, teacher, teacher, *heads, counts, RECIPES["v2", "none"]),
+    }[loss]
+    objective, how = (fast_losses, {"chunk": chunk}) if chunk else (losses, {})
+    terms = getattr(objective, f"{loss}_loss")(*arguments, **how)
+    terms["loss"].backward()
+    assert not any(terms.values()) and not heads[0].grad.any()
+
+
 # -- heads and precision -----------------------------------------------------------------------------------------------
 
 
