@@ -32,7 +32,8 @@ def load(o: argparse.Namespace) -> tuple:
     both = o.student, o.teacher
     # this class takes tokenizer.json as it is; AutoTokenizer may build its own version of it
     tokenizers = tuple(PreTrainedTokenizerFast.from_pretrained(directory) for directory in both)
-    limits = [AutoConfig.from_pretrained(directory).max_position_embeddings for directory in both]
+    configs = (AutoConfig.from_pretrained(directory).get_text_config() for directory in both)
+    limits = [getattr(config, "max_position_embeddings", 512) for config in configs]  # BLOOM and Mamba have none
     rows = read_rows(o.data, *tokenizers, max_len=min(512, *limits))
     student, teacher = (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32) for directory in both)
     for directory, model in zip(both, (student, teacher), strict=True):

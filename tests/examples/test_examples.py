@@ -129,6 +129,16 @@ def test_first_loss_equals_dry_run(examples, options, tmp_path, capsys):
     assert 0 < expected["t2s_agreement"] < 1 and expected["t2s_kd"] > 0  # else the comparison says little
 
 
+def test_a_model_may_have_no_longest_text(examples, task, tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(task / "student" / file, tmp_path)
+    config = transformers.BloomConfig(vocab_size=600, hidden_size=8, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    both = ["--student", str(tmp_path), "--teacher", str(task / "teacher"), "--data", str(task / "data.jsonl")]
+    student, *_, rows = examples["batch"].load(examples["batch"].parse_options("", both, out=""))
+    assert student.config.model_type == "bloom" and rows
+
+
 def test_what_would_give_a_wrong_number_is_refused(examples, loaded, tmp_path):
     student, teacher, tokenizers, _ = loaded
     batch, file = examples["batch"], tmp_path / "data.jsonl"
