@@ -64,7 +64,8 @@ class Projectors(nn.Module):
     Beside the student the optimiser gets the projectors that have `requires_grad`. With different tokenizers the heads
     to give are student_head[student_ids] and teacher_head[teacher_ids], by the ids of `align.vocabulary_overlap`.
     For models in half precision convert t2s and s2t, not the whole module: the inverse behind s2t stays in float32.
-    With several processes average the projectors' gradient too: make them a part of the student, before it is wrapped.
+    With several processes average the projectors' gradient too: make them a part of the student, before it is wrapped
+    (in DDP with broadcast_buffers=False, or every forward pass sends that inverse, as large as the teacher's head).
     given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
     """
 

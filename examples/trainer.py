@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_strategy="no",
         remove_unused_columns=False,  # the rows have other names than the model's arguments
         ddp_find_unused_parameters=False,  # the heads and the projectors are used outside the model's forward
+        ddp_broadcast_buffers=False,  # the inverse behind s2t, as large as the teacher's head, is the same everywhere
         report_to="none",
     )
     data = {"train_dataset": rows, "data_collator": collate}
