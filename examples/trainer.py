@@ -16,6 +16,7 @@ from projector import Projectors
 class DSKDTrainer(Trainer):
     """Trains on batches of `collate`; it does not evaluate. The projectors become part of the student, so that the
     Trainer trains, clips, synchronises and checkpoints them with it; delete them before you save the finished student.
+    Of a student with `peft`'s adapters a checkpoint holds these alone: save and restore projectors.t2s beside it.
     """
 
     def __init__(self, model, *args, teacher, tokenizers, **kwargs):
