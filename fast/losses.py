@@ -360,7 +360,7 @@ def dskd_loss(
     chunk: int = 512,
     fused: bool = False,
 ) -> dict[str, Tensor]:
-    """As `losses.dskd_loss`."""
+    """As `losses.dskd_loss`, but no token may be twice in `rows`: L_gold would count it twice and leave out another."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
     tokens, over, over_stu = map(counts.over, ("tokens", recipe.average, recipe.average_stu))
     options = {"temperature": temperature, "chunk": chunk, "fused": fused}
