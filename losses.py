@@ -10,7 +10,8 @@ hidden state, after the final norm, of the position that predicts it; end-of-tex
 `transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
 is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
 logits, because the heads are the papers' point. What a model does to its logits after that product is left out: for a
-scale (Cohere, Granite) multiply the states by it; a bias (Phi) or soft-capping (Gemma 2) has no place here.
+scale multiply the states by it (Cohere; Granite: divide); a bias (Phi), soft-capping (Gemma 2) and an adapter on the
+head, which is no part of its weight, have no place here.
 `fast/losses.py` has the same functions with the same arguments and numbers, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
