@@ -326,7 +326,8 @@ def describe(error: BaseException, tests: str) -> str:
         if frame.f_code.co_filename == "<tests>":
             [line] = tests.split("\n")[number - 1 : number] or [""]
             where = f" in tests, line {number}: {line.strip()}"
-    return " ".join((text + where)[:500].split())
+    text = " ".join((text + where)[:500].split())
+    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be written to a report
 
 
 def check() -> dict[str, bool]:

@@ -70,6 +70,8 @@ def test_right_and_wrong_programs():
     broken = run_python("def f(x) return x", "assert True")
     assert broken.status == "failed" and "SyntaxError" in broken.reason
     assert run_python("x = 1", "assert y").reason == "NameError: name 'y' is not defined in tests, line 1: assert y"
+    half = run_python("raise ValueError('\\ud83d')")  # of a surrogate pair, which UTF-8 does not have
+    assert half.reason == "ValueError: \\ud83d" and half.status == "failed"
     for text in ("\x00", "x = '\ud800'", "(" * 500, "\\", "def f(:\n"):
         assert run_python(text).status == "failed"
 
