@@ -226,7 +226,8 @@ def supervise(job: dict) -> dict:
     elif message.startswith(secret):
         verdict = json.loads(message[len(secret) :].split("\n")[0])
     elif os.WIFSIGNALED(ended):
-        verdict = {"status": "failed", "reason": f"killed by {signal.Signals(os.WTERMSIG(ended)).name}"}
+        number, names = os.WTERMSIG(ended), {known.value: known.name for known in signal.Signals}
+        verdict = {"status": "failed", "reason": f"killed by {names.get(number, f'signal {number}')}"}
     else:
         verdict = {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
     return {**verdict, "output": output.decode("utf-8", "replace")}

@@ -108,6 +108,7 @@ LEAVING = {
     "exec of another program": ("import os, sys\nos.execv(sys.executable, ['python', '-S', '-c', ''])", None),
     "KeyboardInterrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "killing itself": ("import os\nos.kill(os.getpid(), 9)", "killed by SIGKILL"),
+    "a signal without a name": ("import os\nos.kill(os.getpid(), 40)", "killed by signal 40"),
     "a crash": ("import ctypes\nctypes.string_at(0)", "killed by SIGSEGV"),
     "a marker on every descriptor": (
         "import os\nfor fd in range(64):\n"
