@@ -109,7 +109,7 @@ def number(text: str) -> Fraction | None:
 def without_marks(text: str) -> str:
     """Without the marks of LaTeX and Markdown that carry no value."""
     text = re.sub(r"(?:\{,\}|,\\!)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
-    text = re.sub(r"\\left|\\right|\\thinspace|\\[!,;: ]|\\[()\[\]]|\*\*|~", " ", text)
+    text = re.sub(r"\\left|\\right|\\thinspace|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)  # \\ ends a matrix's row
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
