@@ -90,7 +90,6 @@ def number(text: str) -> Fraction | None:
     not divide by 100.
     """
     text = without_marks(re.sub(GROUPED, lambda match: re.sub(r"\D", "", match[0]), text))
-    text = re.sub(r"^[^\W\d_]\w?\s*=\s*", "", text)  # x = 3
     text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text)
     match = VALUE.fullmatch(text) if len(text) <= 400 else None
     if not match:
@@ -115,7 +114,8 @@ def without_marks(text: str) -> str:
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\([%$])", r"\1", text)
     text = re.sub(r"^\$+(.*?)\$+\Z", r"\1", text, flags=re.S).strip().rstrip(".").strip()
-    return re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()
+    text = re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()
+    return re.sub(r"^[^\W\d_]\w?\s*=\s*(?=[^=]*\Z)", "", text)  # x = 3
 
 
 ANSWER_IS = re.compile(
