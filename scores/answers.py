@@ -179,6 +179,7 @@ def answers_equal(answer: str, reference: str) -> bool:
         return value == wanted
 
     def normalise(text: str) -> str:
+        text = re.sub(r"(?<=\S)\s*\\(?:text|mbox)\s*\{\s[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*\Z", "", text)  # a unit
         token = r"(\\(?!frac|sqrt|text|math)[A-Za-z]+|[^\W_])"  # what TeX takes for an argument without braces
         text = re.sub(rf"([_^])\s*(?:(-?\d+)|{token})", r"\1{\2\3}", without_marks(text))
         text = re.sub(rf"(\\sqrt(?:\[\w+\])?|\\frac)\s*{token}", r"\1{\2}", text)

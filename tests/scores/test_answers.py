@@ -218,6 +218,7 @@ def test_no_number(text):
         ("x^{2y}", "x^2y", False), ("x^{2+1}", "x^2+1", False), (r"\sqrt{23}", r"\sqrt23", False), ("x^2", "x2", False),
         (r"\sqrt{2}", "2", False), (r"\sqrt{2}", r"\sqrt{3}", False),
         ("even", r"\text{Even}", True), ("x + 1", "x+1", True), ("x+1", "x+2", False), ("Tuesday.", "tuesday", True),
+        (r"12\pi\text{ cm}^2", r"12\pi", True), (r"3\text{ or }x", "3", False), (r"\text{ even}", "odd", False),
         ("y = 2x+3", "2x + 3", True), (r"\sqrt{2}", r"x=\sqrt2", True), ("x = 1, y = 2", "y = 2", False),
         (r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", r"\begin{pmatrix}-7\\16\end{pmatrix}", True),
         (r"\left( 1, 2 \right)", "(1,2)", True), ("10:30", "10:3", False), ("0.1", "0.10000000000000001", False),
