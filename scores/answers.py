@@ -129,6 +129,8 @@ LEADING = re.compile(
     rf"[\s*]*(?:\\[(\[]\s*)?{NUMBER}"
     rf"(?![\w^?(]|[.,:]\d|\s*(?:[-+/=^×÷<>]|\*(?!\*)|\\(?!text|[)\]%,;! ]))|\s+{OTHER_NUMBER})"
 )
+# Of what follows that number in a line `#### 12, since 3 * 4 = 12`; not of a list, `#### 1, -2`, or a term, `#### 2 x`
+PROSE = re.compile(r"(?<![\\\w])(?!and\b)(?:[^\W\d_]{3,}|(?:as|so|is|it|in|of|if)\b)|^\W*$", re.I)
 REMARK = re.compile(r"(?:\s\(|\((?=[^\W\d_]{3}))[^()]*\)[\s.]*$")  # 12 (twelve)
 TAKEN_BACK = re.compile(r"\W*(?:(?:but|oh|hmm)\W+)?(?:no[,.!:]|(?:wait|sorry|oops|actually|correction)\b)", re.I)
 
@@ -145,7 +147,7 @@ def final_answer(text: str, ended: bool = True) -> str | None:
             return short
         if ended and answer and not text[match.end() :].strip():
             leading = LEADING.match(answer)
-            return leading[1] if leading else answer
+            return leading[1] if leading and PROSE.search(answer[leading.end() :]) else answer
     numbers = [match[0] for match in re.finditer(NUMBER, text)] if ended else []
     return boxed(text) or said(text) or (numbers[-1] if numbers else None)
 
