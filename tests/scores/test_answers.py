@@ -244,5 +244,6 @@ def test_is_correct():
                   "#### 18 million", "#### 18-20", r"\boxed{18x}", "<think>#### 18</think>"):  # fmt: skip
         assert not is_correct(wrong, [reference])
     assert is_correct("It is 4.", ["#### 3", "4"]) and is_correct(r"\boxed{Even}", ["even"])
+    assert is_correct(r"\boxed{x^2 + 1}", ["x^{2}+1"]) and not is_correct(r"\boxed{x^2 + 1}", ["x^2"])
     with pytest.raises(ValueError, match="no final answer"):
         is_correct("3", [" "])
