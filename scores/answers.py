@@ -154,7 +154,7 @@ def final_answer(text: str, ended: bool = True) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} with balanced braces, or in \fbox{...}; None without one."""
-    boxes = {match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)}
+    boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
     opened: list[int] = []  # one pass with a stack: a model that got stuck writes \boxed{\boxed{\boxed{...
     closed: list[tuple[int, int]] = []
     for brace in re.finditer(r"(?<!\\)[{}]", text):  # \{ and \} are signs, not groups
@@ -162,6 +162,8 @@ def boxed(text: str) -> str | None:
             opened.append(brace.end())
         elif opened and (start := opened.pop()) in boxes:
             closed.append((start, brace.start()))
+    if not closed and (bare := re.findall(r"\\boxed\s+([^\s${][^$\n]*)", text)):  # MATH has `$\boxed 2$` too
+        return bare[-1].strip()
     return text[slice(*max(closed))].strip() if closed else None
 
 

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from scores.answers import final_answer
+from scores.answers import boxed, final_answer
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
 MAX_LEN = {"rouge": 512, "math": 1024, "code": 1024}  # tokens of prompt and response together; half for the prompt
@@ -38,7 +38,7 @@ def task_of(examples: list, name: str, asked: str | None = None) -> str:
 
 def is_marked(output: str) -> bool:
     """Whether a reference says where its final answer is: a last line `#### x`, or \\boxed{x}."""
-    return output.rstrip().rpartition("\n")[2].lstrip().startswith("#### ") or "\\boxed{" in output
+    return output.rstrip().rpartition("\n")[2].lstrip().startswith("#### ") or boxed(output) is not None
 
 
 def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, positions=2**31) -> tuple[int, int]:

@@ -22,6 +22,7 @@ def test_the_task_follows_from_the_data():
     text = [Example("t", ["a"], prompt="p")]
     assert [task_of(e, "x") for e in (text, SUMS, CODE)] == ["rouge", "math", "code"]
     assert task_of([Example("s", ["it is \\boxed{3}"], prompt="p")], "x") == "math"
+    assert task_of([Example("s", [t], prompt="p") for t in (r"$\boxed 3$", r"\fbox{3}")], "x") == "math"
     assert task_of(text + SUMS, "x") == "rouge"  # not all are marked
     assert task_of([Example("s", ["#### Title\ntext"], prompt="p")], "x") == "rouge"
     assert [task_of(e, "x", "rouge") for e in (text, SUMS, CODE, CODE + text)] == ["rouge"] * 4
