@@ -161,7 +161,9 @@ def combine(blocks: list[str]) -> tuple[str, set[str]]:
     for i, (code, tree) in enumerate(trees):
         setting = any(isinstance(node, SETTING) for node in tree.body) and not uses(tree, defined)
         if defining[i] or (setting and i < last):
-            dropped = {line for node in tree.body if is_idle(node, defined) for line in lines_of(node)}
+            end = max((node.lineno for node in tree.body if isinstance(node, DEFINITION)), default=0)
+            idle = [node for node in tree.body if is_idle(node, defined, node.lineno > end)]
+            dropped = {line for node in idle for line in lines_of(node)}
             lines = enumerate(code.rstrip().split("\n"), start=1)
             kept.append("\n".join(line for number, line in lines if number not in dropped).rstrip() + "\n")
     return "\n".join(kept), defined
@@ -180,10 +182,11 @@ def parse(code: str) -> ast.Module | None:
     return tree if returns <= inside else None
 
 
-def is_idle(node: ast.stmt, defined: set[str]) -> bool:
-    """Whether a program is the same without this statement: a test, a demonstration, or a function without a body."""
+def is_idle(node: ast.stmt, defined: set[str], last: bool) -> bool:
+    """Whether a program is the same without this statement: a test, a demonstration, or a function without a body.
+    last: no definition follows; before one, a call of what is defined may fill a table that the next function needs."""
     if isinstance(node, SHOWING):
-        return uses(node, defined | {"print", "__name__", "unittest", "doctest"})
+        return uses(node, (defined if last else set()) | {"print", "__name__", "unittest", "doctest"})
     return isinstance(node, ast.Assert) or (is_stub(node) and node.name in defined)
 
 

@@ -160,6 +160,8 @@ MBPP = {
     "a helper after": f"```python\nPI = 3.14\n{BY_SQUARE}```\n```python\n{SQUARE}```\n",
     "a beginning after": f"```python\n{PROGRAM}```\nor\n```python\ndef area(r):\n    for x in",
     "a fence with a margin": textwrap.indent(f"```python\n{PROGRAM}```\n", "   "),
+    "a table filled before": "```python\nTABLE = []\ndef fill():\n    TABLE.append(3.14)\nfill()\n"
+    "def area(r):\n    return TABLE[0] * (r > 0)\nfill(undefined)\n```",
 }  # fmt: skip
 
 
