@@ -130,7 +130,7 @@ LEADING = re.compile(
     rf"(?![\w^?(]|[.,:]\d|\s*(?:[-+/=^×÷<>]|\*(?!\*)|\\(?!text|[)\]%,;! ]))|\s+{OTHER_NUMBER})"
 )
 # Of what follows that number in a line `#### 12, since 3 * 4 = 12`; not of a list, `#### 1, -2`, or a term, `#### 2 x`
-PROSE = re.compile(r"(?<![\\\w])(?!and\b)(?:[^\W\d_]{3,}|(?:as|so|is|it|in|of|if)\b)|^\W*$", re.I)
+PROSE = re.compile(r"(?<![\\\w])(?!and\b)(?:[^\W\d_]{3,}|[\u3040-\u9fff]|(?:as|so|is|it|in|of|if)\b)|^\W*$", re.I)
 REMARK = re.compile(r"(?:\s\(|\((?=[^\W\d_]{3}))[^()]*\)[\s.]*$")  # 12 (twelve)
 TAKEN_BACK = re.compile(r"\W*(?:(?:but|oh|hmm)\W+)?(?:no[,.!:]|(?:wait|sorry|oops|actually|correction)\b)", re.I)
 

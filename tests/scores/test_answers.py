@@ -82,6 +82,7 @@ def test_thoughts_are_not_looked_at():
         ("#### 12(twelve).", "12"),
         ("#### 12 (3 * 4)\nDone.", "12"),
         ("#### 12, since 3 * 4 = 12", "12"),
+        ("#### 12 个", "12"),
         ("#### 12. I hope that helps.", "12"),
         ("#### The answer is 18", "18"),
         ("#### So, the final answer is $18.", "$18."),
