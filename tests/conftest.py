@@ -14,6 +14,13 @@ import train
 from experiments import tiny
 
 
+def pytest_configure(config):
+    """A card is for the tests that are marked so. The others hold a CPU's numbers, some bit by bit, and on a card would
+    wait for the compiler in every run."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Models of a few thousand parameters lose more by waiting for a second thread than they gain."""
