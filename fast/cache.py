@@ -17,7 +17,6 @@ bfloat16 is what a bf16 run computes with anyway. A float32 run gets the numbers
 to bfloat16 (8 significant bits); predictions are taken from the rounded states, so that the two belong together.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -178,6 +177,8 @@ def model_digest(*directories: Path) -> str:
 
 def wait_for_lock(stream, file: Path) -> None:
     """Own the open file until it is closed, or its process ends."""
+    import fcntl  # here, for it needs a Unix, which eval.py does not
+
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -73,6 +73,11 @@ def test_nobody_imports_what_is_not_below_him():
     assert not found
 
 
+def test_eval_starts_without_unix():
+    at_the_top = [file for file in sources(tests=False) if "\nimport fcntl\n" in read(file)]
+    assert {file.parts[0] for file in at_the_top} <= {"experiments"}
+
+
 def test_no_function_is_longer_than_a_screen():
     long = set()
     for file in sources(tests=True):
