@@ -50,7 +50,7 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
     names = json.dumps([sorted(tokenizer.tokenizer.get_vocab().items()) for tokenizer in (teacher, student)])
     spelt = repr([token_spellings(tokenizer.tokenizer) for tokenizer in (teacher, student)])
     key = hashlib.sha256((names + spelt + "2").encode()).hexdigest()[:32]  # 2: of near tokens no byte-fallback
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd" / f"mined-{key}.npy"
+    file = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dskd" / f"mined-{key}.npy"
     if file.is_file():
         try:
             mapped = np.load(file, allow_pickle=False)

@@ -112,7 +112,7 @@ def merge_into(base: Path, adapter: Path) -> Path:
     names = [*MODEL_FILES, *WEIGHT_FILES, "adapter_*"]
     files = sorted({file for directory in (base, adapter) for name in names for file in directory.glob(name)})
     key = repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dskd"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dskd"
     merged = cache / f"merged-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if not merged.is_dir():
         new = merged.with_suffix(f".{os.getpid()}.new")

@@ -220,6 +220,11 @@ def test_the_map_is_cached(tokenizers, tmp_path, monkeypatch, capsys):
     assert np.array_equal(ids(teacher, student), expected)
     assert "cannot be written" in capsys.readouterr().err
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user without a home
+    assert np.array_equal(ids(teacher, student), expected)
+
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
