@@ -212,6 +212,7 @@ def answer(options, models: dict[str, Path]) -> None:
         lengths = share_tokens("rouge", options.max_len, options.max_prompt_len, model.limit)
         opened.append((f"{name}: " if len(models) > 1 else "", model, tokenizer, form, *lengths))
     for text in read_lines() if options.prompt is True else [options.prompt]:
+        text.encode()  # raises ValueError: bytes that are no UTF-8 came here as half surrogate pairs
         for name, model, tokenizer, form, max_len, limit in opened:
             example = Example("--prompt", [""], prompt=form.replace("{}", text))
             prompts = tokenizer.fit_prompts([example], limit)

@@ -114,6 +114,7 @@ def main(description: str, arguments: list[str] | None = None) -> None:
     try:
         tokenizers = find_tokenizer(o.teacher), find_tokenizer(o.student)
         texts = [o.text]
+        o.text.encode()  # raises ValueError: bytes that are no UTF-8 came here as half surrogate pairs
         if isfile(o.text) or o.text.endswith(".jsonl"):
             texts = [example.outputs[0] for example in read_examples(*data_file(o.text, "train"))[:1000]]
     except (ValueError, OSError) as error:

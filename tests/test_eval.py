@@ -12,6 +12,7 @@ from helpers import report_of, speaker
 import eval as evaluation
 import model
 from data import CodeTask, Example, tokenise
+from runtime import show
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
@@ -222,6 +223,10 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     assert capsys.readouterr().out == "".join(f"{response}\n" for response in expected)
     evaluation.main([*words, "A fox " * 30])
     assert "note: the prompt is cut to 15 tokens (--max-prompt-len)\n" in capsys.readouterr().err
+    both = ["--teacher", str(tiny_task / "teacher"), "--student", str(run)]
+    for main in (lambda text: evaluation.main([*words, text]), lambda text: show.main("", [text, *both])):
+        with pytest.raises(SystemExit, match="error: 'utf-8' codec can't encode"):
+            main("caf\udce9")  # a byte of Latin-1, as Python hands it on
     evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
     sampled = capsys.readouterr().out.splitlines()
     assert sampled != [expected[0]] * len(sampled)
