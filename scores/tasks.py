@@ -1,5 +1,6 @@
 """What is scored in a set of examples: their text (`rouge`), the final answers (`math`) or the programs (`code`)."""
 
+import ast
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -58,6 +59,19 @@ def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, pos
     return max_len, max_prompt_len
 
 
+def check_tests(tests: str, where: str) -> None:
+    """Raises ValueError for tests that no program could pass in the sandbox."""
+    try:
+        nodes = list(ast.walk(ast.parse(tests)))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: the tests are not Python: {error}") from error
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    for name in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
+        raise ValueError(f"{where}: the tests import {name}, but programs are run with the standard library alone, so "
+                         "that none would pass; use tests without it, or --task rouge")  # fmt: skip
+
+
 def check_sets(sets: list[DataSet], run_code: bool) -> None:
     """Raises ValueError for two sets of one name, and for programs that may not be run here, or not unasked."""
     repeated = [name for name, count in Counter(data.name for data in sets).items() if count > 1]
@@ -69,6 +83,8 @@ def check_sets(sets: list[DataSet], run_code: bool) -> None:
             f"{programs[0]}: scoring code means running what a model wrote on this machine, in a process with limits "
             "that is not a perfect jail (sandbox.py says what it lacks); add --run-code, or score it with --task rouge"
         )
+    for example in (example for data in sets if data.task == "code" for example in data.examples):
+        check_tests(example.code.tests, example.where)
     if programs:
         from scores.sandbox import check, describe_guards  # here, for it needs a Unix
 

@@ -4,7 +4,7 @@ import pytest
 
 from data import CodeTask, Example
 from scores.tables import compare, spread, table
-from scores.tasks import DataSet, task_of
+from scores.tasks import DataSet, check_sets, task_of
 
 SUMS = [Example("s", [answer], prompt="p") for answer in ("2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200")]
 CODE = [
@@ -51,3 +51,12 @@ def test_compare_averages_over_sets_for_each_seed():
     assert part == ["n", "5.00", "-", "-", "0 of 1"]  # the run ended before b
     sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
     assert "average" not in compare(sets, results) and "b pass@1" in compare(sets, results)
+
+
+@pytest.mark.parametrize("tests, message", [("import numpy as np\nassert one() == 1", "import numpy, but"),
+                                            ("from numpy.linalg import norm", "import numpy, but"),
+                                            ("assert one( == 1", "not Python")])  # fmt: skip
+def test_tests_that_no_program_could_pass_are_an_error(tests, message):
+    example = Example("set.jsonl, line 3", ["x"], prompt="p", code=CodeTask(tests))
+    with pytest.raises(ValueError, match=f"set.jsonl, line 3: the tests.*{message}"):
+        check_sets([DataSet("set", "code", [example])], run_code=True)
