@@ -8,10 +8,15 @@ from tokenizers import Tokenizer, models, processors
 from model import read_json
 from runtime.tokenizer import TextTokenizer, content_of, find_chat, find_template, read_if_there
 
+RULES = set(  # of generation_config.json, that change what even a greedy model says; Qwen2.5-Instruct's has the first
+    "repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids sequence_bias "
+    "forced_bos_token_id forced_eos_token_id min_length min_new_tokens num_beams".split()
+)
+
 
 def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     """Make the files of a copy in `directory` say what a model was trained with here, so that `transformers` makes the
-    same ids of a prompt, and of turns, and ends responses at end-of-text too."""
+    same ids of a prompt, and of turns, ends responses at end-of-text too, and generates what the model says."""
     if find_template(tokenizer.tokenizer) != (tokenizer.prefix, []):
         write_template(directory / "tokenizer.json", tokenizer)
     end, model = tokenizer.names([tokenizer.eos_id]), read_if_there(directory / "config.json")
@@ -39,9 +44,11 @@ def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     path = directory / "generation_config.json"
     generation = read_if_there(path)
     named = (generation if path.is_file() else model).get("eos_token_id")
+    kept = {field: value for field, value in generation.items() if field not in RULES}
     if tokenizer.eos_id not in (named if isinstance(named, list) else [named]):
-        ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
-        write_json(path, {**generation, "eos_token_id": ends})
+        kept["eos_token_id"] = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
+    if kept != generation:
+        write_json(path, kept)
 
 
 def write_template(path: Path, tokenizer: TextTokenizer) -> None:

@@ -116,3 +116,16 @@ def test_the_student_keeps_its_ends(tiny_task, tmp_path, way):
     prompt = torch.tensor([tokenizer.encode_prompt("Who?")])
     new = theirs.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
     assert new == list(said) == model.generate(model.load_model(out), prompt.tolist(), 9, tokenizer.end_ids, 0)[0]
+
+
+def test_the_student_keeps_no_rule_that_its_base_was_to_generate_by(tiny_task, tmp_path):
+    """Qwen2.5-Instruct's generation_config.json has a repetition_penalty: the answer would be another."""
+    transformers = pytest.importorskip("transformers")
+    rules = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": [ANSWER]}
+    files = {"generation_config.json": {"eos_token_id": [0, STOP], "top_p": 0.8, "do_sample": True, **rules}}
+    student = speaker(tiny_task, tmp_path / "model", files, says=(ANSWER, ANSWER))
+    options = {"method": "sft", "teacher": None, "student": student, "max_steps": 1, "lr": 1e-9}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    new = theirs.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 2:].tolist()
+    assert new == [ANSWER] * 4 and theirs.generation_config.top_p == 0.8
