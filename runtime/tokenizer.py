@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from align import token_bytes
 from data import Example, Side, cut_prompt
@@ -103,6 +103,7 @@ def read_tokenizer(
         end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
     added = tokenizer.get_added_tokens_decoder()  # not all files mark ends as special: a response may quote them too
     tokenizer.add_special_tokens([added[end] for end in end_ids if end in added])
+    cut_names(tokenizer)
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, template)
     except ValueError as error:  # of `token_bytes`
@@ -150,6 +151,16 @@ def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, writ
     if isinstance(content["model"]["vocab"], dict):
         content["model"]["vocab"] = {token: i for token, i in content["model"]["vocab"].items() if token not in beyond}
     return Tokenizer.from_str(json.dumps(content))
+
+
+def cut_names(tokenizer: Tokenizer) -> None:
+    """Unigram finds all pieces of its vocabulary in a text, "</s>" too: special tokens' names are cut in two before."""
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    cuts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    if isinstance(tokenizer.model, models.Unigram) and cuts:
+        cut = pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous")
+        before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
 
 
 def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

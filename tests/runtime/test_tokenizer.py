@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SENTENCES, wordpiece
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data import Example, tokenise
 from runtime.run import tokenizer_of
@@ -90,6 +90,25 @@ def test_special_tokens_in_the_data_are_text(student, teacher):
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
     assert teacher.encode("x")[0] != teacher.tokenizer.token_to_id("<s>")  # no special tokens are added
+
+
+@pytest.mark.parametrize("metaspace", [True, False])
+def test_unigram_finds_no_special_token_in_a_response(tmp_path, metaspace):
+    """Its vocabulary has their names as pieces, which cost nothing."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((character, -9.0) for character in "ab<s/>unk|")]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("</", -3.0), ("<|a|>", 0.0)], unk_id=0))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "</s>", "<|a|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    read, text = read_tokenizer(tmp_path), "a</s> b</ <|a|><unk></s>"
+    assert not {0, 1, len(pieces) + 1} & set(read.encode(text))
+    assert read.decode(read.encode(text)) == text
+    assert [i for i in read.encode_prompt(text) if i in (0, 1, len(pieces) + 1)] == [1, len(pieces) + 1, 0, 1]
 
 
 def test_texts_encoded_together_are_what_they_are_alone(tiny_task):
