@@ -218,6 +218,8 @@ def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
     wholes = [tokenizer.encode(text) for tokenizer in tokenizers]
 
     def is_between_tokens(length: int) -> bool:  # of the whole text: a part of a token would be a wrong last label
+        if not fits(length):  # a shorter text may have more tokens (`find_longest`)
+            return False
         parts = [tokenizer.encode(text[:length]) for tokenizer in tokenizers]
         return all(whole[: len(part)] == part for part, whole in zip(parts, wholes, strict=True))
 

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from align import exact_token_alignment
 from data import (
@@ -21,7 +22,7 @@ from data import (
 )
 from experiments import tiny
 from runtime.formats import read_examples
-from runtime.tokenizer import read_tokenizer
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 TEXTS = [
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -246,6 +247,15 @@ def test_cutting_of_random_template_prompts(student, teacher):
             longer = Example("", ["x"], instruction=example.instruction[: len(kept) + 1])
             assert context == "" and not fits(both, longer.prompt_text(), limit)
     assert min(cuts.values()) > 15, cuts
+
+
+def test_a_shorter_text_with_more_tokens_does_not_fit(tmp_path):
+    """"abcd" is two tokens, but ends inside one of the whole text; "abc" is three, for which there is no room."""
+    vocabulary = {piece: i for i, piece in enumerate(["a", "b", "c", "d", "e", "f", "de", "cd", "bcd", "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("d", "e"), ("c", "d"), ("b", "cd")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    [row], _ = tokenise([raw("f", "abcdef")], TextTokenizer(tmp_path, tokenizer, [9]), max_len=3, max_prompt_len=1)
+    assert row.student == Side([5], [0, 1])
 
 
 def test_report_adds_up(student, teacher):
