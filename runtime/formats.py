@@ -106,7 +106,8 @@ def read_record(record: object, where: str) -> Example:
         if not isinstance(record.get("end_of_text", True), bool):
             raise ValueError(f"'end_of_text' must be true or false, found {type(record['end_of_text']).__name__}")
         system = [{"role": "system", "content": text} for text in [get_only(record, SYSTEMS)] if text]
-        example.history = system + read_turns(record.get("history") or []) + example.history
+        turns = read_turns(record.get("history") or []) + example.history
+        example.history = turns if system == turns[:1] else system + turns
         example.ends = record.get("end_of_text", True)
     except ValueError as error:
         looks = f"it looks like {looks}" if looks else f"known are {', '.join(form for _, form in FORMS.values())}"

@@ -89,6 +89,7 @@ SAME = [  # records that say: "Be brief.", the turns before, "Name a color.", "B
     {"conversations": [{"from": who, "value": text} for who, text in [("system", "Be brief."), ("human", "Hi"),
                        ("gpt", "Hello"), ("human", "Name a color."), ("chatgpt", "Blue")]], "id": "x_0"},
     {"prompt": [SYSTEM, *MESSAGES[:3]], "completion": MESSAGES[3:]},
+    {"messages": [SYSTEM, *MESSAGES], "system": "Be brief."},  # which they say already
 ]  # fmt: skip
 
 
