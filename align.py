@@ -55,8 +55,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """The bytes each token spells, by id. None for special tokens, the unknown token, and unused ids.
 
     Byte-level tokens (GPT-2, Llama 3, Qwen) go through GPT-2's byte table; in SentencePiece vocabularies (Llama 2,
-    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte; added tokens that are not special are plain text,
-    but for those of nothing but U+2581.
+    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte; added tokens that are not special are plain text, with
+    the space that a normaliser puts before it, but for those of nothing but U+2581.
     Raises ValueError for another kind of tokenizer.
     """
     description = json.loads(tokenizer.to_str())
@@ -77,6 +77,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     spelt: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
         if index in added:
+            if added[index].normalized and not byte_level:  # Llama 2 finds "▁<tool>", not "<tool>"
+                token = tokenizer.id_to_token(index).replace("\u2581", " ")
             spaces = not byte_level and not token.strip("\u2581")  # Gemma's runs of them
             spelt[index] = None if added[index].special else b" " * len(token) if spaces else token.encode()
         elif token == unknown:

@@ -116,9 +116,17 @@ def test_token_bytes_sentencepiece():
                   "<0x1>": 9, "x<0x41>": 10, "<0x41>x": 11}  # fmt: skip
     tokenizer = sentencepiece(vocabulary, unk_token="<unk>", byte_fallback=True)
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.add_tokens(["▁▁plain", "▁▁▁"])  # the second as Gemma's runs of spaces
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("▁▁plain", "▁▁▁")])  # 2: as Gemma's spaces
     expected = [None, None, None, b" ", b" a b", b"\xe9", b"\n", "é".encode(), "Ġ".encode(), b"<0x1>", b"x<0x41>"]
     assert token_bytes(tokenizer) == [*expected, b"<0x41>x", "▁▁plain".encode(), b"   "]
+
+
+def test_an_added_token_spells_the_space_that_a_normaliser_puts_into_it():
+    """So what `add_tokens("<tool>")` makes of Llama 2's: "a<tool>" does not have that token, "a <tool>" does."""
+    tokenizer = sentencepiece({piece: i for i, piece in enumerate(["▁", "a", "<", "t", "o", "l", ">"])})
+    tokenizer.add_tokens(["<tool>"])
+    for text in ("a <tool>a", "<tool> <tool>", "a<tool>", "a  <tool>"):
+        assert b"".join(spelt(tokenizer, text)[:-1]).decode() == " " + text
 
 
 @pytest.mark.parametrize(
