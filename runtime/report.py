@@ -101,6 +101,8 @@ def say_next(given: dict, o: Options, line: dict) -> None:
     for name in ("resume", "from_scratch", "teacher_sft", "task"):
         further.pop(name, None)
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
+    if (projectors := Path(o.out) / "projectors.safetensors").is_file():
+        further["projectors"] = str(projectors)
     if line:  # not of a run that was finished before
         print(f"after {line['step']} updates: {losses}", file=sys.stderr)
     print(f"""score it:       python eval.py {shlex.quote(o.out)} --data {shlex.quote(test)}

@@ -84,6 +84,7 @@ def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
     assert list(commands) == ["score it", "talk to it", "train further"]
     evaluation.main([*commands["talk to it"][1:], "--max-len", "20", "--device", "cpu"])
     assert capsys.readouterr().out.strip()
+    assert f"--projectors {tmp_path}/run/projectors.safetensors" in " ".join(commands["train further"])
     train.main(commands["train further"][1:])
     assert capsys.readouterr().out == f"student: {tmp_path}/run-2/student\n"
 
