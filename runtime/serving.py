@@ -10,7 +10,8 @@ from runtime.tokenizer import TextTokenizer, content_of, find_chat, find_templat
 
 RULES = set(  # of generation_config.json, that change what even a greedy model says; Qwen2.5-Instruct's has the first
     "repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids sequence_bias "
-    "forced_bos_token_id forced_eos_token_id min_length min_new_tokens num_beams".split()
+    "forced_bos_token_id forced_eos_token_id min_length min_new_tokens num_beams encoder_repetition_penalty "
+    "exponential_decay_length_penalty guidance_scale watermarking_config".split()
 )
 
 
@@ -45,7 +46,9 @@ def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     generation = read_if_there(path)
     named = (generation if path.is_file() else model).get("eos_token_id")
     kept = {field: value for field, value in generation.items() if field not in RULES}
-    if tokenizer.eos_id not in (named if isinstance(named, list) else [named]):
+    # without this file transformers takes such rules, too, from config.json, where older versions wrote them
+    in_model = not path.is_file() and model.keys() & RULES
+    if in_model or tokenizer.eos_id not in (named if isinstance(named, list) else [named]):
         kept["eos_token_id"] = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
     if kept != generation:
         write_json(path, kept)

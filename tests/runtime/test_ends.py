@@ -118,14 +118,20 @@ def test_the_student_keeps_its_ends(tiny_task, tmp_path, way):
     assert new == list(said) == model.generate(model.load_model(out), prompt.tolist(), 9, tokenizer.end_ids, 0)[0]
 
 
-def test_the_student_keeps_no_rule_that_its_base_was_to_generate_by(tiny_task, tmp_path):
-    """Qwen2.5-Instruct's generation_config.json has a repetition_penalty: the answer would be another."""
+@pytest.mark.parametrize("rules", [
+    {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": [ANSWER]},
+    {"exponential_decay_length_penalty": [1, 9.0], "guidance_scale": 9.0, "encoder_repetition_penalty": 50.0,
+     "watermarking_config": {"bias": 90.0}},
+])  # fmt: skip
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_the_student_keeps_no_rule_that_its_base_was_to_generate_by(tiny_task, tmp_path, file, rules):
+    """Qwen2.5-Instruct's generation_config.json has a repetition_penalty: the answer would be another. Older versions
+    of transformers wrote such rules into config.json, and newer ones still follow them there."""
     transformers = pytest.importorskip("transformers")
-    rules = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": [ANSWER]}
-    files = {"generation_config.json": {"eos_token_id": [0, STOP], "top_p": 0.8, "do_sample": True, **rules}}
+    files = {file: {"eos_token_id": [0, STOP], "top_p": 0.8, "do_sample": True, **rules}}
     student = speaker(tiny_task, tmp_path / "model", files, says=(ANSWER, ANSWER))
     options = {"method": "sft", "teacher": None, "student": student, "max_steps": 1, "lr": 1e-9}
     train.main(arguments(tiny_task, tmp_path / "run", **options))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     new = theirs.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 2:].tolist()
-    assert new == [ANSWER] * 4 and theirs.generation_config.top_p == 0.8
+    assert new == [ANSWER] * 4 and theirs.generation_config.top_p == (0.8 if file == "generation_config.json" else None)
