@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from data import Example, collate, tokenise
+from fast.cache import model_digest
 from fast.cpu import by_onednn, packed
 from fast.cuda import graphed
 from losses import logits_under
@@ -182,13 +183,14 @@ def run(options) -> None:
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
+            weights = model_digest(directory)  # before they are read: a run may go on meanwhile
             model, tokenizer = open_model(directory, options)
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
                 with by_onednn(options.device):
                     how = options.batch_size, options.device
                     scores = evaluate(model, tokenizer, data, options.seeds, *lengths, *how)
-                results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix}
+                results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix, "weights": weights}
                 file = write_report(name, directory, data, options, scores)
                 print(f"{name}, {data.name}: {describe(scores, data, tokenizer.chat, file)}", file=sys.stderr)
     finally:  # also of what an error or Ctrl-C left undone
@@ -260,7 +262,7 @@ def write_report(name: str, directory: Path, data: DataSet, options, scores: dic
         path = Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     if (Path(name) / "args.json").is_file():
-        write_card(Path(name))
+        write_card(Path(name), scores["weights"])
     return path
 
 

@@ -37,6 +37,7 @@ from align import (
 from baselines import mined, uld
 from data import Batch, Row, replace_response
 from eval import held_out_cross_entropy, respond, score
+from fast.cache import model_digest
 from fast.cpu import by_onednn, keep_freed_memory, packed
 from fast.cuda import graphed
 from losses import RECIPES, Counts, predict_tokens
@@ -434,7 +435,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
         run.progress.close()
         write_samples(o, pieces)
         if parallel.rank() == 0:
-            write_card(Path(o.out))
+            write_card(Path(o.out), model_digest(Path(o.out) / "student"))
     return run.line
 
 

@@ -24,14 +24,16 @@ def base_model(o) -> str | None:
     return None if o.from_scratch else run.get("base_model") if run else repository_of(o.student)
 
 
-def read_scores(out: Path, record: dict) -> list[str]:
-    """A line for each score that the run directory knows."""
+def read_scores(out: Path, record: dict, weights: str | None) -> list[str]:
+    """A line for each score of the student, whose digest is `weights`, that the run directory knows; what eval.py wrote
+    about an earlier checkpoint is left out."""
     log, step = read_log(out / "log.jsonl"), record.get("best", {}).get("step")  # of the checkpoint in student/
     log = [line for line in log if step in (None, line["step"])]
     valid = {name: line[name] for line in log for name in KEPT_BY.values() if name in line}
     lines = [f"- {record['valid']}, held out: {name} {value:.4g}" for name, value in valid.items()]
-    for file in sorted(out.glob("eval-*.json")):
-        report = read_json(file)
+    for report in map(read_json, sorted(out.glob("eval-*.json"))):
+        if weights and report.get("weights", weights) != weights:  # older reports do not say
+            continue
         scores = {name: report[name] for name in MEASURES if name in report}
         means = (f"{name} {fmean(x) if isinstance(x, list) else x:.4g}" for name, x in scores.items())
         how = "greedy" if report["greedy"] else f"sampled with seeds {report['seeds']}"
@@ -39,8 +41,9 @@ def read_scores(out: Path, record: dict) -> list[str]:
     return lines
 
 
-def write_card(out: Path) -> None:
-    """student/README.md, from args.json, log.jsonl and the evaluations beside it; not over one that was edited."""
+def write_card(out: Path, weights: str | None = None) -> None:
+    """student/README.md, from args.json, log.jsonl and the evaluations beside it; not over one that was edited.
+    weights: the student's `fast.cache.model_digest`, by which scores of an earlier checkpoint are known."""
     file, record = out / "student" / "README.md", read_json(out / "args.json")
     if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
         return
@@ -58,7 +61,7 @@ def write_card(out: Path) -> None:
     settings = ", ".join(f"{name} {record[name]}" for name in names)
     start = f"torchrun --nproc_per_node={record['processes']}" if record["processes"] > 1 else "python"
     options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
-    scores = "\n".join(read_scores(out, record)) or "None is known yet; `eval.py` adds its own here."
+    scores = "\n".join(read_scores(out, record, weights)) or "None is known yet; `eval.py` adds its own here."
     text = f"""---
 {matter}
 # license: which one? See "Licence" below.

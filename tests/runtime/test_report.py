@@ -8,7 +8,7 @@ from dataclasses import asdict
 import huggingface_hub
 import pytest
 import torch
-from helpers import arguments
+from helpers import arguments, stopped_by_ctrl_c
 
 import eval as evaluation
 import train
@@ -126,6 +126,19 @@ def test_the_model_card(tiny_task, run, monkeypatch, capsys):
     file.write_text("mine")  # edited: left alone
     report.write_card(run)
     assert file.read_text() == "mine"
+
+
+def test_the_card_has_no_score_of_an_earlier_checkpoint(tiny_task, tmp_path):
+    command = arguments(tiny_task, tmp_path / "run", max_steps=3, checkpoint_every=1)
+    card, words = tmp_path / "run" / "student" / "README.md", ["--greedy", "--max-len=20", "--limit=1", "--device=cpu"]
+    with stopped_by_ctrl_c():
+        train.main(command)
+    evaluation.main([str(tmp_path / "run"), "--data", str(tiny_task / "test.jsonl"), *words])
+    assert "- test-first-1, 1 examples" in card.read_text()
+    train.main([*command, "--resume"])
+    assert "None is known yet" in card.read_text()
+    evaluation.main([str(tmp_path / "run"), "--data", str(tiny_task / "valid.jsonl"), *words])
+    assert "- valid-first-1, 1 examples" in card.read_text() and "test-first-1" not in card.read_text()
 
 
 def test_the_card_names_what_the_hub_knows(run, tmp_path):
