@@ -180,6 +180,9 @@ def run(options) -> None:
     if options.prompt:
         return answer(options, models)
     sets = read_sets(options)
+    files = [report_file(name, data) for name in models for data in sets]
+    if repeated := [file for file in files if files.count(file) > 1]:
+        raise ValueError(f"two of the models would write the same file {repeated[0]}; rename one, or leave it out")
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
@@ -250,16 +253,20 @@ def read_sets(options) -> list[DataSet]:
     return sets
 
 
-def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
+def report_file(name: str, data: DataSet) -> Path:
     """eval-<data>.json in the run's directory; of a model that is no run, here and with its name: its own directory may
     be shared, or published."""
+    if (Path(name) / "student").is_dir():
+        return Path(name) / f"eval-{data.name}.json"
+    return Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
+
+
+def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
+    """`report_file`, and with it a run's model card."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
     report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
-    if (Path(name) / "student").is_dir():
-        path = Path(name) / f"eval-{data.name}.json"
-    else:
-        path = Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
+    path = report_file(name, data)
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     if (Path(name) / "args.json").is_file():
         write_card(Path(name), scores["weights"])

@@ -286,6 +286,17 @@ def test_sets_that_would_write_the_same_file_are_refused(tiny_task, tmp_path):
         evaluation.main([run_directory(tiny_task, tmp_path), "--data", *sets, *SHORT])
 
 
+def test_models_that_would_write_the_same_file_are_refused(tiny_task, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    (tmp_path / "a").mkdir()
+    for path in ("a-b", "a/b"):
+        (tmp_path / path).symlink_to(tiny_task / "student")
+    monkeypatch.chdir(tmp_path)
+    sums = write_lines(tmp_path / "sums.jsonl", SUMS)
+    with pytest.raises(SystemExit, match="two of the models would write the same file eval-a-b-sums.json"):
+        evaluation.main(["a-b", "a/b", "--data", sums, *SHORT])
+
+
 def says(task, directory, text, ends=True):
     """A model that continues anything with this text: once, or forever."""
     return speaker(task, directory, says=(900, 0 if ends else 900), text=text)
