@@ -32,13 +32,15 @@ from statistics import fmean, stdev
 
 import torch
 from safetensors.torch import save_file
+from torch.distributions import Categorical
 
 import eval
-from data import Example, tokenise
+from data import Example, collate_side, tokenise
 from experiments import paper
 from experiments.analyse import new_figure, save
 from fast.cpu import by_onednn
-from model import load_model, read_json, save_model
+from losses import logits_under
+from model import hidden_at, load_model, read_json, save_model
 from runtime.formats import read_examples
 from runtime.hub import model_directory
 from runtime.run import tokenizer_of, write_text
@@ -77,8 +79,10 @@ ROWS = {  # how the student is trained; the first is what the others are compare
     "v2": "--recipe v2",
     "v2-random": "--recipe v2 --projectors {home}/random.safetensors",
     "v2-slow": "--recipe v2 --projector-lr 5e-5",
+    "sft-as-v2": "",  # not trained: sft, sampled at the temperature at which it is as sure of itself as v2
 }
-ONE_VOCABULARY, TWO = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow"], [row for row in ROWS if row != "kd"]
+ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "sft-as-v2"]
+TWO = [row for row in ROWS if row != "kd"]
 TRAIN, VALID, TEST = 960, 60, 100  # examples
 LENGTH = 160  # tokens of prompt and response; longer examples are left out
 COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10"
@@ -163,6 +167,10 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
             if row not in ("sft", "seqkd"):
                 how += f" --cache-teacher {home}/states"
             out = f"{home}/{row}-{seed}"
+            if row == "sft-as-v2":
+                sure = f"--as-sure-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
+                commands.append(f"{score} {home}/sft-{seed} {sure} --out {out}")
+                continue
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
     return [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
@@ -170,6 +178,10 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
+
+
+def student_of(run: Path) -> Path:
+    return run / "student" if (run / "student").is_dir() else run
 
 
 def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
@@ -180,20 +192,47 @@ def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
         return eval.held_out_cross_entropy(model, rows, tokenizer.eos_id) * tokens / size / math.log(2)
 
 
-def score(run: Path, out: Path, tests: list[Path], judge: Path) -> None:
+@torch.no_grad()
+def predictions(model, tokenizer, examples: list[Example]) -> torch.Tensor:
+    """(N, V) logits of the tokens of the first outputs."""
+    rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        sides = (collate_side([row.student], pad_id=0) for row in rows)
+        return torch.cat([logits_under(hidden_at(model, side), model.head_weight) for side in sides])
+
+
+def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
+    """Mean over the tokens, in nats."""
+    parts = (Categorical(logits=part.float() / temperature).entropy() for part in logits.split(256))
+    return torch.cat(list(parts)).mean().item()
+
+
+def matching_temperature(run: Path, other: Path, file: Path) -> float:
+    """At which a run's student is as sure of the answers in a file as the other's is at 1: to 0.01, by bisection."""
+    examples = read_examples(file)
+    logits, others = (predictions(load_model(student), tokenizer_of(student), examples)
+                      for student in map(student_of, (run, other)))  # fmt: skip
+    aim, low, high = entropy(others), 0.2, 5.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (low, middle) if entropy(logits, middle) > aim else (middle, high)
+    return round((low + high) / 2, 2)
+
+
+def score(run: Path, out: Path, tests: list[Path], judge: Path, temperature: float = 1.0) -> None:
     """scores.json: per set, of the gold answers and the model's own, greedy and sampled once; the latter also read by
     the judge, a model that taught nobody. What only a continuation would need is removed."""
-    student = run / "student" if (run / "student").is_dir() else run
+    student = student_of(run)
     scores: dict[str, dict] = {}
     model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
     for file in tests:
         examples = read_examples(file)
         found = scores[file.stem.removesuffix("-test")] = {"gold": bits_per_byte(model, tokenizer, examples)}
-        for name, temperature in {"greedy": 0.0, "sampled": 1.0}.items():
+        for name, heat in {"greedy": 0.0, "sampled": temperature}.items():
             unfinished: set[int] = set()
             prompts = [example.prompt_text() for example in examples]
             responses = eval.respond(
-                model, tokenizer, prompts, NEW_TOKENS, temperature, seed=0, batch_size=50, unfinished=unfinished
+                model, tokenizer, prompts, NEW_TOKENS, heat, seed=0, batch_size=50, unfinished=unfinished
             )
             found[name] = 100 * fmean(map(rouge_l, responses, (example.outputs for example in examples)))
         sampled[file] = [
@@ -293,6 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
     parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
     parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE", help="with --score: the test sets")
+    parser.add_argument("--as-sure-as", nargs=2, type=Path, metavar=("RUN", "FILE"), help="with --score: sample at the "
+                        "temperature at which the entropy in FILE is that of RUN")  # fmt: skip
     o = parser.parse_args(arguments)
     try:
         if o.tables:
@@ -301,7 +342,11 @@ def main(arguments: list[str] | None = None) -> None:
                 save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:
             with by_onednn("cpu"):
-                score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge)
+                temperature = 1.0
+                if o.as_sure_as:
+                    temperature = matching_temperature(o.score, *o.as_sure_as)
+                    print(f"temperature {temperature}")
+                score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge, temperature)
         else:
             follow(o)
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """The methods on real text: the split, the weaker student, and the whole sequence of commands on small models."""
 
 import json
+import math
 import subprocess
 from unittest.mock import patch
 
@@ -40,10 +41,10 @@ def in_process(words, **options):
 
 
 def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
-    rows = ["sft", "uld", "v2", "v2-random"]
+    rows = ["sft", "uld", "v2", "v2-random", "sft-as-v2"]
     realtext.main([*arguments, "--seeds", "0", "--rows", *rows])
     printed = capsys.readouterr().out.splitlines()
-    assert not (tmp_path / "out").exists() and len(printed) == 3 + 2 * len(rows)
+    assert not (tmp_path / "out").exists() and len(printed) == 3 + 2 * len(rows) - 1
     with patch.object(subprocess, "run", in_process):
         realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
         capsys.readouterr()
@@ -93,6 +94,22 @@ def test_bits_per_byte_do_not_depend_on_the_tokens(tiny_task):
     size = sum(len(example.outputs[0].encode()) for example in examples)
     expected = tokens * torch.tensor(float(len(model.head_weight))).log2() / size
     assert realtext.bits_per_byte(model, tokenizer, examples) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_temperature_at_which_one_is_as_sure_as_the_other(tiny_task, tmp_path):
+    """Of a student whose logits are twice the other's: 2."""
+    for name, factor in {"flat": 3, "sharp": 6}.items():
+        model = load_model(tiny_task / "student")
+        with torch.no_grad():
+            model.norm.weight.mul_(factor)
+        save_model(model, tmp_path / name / "student")
+        for file in (tiny_task / "student").glob("*token*"):
+            (tmp_path / name / "student" / file.name).write_bytes(file.read_bytes())
+    file = tiny_task / "test.jsonl"
+    assert realtext.matching_temperature(tmp_path / "sharp", tmp_path / "flat", file) == pytest.approx(2, abs=0.02)
+    assert realtext.matching_temperature(tmp_path / "flat", tmp_path / "sharp", file) == pytest.approx(0.5, abs=0.02)
+    logits = torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]])
+    assert realtext.entropy(logits) == pytest.approx(math.log(2) / 2)
 
 
 def test_what_is_missing_is_named(arguments, tmp_path):
