@@ -79,7 +79,7 @@ ROWS = {  # how the student is trained; the first is what the others are compare
     "v2": "--recipe v2",
     "v2-random": "--recipe v2 --projectors {home}/random.safetensors",
     "v2-slow": "--recipe v2 --projector-lr 5e-5",
-    "sft-as-v2": "",  # not trained: sft, sampled at the temperature at which it is as sure of itself as v2
+    "sft-as-v2": "",  # not trained: sft, sampled at the temperature at which it is as confident as v2
 }
 ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "sft-as-v2"]
 TWO = [row for row in ROWS if row != "kd"]
@@ -168,8 +168,8 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
                 how += f" --cache-teacher {home}/states"
             out = f"{home}/{row}-{seed}"
             if row == "sft-as-v2":
-                sure = f"--as-sure-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
-                commands.append(f"{score} {home}/sft-{seed} {sure} --out {out}")
+                like = f"--as-confident-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
+                commands.append(f"{score} {home}/sft-{seed} {like} --out {out}")
                 continue
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
@@ -181,6 +181,7 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
 
 
 def student_of(run: Path) -> Path:
+    """The model directory of a run; `run` itself if it is a model."""
     return run / "student" if (run / "student").is_dir() else run
 
 
@@ -208,7 +209,7 @@ def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
 
 
 def matching_temperature(run: Path, other: Path, file: Path) -> float:
-    """At which a run's student is as sure of the answers in a file as the other's is at 1: to 0.01, by bisection."""
+    """At which the entropy of a run's student on the answers in a file is that of the other's at 1: to 0.01."""
     examples = read_examples(file)
     logits, others = (predictions(load_model(student), tokenizer_of(student), examples)
                       for student in map(student_of, (run, other)))  # fmt: skip
@@ -219,20 +220,22 @@ def matching_temperature(run: Path, other: Path, file: Path) -> float:
     return round((low + high) / 2, 2)
 
 
-def score(run: Path, out: Path, tests: list[Path], judge: Path, temperature: float = 1.0) -> None:
-    """scores.json: per set, of the gold answers and the model's own, greedy and sampled once; the latter also read by
-    the judge, a model that taught nobody. What only a continuation would need is removed."""
+def score(run: Path, out: Path, tests: list[Path], judge: Path, sampling_temperature: float = 1.0) -> None:
+    """scores.json: per set, of the gold answers, with the entropy of the predictions in nats, and of the model's own,
+    greedy and sampled once; the latter also read by the judge, a model that taught nobody. What only a continuation
+    would need is removed."""
     student = student_of(run)
     scores: dict[str, dict] = {}
     model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
     for file in tests:
         examples = read_examples(file)
         found = scores[file.stem.removesuffix("-test")] = {"gold": bits_per_byte(model, tokenizer, examples)}
-        for name, heat in {"greedy": 0.0, "sampled": temperature}.items():
+        found["entropy"] = entropy(predictions(model, tokenizer, examples))
+        for name, temperature in {"greedy": 0.0, "sampled": sampling_temperature}.items():
             unfinished: set[int] = set()
             prompts = [example.prompt_text() for example in examples]
             responses = eval.respond(
-                model, tokenizer, prompts, NEW_TOKENS, heat, seed=0, batch_size=50, unfinished=unfinished
+                model, tokenizer, prompts, NEW_TOKENS, temperature, seed=0, batch_size=50, unfinished=unfinished
             )
             found[name] = 100 * fmean(map(rouge_l, responses, (example.outputs for example in examples)))
         sampled[file] = [
@@ -332,8 +335,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
     parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
     parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE", help="with --score: the test sets")
-    parser.add_argument("--as-sure-as", nargs=2, type=Path, metavar=("RUN", "FILE"), help="with --score: sample at the "
-                        "temperature at which the entropy in FILE is that of RUN")  # fmt: skip
+    parser.add_argument("--as-confident-as", nargs=2, type=Path, metavar=("RUN", "FILE"), help="with --score: sample "
+                        "at the temperature at which the entropy in FILE is that of RUN")  # fmt: skip
     o = parser.parse_args(arguments)
     try:
         if o.tables:
@@ -343,8 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif o.score:
             with by_onednn("cpu"):
                 temperature = 1.0
-                if o.as_sure_as:
-                    temperature = matching_temperature(o.score, *o.as_sure_as)
+                if o.as_confident_as:
+                    temperature = matching_temperature(o.score, *o.as_confident_as)
                     print(f"temperature {temperature}")
                 score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge, temperature)
         else:

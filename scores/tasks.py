@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from scores.answers import boxed, final_answer
+from scores.programs import parse
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: what its table shows
 MAX_LEN = {"rouge": 512, "math": 1024, "code": 1024}  # tokens of prompt and response together; half for the prompt
@@ -61,13 +62,16 @@ def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, pos
 
 def check_tests(tests: str, where: str) -> None:
     """Raises ValueError for tests that no program could pass in the sandbox."""
-    try:
-        nodes = list(ast.walk(ast.parse(tests)))
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: the tests are not Python: {error}") from error
-    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    for name in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
+    tree = parse(tests)
+    if tree is None:
+        raise ValueError(f"{where}: the tests are not Python")
+    nodes = list(ast.walk(tree))
+    guarded = {part for node in nodes if isinstance(node, ast.Try) for part in ast.walk(node)}
+    needed = [node for node in nodes if node not in guarded]
+    modules = [alias.name for node in needed if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in needed if isinstance(node, ast.ImportFrom)]
+    here = {"", "solution", *sys.stdlib_module_names}  # solution: the program itself
+    for name in sorted({module.partition(".")[0] for module in modules} - here):
         raise ValueError(f"{where}: the tests import {name}, but programs are run with the standard library alone, so "
                          "that none would pass; use tests without it, or --task rouge")  # fmt: skip
 

@@ -96,7 +96,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokens(tiny_task):
     assert realtext.bits_per_byte(model, tokenizer, examples) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_temperature_at_which_one_is_as_sure_as_the_other(tiny_task, tmp_path):
+def test_the_temperature_at_which_one_is_as_confident_as_the_other(tiny_task, tmp_path):
     """Of a student whose logits are twice the other's: 2."""
     for name, factor in {"flat": 3, "sharp": 6}.items():
         model = load_model(tiny_task / "student")

@@ -60,3 +60,9 @@ def test_tests_that_no_program_could_pass_are_an_error(tests, message):
     example = Example("set.jsonl, line 3", ["x"], prompt="p", code=CodeTask(tests))
     with pytest.raises(ValueError, match=f"set.jsonl, line 3: the tests.*{message}"):
         check_sets([DataSet("set", "code", [example])], run_code=True)
+
+
+def test_tests_may_import_the_program_and_what_they_can_do_without():
+    tests = "from solution import one\ntry:\n    import numpy\nexcept ImportError:\n    numpy = None\nassert one()"
+    example = Example("set.jsonl, line 3", ["x"], prompt="p", code=CodeTask(tests))
+    check_sets([DataSet("set", "code", [example])], run_code=True)
