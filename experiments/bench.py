@@ -53,7 +53,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 
 import lora
 import train
@@ -219,6 +219,13 @@ def make_theirs(*model) -> nn.Module:
     return as_transformers(make_model(*model))
 
 
+def predict_shared_tokens(teacher: nn.Module, shared: Tensor) -> None:
+    """As a trained teacher does. A random one's predictions are spread over its whole vocabulary, and of those that the
+    student's lacks ETA makes no pair (v2, eq. 14): three quarters of its work would be left out."""
+    weight, (ids, others) = teacher.head_weight.data, (mask.nonzero()[:, 0] for mask in (shared, ~shared))
+    weight[others] = weight[ids[torch.arange(len(others), device=ids.device) % len(ids)]] / 2
+
+
 def make_step(job: dict) -> SimpleNamespace:
     """`update`: forward and backward pass, which returns the loss and leaves gradients; `trained`: student and
     projectors; `frozen`: the teacher; `rows` of the batch."""
@@ -236,6 +243,8 @@ def make_step(job: dict) -> SimpleNamespace:
     compile_ours = partial(compile_model, graphs=uses_graphs(o)) if o.compile and how in OURS else lambda model: model
     torch.manual_seed(1)  # v1's projectors are the same for all
     method = train.Method(o, student, tokenizers[0], compile_ours(teacher), tokenizers[1])
+    if job["name"] == "eta":
+        predict_shared_tokens(teacher, method.student_token >= 0)
     if how in OURS:
         student.recompute = how == "--recompute"
         if torch.device(device).type == "cpu":
@@ -267,14 +276,15 @@ def make_step(job: dict) -> SimpleNamespace:
 
 
 def measure_step(job: dict) -> dict:
-    """{seconds: [...], tokens: the student's, the teacher's and the student's response tokens, peak and `weights` in
-    bytes, and what of the peak is `kept` from update to update; with job["check"]: loss, gradient}. The first steps,
-    which may be compiled, are the warm-up."""
+    """{seconds: [...], tokens: the student's, the teacher's and the student's response tokens, pairs: how many of these
+    are compared, peak and `weights` in bytes, and what of the peak is `kept` from update to update; with job["check"]:
+    loss, gradient}. The first steps, which may be compiled, are the warm-up."""
     ours, device = job["how"] in OURS, job["device"]
     with by_onednn(device) if ours else contextlib.nullcontext():  # as training does
         step, result = make_step(job), {"seconds": []}
         sides = [[len(row.student), len(row.teacher), len(row.student.response)] for row in step.rows]
         result["tokens"] = [sum(column) for column in zip(*sides, strict=True)]
+        result["pairs"] = sum(len(row.pairs[0]) for row in step.rows) if job["name"] == "eta" else result["tokens"][2]
         parameters = [p for p in step.trained.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
@@ -471,14 +481,15 @@ def needed_memory(job: dict) -> int:
 
 def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     """Time and memory of ours against each alternative. On a CPU every step has a process of its own, and the ways take
-    turns; on a card a way has one process for all its jobs, and ours one for each method, so that it is compiled once,
-    and only graphs of its own are in its memory."""
+    turns; on a card a way has one process for all jobs of a method, so that it is compiled once, and only graphs of its
+    own are in its memory."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     if bench.size.get("card"):
-        hows = "ours", COMPILED, "transformers", "plain"  # should the time run out: the strongest rival first
-        groups = [[(job, how, 0) for job in jobs if how in job["hows"]] for how in hows[1:]]
-        groups = [[(job, hows[0], 0) for job in jobs if job["name"] == name] for name in bench.methods] + groups
+        hows = "ours", COMPILED, "transformers", "plain"  # should the time run out: what matters most comes first
+        names = sorted(bench.methods, key=lambda name: name not in bench.size["full"])
+        each = product(names, hows)
+        groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]] for name, how in each]
     for group in groups:
         with own_process(bench.in_this_process) as run_step:
             for job, how, turn in group:
@@ -509,7 +520,7 @@ def say_speed(job: dict, result: dict) -> str:
     """Tokens a second and, on a GPU whose peak is known, MFU."""
     took, rank = statistics.median(result["seconds"]), job["options"].get("lora", 0)
     models = memory.counts(job["student"], rank), memory.counts(job["teacher"])
-    work = paper.operations(*models, *result["tokens"], rank, job["name"] != "kd")
+    work = paper.operations(*models, *result["tokens"], rank, job["name"] != "kd", result["pairs"])
     peak = next((peak for card, peak in paper.PEAKS.items() if card in machine(job["device"])), None)
     return f"{result['tokens'][0] / took:,.0f} tokens/s" + (f", MFU {work / took / peak:.1%}" if peak else "")
 

@@ -29,19 +29,21 @@ GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # of an A100; the share
 HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
 
 
-def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank: int = 0, dskd: bool = True) -> float:
-    """Of training on so many tokens, of which the student predicts `responses`. s, t: memory.counts of the student and
-    of the teacher or None. Two per weight and token forward, four backward (two where the weight is frozen); of the
-    heads, products with response tokens only, as fast/losses.py makes them; without attention's products."""
+def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank=0, dskd=True, pairs=None) -> float:
+    """Of training on so many tokens, of which the student predicts `responses` and compares `pairs` with the teacher's
+    (default: all). s, t: memory.counts of the student and of the teacher or None. Two per weight and token forward,
+    four backward (two where the weight is frozen); of the heads, products with response tokens only, as fast/losses.py
+    makes them; without attention's products."""
     work = tokens * s.matrices * (4 if rank else 6)
     if rank:
         work += 6 * tokens * s.trained_matrices
     work += (4 if rank else 6) * responses * s.head  # its logits, the gradient of the states and, if trained, its own
     if t:
-        work += 2 * teacher_tokens * t.matrices + 2 * responses * t.head  # the teacher's logits
+        pairs = responses if pairs is None else pairs
+        work += 2 * teacher_tokens * t.matrices + 2 * pairs * t.head  # the teacher's logits
     if t and dskd:
-        work += 6 * responses * s.head  # t2s under the student's head: to count who agrees, its logits, its gradient
-        work += 6 * responses * t.head  # the teacher's logits once more, for predictions; s2t's, and its gradient
+        work += 6 * pairs * s.head  # t2s under the student's head: to count who agrees, its logits, its gradient
+        work += 6 * pairs * t.head  # the teacher's logits once more, for predictions; s2t's, and its gradient
     return work
 
 
