@@ -325,6 +325,12 @@ def measure_step(job: dict) -> dict:
         while sum(result["seconds"]) < job["enough"]:
             step.trained.zero_grad()
             result["seconds"].append(seconds(update, device))
+        if job["profile"]:
+            with torch.profiler.profile() as profile:
+                step.trained.zero_grad()
+                seconds(update, device)
+            by = "self_cuda_time_total" if torch.device(device).type == "cuda" else "self_cpu_time_total"
+            result["profile"] = profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)
         step.trained.zero_grad()
     return result
 
@@ -436,13 +442,15 @@ class Bench:
     others: list[str]  # "plain", and "transformers" if it is installed
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     in_this_process: bool = False  # the steps too
+    profile: bool = False  # print what the operations of each step take
     json: Path | None = None  # written anew with every result
     until: float = math.inf  # time.monotonic() after which no step is begun
     results: list[Result] = field(default_factory=list)
 
     def add(self, what: str, against: str, dtype: str, *values) -> None:
         self.results.append(Result(what, against, dtype, *values))
-        print("  " + " | ".join(cell for cell in self.results[-1].cells() if cell), file=sys.stderr, flush=True)
+        line = " | ".join(cell for cell in self.results[-1].cells() if cell)
+        print(f"  {time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
         if self.json:
             record = {"machine": machine(self.device), "results": [asdict(result) for result in self.results]}
             self.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -494,6 +502,8 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
         with own_process(bench.in_this_process) as run_step:
             for job, how, turn in group:
                 one = measure_one(bench, {**job, "how": how, "check": turn == 0}, run_step)
+                if isinstance(one, dict) and "profile" in one:
+                    print(f"{job['what']}, {how}, {job['dtype']}:\n{one['profile']}")
                 result = found.setdefault((job["what"], job["dtype"], how), one)
                 if result is not one and not isinstance(result, str) and not isinstance(one, str):
                     result["seconds"] += one["seconds"]
@@ -564,7 +574,7 @@ def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict
         "student": size["student"], "teacher": size["teacher" if name in ("eta", "cma") else "same_teacher"],
         "batch": batch, "max_len": size["max_len"], "enough": size["enough"], "card": card,
         "compile": card and torch.device(bench.device).type == "cuda",
-        "hows": hows,
+        "hows": hows, "profile": bench.profile,
         "what": METHODS[name][0] + f", {batch} examples" * card, **changes,
     }  # fmt: skip
 
@@ -746,6 +756,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
     parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
     parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
+    parser.add_argument("--profile", action="store_true", help="also print what the operations of each step take")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--minutes", type=float, help="after which no step is begun (default: 7 on a GPU with --quick)")
     o = parser.parse_args(arguments)
@@ -755,7 +766,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_cuda = torch.device(o.device).type == "cuda"
     size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
     minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
-    limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny}
+    limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny, "profile": o.profile}
     cases = o.cases
     if "all" in cases:
         cases = CARD_CASES if "card" in size else [name for name in CASES if name != "lora_pair"]

@@ -11,8 +11,9 @@ the backward pass (counted on one block, see `kept_per_token`; with --recompute 
 all), and what the logits of one chunk of tokens take beyond the gradients, which come when they are gone.
 
 Not in it: the start (the projectors' solution takes V x D numbers in float64 for a moment), sampling's key-value cache,
-what the allocator cannot use, CUDA graphs, CUDA itself; allow a few GB. On an H100 the largest sum of all tensors,
-without graphs, was 6.4 and 8.9 GB in updates of 556 and 4,731 tokens of the first pair; the formulas give 6.9 and 8.6.
+what the allocator cannot use, CUDA graphs, CUDA itself; allow a few GB. On an H100, in updates of 556 and 4,731 tokens
+of the first pair, the largest sum of all tensors, without graphs, was 6.4 and 8.9 GB, and with graphs PyTorch reserved
+7.4 and 10.4; the formulas give 6.9 and 8.6.
 """
 
 import argparse

@@ -70,10 +70,12 @@ def test_every_case_reports(text, case):
 def test_what_runs_on_a_gpu(tmp_path, capsys):
     """The command line in miniature: every way on every batch, memory beside its forecast, and a file of it all."""
     file = tmp_path / "results.json"
-    bench.main(["--tiny", "--device", "cpu", "--methods", "eta", "--json", str(file)])
+    bench.main(["--tiny", "--device", "cpu", "--methods", "eta", "--profile", "--json", str(file)])
     results = [bench.Result(**{key: value for key, value in result.items() if key != "ratio"})
                for result in json.loads(file.read_text())["results"]]  # fmt: skip
-    assert capsys.readouterr().out.endswith(bench.report(results) + "\n")
+    printed = capsys.readouterr().out
+    assert printed.endswith(bench.report(results) + "\n") and "DSKD v2 + ETA, 4 examples, ours, fp32:" in printed
+    assert printed.count("aten::addmm") >= 2
     names = {(result.what, result.against) for result in results}
     assert names >= {(f"DSKD v2 + ETA, {batch} examples, time", how) for batch in (2, 4) for how in ("", *OTHERS)}
     assert all("NOT" not in result.note for result in results)
