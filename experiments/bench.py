@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from string import ascii_lowercase
@@ -178,9 +178,19 @@ def save_tokenizer(tokens: list[str], directory: Path) -> None:
 
 
 def representative(rows: list[Row], count: int) -> list[Row]:
-    """The rows in the middle of `count` equal parts of the rows, sorted by length: a batch like the whole."""
-    by_length = sorted(rows, key=lambda row: sum(count_tokens(row)))
-    return [by_length[(2 * part + 1) * len(rows) // (2 * count)] for part in range(count)]
+    """A batch like the whole: a row from each of `count` equal parts of the rows, sorted by length, and of many such
+    draws the one whose sums are nearest to an average batch's; of response tokens too, since ours makes logits for
+    these alone, a padded step for all positions."""
+    by_length, draw = sorted(rows, key=lambda row: sum(count_tokens(row))), random.Random(0)
+    bounds = [part * len(rows) // count for part in range(count + 1)]
+    parts = [by_length[first : max(end, first + 1)] for first, end in pairwise(bounds)]
+
+    def sums(batch: list[Row]) -> np.ndarray:
+        return np.sum([[len(row.student), len(row.teacher), len(row.student.response)] for row in batch], axis=0)
+
+    average = sums(rows) * count / len(rows)
+    draws = [[draw.choice(part) for part in parts] for _ in range(2000)]
+    return min(draws, key=lambda batch: abs(sums(batch) / average - 1).max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

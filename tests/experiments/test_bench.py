@@ -56,6 +56,18 @@ def test_made_up_text_is_as_long_as_dolly(tmp_path):
     assert 0.97 < lengths[0] / lengths[1] < 1.03
 
 
+@pytest.mark.parametrize("count", [2, 4, 8, 32])
+def test_a_batch_is_as_large_as_the_average_one(tmp_path, count):
+    """In response tokens too: they take ours most of its time, and a padded step none."""
+    size = {"student": {"vocab_size": 5000}, "teacher": {"vocab_size": 8000}, "overlap": 4000}
+    text = bench.stand_in(size, 200, tmp_path / "text")
+    rows, *_ = bench.read_rows(text["data"], text["student"], text["teacher"], 512, "eta")
+    batch = bench.representative(rows, count)
+    for length in (lambda row: len(row.student), lambda row: len(row.student.response)):
+        assert statistics.mean(map(length, batch)) == pytest.approx(statistics.mean(map(length, rows)), rel=0.1)
+    assert len(bench.representative(rows[:3], count)) == count
+
+
 @pytest.mark.parametrize("case", set(bench.CASES) - {"lora_pair"})
 def test_every_case_reports(text, case):
     """In this process, with the check that all alternatives compute the same."""
