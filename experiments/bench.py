@@ -540,7 +540,8 @@ def say_speed(job: dict, result: dict) -> str:
     """Tokens a second and, on a GPU whose peak is known, MFU."""
     took, rank = statistics.median(result["seconds"]), job["options"].get("lora", 0)
     models = memory.counts(job["student"], rank), memory.counts(job["teacher"])
-    work = paper.operations(*models, *result["tokens"], rank, job["name"] != "kd", result["pairs"])
+    recipe = job["options"]["recipe"] if job["options"]["method"] == "dskd" else ""
+    work = paper.operations(*models, *result["tokens"], rank, recipe, result["pairs"])
     peak = next((peak for card, peak in paper.PEAKS.items() if card in machine(job["device"])), None)
     return f"{result['tokens'][0] / took:,.0f} tokens/s" + (f", MFU {work / took / peak:.1%}" if peak else "")
 

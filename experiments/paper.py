@@ -29,25 +29,26 @@ GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # of an A100; the share
 HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
 
 
-def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank=0, dskd=True, pairs=None) -> float:
+def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank=0, recipe="v2", pairs=None) -> float:
     """Of training on so many tokens, of which the student predicts `responses` and compares `pairs` with the teacher's
-    (default: all). s, t: memory.counts of the student and of the teacher or None. Two per weight and token forward,
-    four backward (two where the weight is frozen); of the heads, products with response tokens only, as fast/losses.py
-    makes them; without attention's products."""
+    (default: all). s, t: memory.counts of the student and of the teacher or None; recipe: of DSKD, "" for vanilla KD.
+    Two per weight and token forward, four backward (two where the weight is frozen); of the heads, products with
+    response tokens only, as fast/losses.py makes them; without attention's products."""
     work = tokens * s.matrices * (4 if rank else 6)
     if rank:
-        work += 6 * tokens * s.trained_matrices
+        work += 2 * tokens * s.trained_matrices  # beside the four
     work += (4 if rank else 6) * responses * s.head  # its logits, the gradient of the states and, if trained, its own
     if t:
         pairs = responses if pairs is None else pairs
         work += 2 * teacher_tokens * t.matrices + 2 * pairs * t.head  # the teacher's logits
-    if t and dskd:
-        work += 6 * pairs * s.head  # t2s under the student's head: to count who agrees, its logits, its gradient
-        work += 6 * pairs * t.head  # the teacher's logits once more, for predictions; s2t's, and its gradient
+    if t and recipe:
+        work += 4 * pairs * (s.head + t.head)  # t2s and s2t under these heads: their logits, and their gradients
+    if t and recipe == "v2":
+        work += 2 * pairs * (s.head + t.head)  # to count who agrees, and for the teacher's predictions
     return work
 
 
-def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple[int, float, float]:
+def estimate(student: str, teacher: str | None, rank: int, epochs: int, recipe="v2") -> tuple[int, float, float]:
     """(examples at a time, bytes of memory, hours) on one GPU; --max-len 512, batch 32, --chunk 512.
 
     Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Without the
@@ -59,7 +60,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int) -> tuple
     fixed = sum(parts.values())
 
     counts = EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * RESPONSE
-    work = operations(memory.counts(config, rank), taught_by and memory.counts(taught_by), *counts, rank)
+    work = operations(memory.counts(config, rank), taught_by and memory.counts(taught_by), *counts, rank, recipe)
     examples = next((n for n in (32, 16, 8, 4, 2) if fixed + n * each < 0.9 * GPU_BYTES), 1)
     return examples, fixed + examples * each, work / (PEAK * UTILISATION) / 3600
 
@@ -76,7 +77,7 @@ def commands_of(name: str) -> list[str]:
     commands = []
     for key, model, taught_by, options, how in jobs:
         rank, epochs = 256 if "--lora" in options else 0, int(options.split()[-1])
-        examples, memory, hours = estimate(model, taught_by, rank, epochs)
+        examples, memory, hours = estimate(model, taught_by, rank, epochs, key if key in ("v1", "v2") else "")
         batch = f"--batch-size {examples}" + (f" --grad-accum {32 // examples}" if examples < 32 else "")
         about = f"{memory / 1e9:.0f} GB, {hours:.1f} h" + (" (does not fit)" if memory > GPU_BYTES else "")
         command = f"train.py {how} --student {model} {data} {options} {batch} --out {home}/{key}"

@@ -120,12 +120,15 @@ def test_what_does_not_run_is_said(text, monkeypatch, capsys):
     assert failed in capsys.readouterr().out
 
 
-def test_the_model_flops_utilisation(text, monkeypatch):
-    """Six operations a weight and token of the student, two of the teacher, and the heads' at response tokens."""
+@pytest.mark.parametrize(("name", "of_heads"), [("kd", (6, 2)), ("cma", (10, 6)), ("eta", (12, 8))])
+def test_the_model_flops_utilisation(text, monkeypatch, name, of_heads):
+    """Six operations a weight and token of the student, two of the teacher, and the heads' at response tokens: DSKD
+    reads two more states with each, v2 also counts who agrees and asks what the teacher predicts."""
     setting = make_bench(text, bench.TINY)
-    job = bench.make_job(setting, "kd", "fp32", 2)
+    job = bench.make_job(setting, name, "fp32", 2)
     student, teacher = (bench.memory.counts(job[side]) for side in ("student", "teacher"))
-    work = 6 * 100 * student.matrices + 2 * 90 * teacher.matrices + 50 * (6 * student.head + 2 * teacher.head)
+    work = 6 * 100 * student.matrices + 2 * 90 * teacher.matrices
+    work += 50 * (of_heads[0] * student.head + of_heads[1] * teacher.head)
     monkeypatch.setattr(bench, "machine", lambda device: "NVIDIA H100 80GB HBM3")
     took = [work / 989e12 * 2] * 3
     said = bench.say_speed(job, {"seconds": took, "tokens": [100, 90, 50], "pairs": 50})

@@ -425,3 +425,11 @@ def test_hours_by_hand():
     """GPT-2 alone for an epoch: 6 operations for each of 84,934,656 weights in blocks, and as many for the head's."""
     operations = 6 * 11000 * (480 * 12 * 12 * 768**2 + 81 * 50257 * 768)
     assert paper.estimate("gpt2", None, 0, 1)[2] == pytest.approx(operations / (0.3 * 312e12) / 3600)
+
+
+def test_operations_of_adapters_by_hand():
+    """6 for each weight of an adapter, 4 for each frozen one; and 4 for the head's, which is frozen too."""
+    plain, adapted = (memory.counts(memory.CONFIGS["TinyLlama 1.1B"], rank) for rank in (0, 2))
+    assert adapted.trained_matrices == 22 * 2 * (2048 + 2048 + 2048 + 256)
+    by_hand = 100 * (4 * plain.matrices + 6 * adapted.trained_matrices) + 4 * 30 * 32000 * 2048
+    assert paper.operations(adapted, None, 100, 0, 30, 2) == by_hand
