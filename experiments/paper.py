@@ -22,8 +22,9 @@ PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
     "llama2-tinyllama": ("llama2", LORA, "tinyllama", LORA),
     "mistral-tinyllama": ("mistral", LORA, "tinyllama", LORA),
 }
-# Dolly: training examples; tokens of a response and of the longest of 32 examples (means over 2,996 lines, GPT-2)
-EXAMPLES, RESPONSE, LONGEST = 11000, 81, 480
+# Dolly: training examples; tokens of one and of its response (means over 2,996 lines, GPT-2). Padding costs nothing:
+# layers see the tokens of a batch one after another.
+EXAMPLES, TOKENS, RESPONSE = 11000, 148, 81
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 operations a second, dense, by NVIDIA
 GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # of an A100; the share of its peak is an assumption
 HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
@@ -59,7 +60,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int, recipe="
     each = parts.pop("activations")
     fixed = sum(parts.values())
 
-    counts = EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * LONGEST, EXAMPLES * epochs * RESPONSE
+    counts = [EXAMPLES * epochs * tokens for tokens in (TOKENS, TOKENS, RESPONSE)]
     work = operations(memory.counts(config, rank), taught_by and memory.counts(taught_by), *counts, rank, recipe)
     examples = next((n for n in (32, 16, 8, 4, 2) if fixed + n * each < 0.9 * GPU_BYTES), 1)
     return examples, fixed + examples * each, work / (PEAK * UTILISATION) / 3600

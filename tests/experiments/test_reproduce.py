@@ -423,7 +423,7 @@ def test_what_a_block_with_adapters_keeps_is_that_of_a_block_in_the_middle(targe
 
 def test_hours_by_hand():
     """GPT-2 alone for an epoch: 6 operations for each of 84,934,656 weights in blocks, and as many for the head's."""
-    operations = 6 * 11000 * (480 * 12 * 12 * 768**2 + 81 * 50257 * 768)
+    operations = 6 * 11000 * (148 * 12 * 12 * 768**2 + 81 * 50257 * 768)
     assert paper.estimate("gpt2", None, 0, 1)[2] == pytest.approx(operations / (0.3 * 312e12) / 3600)
 
 
