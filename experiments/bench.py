@@ -11,7 +11,7 @@ Cases: steps (one update of four methods), body (a decoder alone, forward and ba
 pair, in the largest batch that fits) and generation. What runs beside ours:
 
 - "plain": the same update with this repository's decoders, written as anyone would write it first (`plain_step.py`):
-  padded to --max-len, logits at all positions, autograd, no chunks;
+  padded to the longest, logits at all positions, autograd, no chunks;
 - "transformers": that plain update with transformers' models, if they are installed; on a GPU also "compiled", model
   and losses.
 
@@ -272,7 +272,7 @@ def make_step(job: dict) -> SimpleNamespace:
     if how == COMPILED:
         loss_of = torch.compile(plain_loss)
     sides = [[row.student for row in rows], [row.teacher for row in rows]]
-    sides = [pad(side, t.eos_id, job["max_len"], device) for side, t in zip(sides, tokenizers, strict=True)]
+    sides = [pad(side, t.eos_id, device) for side, t in zip(sides, tokenizers, strict=True)]
     pairs = pair_positions(rows, device) if job["name"] == "eta" else None
 
     def update() -> float:
@@ -494,7 +494,8 @@ def needed_memory(job: dict) -> int:
     weights = 8 * (student.matrices + student.rest)
     weights += (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
     per_token = 4 * (10 * student.vocabulary + 8 * teacher.vocabulary)  # so many logits at the peak
-    return weights + job["batch"] * job["max_len"] * per_token + 2**31
+    longest = max(len(side) for row in step_rows(job)[0] for side in (row.student, row.teacher or ()))
+    return weights + job["batch"] * longest * per_token + 2**31
 
 
 def measure_steps(bench: Bench, jobs: list[dict]) -> None:

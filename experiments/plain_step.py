@@ -1,10 +1,10 @@
 """The update of each method, written as anyone would write it first; `bench.py` measures ours against it.
 
-Examples padded to --max-len, hidden states and logits at all positions, every term over (B, T, V), gradients by
+Examples padded to the longest, hidden states and logits at all positions, every term over (B, T, V), gradients by
 autograd: slow, large, and plain to read. It specifies `train.distil` with all that it calls: the same loss and the same
 gradients (`tests/test_method.py`). It runs on this repository's decoders, or on transformers'.
 
-Shapes: B batch, T = --max-len, d student width, D teacher width, V vocabulary.
+Shapes: B batch, T the longest example's tokens, d student width, D teacher width, V vocabulary.
 """
 
 import math
@@ -38,9 +38,9 @@ class Padded:
     labels: Tensor
 
 
-def pad(sides: list[Side], pad_id: int, length: int, device) -> Padded:
-    """Padded on the right to `length`, labels shifted by one."""
-    ids = torch.full((len(sides), length), pad_id)
+def pad(sides: list[Side], pad_id: int, device) -> Padded:
+    """Padded on the right to the longest, labels shifted by one."""
+    ids = torch.full((len(sides), max(map(len, sides)) - 1), pad_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, side in enumerate(sides):
         tokens = torch.tensor(side.prompt + side.response)
@@ -64,8 +64,8 @@ def states(model, side: Padded) -> tuple[Tensor, Tensor]:
     if isinstance(model, Decoder):
         hidden = model(side.ids)
         return hidden, model.logits(hidden)
-    output = model(input_ids=side.ids, attention_mask=side.mask, output_hidden_states=True, use_cache=False)
-    return output.hidden_states[-1], output.logits
+    hidden = model.base_model(input_ids=side.ids, attention_mask=side.mask, use_cache=False).last_hidden_state
+    return hidden, model.get_output_embeddings()(hidden)
 
 
 def head_of(model) -> Tensor:

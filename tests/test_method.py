@@ -201,7 +201,7 @@ def test_an_update_is_what_experiments_plain_step_writes_out(tokenizers, plain, 
         models = [plain_step.as_transformers(m) for m in models]
         models[1].requires_grad_(False)
     sides = [[row.student for row in setting.rows], [row.teacher for row in setting.rows]]
-    sides = [plain_step.pad(side, 0, 128, "cpu") for side in sides]
+    sides = [plain_step.pad(side, 0, "cpu") for side in sides]
     pairs = plain_step.pair_positions(setting.rows, "cpu") if plain == "eta" else None
     loss = plain_step.plain_loss(plain, setting.made, models, sides, pairs)
     loss.backward()
