@@ -245,7 +245,10 @@ def read_record(o) -> dict:
             wrong.append("best")
     if wrong:
         raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
-    return record
+    tuned = Path("teacher", "student")  # of --teacher-sft: where a run is now, or how --out spells it, is no option
+    if record.get("out") and record.get("teacher") == str(record["out"] / tuned):
+        record["teacher"] = str(o.out / tuned)
+    return {**record, "out": o.out}
 
 
 def record_of(o) -> dict:
@@ -651,9 +654,10 @@ def seconds_of_finished_stage(o) -> float | None:
     if not file.is_file():
         return None
     finished = read_json(file)
-    changed = [name for name, before in finished["options"].items() if asked.get(name, before) != before]
+    before = {**finished["options"], "out": o.out}  # it may have been moved
+    changed = [name for name, value in before.items() if asked.get(name, value) != value]
     if changed:
-        was = f"--{changed[0].replace('_', '-')} {finished['options'][changed[0]]!r}"
+        was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
         raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train it again")
     return finished["seconds"]
 

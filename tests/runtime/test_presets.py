@@ -208,7 +208,11 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
     assert same(weights_of(tmp_path / "two"), weights_of(out))
 
     log = (out / "teacher" / "log.jsonl").read_bytes()
+    out = out.rename(tmp_path / "moved")
     train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True))  # all is done
+    out = out.rename(tmp_path / "moved again")
+    train.main(["--out", str(out), "--resume"])
+    assert json.loads((out / "args.json").read_text())["teacher"] == f"{out}/teacher/student"
     assert (out / "teacher" / "log.jsonl").read_bytes() == log
     again = tmp_path / "again"
     shutil.move(out / "teacher", again / "teacher")
@@ -234,5 +238,6 @@ def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, caps
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("go on with: ") and last.endswith("--teacher-sft")
-    train.main(arguments(tiny_task, tmp_path / "parts", **options))
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    train.main(arguments(tiny_task, tmp_path / "moved", **options))
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "moved"))
