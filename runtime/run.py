@@ -620,9 +620,9 @@ class RunDirectory:
                 set_random_state(o.device, random)
                 save_checkpoint(o, pieces, self.optimizer, step, counts)
                 about = f"the state before it is in {o.out}; a new run with a lower --lr or with --dtype fp32 may help"
-            places = [pieces.examples[i].where.rpartition(", line ") for i in indices[:8]]
+            places = [pieces.examples[i].where.rpartition(" ") for i in indices[:8]]  # "FILE, line", or item, or row
             lines = ", ".join([line for _, _, line in places] + ["..."] * (len(indices) > 8))
-            raise FloatingPointError(f"update {step + 1}: {error} ({places[0][0]}, lines {lines}); {about}") from None
+            raise FloatingPointError(f"update {step + 1}: {error} ({places[0][0]}s {lines}); {about}") from None
 
 
 def count_compilations() -> int:

@@ -473,18 +473,20 @@ def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, whole
 
 
 def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, whole, tmp_path, monkeypatch):
-    """No moments either, which the optimiser has only after an update."""
+    """No moments either, which the optimiser has only after an update. Of a JSON array the message names the items."""
+    data = tmp_path / "train.json"
+    data.write_text(f"[{','.join((tiny_task / 'train.jsonl').read_text().splitlines())}]")
 
     def fail(*things):
         raise FloatingPointError("ce is nan")
 
     monkeypatch.setattr(train, "distil", fail)
-    with pytest.raises(SystemExit, match="update 1: ce is nan .*the state before it is in"):
-        train.main(command(tiny_task, tmp_path / "run", **STOPPED))
+    with pytest.raises(SystemExit, match=rf"update 1: ce is nan \({data}, items \d+, .*the state before it is in"):
+        train.main(command(tiny_task, tmp_path / "run", **STOPPED, data=data))
     monkeypatch.undo()
     assert step_of(tmp_path / "run") == 0
     assert not any("exp_avg" in name for name in load_file(tmp_path / "run" / "resume" / "state.safetensors"))
-    train.main([*command(tiny_task, tmp_path / "run", **STOPPED), "--resume"])
+    train.main([*command(tiny_task, tmp_path / "run", **STOPPED, data=data), "--resume"])
     assert_same_run(whole, tmp_path / "run")
 
 
