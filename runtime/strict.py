@@ -64,7 +64,7 @@ def check_options(o: Options) -> Options:
         dtype=o.dtype or ("bf16" if on_cuda else "fp32"),
         compile=on_cuda if o.compile is None else o.compile,
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
-        out=o.out or f"runs/{o.method}",
+        out=str(Path(o.out or f"runs/{o.method}")),  # runs/mine for runs/mine/: more is put behind it
     )
 
 

@@ -75,7 +75,8 @@ def run(tiny_task, tmp_path_factory):
 
 
 def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
-    train.main(arguments(tiny_task, tmp_path / "run", valid=tiny_task / "valid.jsonl", resume=None))
+    """Also if the directory was given with a slash behind it, as a shell completes it."""
+    train.main(arguments(tiny_task, f"{tmp_path}/run/", valid=tiny_task / "valid.jsonl", resume=None))
     out, err = capsys.readouterr()
     assert out == f"student: {tmp_path / 'run' / 'student'}\n" and "device: cpu (" in err
     assert "an epoch: 10 updates in 10 forward passes; " in err and "after 2 updates: loss " in err
