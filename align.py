@@ -321,9 +321,9 @@ def teacher_moments(teacher: ResponseTokens) -> list[float]:
 
 
 def deviations(moments: list[float]) -> Deviations:
-    """From the sums of `teacher_moments`; unbiased, as torch's: divided by count − 1."""
+    """From the sums of `teacher_moments`; unbiased, as torch's: divided by count − 1. 0 without a response."""
     columns = zip(moments[0::3], moments[1::3], moments[2::3], strict=True)
-    return Deviations(*(math.sqrt((squares - total**2 / n) / (n - 1)) for n, total, squares in columns))
+    return Deviations(*(math.sqrt((squares - total**2 / n) / (n - 1)) if n else 0.0 for n, total, squares in columns))
 
 
 if __name__ == "__main__":

@@ -502,7 +502,8 @@ def test_examples_do_not_see_each_other():
     assert torch.equal(changed[0][2:], t2s[2:]) and torch.equal(changed[1][3:], s2t[3:])
     assert not torch.isclose(changed[0][:2], t2s[:2]).any() and not torch.isclose(changed[1][:3], s2t[:3]).any()
     nothing = attention([(0, 0)])
-    assert [x.shape for x in cross_model_attention(*nothing, STD)] == [(0, 3), (0, 4)]
+    std = deviations(teacher_moments(nothing[1]))
+    assert [x.shape for x in cross_model_attention(*nothing, std)] == [(0, 3), (0, 4)]
 
 
 @pytest.mark.parametrize("scale", [1, 10])
