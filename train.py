@@ -564,7 +564,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
     tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
-    print(f"teacher: {base}, fine-tuned first:\n    python train.py {flags(stage)}", file=sys.stderr)
+    print(f"teacher: {base}, fine-tuned first:\n    {parallel.launcher()} train.py {flags(stage)}", file=sys.stderr)
     run_stage(Options(**stage), "teacher 1/2")
     return after
 

@@ -43,6 +43,11 @@ LONGEST_WAIT = timedelta(days=2)
 by_torchrun = dist.is_torchelastic_launched  # whether that started this process
 
 
+def launcher() -> str:
+    """How a command begins that runs on as many processes as this one."""
+    return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if by_torchrun() else "python"
+
+
 def rank() -> int:
     """Which process this is; 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -98,7 +98,7 @@ def say_teacher(given: dict, o: Options, directory: Path, run: dict | None) -> N
     which = f"it has not been fine-tuned on --data {o.data}" if published else f"whether it knows {o.data} is not known"
     print(
         f"teacher: {directory}, {known}; {which}. The papers do that first:\n"
-        f"    python train.py {flags(teacher_stage(given, o.out))}\n"
+        f"    {parallel.launcher()} train.py {flags(teacher_stage(given, o.out))}\n"
         f"and then --teacher {shlex.quote(f'{o.out}/teacher/student')}; --teacher-sft does both",
         file=sys.stderr,
     )

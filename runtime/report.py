@@ -9,6 +9,7 @@ from statistics import fmean
 
 from data import Example
 from model import read_json
+from runtime import parallel
 from runtime.hub import DATASETS, MODELS, repository_of
 from runtime.options import Options
 from runtime.presets import RECIPES, flags, recipe_name, shorten
@@ -110,4 +111,4 @@ def say_next(given: dict, o: Options, line: dict) -> None:
         print(f"after {line['step']} updates: {losses}", file=sys.stderr)
     print(f"""score it:       python eval.py {shlex.quote(o.out)} --data {shlex.quote(test)}
 talk to it:     python eval.py {shlex.quote(o.out)} --prompt "..."
-train further:  python train.py {flags(further)}""", file=sys.stderr)  # fmt: skip
+train further:  {parallel.launcher()} train.py {flags(further)}""", file=sys.stderr)  # fmt: skip

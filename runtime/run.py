@@ -637,8 +637,7 @@ def count_compilations() -> int:
 
 def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
     """How to continue the command that was given."""
-    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if parallel.by_torchrun() else ["python"]
-    words = [*start, sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    words = [*parallel.launcher().split(), sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
     embedded = not given.keys() & {"student", "teacher", "data"}
     out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
     if embedded or (out / "args.json").is_file():
