@@ -462,7 +462,10 @@ def note_signals() -> Iterator[list[int]]:
     def note(number: int, frame) -> None:
         restore()
         noted.append(number)
-        text = "\nstopping: this update is finished and saved first (once more: stop at once)\n"
+        once_more = "once more: stop at once"
+        if parallel.by_torchrun():  # which kills what has not ended by then, also in the middle of saving
+            once_more = "torchrun gives it 30 seconds, or its --shutdown-timeout"
+        text = f"\nstopping: this update is finished and saved first ({once_more})\n"
         os.write(2, text.encode())  # print could fail here, in the middle of another one
 
     def restore() -> None:

@@ -358,6 +358,7 @@ def test_ctrl_c_saves_before_it_ends(task, tmp_path):
         time.sleep(0.2)
     started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=200)[1]
+    assert "(torchrun gives it 30 seconds, or its --shutdown-timeout)" in error
     assert "stopped after update" in error and "go on with: torchrun --nproc_per_node=2" in error
     done = log_of(tmp_path / "run")[-1]["step"]
     with safe_open(tmp_path / "run" / "resume" / "state.safetensors", "pt") as file:
