@@ -550,6 +550,8 @@ class RunDirectory:
 
     def __exit__(self, kind, *error) -> None:
         self.progress.close()
+        # Process 0 has written the samples; the others have waited for it here, where signals are still noted.
+        number = self.asked_to_stop() if kind is None else 0
         self.stack.close()
         if kind is not None:
             return
@@ -557,8 +559,8 @@ class RunDirectory:
             name = KEPT_BY[self.o.keep_best]
             about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
             print(f"student/ is from {about}", file=sys.stderr)
-        if self.signals:  # while the samples were written
-            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", *self.signals)
+        if number:
+            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", number)
 
     def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
         """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""

@@ -365,6 +365,27 @@ def test_ctrl_c_saves_before_it_ends(task, tmp_path):
         assert int(file.metadata()["step"]) == done
 
 
+SAMPLING = """
+import os, signal, time, train
+def respond(*things, **options):
+    os.kill(os.getppid(), signal.SIGINT)  # of torchrun
+    time.sleep(2)
+    return [""] * 5
+train.respond = respond
+train.main()
+train.parallel.leave()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_first_process_writes_samples(task, tmp_path):
+    """The others, which have nothing left to do, wait for it, and say nothing of its end."""
+    (tmp_path / "sampling.py").write_text(SAMPLING)
+    error = torchrun(tmp_path / "sampling.py", *arguments(task, tmp_path / "run")).stderr
+    assert "stopped after the last update, which is saved" in error
+    assert not any(word in error for word in ("gloo", "KeyboardInterrupt", "rank1"))
+
+
 @pytest.mark.slow
 def test_compiled_blocks(task, tmp_path):
     compiled = {"compile": True}
