@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -227,6 +228,8 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn
         fully_shard(block, ignored_params=whole, **options)
         block.set_gradient_divide_factor(1.0)  # sums: see the head of this file
         block.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
+    # It warns of wrong gradients if what the model returns were changed in place, which nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     fully_shard(model, ignored_params=whole, **options)  # only so that the blocks know of each other
     blocks = [*model.blocks]
     for block, next_back in zip(blocks, blocks[:1] + blocks, strict=False):
