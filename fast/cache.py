@@ -24,7 +24,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class TeacherCache:
         tokens = [0, *accumulate(lengths)]  # before each row, and of all
         token_bytes = np.dtype(kind).itemsize * int(np.prod(shape))
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+b") as stream:
+        with name_in_errors(file), open(file, "a+b") as stream:
             wait_for_lock(stream, file)
             done, hasher = self.verify(stream, file, record, [count * token_bytes for count in tokens])
             missing = (tokens[-1] - tokens[done]) * token_bytes
@@ -184,6 +185,18 @@ def wait_for_lock(stream, file: Path) -> None:
     except BlockingIOError:
         print(f"{file}: another run is at it, waiting", file=sys.stderr)
         fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+@contextmanager
+def name_in_errors(file: Path) -> Iterator[None]:
+    """Says of a disk that has become full which file has no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:  # it says by itself what it is about
+            raise
+        raise OSError(f"{file} could not be written ({error.strerror}); what its record vouches for is kept: make room "
+                      "there, then run this again") from error  # fmt: skip
 
 
 def write_record(record: Path, content: dict) -> None:

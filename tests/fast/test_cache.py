@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import resource
 import shutil
 import threading
 import time
@@ -300,6 +301,20 @@ def test_a_disk_without_room_is_an_error_before_the_teacher_runs(setting, monkey
     monkeypatch.setattr(cache, "load_model", None)
     with pytest.raises(ValueError, match=r"tokens × 96 bytes = .* GB; the disk has 1e-06 GB left"):
         setting.make().attach_states()
+
+
+def test_a_disk_that_becomes_full_is_named_and_the_fill_goes_on_later(setting, monkeypatch):
+    monkeypatch.setattr(cache, "RECORD_EVERY", 0)
+    limits, made = resource.getrlimit(resource.RLIMIT_FSIZE), setting.make()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match=rf"^{made.folder}/states.bin could not be written \(.+\); .* make room"):
+            made.attach_states()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < json.loads((made.folder / "states.json").read_text())["rows"] < len(made.rows)
+    made.attach_states()
+    assert (made.folder / "states.bin").stat().st_size == sum(row.states.nbytes for row in made.rows)
 
 
 def test_two_runs_do_not_fill_one_file_at_once(setting, capsys):
