@@ -60,6 +60,7 @@ import train
 from align import exact_token_alignment
 from data import Row, tokenise
 from experiments import memory, paper, tiny
+from experiments.memory import gpt2, llama
 from experiments.plain_step import KD_RATE, METHODS, TEMPERATURE, as_transformers, pad, pair_positions, plain_loss
 from experiments.reproduce import string_alignment, token_strings
 from fast.cpu import by_onednn, keep_freed_memory, packed, put_on
@@ -75,46 +76,35 @@ from scores.tables import table
 # Sizes
 
 
-def gpt2(width: int, layers: int, heads: int, vocabulary: int, positions: int = 1024) -> dict:
-    return {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": positions, "n_embd": width,
-            "n_layer": layers, "n_head": heads}  # fmt: skip
-
-
-def llama(width, inner, layers, heads, kv_heads, vocabulary, kind="llama", positions=2048) -> dict:
-    return {"model_type": kind, "vocab_size": vocabulary, "max_position_embeddings": positions, "hidden_size": width,
-            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "tie_word_embeddings": kind == "llama"}  # fmt: skip
-
-
 FULL = {
-    "student": gpt2(768, 12, 12, 50257),  # GPT-2 120M
+    "student": memory.CONFIGS["GPT-2 120M"],
     "teacher": llama(2048, 5504, 2, 16, 16, 151936, "qwen2"),  # Qwen1.5-1.8B with 2 of its 24 layers
-    "same_teacher": gpt2(1280, 2, 20, 50257),  # GPT-2 large with 2 of its 36
+    "same_teacher": gpt2(1280, 2, 20),  # GPT-2 large with 2 of its 36
     "overlap": 42256,  # tokens that GPT-2 and Qwen1.5 share, as vocabulary_overlap counts them
     "batches": [4], "max_len": 512, "rounds": 2, "enough": 10.0, "dtypes": ["fp32", "bf16"],
-    "bodies": {"GPT-2 small": gpt2(768, 12, 12, 50257), "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152)},
+    "bodies": {"GPT-2 small": memory.CONFIGS["GPT-2 120M"], "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152)},
     "body_shape": [4, 512], "square": 4096,
-    "generator": gpt2(768, 12, 12, 50257), "prompts": 8, "new_tokens": 128, "repeats": 5,
+    "generator": memory.CONFIGS["GPT-2 120M"], "prompts": 8, "new_tokens": 128, "repeats": 5,
     "aligned_lengths": [256, 1024, 4096, 16384, 65536],
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
     "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
 }  # fmt: skip
 CARD = {  # nothing is smaller than in the papers; on one vocabulary the teacher is the same but for its embeddings
     **FULL,
-    "student": memory.CONFIGS["GPT-2 120M"], "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
+    "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
     "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
     "batches": [4, 8, 32], "full": list(METHODS), "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
     "lora_pair": {"models": {"student": memory.CONFIGS["TinyLlama 1.1B"], "teacher": memory.CONFIGS["Llama-2 7B"]},
                   "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA, eager"},
 }  # fmt: skip
 TINY = {
-    **CARD, "student": gpt2(32, 2, 2, 600, 128), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
-    "same_teacher": gpt2(48, 1, 2, 600, 128), "overlap": 400, "batches": [2, 4], "max_len": 64,
-    "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600, 320), "prompts": 4, "new_tokens": 4,
+    **CARD, "student": gpt2(32, 2, 2, 600), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2"),
+    "same_teacher": gpt2(48, 1, 2, 600), "overlap": 400, "batches": [2, 4], "max_len": 64,
+    "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
     "repeats": 1, "aligned_lengths": [64, 256], "body_shape": [2, 32], "square": 64,
     "bodies": {"GPT-2 small": gpt2(32, 2, 2, 600), "LLaMA": llama(32, 64, 2, 2, 1, 600)},
     "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
-    "growth_teacher": llama(48, 64, 1, 2, 2, 900, "qwen2", 128),
+    "growth_teacher": llama(48, 64, 1, 2, 2, 900, "qwen2"),
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
                   "batches": [4], "what": "LoRA"},
 }  # fmt: skip

@@ -28,28 +28,31 @@ from model import Decoder, read_json
 from runtime.hub import model_directory
 
 GB = 1e9
-_LLAMA = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": False}
-CONFIGS = {  # the fields that matter here of the published config.json
-    "GPT-2 120M": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
-                   "n_head": 12},
-    "GPT-2 1.5B": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 1600, "n_layer": 48,
-                   "n_head": 25},
-    "TinyLlama 1.1B": {**_LLAMA, "max_position_embeddings": 2048, "hidden_size": 2048, "intermediate_size": 5632,
-                       "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
-    "Llama-2 7B": {**_LLAMA, "max_position_embeddings": 4096, "hidden_size": 4096, "intermediate_size": 11008,
-                   "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Mistral 7B": {**_LLAMA, "max_position_embeddings": 4096, "hidden_size": 4096, "intermediate_size": 14336,
-                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "Qwen1.5 1.8B": {**_QWEN, "max_position_embeddings": 32768, "hidden_size": 2048, "intermediate_size": 5504,
-                     "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16},
-    "Qwen2.5 7B": {**_QWEN, "vocab_size": 152064, "max_position_embeddings": 131072, "hidden_size": 3584,
-                   "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                   "num_key_value_heads": 4},
-    "Qwen2.5 72B": {**_QWEN, "vocab_size": 152064, "max_position_embeddings": 131072, "hidden_size": 8192,
-                    "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-                    "num_key_value_heads": 8},
-}  # fmt: skip
+
+
+def gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257) -> dict:
+    """The fields that matter here of a config.json."""
+    return {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": 1024, "n_embd": width, "n_layer": layers,
+            "n_head": heads}  # fmt: skip
+
+
+def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary=32000, kind="llama") -> dict:
+    """The same; `inner`: the width of the MLP's layers. No parameter depends on the number of positions."""
+    return {"model_type": kind, "vocab_size": vocabulary, "max_position_embeddings": 2048, "hidden_size": width,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "tie_word_embeddings": False}  # fmt: skip
+
+
+CONFIGS = {  # as published
+    "GPT-2 120M": gpt2(768, 12, 12),
+    "GPT-2 1.5B": gpt2(1600, 48, 25),
+    "TinyLlama 1.1B": llama(2048, 5632, 22, 32, 4),
+    "Llama-2 7B": llama(4096, 11008, 32, 32, 32),
+    "Mistral 7B": llama(4096, 14336, 32, 32, 8),
+    "Qwen1.5 1.8B": llama(2048, 5504, 24, 16, 16, 151936, "qwen2"),
+    "Qwen2.5 7B": llama(3584, 18944, 28, 28, 4, 152064, "qwen2"),
+    "Qwen2.5 72B": llama(8192, 29568, 80, 64, 8, 152064, "qwen2"),
+}
 TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, devices, --recompute
     ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1, False),
     ("Qwen1.5 1.8B", "GPT-2 120M", 0, 32, None, 1, True),
