@@ -107,16 +107,6 @@ def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float
     return (16 + 4) * student.width * teacher.width + 4 * inverse
 
 
-def gradient_bytes(c: SimpleNamespace, devices: int) -> float:
-    """Of `student_bytes`, what the gradients take."""
-    return 4 * (c.trained_rest + c.trained_matrices / devices)
-
-
-def logits_bytes(vocabulary: int, tokens: int) -> float:
-    """Two logits in bf16, and two float32 numbers, for each token and row of the larger head (fast/losses.py)."""
-    return 12 * tokens * vocabulary
-
-
 def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
     """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on tensors that are
     shapes alone, as a CPU would compute them, for two lengths, since the difference is without the weights; and without
@@ -151,13 +141,15 @@ def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard
     t, s = counts(teacher) if teacher else None, counts(student, rank, targets)
     of_block, of_input = kept_per_token(student, rank, targets), 4 * s.width
     student_devices = devices if shard in ("student", "both") else 1
-    logits = logits_bytes(max(s.vocabulary, t.vocabulary if t else 0), min(chunk, batch_size * max_len))
+    # of each token and row of the larger head two logits in bf16 and two float32 numbers (fast/losses.py)
+    logits = 12 * min(chunk, batch_size * max_len) * max(s.vocabulary, t.vocabulary if t else 0)
+    gradients = 4 * (s.trained_rest + s.trained_matrices / student_devices)  # of the student's, not there yet
     return {
         "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1) if t else 0.0,
         "student": student_bytes(s, student_devices),
         "projectors": projector_bytes(s, t) if t else 0.0,
         "activations": (of_block + of_input * s.layers if recompute else of_block * s.layers) * batch_size * max_len,
-        "logits": max(0.0, logits - gradient_bytes(s, student_devices)),
+        "logits": max(0.0, logits - gradients),
     }
 
 
