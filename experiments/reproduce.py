@@ -56,7 +56,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.formats import read_examples
 from runtime.run import tokenizer_of
-from runtime.tokenizer import TextTokenizer
+from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +209,13 @@ TEACHER_STEPS, START_STEPS = 800, 500  # of 64 examples
 
 
 def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates: int) -> None:
-    """`new`/student: a model of this configuration, trained on the file's labels unless `updates` is 0."""
-    start = tiny.write_untrained(new / "student", tokenizer, config)
+    """`new`/student: a model of this configuration, trained on the file's labels unless `updates` is 0: then it is the
+    tokenizer's files and a config.json for its vocabulary."""
+    start = new / "student"
+    shutil.copytree(tokenizer, start)
+    read = read_tokenizer(start)
+    config = {**config, "vocab_size": read.size, "bos_token_id": read.eos_id, "eos_token_id": read.eos_id}
+    (start / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     options = {**tiny.DEFAULTS, "student": str(start), "data": str(file), "seed": seed, "method": "sft"}
     options |= {"max_steps": updates, "batch_size": 64, "checkpoint_every": 10**6, "out": str(new / "run")}
     if updates:

@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import re
-import shutil
 import statistics
 from dataclasses import asdict, replace
 from functools import cache
@@ -31,7 +30,7 @@ from data import Example
 from eval import respond, score
 from model import load_model
 from runtime.formats import read_examples
-from runtime.run import TOKENIZER_FILES, finished_runs, tokenizer_of, write_text
+from runtime.run import finished_runs, tokenizer_of, write_text
 from runtime.strict import choose_alignment
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
@@ -448,18 +447,6 @@ def prepare(root: Path, seed: int) -> None:
         config = {**config, "vocab_size": sizes[name]}
         (root / "start" / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_text(root / "prepared.json", json.dumps(asked) + "\n")
-
-
-def write_untrained(directory: Path, tokenizer: Path, config: dict) -> Path:
-    """A model's directory without weights: the tokenizer's files, and config.json for its vocabulary."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, directory / name)
-    read = read_tokenizer(directory)
-    config = {**config, "vocab_size": read.size, "bos_token_id": read.eos_id, "eos_token_id": read.eos_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return directory
 
 
 def main(arguments: list[str] | None = None) -> None:
