@@ -31,13 +31,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from safetensors.torch import save_file
 from torch.distributions import Categorical
 
 import eval
 from data import Example, collate_side, tokenise
 from experiments import paper
 from experiments.analyse import new_figure, save
+from experiments.reproduce import write_random_projectors
 from fast.cpu import by_onednn
 from losses import logits_under
 from model import hidden_at, load_model, read_json, save_model
@@ -45,12 +45,12 @@ from runtime.formats import read_examples
 from runtime.hub import model_directory
 from runtime.run import tokenizer_of, write_text
 from scores.rouge import rouge_l
-from scores.tables import table
+from scores.tables import spread, table
 
 LEFT_OUT = (10, 13, 16, 19, 22, 25)  # layers of the weaker student
 FILES = {  # set: the files of --data that hold it
     "dolly": ["dolly_3k.jsonl"], "gsm8k": ["gsm8k_train.jsonl"], "code": ["mbpp.jsonl", "code_alpaca_2k.jsonl"],
-    "self_instruct": ["self_instruct_eval.jsonl"], "vicuna": ["vicuna_eval.jsonl"],
+    "self_instruct": ["self_instruct_eval.jsonl"],
 }  # fmt: skip
 
 
@@ -105,9 +105,7 @@ def prepare(o: argparse.Namespace, name: str) -> None:
     configs = [read_json(directory_of(o, model) / "config.json") for model in (pair.teacher, pair.student)]
     widths = [config.get("hidden_size") or config["n_embd"] for config in configs]
     home.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    layers = {"t2s.weight": torch.nn.Linear(*widths), "s2t.weight": torch.nn.Linear(*widths[::-1])}
-    save_file({key: layer.weight.detach() for key, layer in layers.items()}, home / "random.safetensors")
+    write_random_projectors(home / "random.safetensors", *widths, seed=0)
 
 
 def directory_of(o: argparse.Namespace, model: str) -> Path:
@@ -180,11 +178,6 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
 # Scores
 
 
-def student_of(run: Path) -> Path:
-    """The model directory of a run; `run` itself if it is a model."""
-    return run / "student" if (run / "student").is_dir() else run
-
-
 def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
     """Of the first outputs and, where they end, their end: comparable between tokenizers."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
@@ -211,8 +204,8 @@ def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
 def matching_temperature(run: Path, other: Path, file: Path) -> float:
     """At which the entropy of a run's student on the answers in a file is that of the other's at 1: to 0.01."""
     examples = read_examples(file)
-    logits, others = (predictions(load_model(student), tokenizer_of(student), examples)
-                      for student in map(student_of, (run, other)))  # fmt: skip
+    students = (model_directory(str(directory)) for directory in (run, other))
+    logits, others = (predictions(load_model(student), tokenizer_of(student), examples) for student in students)
     aim, low, high = entropy(others), 0.2, 5.0
     while high - low > 0.01:
         middle = (low + high) / 2
@@ -224,7 +217,7 @@ def score(run: Path, out: Path, tests: list[Path], judge: Path, sampling_tempera
     """scores.json: per set, of the gold answers, with the entropy of the predictions in nats, and of the model's own,
     greedy and sampled once; the latter also read by the judge, a model that taught nobody. What only a continuation
     would need is removed."""
-    student = student_of(run)
+    student = model_directory(str(run))
     scores: dict[str, dict] = {}
     model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
     for file in tests:
@@ -278,18 +271,13 @@ def tables(out: Path) -> str:
             for row in ("teacher", "start", *ROWS):
                 found = [scores[part] for run, scores in runs.items() if run == row or run[:-2] == row]
                 if found:
-                    cells = (cell([scores[key] for scores in found], differences(runs, row, part, key), digits)
-                             for key, (_, digits) in MEASURES.items())  # fmt: skip
-                    lines.append([row, str(len(found)), *cells])
+                    lines.append([row, str(len(found))])
+                    for key, (_, digits) in MEASURES.items():
+                        gaps = differences(runs, row, part, key)
+                        difference = f" ({spread(gaps, digits, '+')})" if gaps else ""
+                        lines[-1].append(f"{fmean(scores[key] for scores in found):.{digits}f}{difference}")
             parts.append(table(lines))
     return "\n\n".join(parts)
-
-
-def cell(values: list[float], gaps: list[float], digits: int) -> str:
-    text = f"{fmean(values):.{digits}f}"
-    if gaps:
-        text += f" ({fmean(gaps):+.{digits}f}" + (f" ± {stdev(gaps):.{digits}f})" if len(gaps) > 1 else ")")
-    return text
 
 
 def draw(out: Path):

@@ -372,12 +372,11 @@ CHANGES = {
 }
 
 
-def random_projectors(file: Path, change: str, width: int, teacher_width: int, seed: int) -> None:
+def write_random_projectors(file: Path, teacher_width: int, width: int, seed: int, both: bool = True) -> None:
+    """t2s and, for `both`, s2t, from which training with --projectors starts."""
     torch.manual_seed(seed)
-    layers = {"t2s.weight": (teacher_width, width), "s2t.weight": (width, teacher_width)}
-    if change == "random-t2s":
-        del layers["s2t.weight"]
-    save_file({name: torch.nn.Linear(*shape).weight.detach() for name, shape in layers.items()}, file)
+    shapes = {"t2s.weight": (teacher_width, width)} | ({"s2t.weight": (width, teacher_width)} if both else {})
+    save_file({name: torch.nn.Linear(*shape).weight.detach() for name, shape in shapes.items()}, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +403,8 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
         options |= {"divergence": divergence, "on_policy": cell.on_policy}
     if change.startswith("random"):
         options["projectors"] = str(scratch / "projectors.safetensors")
-        random_projectors(options["projectors"], change, cell.width, tiny.TEACHER["hidden_size"], cell.seed)
+        widths = tiny.TEACHER["hidden_size"], cell.width
+        write_random_projectors(options["projectors"], *widths, cell.seed, both=change == "random")
     return options
 
 
