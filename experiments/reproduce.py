@@ -441,14 +441,12 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
 
 @by_onednn("cpu")
 def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
-    """{rouge_l, exact_match, valid, cross_entropy, ...} of greedy answers; cross-entropy over all references."""
+    """{rouge_l, exact_match, valid, cross_entropy} of greedy answers; cross-entropy over all references."""
     model, tokenizer, examples = load_model(model_directory), tokenizer_of(model_directory), read_examples(file)
     scores = tiny.score_answers(model, tokenizer, examples, plain if text == "accents" else str)
     references = [replace(example, outputs=[output]) for example in examples for output in example.outputs]
     rows, _ = tokenise(references, tokenizer, max_len=96, max_prompt_len=48)
-    nats = held_out_cross_entropy(model, rows, tokenizer.eos_id, batch_size=100)
-    tokens, characters = sum(len(row.student.response) for row in rows), sum(len(e.outputs[0]) + 1 for e in references)
-    return {**scores, "cross_entropy": nats, "nats_per_character": nats * tokens / characters}
+    return {**scores, "cross_entropy": held_out_cross_entropy(model, rows, tokenizer.eos_id, batch_size=100)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
