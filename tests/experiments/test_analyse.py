@@ -74,14 +74,17 @@ def pair(tiny_task):
     return analyse.Pair(*models, rows, tuple(tokenizer.eos_id for tokenizer in tokenizers))
 
 
+@torch.no_grad()
+def states_alone(pair, row):
+    """The states that predict an example's response, of the teacher and of the student."""
+    sides = (pair.teacher, row.teacher), (pair.student, row.student)
+    return [m(torch.tensor([side.prompt + side.response[:-1]]))[0, len(side.prompt) - 1 :] for m, side in sides]
+
+
 def test_example_distances_are_those_of_each_example_alone(pair):
     together = analyse.example_distances(pair, size=4)
     for row, found in zip(pair.rows, together, strict=True):
-        hidden = []
-        for m, side, index in ((pair.teacher, row.teacher, row.pairs[0]), (pair.student, row.student, row.pairs[1])):
-            with torch.no_grad():
-                states = m(torch.tensor([side.prompt + side.response[:-1]]))[0, len(side.prompt) - 1 :]
-            hidden.append(states[index])
+        hidden = [states[index] for states, index in zip(states_alone(pair, row), row.pairs, strict=True)]
         torch.testing.assert_close(found, analyse.structure_distance(*hidden), rtol=1e-4, atol=1e-5)
 
 
@@ -93,13 +96,11 @@ def test_knowledge_is_that_of_single_distributions(pair):
     expected = {"teacher": [], "student": [], "projected teacher": []}
     with torch.no_grad():
         for row in pair.rows:
-            sides = (teacher, row.teacher), (student, row.student)
-            read = [(m, torch.tensor([side.prompt + side.response[:-1]]), len(side.prompt)) for m, side in sides]
-            states = [m(ids)[0, first - 1 :] for m, ids, first in read]
+            theirs, ours = states_alone(pair, row)
             for i, j in zip(*row.pairs, strict=True):
-                at = {"teacher": (teacher.logits(states[0][i]), row.teacher.response[i]),
-                      "student": (student.logits(states[1][j]), row.student.response[j]),
-                      "projected teacher": (student.logits(t2s(states[0][i])), row.student.response[j])}  # fmt: skip
+                at = {"teacher": (teacher.logits(theirs[i]), row.teacher.response[i]),
+                      "student": (student.logits(ours[j]), row.student.response[j]),
+                      "projected teacher": (student.logits(t2s(theirs[i])), row.student.response[j])}  # fmt: skip
                 for who, (logits, gold) in at.items():
                     entropy = torch.distributions.Categorical(logits=logits).entropy()
                     nats = torch.nn.functional.cross_entropy(logits, torch.tensor(gold))
@@ -167,7 +168,7 @@ def test_simulate_command(tmp_path, capsys):
     assert is_png(tmp_path / "new" / "folder" / "simulation.png")
 
 
-def test_curves_command(tiny_task, tmp_path, capsys):
+def test_curves_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     logs = {"a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "valid_ce": 3.0}], "b": [{"step": 1, "loss": 4.0}]}
     for name, lines in logs.items():
@@ -177,7 +178,7 @@ def test_curves_command(tiny_task, tmp_path, capsys):
     analyse.main(["curves", *runs, "--out", str(tmp_path)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:4]]
     assert rows[0] == ["", "loss", "valid_ce"] and rows[2:] == [[runs[0], "1.0000", "3.0000"], [runs[1], "4.0000", "-"]]
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "curves.png")
     panels = analyse.draw_curves(logs, ["loss", "valid_ce"]).axes
     drawn = [[line.get_xydata().tolist() for line in panel.lines] for panel in panels]
     assert drawn == [[[[1, 2], [2, 1]], [[1, 4]]], [[[2, 3]], []], [[], []]]
@@ -232,15 +233,18 @@ def test_alignment_command(tiny_task, tmp_path, capsys):
     rows, columns = 2 * teacher.head_weight.shape[1], 2 * student.head_weight.shape[1]
     save_file({"query.weight": torch.zeros(rows, columns)}, tmp_path / "projectors.safetensors")
     common = ["alignment", "--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
-    common += ["--data", str(tiny_task / "test.jsonl"), "--out", str(tmp_path)]
+    example = (tiny_task / "test.jsonl").read_text().splitlines()[0]
+    (tmp_path / "gaps.jsonl").write_text(f'\n{example}\n{{"prompt": "a", "output": "b"}}')  # lines count, not examples
+    common += ["--data", str(tmp_path / "gaps.jsonl"), "--out", str(tmp_path)]
     analyse.main([*common, "--line", "2"])
-    assert "\nteacher ␣" in capsys.readouterr().out and not (tmp_path / "attention.png").exists()
+    said = capsys.readouterr().out.splitlines()[-3]
+    assert said.startswith("teacher ␣") and len(said.split()) > 5 and not (tmp_path / "attention.png").exists()
     analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].split("|")[1:-1]]
     assert cells[3] == cells[4] == f"{1 / int(cells[0]):.3f}"  # a query of zeros attends to everything alike
     assert is_png(tmp_path / "attention.png")
-    with pytest.raises(SystemExit, match="--line 99"):
-        analyse.main([*common, "--line", "99"])
+    with pytest.raises(SystemExit, match="--line 1: .* has no example on that line"):
+        analyse.main([*common, "--line", "1"])
     with pytest.raises(SystemExit, match="not a readable safetensors file"):
         analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "attention.png")])
     save_file({"t2s.weight": torch.zeros(columns // 2, rows // 2)}, tmp_path / "projectors.safetensors")
@@ -252,14 +256,3 @@ def test_a_missing_matplotlib_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="requirements-dev.txt"):
         analyse.main(["simulate", "--out", str(tmp_path)])
-
-
-def test_one_example_per_line_is_found_by_its_number(tiny_task, tmp_path):
-    pytest.importorskip("matplotlib")
-    example = (tiny_task / "test.jsonl").read_text().splitlines()[0]
-    (tmp_path / "gaps.jsonl").write_text("\n\n" + example + "\n" + json.dumps({"prompt": "a", "output": "b"}))
-    common = ["alignment", "--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
-    common += ["--data", str(tmp_path / "gaps.jsonl"), "--out", str(tmp_path)]
-    analyse.main([*common, "--line", "3"])
-    with pytest.raises(SystemExit, match="--line 1"):
-        analyse.main([*common, "--line", "1"])

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from align import exact_token_alignment
-from data import tokenise
 from experiments import bench
 from fast.cpu import Dropout
 from runtime.formats import read_examples
@@ -40,12 +39,17 @@ def test_the_official_rule_and_ours_agree_on_plain_text(text):
         assert np.array_equal(official, ours)
 
 
-def test_made_up_text_is_as_long_as_dolly(tmp_path):
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """200 rows of made-up text of two larger vocabularies, and both tokenizers."""
     size = {"student": {"vocab_size": 5000}, "teacher": {"vocab_size": 8000}, "overlap": 4000}
-    text = bench.stand_in(size, 300, tmp_path / "text")
-    student, teacher = (read_tokenizer(text[side]) for side in ("student", "teacher"))
+    text = bench.stand_in(size, 200, tmp_path_factory.mktemp("text"))
+    return bench.read_rows(text["data"], text["student"], text["teacher"], 512, "eta")
+
+
+def test_made_up_text_is_as_long_as_dolly(long_rows):
+    rows, student, teacher = long_rows
     assert (student.size, teacher.size) == (5000, 8000)
-    rows, _ = tokenise(read_examples(text["data"]), student, teacher, 512, 256, "eta")
     assert statistics.median(len(row.student.prompt) for row in rows) == pytest.approx(43, abs=3)
     assert statistics.median(len(row.student.response) for row in rows) == pytest.approx(48, rel=0.2)
     assert 60 < statistics.mean(len(row.student.prompt) for row in rows) < 80
@@ -57,11 +61,9 @@ def test_made_up_text_is_as_long_as_dolly(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 4, 8, 32])
-def test_a_batch_is_as_large_as_the_average_one(tmp_path, count):
+def test_a_batch_is_as_large_as_the_average_one(long_rows, count):
     """In response tokens too: they take ours most of its time, and a padded step none."""
-    size = {"student": {"vocab_size": 5000}, "teacher": {"vocab_size": 8000}, "overlap": 4000}
-    text = bench.stand_in(size, 200, tmp_path / "text")
-    rows, *_ = bench.read_rows(text["data"], text["student"], text["teacher"], 512, "eta")
+    rows, *_ = long_rows
     batch = bench.representative(rows, count)
     for length in (lambda row: len(row.student), lambda row: len(row.student.response)):
         assert statistics.mean(map(length, batch)) == pytest.approx(statistics.mean(map(length, rows)), rel=0.1)

@@ -28,12 +28,9 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def tokenizers(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    texts = texts_of(data["teacher_train"][:3000])
-    tiny.train_tokenizers(texts, folder / "teacher", folder / "student")
-    teacher, student = (Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("teacher", "student"))
-    return folder, texts, teacher, student
+def tokenizers(tiny_task):
+    """The teacher's and the student's."""
+    return [Tokenizer.from_file(str(tiny_task / name / "tokenizer.json")) for name in ("teacher", "student")]
 
 
 def texts_of(examples):
@@ -42,16 +39,6 @@ def texts_of(examples):
 
 def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def in_another_process(code, hash_seed):
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": str(1 + int(hash_seed) % 3)}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-
-
-# -- the grammar -------------------------------------------------------------------------------------------------------
 
 
 # -- validity ----------------------------------------------------------------------------------------------------------
@@ -145,13 +132,10 @@ def test_the_grammar_is_the_one_that_the_published_figures_are_about():
         return hashlib.sha256(repr(tables).encode()).hexdigest()[:16]
 
     random.seed(99)
-    data = tiny.make_data(7, **SMALL)
+    tiny.make_data(7, **SMALL)
     for cached in (tiny.favourites, tiny.answer_slots, tiny.all_prompts, tiny.answer_pattern):
         cached.cache_clear()
     assert grammar() == "e03a54f499760c2c"
-    assert all(tiny.is_valid(e["prompt"], answer) for e in data["test"] for answer in e["output"])
-    fox = [option for option, _ in tiny.favourites("fox", "does")]  # a word has its own tastes
-    assert 0 < len(fox) < 12 and fox != [option for option, _ in tiny.favourites("wolf", "does")]
 
 
 @pytest.mark.parametrize("size", [dict(valid=5000), dict(test=5000)])
@@ -170,9 +154,11 @@ def test_the_same_data_and_tokenizers_in_every_process(tmp_path):
         "tiny.train_tokenizers(texts, {0!r} + '/teacher', {0!r} + '/student')\n"
         "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())\n"
     )
-    digest = in_another_process(code.format(str(tmp_path / "there")), hash_seed="1").strip()
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code.format(str(tmp_path / "there"))]
+    digest = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     here = tiny.make_data(5, teacher_train=300, student_train=50, valid=30, test=30)
-    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == digest
+    assert hashlib.sha256(json.dumps(here).encode()).hexdigest() == digest.strip()
     tiny.train_tokenizers(texts_of(here["teacher_train"]), str(tmp_path / "teacher"), str(tmp_path / "student"))
     files = [path.relative_to(tmp_path / "there") for path in (tmp_path / "there").rglob("*.json")]
     assert len(files) == 4
@@ -217,14 +203,13 @@ def test_the_published_table_is_that_of_the_stored_scores():
 
 
 def test_tokenizers_are_lossless(tokenizers, data):
-    _, _, teacher, student = tokenizers
     for text in HORRORS + texts_of(data["student_train"]):
-        for tokenizer in (teacher, student):
+        for tokenizer in tokenizers:
             assert tokenizer.decode(ids(tokenizer, text)) == text
 
 
-def test_tokenizers_are_of_two_different_kinds(tokenizers, data):
-    folder, _, teacher, student = tokenizers
+def test_tokenizers_are_of_two_different_kinds(tokenizers, tiny_task, data):
+    teacher, student = tokenizers
     assert teacher.get_vocab_size() == tiny.TEACHER_VOCABULARY and student.get_vocab_size() == tiny.STUDENT_VOCABULARY
     assert sorted(teacher.get_vocab().values()) == list(range(tiny.TEACHER_VOCABULARY))
     assert [teacher.id_to_token(index) for index in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
@@ -239,25 +224,24 @@ def test_tokenizers_are_of_two_different_kinds(tokenizers, data):
 
     assert sum(spans(teacher, text) != spans(student, text) for text in outputs) > 50  # they cut the text differently
     for name, end in (("teacher", "</s>"), ("student", "<|endoftext|>")):
-        config = json.loads((folder / name / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((tiny_task / name / "tokenizer_config.json").read_text(encoding="utf-8"))
         assert config["eos_token"] == end
 
 
-def test_no_teacher_token_joins_two_words(tokenizers, data):
+def test_no_teacher_token_joins_two_words(tokenizers):
     # There is no cut into words when encoding (as in Llama's file), so that only the merges can keep words apart.
-    _, _, teacher, _ = tokenizers
+    teacher, _ = tokenizers
     assert json.loads(teacher.to_str())["pre_tokenizer"] is None
     learned = [token for token in teacher.get_vocab() if not token.startswith("<")]
     assert all("▁" not in token[1:] for token in learned)
     assert all(token.strip("▁").isalpha() or len(token.strip("▁")) <= 1 for token in learned)
 
 
-def test_transformers_reads_both_tokenizers_alike(tokenizers):
+def test_transformers_reads_both_tokenizers_alike(tokenizers, tiny_task):
     transformers = pytest.importorskip("transformers")
-    folder, _, teacher, student = tokenizers
-    for name, tokenizer in (("teacher", teacher), ("student", student)):
-        loaded = transformers.AutoTokenizer.from_pretrained(folder / name)
+    for name, end, tokenizer in zip(("teacher", "student"), ("</s>", "<|endoftext|>"), tokenizers, strict=True):
+        loaded = transformers.AutoTokenizer.from_pretrained(tiny_task / name)
         for text in HORRORS:
             assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
             assert loaded.decode(ids(tokenizer, text)) == text
-        assert loaded.eos_token == {"teacher": "</s>", "student": "<|endoftext|>"}[name]
+        assert loaded.eos_token == end
