@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import train
 from align import vocabulary_overlap
@@ -23,35 +24,25 @@ CONCEPTS = ["align", "losses", "projector"]
 
 @pytest.fixture(scope="module")
 def task(tiny_task, tmp_path_factory):
-    """A directory with student/ and teacher/, made by transformers, and data.jsonl. The student's head repeats, with
-    noise, the teacher's: then t2s is right about a part of the pairs, as with real models."""
+    """A directory with student/ and teacher/, those of the tiny task as transformers writes them, and data.jsonl. The
+    teacher's head has more rows than its tokenizer. The student's head repeats, with noise, the teacher's: then t2s is
+    right about a part of the pairs, as with real models."""
     root = tmp_path_factory.mktemp("examples")
     shutil.copy(tiny_task / "train.jsonl", root / "data.jsonl")
-    tokenizers = {}
-    for name in ("student", "teacher"):
-        (root / name).mkdir()
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tiny_task / name / file, root / name)
-        tokenizers[name] = transformers.PreTrainedTokenizerFast.from_pretrained(root / name)
-    sizes = {name: len(tokenizer) for name, tokenizer in tokenizers.items()}
+    names = "teacher", "student"
+    both = [Tokenizer.from_file(str(tiny_task / name / "tokenizer.json")) for name in names]
+    teacher, student = (transformers.AutoModelForCausalLM.from_pretrained(tiny_task / name) for name in names)
     torch.manual_seed(0)
-    teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=sizes["teacher"] + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=128, eos_token_id=tokenizers["teacher"].eos_token_id,
-    ))  # fmt: skip
-    student = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=sizes["student"], n_embd=48, n_layer=1, n_head=2, n_positions=128, embd_pdrop=0.0, attn_pdrop=0.0,
-        resid_pdrop=0.0, bos_token_id=0, eos_token_id=tokenizers["student"].eos_token_id,
-    ))  # fmt: skip
-    both = [tokenizers[name].backend_tokenizer for name in ("teacher", "student")]
+    teacher.resize_token_embeddings(both[0].get_vocab_size() + 5, mean_resizing=False)
     teacher_ids, student_ids = map(torch.tensor, vocabulary_overlap(*both))
     head = student.get_output_embeddings().weight
     with torch.no_grad():
         teacher.lm_head.weight *= 30  # a teacher with opinions: the terms are no small differences of like numbers
-        head[student_ids] = teacher.lm_head.weight[teacher_ids] @ torch.randn(32, 48) / 7
+        head[student_ids] = teacher.lm_head.weight[teacher_ids] @ torch.randn(teacher.lm_head.in_features, 32) / 7
         head += 0.05 * torch.randn_like(head)
-    teacher.save_pretrained(root / "teacher")
-    student.save_pretrained(root / "student")
+    for name, model in zip(names, (teacher, student), strict=True):
+        shutil.copytree(tiny_task / name, root / name)
+        model.save_pretrained(root / name)
     return root
 
 
