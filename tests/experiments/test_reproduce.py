@@ -84,18 +84,20 @@ def test_a_wrong_cell_is_named(text, named):
         parse(text)
 
 
-def test_every_cell_has_options_that_train_accepts(root):
+def test_every_cell_has_options_that_train_accepts(root, tmp_path):
+    """And is trained on its labels, or on what stands for the teacher's answers, and so never on the test split."""
+    world = root / "worlds" / "plain-900-0"
+    made = {"teacher": lambda *_: root, "start": lambda *_: root, "world": lambda *_: world}
+    made["answers"] = lambda *_: world / "valid.jsonl"
+    lines = {part: (world / f"{part}.jsonl").read_text().splitlines() for part in ("student_train", "valid")}
     for cell in dict.fromkeys(every_cell()):
         if cell.parts[0] in reproduce.MODELS:
             continue
-        with (
-            patch.object(reproduce, "teacher", lambda root, cell: root),
-            patch.object(reproduce, "start", lambda root, cell: root),
-            patch.object(reproduce, "world", lambda root, cell: root / "worlds" / "plain-900-0"),
-            patch.object(reproduce, "answers", lambda root, cell: root / "worlds" / "plain-900-0" / "valid.jsonl"),
-        ):
-            options = train.Options(**reproduce.options_of(reproduce.resolve(cell), root, root))
+        with patch.multiple(reproduce, **made):
+            options = train.Options(**reproduce.options_of(reproduce.resolve(cell), root, tmp_path))
         train.check_options(options)
+        learned = lines["valid" if cell.parts[2] == "answers" else "student_train"][: cell.labels]
+        assert Path(options.data).read_text().splitlines() == learned and options.valid is None
         assert options.lr == reproduce.resolve(cell).lr and options.seed == cell.seed
 
 
@@ -162,19 +164,8 @@ def test_labels_that_are_the_teachers_answers(root, tmp_path):
         assert reproduce.answers(root, cell) == reproduce.answers(root, replace(cell, updates=9))
 
 
-def test_the_test_split_is_read_after_training_and_never_by_the_search(root):
-    """The file is away while a cell trains, and altogether for cells of the search."""
+def test_the_test_split_is_never_read_by_the_search(root):
     file, away = (root / "worlds" / "plain-900-0" / name for name in ("test.jsonl", "away"))
-    whole = train.train
-
-    def without_it(options):
-        file.rename(away)
-        line = whole(options)
-        away.rename(file)
-        return line
-
-    with patch.object(train, "train", without_it):
-        run_cell(parse("v2-fkl labels=9 updates=2 width=16"), root)
     file.rename(away)
     try:
         for method in ("sft", "v2-fkl", "seqkd"):

@@ -81,12 +81,15 @@ def test_a_foreign_prompt_is_an_error(prompt):
 
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_the_splits_share_no_prompt(seed):
-    data = tiny.make_data(seed, teacher_train=8000, reading=8000)
+    data = tiny.make_data(seed)
+    sizes = {"teacher_train": 16000, "student_train": 500, "reading": 16000, "valid": 400, "test": 2000}
+    assert {name: len(part) for name, part in data.items()} == {**sizes, "test_unseen": 1000}
     prompts = {name: {example["prompt"] for example in examples} for name, examples in data.items()}
     trained_on = prompts["teacher_train"] | prompts["student_train"] | prompts["reading"]
     held_out = [prompts[name] for name in ("valid", "test", "test_unseen")]
     assert len(set().union(trained_on, *held_out)) == sum(map(len, [trained_on, *held_out]))
     assert [len(part) for part in held_out] == [400, 2000, 1000]  # no prompt twice
+    assert all(len(e["output"]) == 5 for name in ("valid", "test", "test_unseen") for e in data[name])
     families = {name: {tiny.all_prompts()[prompt][0] for prompt in part} for name, part in prompts.items()}
     assert families["teacher_train"] == families["reading"] == set(tiny.FAMILIES)
     assert families["test_unseen"] == set(tiny.UNSEEN)
@@ -96,19 +99,6 @@ def test_the_splits_share_no_prompt(seed):
 def test_half_of_what_the_student_has_read_is_without_taste():
     valid = [tiny.is_valid(e["prompt"], e["output"]) for e in tiny.make_data(0, 0, 0, 0, 0, reading=1000)["reading"]]
     assert all(valid[::2]) and 0.05 < sum(valid[1::2]) / 500 < 0.2  # by chance, where few tastes are asked for
-
-
-def test_default_sizes_and_shape_of_the_examples(data):
-    sizes = {name: len(examples) for name, examples in data.items()}
-    held_out = {"valid": 400, "test": 2000, "test_unseen": 1000}
-    assert sizes == {"teacher_train": 16000, "student_train": 500, "reading": 16000, **held_out}
-    for name, examples in data.items():
-        for example in examples:
-            assert set(example) == {"prompt", "output"}
-            if name in held_out:
-                assert len(example["output"]) == 5 and all(isinstance(answer, str) for answer in example["output"])
-            else:
-                assert isinstance(example["output"], str)
 
 
 def test_a_part_depends_on_the_seed_and_not_on_the_size_of_another():
