@@ -249,15 +249,19 @@ MEASURES = {  # of scores.json: its title, and the digits that are shown
 }  # fmt: skip
 
 
-def scores_of(out: Path, name: str) -> dict[str, dict]:
-    """{run: its scores} of what is finished of a pair."""
-    return {file.parent.name: read_json(file) for file in sorted((out / name).glob("*/scores.json"))}
+def scores_of(out: Path, name: str) -> dict[str, dict[str, dict]]:
+    """{row: {seed: its scores}} of what is finished of a pair."""
+    rows: dict[str, dict[str, dict]] = {}
+    for file in sorted((out / name).glob("*/scores.json")):
+        row, _, seed = file.parent.name.rpartition("-")
+        rows.setdefault(row or seed, {})[seed] = read_json(file)  # `teacher` and `start` have no seed
+    return rows
 
 
-def differences(runs: dict[str, dict], row: str, part: str, key: str) -> list[float]:
+def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str) -> list[float]:
     """From `sft`, seed by seed."""
-    twins = {run: runs.get(f"sft{run[-2:]}") for run in runs if run[:-2] == row != "sft"}
-    return [runs[run][part][key] - twin[part][key] for run, twin in twins.items() if twin]
+    first = rows.get("sft", {}) if row != "sft" else {}
+    return [scores[part][key] - first[seed][part][key] for seed, scores in rows.get(row, {}).items() if seed in first]
 
 
 def tables(out: Path) -> str:
@@ -265,15 +269,14 @@ def tables(out: Path) -> str:
     it, seed by seed, ± its standard deviation."""
     parts = []
     for name, pair in PAIRS.items():
-        runs = scores_of(out, name)
-        for part in (pair.data, *pair.others) if runs else ():
+        rows = scores_of(out, name)
+        for part in (pair.data, *pair.others) if rows else ():
             lines = [[f"{name}, {part}", "seeds", *(title for title, _ in MEASURES.values())]]
             for row in ("teacher", "start", *ROWS):
-                found = [scores[part] for run, scores in runs.items() if run == row or run[:-2] == row]
-                if found:
+                if found := [scores[part] for scores in rows.get(row, {}).values()]:
                     lines.append([row, str(len(found))])
                     for key, (_, digits) in MEASURES.items():
-                        gaps = differences(runs, row, part, key)
+                        gaps = differences(rows, row, part, key)
                         difference = f" ({spread(gaps, digits, '+')})" if gaps else ""
                         lines[-1].append(f"{fmean(scores[key] for scores in found):.{digits}f}{difference}")
             parts.append(table(lines))
@@ -285,7 +288,7 @@ def draw(out: Path):
     colour for each pair; filled in domain, hollow out of domain."""
     figure = new_figure(10, 4)
     axes = figure.subplots(1, len(MEASURES), sharey=True)
-    finished = {run[:-2] for name in PAIRS for run in scores_of(out, name)}
+    finished = {row for name in PAIRS for row in scores_of(out, name)}
     rows = [row for row in list(ROWS)[1:] if row in finished]
     for n, (name, pair) in enumerate(PAIRS.items()):
         runs, sets = scores_of(out, name), (pair.data, *pair.others)

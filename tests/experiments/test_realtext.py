@@ -46,9 +46,9 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "out").exists() and len(printed) == 3 + 2 * len(rows) - 1
     with patch.object(subprocess, "run", in_process):
-        realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
+        realtext.main([*arguments, "--seeds", "0", "10", "--rows", *rows, "--run"])
         capsys.readouterr()
-        realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])  # all of it is there
+        realtext.main([*arguments, "--seeds", "0", "10", "--rows", *rows, "--run"])  # all of it is there
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if "--score" in line] == [] and len(again) <= 1
     parts = {}
@@ -59,12 +59,12 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     realtext.main(["--out", str(tmp_path / "out"), "--tables"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| v2 ")]
     scores = {run: json.loads((tmp_path / "out" / "other" / run / "scores.json").read_text())["dolly"]["gold"]
-              for run in ("v2-0", "v2-1", "sft-0", "sft-1")}  # fmt: skip
-    first, second = (scores[f"v2-{seed}"] - scores[f"sft-{seed}"] for seed in (0, 1))
+              for run in ("v2-0", "v2-10", "sft-0", "sft-10")}  # fmt: skip
+    first, second = (scores[f"v2-{seed}"] - scores[f"sft-{seed}"] for seed in (0, 10))
     mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
     cells = [cell.strip() for cell in shown[0].strip("|").split("|")]
     assert cells[:2] == ["v2", "2"]
-    assert cells[2] == f"{(scores['v2-0'] + scores['v2-1']) / 2:.3f} ({mean:+.3f} ± {spread:.3f})"
+    assert cells[2] == f"{(scores['v2-0'] + scores['v2-10']) / 2:.3f} ({mean:+.3f} ± {spread:.3f})"
 
     pytest.importorskip("matplotlib")
     realtext.main(["--out", str(tmp_path / "out"), "--tables", "--picture", str(tmp_path / "picture.png")])
