@@ -90,7 +90,7 @@ def test_every_cell_has_options_that_train_accepts(root, tmp_path):
     made = {"teacher": lambda *_: root, "start": lambda *_: root, "world": lambda *_: world}
     made["answers"] = lambda *_: world / "valid.jsonl"
     lines = {part: (world / f"{part}.jsonl").read_text().splitlines() for part in ("student_train", "valid")}
-    for cell in dict.fromkeys(every_cell()):
+    for cell in dict.fromkeys([*every_cell(), parse("sft labels=12")]):
         if cell.parts[0] in reproduce.MODELS:
             continue
         with patch.multiple(reproduce, **made):
