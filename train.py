@@ -452,39 +452,24 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
 
 
 def held_out_scores(o: Options, pieces: Pieces) -> dict[str, float]:
-    """{valid_ce, and with --keep-best rouge valid_rouge_l}; {} without --valid."""
-    scores = {}
-    if pieces.valid_rows:
-        scores["valid_ce"] = valid_cross_entropy(o, pieces)
-        if o.keep_best == "rouge":
-            scores["valid_rouge_l"] = valid_rouge_l(o, pieces)
-    return scores
-
-
-def valid_cross_entropy(o: Options, pieces: Pieces) -> float:
-    """Of all held-out rows, of which each process scores its share."""
-    rows, total = parallel.share(pieces.valid_rows, parallel.rank()), 0.0
-    tokens = sum(len(row.student.response) for row in rows)
+    """{valid_ce, and with --keep-best rouge valid_rouge_l}; {} without --valid. Rouge-L is in per cent, of responses
+    that are sampled as eval.py does, with one seed. Each process scores its share."""
+    if not pieces.valid_rows:
+        return {}
+    student, tokenizer = pieces.student, pieces.student_tokenizer
+    rows, examples = (parallel.share(held_out, parallel.rank()) for held_out in (pieces.valid_rows, pieces.valid))
+    tokens, ce, rouge_l = sum(len(row.student.response) for row in rows), 0.0, 0.0
     with gather_parameters(o, pieces):
-        if rows:
-            eos_id = pieces.student_tokenizer.eos_id
-            total = tokens * held_out_cross_entropy(pieces.student, rows, eos_id, o.device)
-    total, tokens = parallel.add_up([total, tokens])
-    return total / tokens
-
-
-def valid_rouge_l(o: Options, pieces: Pieces) -> float:
-    """Held-out Rouge-L in per cent, of responses that are sampled as eval.py does, with one seed; each process answers
-    its share of the prompts."""
-    examples, tokenizer, total = parallel.share(pieces.valid, parallel.rank()), pieces.student_tokenizer, 0.0
-    room = min(o.max_prompt_len, o.max_len - 1)
-    prompts = tokenizer.fit_prompts(examples, room)
-    with gather_parameters(o, pieces):
-        if examples:
-            responses = respond(pieces.student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
-            total = len(examples) * score(responses, examples)["rouge_l"]
-    total, count = parallel.add_up([total, len(examples)])
-    return total / count
+        if rows:  # one for each example; a process may have none
+            ce = tokens * held_out_cross_entropy(student, rows, tokenizer.eos_id, o.device)
+        if rows and o.keep_best == "rouge":
+            room = min(o.max_prompt_len, o.max_len - 1)
+            prompts = tokenizer.fit_prompts(examples, room)
+            responses = respond(student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
+            rouge_l = len(examples) * score(responses, examples)["rouge_l"]
+    ce, tokens, rouge_l, count = parallel.add_up([ce, tokens, rouge_l, len(examples)])
+    of_responses = {"valid_rouge_l": rouge_l / count} if o.keep_best == "rouge" else {}
+    return {"valid_ce": ce / tokens, **of_responses}
 
 
 def write_samples(o: Options, pieces: Pieces) -> None:

@@ -226,10 +226,11 @@ def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
     assert_same_run(best, tmp_path / "run")
 
 
-@pytest.mark.parametrize("keep_best, scorer", [("ce", "held_out_cross_entropy"), ("rouge", "valid_rouge_l")])
+@pytest.mark.parametrize("keep_best, scorer", [("ce", "held_out_cross_entropy"), ("rouge", "score")])
 def test_scores_that_are_no_numbers_or_no_better_are_not_the_best(tiny_task, tmp_path, monkeypatch, keep_best, scorer):
-    scores = iter([math.nan, 6.0, math.inf, 6.0])
-    monkeypatch.setattr(train, scorer, lambda *arguments: next(scores))
+    scores = [math.nan, 6.0, math.inf, 6.0]
+    found = iter([{"rouge_l": score} for score in scores] if scorer == "score" else scores)
+    monkeypatch.setattr(train, scorer, lambda *arguments: next(found))
     train.main(command(tiny_task, tmp_path / "run", keep_best=keep_best, max_steps=8))
     assert best_of(tmp_path / "run") == {"step": 4, checkpoint.KEPT_BY[keep_best]: 6.0}
 
