@@ -577,7 +577,7 @@ def save_model(m: Decoder, path) -> None:
 
 
 class KVCache:
-    """Keys and values of all tokens so far: two buffers per layer, filled at each sequence's own pace.
+    """Keys and values of all tokens so far: a buffer per layer, filled at each sequence's own pace.
 
     The first forward pass stores right-padded prompts from slot 0; every later one stores one token per sequence, at
     slot `lengths[b]`. What padding left in later slots is overwritten before any query may look at it. The buffers grow
@@ -590,19 +590,18 @@ class KVCache:
         self.lengths = prompt_lengths.clone()  # (B,) tokens stored per sequence, once the prompts are in
         self.rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
         self.slots = 0
-        self.keys: list[torch.Tensor] = []  # per layer (B, kv_heads, slots, head_dim)
-        self.values: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []  # per layer (2, B, kv_heads, slots, head_dim): keys, values
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the new k, v (B, kv_heads, T, head_dim); return what the new queries may attend to."""
-        if layer == len(self.keys):  # prompts
+        if layer == len(self.buffers):  # prompts
             self.slots = -(-k.size(2) // self.STEP) * self.STEP
-            for new, buffers in ((k, self.keys), (v, self.values)):
-                buffers.append(F.pad(new, (0, 0, 0, self.slots - new.size(2))))
+            self.buffers.append(F.pad(torch.stack([k, v]), (0, 0, 0, self.slots - k.size(2))))
             return k, v
-        self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
-        self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        keys, values = self.buffers[layer]
+        keys[self.rows, :, self.lengths] = k[:, :, 0]
+        values[self.rows, :, self.lengths] = v[:, :, 0]
+        return keys, values
 
     def make_room(self, tokens: int) -> None:
         """For sequences of up to this length. One that is longer has finished, and runs idle in the last slot."""
@@ -610,16 +609,14 @@ class KVCache:
         more = -(-tokens // self.STEP) * self.STEP - self.slots
         if more > 0:
             self.slots += more
-            for buffers in (self.keys, self.values):
-                for layer in range(len(buffers)):
-                    buffers[layer] = F.pad(buffers[layer], (0, 0, 0, more))
+            for layer, buffer in enumerate(self.buffers):
+                self.buffers[layer] = F.pad(buffer, (0, 0, 0, more))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all sequences but these."""
         self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
-        for buffers in (self.keys, self.values):
-            for layer in range(len(buffers)):  # one at a time: the peak is one layer's copy
-                buffers[layer] = buffers[layer][rows]
+        for layer, buffer in enumerate(self.buffers):  # one at a time: the peak is one layer's copy
+            self.buffers[layer] = buffer[:, rows]
 
 
 def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
