@@ -288,27 +288,18 @@ class Decoder(nn.Module):
         return self.logits(hidden)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        cache: "KVCache | None" = None,
-        real: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, cache: "KVCache | None" = None, real: torch.Tensor | None = None
     ) -> torch.Tensor:
         """input_ids (B, T) -> hidden states after the final norm (B, T, D).
 
-        Padding belongs on the right, where causality hides it from every real token: attention_mask (B, T) is only
-        checked to be of that kind, never used, and None saves the check (on CUDA, a wait for the device). States at
-        padded positions mean nothing. Raises ValueError for another mask, and for more tokens than positions.
+        Padding belongs on the right, where causality hides it from every real token, so that no mask is needed; states
+        at padded positions mean nothing. Raises ValueError for more tokens than positions.
         real (N,): the positions of all real tokens in the flattened (B·T), ascending; given that, nothing but attention
         is computed at the others, and their states are 0.
         """
         T = input_ids.size(1)
         if T > self.limit:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.limit} positions: shorten it")
-        if attention_mask is not None and not torch.compiler.is_compiling():
-            real_tokens = attention_mask.bool()
-            if attention_mask.shape != input_ids.shape or (real_tokens[:, 1:] & ~real_tokens[:, :-1]).any():
-                raise ValueError("attention_mask must have the shape of input_ids, and all padding on the right")
         if cache is not None and cache.slots:  # decoding: one more token per sequence, each at its own position
             positions, n_keys = cache.lengths[:, None], cache.slots  # (B, 1)
         else:
