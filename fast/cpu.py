@@ -120,32 +120,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers
+# Attention
 
 
 def put_on(model: nn.Module) -> None:
-    """Give a decoder that runs on a CPU the layers below, in place; on other devices nothing changes."""
+    """Give a decoder that runs on a CPU the attention below, in place; on other devices nothing changes."""
     for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.__class__ = Dropout
         if hasattr(module, "scaled_dot_product_attention"):
             module.scaled_dot_product_attention = scaled_dot_product_attention
-
-
-def keep_mask(x: Tensor, p: float) -> Tensor:
-    """What dropout keeps of x: True with probability 1 − p, to 1/65536. 16 random bits an element take a tenth of the
-    time of `bernoulli_`, which is several per cent of a training step."""
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with that mask."""
-
-    def forward(self, x):
-        if self.training and 0 < self.p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x * keep_mask(x, self.p) * (1 / (1 - self.p))
-        return super().forward(x)
 
 
 def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False) -> Tensor:
@@ -179,7 +161,7 @@ class DropoutAttention(torch.autograd.Function):
             scores = q[:, :, at] @ k[:, :, seen].mT  # (B, heads, rows, seen)
             later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + start)
             p = scores.masked_fill_(later, -torch.inf).softmax(-1)
-            keep = keep_mask(p, dropout)
+            keep = torch.empty_like(p, dtype=torch.bool).bernoulli_(1 - dropout)
             y[:, :, at] = (p * keep) @ v[:, :, seen]
             blocks.append((at, seen))
             saved += p, keep

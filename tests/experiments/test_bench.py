@@ -11,7 +11,7 @@ import torch
 
 from align import exact_token_alignment
 from experiments import bench
-from fast.cpu import Dropout
+from fast.cpu import scaled_dot_product_attention
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
 
@@ -163,9 +163,10 @@ def test_a_step_in_a_process_of_its_own(text):
     assert result["loss"] > 0 and (result["peak"] is None) == (sys.platform != "linux")
 
 
-def test_the_step_has_the_layers_of_training(text):
+def test_the_step_has_the_attention_of_training(text):
     step = bench.make_step(bench.make_job(make_bench(text), "kd", "fp32", 2) | {"how": "ours"})
-    assert Dropout in map(type, step.trained.modules())
+    attentions = (getattr(m, "scaled_dot_product_attention", None) for m in step.trained.modules())
+    assert scaled_dot_product_attention in attentions
 
 
 def test_unknown_cases_and_half_of_the_data_options(capsys):

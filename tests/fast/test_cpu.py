@@ -13,7 +13,7 @@ from helpers import arguments, log_of
 
 import lora
 from fast import cpu
-from fast.cpu import by_onednn, keep_mask, packed, put_on
+from fast.cpu import by_onednn, packed, put_on
 from model import build_model, generate
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -246,49 +246,18 @@ def test_adapted_layers_keep_their_adapters(calls, decoder):
     assert calls  # of the head at least
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_keep_mask_keeps_one_minus_p(p):
-    torch.manual_seed(0)
-    keep = keep_mask(torch.empty(3, 5, 40_001), p)
-    assert keep.dtype == torch.bool and keep.shape == (3, 5, 40_001)
-    n = keep.numel()
-    for part in (keep, *keep.flatten()[: n // 4 * 4].view(-1, 4).T):  # also each of the four lanes of a random word
-        assert part.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / part.numel()) ** 0.5)
-    pairs = keep.flatten()[: n // 2 * 2].view(-1, 2).float()
-    assert torch.corrcoef(pairs.T)[0, 1].abs() < 5 / len(pairs) ** 0.5  # neighbours know nothing of each other
-    torch.manual_seed(0)
-    assert torch.equal(keep, keep_mask(torch.empty(3, 5, 40_001), p))  # torch's generator, so runs can be resumed
-
-
-def test_dropout_keeps_the_mean_and_scales_the_gradient():
-    x = torch.ones(1000, 10, requires_grad=True)
-    layer = cpu.Dropout(0.25)
-    y = layer(x)
-    y.sum().backward()
-    assert y.detach().unique().tolist() == pytest.approx([0, 4 / 3])
-    torch.testing.assert_close(x.grad, y.detach())
-    assert layer.eval()(x) is x
-    assert cpu.Dropout(0.0)(x) is x and not cpu.Dropout(1.0)(x).any()
+# -- attention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
 )
 @pytest.mark.parametrize(("length", "rows"), [(7, 128), (8, 4), (11, 4), (1, 3)])
-def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(length, rows, dtype, tolerance, monkeypatch):
+def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(length, rows, dtype, tolerance):
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, 3, length, 4, dtype=dtype).requires_grad_() for _ in range(4))
-    kept = []
-
-    def recorded(x, p):
-        kept.append(keep_mask(x, p))
-        return kept[-1]
-
-    monkeypatch.setattr(cpu, "keep_mask", recorded)
     y = cpu.DropoutAttention.apply(q, k, v, 0.3, rows)
+    kept = y.grad_fn.saved_tensors[4::2]
     gradients = torch.autograd.grad(y, (q, k, v), g)
     keep = torch.zeros(2, 3, length, length, dtype=dtype)
     for start, part in zip(range(0, length, rows), kept, strict=True):
@@ -303,9 +272,9 @@ def test_attention_with_dropout_by_blocks_equals_the_whole_matrix(length, rows, 
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=4 * tolerance)
 
 
-def test_a_model_with_the_layers_on_is_the_same_model():
+def test_a_model_with_that_attention_is_the_same_model():
     """Where hardly anything is dropped: states and gradients in training, packed and under autocast too; generation."""
-    dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 1e-5, "embd_pdrop": 1e-5}  # rounds to 1/65536
+    dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 1e-5, "embd_pdrop": 1e-5}
     torch.manual_seed(0)
     m = build_model({"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3,
                      **dropout})  # fmt: skip
@@ -315,7 +284,6 @@ def test_a_model_with_the_layers_on_is_the_same_model():
     gradients = {name: parameter.grad.clone() for name, parameter in m.named_parameters()}
     m.zero_grad()
     put_on(m)
-    assert {type(layer) for layer in m.modules() if isinstance(layer, torch.nn.Dropout)} == {cpu.Dropout}
     assert all(block.attn.scaled_dot_product_attention is cpu.scaled_dot_product_attention for block in m.blocks)
     assert generate(m, [[1, 2, 3], [4]], 9, None, seed=0) == text
     found = m.train()(ids, real=real)
