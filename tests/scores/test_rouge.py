@@ -104,13 +104,6 @@ def test_exact_match_by_hand():
     assert not rouge.exact_match("cafe", ["café", ""])
 
 
-@pytest.mark.parametrize("score", [rouge.rouge_l, rouge.exact_match])
-@pytest.mark.parametrize("prediction, reference", [("a", []), ("a", None), ("a", ["a", 42]), (["a"], ["a"])])
-def test_what_is_not_text_is_refused(score, prediction, reference):
-    with pytest.raises(ValueError, match="non-empty list of them; not .* by "):
-        score(prediction, reference)
-
-
 def test_the_docstring_example_runs():
     result = doctest.testmod(rouge)
     assert result.attempted >= 4 and result.failed == 0
