@@ -110,7 +110,7 @@ class Method(nn.Module):
         self.objective = fast.losses if o.chunk else losses
         if self.name == "sft":
             return
-        self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: not a submodule
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())  # so that it is not a submodule
         self.align = choose_alignment(o.align, o.method, o.recipe, teacher_tokenizer, student_tokenizer)
         device, rows = student.head_weight.device, min(len(student.head_weight), len(teacher.head_weight))
         shared = count_shared(teacher_tokenizer, student_tokenizer)
@@ -137,10 +137,6 @@ class Method(nn.Module):
             self.projectors = Projectors(*heads, o.recipe, query=self.align == "cma", given=given)
 
     @property
-    def teacher(self) -> nn.Module:
-        return self._teacher[0]
-
-    @property
     def predicting_head(self) -> Tensor | None:
         """(V, D) the teacher's head over what it may predict; None where the method does not ask for predictions."""
         if self.recipe is None or self.recipe.labels != "teacher":
@@ -153,7 +149,7 @@ class Method(nn.Module):
 
     def refresh(self, student: nn.Module) -> None:
         """Once per update, before its losses: s2t for the student head as it is now, where it is solved (v2)."""
-        if self.projectors is not None and self.projectors.teacher_inverse is not None:
+        if self.projectors is not None:
             self.projectors.refresh_s2t(self.shared_head(student))
 
     @torch.no_grad()
