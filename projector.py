@@ -29,12 +29,8 @@ def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
     would drown in the rounding of the large ones.
     """
     head, dtype = head.detach(), torch.promote_types(head.dtype, torch.float32)
-    width, block = head.shape[1], 256
-    gram = torch.zeros(width, width, dtype=torch.float64, device=head.device)  # (D, V) x (V, D) -> (D, D)
-    for part in map(torch.Tensor.double, head.split(rows)):
-        for start in range(0, width, block):  # the triangle below the diagonal: eigh reads no more
-            gram[start:, start : start + block] += part[:, start:].T @ part[:, start : start + block]
-    squared, directions = torch.linalg.eigh(gram, UPLO="L")  # ascending (D,), (D, D)
+    gram = sum(part.T @ part for part in map(Tensor.double, head.split(rows)))  # (D, V) x (V, D) -> (D, D)
+    squared, directions = torch.linalg.eigh(gram)  # ascending (D,), (D, D)
     cut = (max(head.shape) * torch.finfo(torch.float32).eps) ** 2 * squared[-1]
     gram_inverse = directions * torch.where(squared > cut, 1 / squared, 0.0) @ directions.T
     return torch.cat([(gram_inverse @ part.double().T).to(dtype) for part in head.split(rows)], dim=1)
