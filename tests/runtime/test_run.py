@@ -1,6 +1,7 @@
 """A run may end at any moment: by kill -9, by Ctrl-C, by a full disk, by a number that is not finite."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import model
 import train
 from data import tokenise
 from runtime import load as loading
+from runtime import parallel
 from runtime import run as checkpoint
 from runtime.formats import read_examples
 from runtime.peft import load_adapter
@@ -211,10 +213,10 @@ def best(tiny_task, tmp_path_factory):
 
 @pytest.mark.parametrize("update, kept", [(1, None), (5, 2)])
 def test_a_stopped_run_goes_on_from_its_last_state_and_keeps_the_best(
-    tiny_task, best, tmp_path, stopping_at, monkeypatch, update, kept
+    tiny_task, best, tmp_path, at_call, monkeypatch, update, kept
 ):
     """Between two scores: student/ is the best one so far or, before the first score, the last one."""
-    stopping_at("distil", update, signal.SIGTERM)
+    at_call("distil", update, send(signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
         train.main(command(tiny_task, tmp_path / "run", keep_best="ce", **SPOILT))
     monkeypatch.undo()
@@ -252,25 +254,28 @@ def test_what_is_best_may_not_change_between_two_parts_of_a_run(tiny_task, tmp_p
 
 
 @pytest.fixture
-def stopping_at(monkeypatch):
-    """stopping_at(function of train.py, its n-th call, signals...): send them then to this very process."""
+def at_call(monkeypatch):
+    """at_call(function, n, action): the n-th call of a function of these modules begins with action(its arguments)."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' own is ignored
 
-    def arrange(name, call, *signals):
-        module = next(module for module in (train, checkpoint, loading) if hasattr(module, name))
-        function, count = getattr(module, name), []
+    def arrange(name, call, action):
+        module = next(module for module in (train, checkpoint, loading, parallel) if hasattr(module, name))
+        function, count = getattr(module, name), itertools.count(1)
 
         def wrapper(*things, **options):
-            count.append(1)
-            if len(count) == call:
-                for number in signals:
-                    os.kill(os.getpid(), number)
+            if next(count) == call:
+                action(*things)
             return function(*things, **options)
 
         monkeypatch.setattr(module, name, wrapper)
 
     yield arrange
     signal.signal(signal.SIGINT, before)
+
+
+def send(*signals):
+    """To this very process."""
+    return lambda *_: [os.kill(os.getpid(), number) for number in signals]
 
 
 STOPPED = {"max_steps": 5, "on_policy": 0.5, "max_len": 60, "batch_size": 10}
@@ -296,10 +301,10 @@ def whole(tiny_task, tmp_path_factory):
     ],
 )
 def test_asked_to_stop_a_run_saves_first(
-    tiny_task, whole, tmp_path, stopping_at, monkeypatch, capsys, name, call, numbers, step, words
+    tiny_task, whole, tmp_path, at_call, monkeypatch, capsys, name, call, numbers, step, words
 ):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopping_at(name, call, *numbers)
+    at_call(name, call, send(*numbers))
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as caught:
         train.main(command(tiny_task, run, **STOPPED))
@@ -314,8 +319,8 @@ def test_asked_to_stop_a_run_saves_first(
     assert_same_run(whole, run)
 
 
-def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_path, stopping_at, capsys):
-    stopping_at("tokenise", 1, signal.SIGINT)
+def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_path, at_call, capsys):
+    at_call("tokenise", 1, send(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         train.main(command(tiny_task, tmp_path / "run"))
     message = capsys.readouterr().err.splitlines()[-1]
@@ -331,19 +336,16 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, whole, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, whole, tmp_path, at_call, monkeypatch):
     """A limit on the size of files, between the student's and the state's, stands for it; then writing really fails."""
     student = (whole / "student" / "model.safetensors").stat().st_size
-    run, save, before = tmp_path / "run", checkpoint.save_checkpoint, {}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, before, limits = tmp_path / "run", {}, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def with_little_room(o, pieces, optimizer, step, *things):
-        if step > 2:
-            before.update(snapshot(run))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (student + 1000, limits[1]))
-        save(o, pieces, optimizer, step, *things)
+    def fill_the_disk(*_):
+        before.update(snapshot(run))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (student + 1000, limits[1]))
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", with_little_room)
+    at_call("save_checkpoint", 2, fill_the_disk)
     try:
         with pytest.raises(SystemExit) as caught:
             train.main(command(tiny_task, run, **STOPPED))
@@ -428,16 +430,9 @@ def test_one_process_at_a_time(tiny_task, tmp_path):
         train.main(command(tiny_task, run))
 
 
-def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task, tmp_path, monkeypatch):
-    load, run = train.load, tmp_path / "run"
-
-    def load_while_another_starts(o):
-        pieces = load(o)
-        monkeypatch.undo()
-        train.main(command(tiny_task, run))
-        return pieces
-
-    monkeypatch.setattr(train, "load", load_while_another_starts)
+def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task, tmp_path, at_call):
+    run = tmp_path / "run"
+    at_call("add_method", 1, lambda *_: train.main(command(tiny_task, run)))
     with pytest.raises(SystemExit, match=f"{run} was taken by another run"):
         train.main(command(tiny_task, run))
     assert step_of(run) == 2
@@ -448,20 +443,16 @@ def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, whole, tmp_path, monkeypatch, what):
+def test_a_number_that_is_not_finite_leaves_the_state_before_it(tiny_task, whole, tmp_path, at_call, monkeypatch, what):
     """On disk, exactly: without the cause, the run goes on as if there had been none (dropout's random state too)."""
-    distil, count, run = train.distil, [], tmp_path / "run"
+    run = tmp_path / "run"
 
-    def spoilt(o, pieces, *things):
-        terms = distil(o, pieces, *things)
-        count.append(1)
-        if len(count) == 4 and what == "loss":
+    def spoil(parameters, _):
+        if what == "loss":
             raise FloatingPointError("t2s_ce is nan")
-        if len(count) == 4:
-            next(iter(pieces.student.parameters())).grad[0] = math.inf
-        return terms
+        parameters[0].grad[0] = math.inf
 
-    monkeypatch.setattr(train, "distil", spoilt)
+    at_call("clip_gradients", 4, spoil)
     with pytest.raises(SystemExit) as caught:
         train.main(command(tiny_task, run, **STOPPED))
     monkeypatch.undo()
@@ -491,16 +482,9 @@ def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, whole, tm
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, monkeypatch):
-    distil, count, run = train.distil, [], tmp_path / "run"
-
-    def spoilt(o, pieces, *things):
-        count.append(1)
-        if len(count) == 4:
-            pieces.student.blocks[0].ln_2.weight.data[0] = math.nan
-        return distil(o, pieces, *things)
-
-    monkeypatch.setattr(train, "distil", spoilt)
+def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, at_call):
+    run = tmp_path / "run"
+    at_call("distil", 4, lambda o, pieces, *_: pieces.student.blocks[0].ln_2.weight.data[0].fill_(math.nan))
     with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
         train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
