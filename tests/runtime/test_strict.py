@@ -13,10 +13,10 @@ from runtime.strict import check_config, check_model
 
 def test_names_of_older_checkpoints(tmp_path):
     """GPT-2 on the hub: no prefix, causal-mask constants, sometimes the tied head again. LLaMA: rotary frequencies."""
-    ids, _ = random_batch()
-    for config, prefix, constants in (
-        (GPT2, "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
-        ({**LLAMA, "tie_word_embeddings": True}, "model.", ["layers.0.self_attn.rotary_emb.inv_freq"]),
+    (ids, _), rotary = random_batch(), "layers.0.self_attn.rotary_emb.inv_freq"
+    for config, prefix, embedding, constants in (
+        (GPT2, "transformer.", "wte.weight", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ({**LLAMA, "tie_word_embeddings": True}, "model.", "embed_tokens.weight", [rotary]),
     ):
         path = tmp_path / prefix
         saved, tensors = save_random(path, config)
@@ -26,13 +26,9 @@ def test_names_of_older_checkpoints(tmp_path):
         with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
             write(path, saved, tensors)
             check_model(path)
-        tensors["lm_head.weight"] = load_model_embedding(tensors)
+        tensors["lm_head.weight"] = tensors[embedding].clone()
         write(path, saved, tensors)
         assert torch.equal(load_model(path)(ids), expected)
-
-
-def load_model_embedding(tensors):
-    return tensors["wte.weight" if "wte.weight" in tensors else "embed_tokens.weight"].clone()
 
 
 def test_missing_files(tmp_path):
