@@ -401,24 +401,12 @@ def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, mo
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = {"method": "seqkd", "teacher_chat": QWEN, "data": tmp_path / "two.jsonl", "seqkd_temperature": 1.0}
     train.main(arguments(chatting, tmp_path / "run", **options, **LONG))
+    assert seqkd.read_recipe(tmp_path / "run" / "seqkd.jsonl")["student_chat"] is None  # the teacher's is no matter
     teacher = read_tokenizer(chatting / "teacher", QWEN)
     gold, answers = read_examples(tmp_path / "two.jsonl"), read_examples(tmp_path / "run" / "seqkd.jsonl")
     assert sorted(asked) == sorted(teacher.encode_prompt(teacher.prompt_text(example)) for example in gold)
     assert [e.prompt_text() for e in answers] == [e.prompt_text() for e in gold]
     assert [(e.prompt, e.history) for e in answers] == [(e.prompt, e.history) for e in gold] and gold[0].history
-
-
-def test_answers_for_another_format_are_not_reused(chatting, tmp_path):
-    """The prompts beside them are written down as a message or not, whatever the teacher has read."""
-    lines = (chatting / "train.jsonl").read_text().splitlines()[:2]
-    (tmp_path / "two.jsonl").write_text("\n".join(lines))
-    options = {"method": "seqkd", "data": tmp_path / "two.jsonl", "max_steps": 1, **LONG}
-    train.main(arguments(chatting, tmp_path / "run", **options))
-    (tmp_path / "again").mkdir()
-    (tmp_path / "run" / "seqkd.jsonl").rename(tmp_path / "again" / "seqkd.jsonl")
-    with pytest.raises(SystemExit, match="seqkd.jsonl was made with other student_chat: give another --out"):
-        train.main(arguments(chatting, tmp_path / "again", student_chat=SMOLLM, **options))
-    train.main(arguments(chatting, tmp_path / "again", **options))
 
 
 def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypatch):
