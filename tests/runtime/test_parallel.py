@@ -150,35 +150,24 @@ def process(number: int, task: Path, port: int, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def task(tiny_task):
-    return tiny_task
-
-
-@pytest.fixture(scope="module")
-def out(task, tmp_path_factory):
+def out(tiny_task, tmp_path_factory):
     """A directory with what two processes made: the terms and gradients of every case, and all runs."""
     out = tmp_path_factory.mktemp("two")
     with stopped_by_ctrl_c():
-        train.train(options_of(task, out / "one, two", batch_size=4))
-    make_model(task / "student", out / "two layers", n_layer=2)
-    (out / "five.jsonl").write_text("".join((task / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+        train.train(options_of(tiny_task, out / "one, two", batch_size=4))
+    make_model(tiny_task / "student", out / "two layers", n_layer=2)
+    (out / "five.jsonl").write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (task, port, out), nprocs=2)
+    torch.multiprocessing.spawn(process, (tiny_task, port, out), nprocs=2)
     return out
 
 
-def one_process(task: Path, out: Path, **changed) -> list[dict]:
-    """The log of a run by one process."""
-    train.train(options_of(task, out, **changed))
-    return log_of(out)
-
-
 @pytest.fixture(scope="module")
-def one(task, tmp_path_factory):
+def one(tiny_task, tmp_path_factory):
     """The same run as "two", by one process."""
     one = tmp_path_factory.mktemp("one") / "run"
-    train.train(options_of(task, one, batch_size=4, valid=task / "valid.jsonl"))
+    train.train(options_of(tiny_task, one, batch_size=4, valid=tiny_task / "valid.jsonl"))
     return one
 
 
@@ -191,8 +180,8 @@ def same_log(a: list[dict], b: list[dict], rel: float = 1e-4) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one_with_the_same_examples(task, out, case):
-    expected, expected_gradients = one_update(task, case, sharded=False)
+def test_two_processes_are_one_with_the_same_examples(tiny_task, out, case):
+    expected, expected_gradients = one_update(tiny_task, case, sharded=False)
     rel = 2e-2 if "bf16" in case else 1e-5
     for number in (0, 1):
         terms = json.loads((out / f"{case} {number}.json").read_text())
@@ -229,11 +218,11 @@ def test_one_process_then_two_sharded_ones(out, one):
     }
 
 
-def test_two_sharded_processes_then_one(task, out, one):
-    options = options_of(task, out / "two, one", resume=True, batch_size=2)
+def test_two_sharded_processes_then_one(tiny_task, out, one):
+    options = options_of(tiny_task, out / "two, one", resume=True, batch_size=2)
     with pytest.raises(ValueError, match="over 4 examples, .* makes 2: use --batch-size 1 --grad-accum 4"):
         train.train(options)
-    train.train(options_of(task, out / "two, one", resume=True, batch_size=2, grad_accum=2))
+    train.train(options_of(tiny_task, out / "two, one", resume=True, batch_size=2, grad_accum=2))
     assert same_log(log_of(out / "two, one"), [line for line in log_of(one) if "loss" in line])
 
 
@@ -245,22 +234,22 @@ def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
     assert not torch.equal(*random)
 
 
-def test_sharded_adapters_are_saved_whole(task, out):
-    adapted = load_adapter(load_model(task / "student"), out / "adapters" / "adapter")
+def test_sharded_adapters_are_saved_whole(tiny_task, out):
+    adapted = load_adapter(load_model(tiny_task / "student"), out / "adapters" / "adapter")
     assert {name.split(".", 2)[2] for name in lora.adapted_layers(adapted)} == {"attn.c_attn", "mlp.c_proj"}
     merged = dict(lora.merge(adapted).named_parameters())
     saved = dict(load_model(out / "adapters" / "student").named_parameters())
-    assert same(merged, saved) and not same(saved, dict(load_model(task / "student").named_parameters()))
+    assert same(merged, saved) and not same(saved, dict(load_model(tiny_task / "student").named_parameters()))
 
 
-def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
+def test_the_best_checkpoint_is_by_the_answers_of_all_processes(tiny_task, out):
     """Each process answers every other held-out prompt."""
     run = out / "adapters"
     scores = {line["step"]: line["valid_rouge_l"] for line in log_of(run) if "valid_rouge_l" in line}
     step = max(scores, key=scores.get)
     assert len(scores) == 4 and read_json(run / "args.json")["best"] == {"step": step, "valid_rouge_l": scores[step]}
     student, tokenizer = load_model(run / "student"), read_tokenizer(run / "student")
-    examples, total = read_examples(task / "valid.jsonl"), 0.0
+    examples, total = read_examples(tiny_task / "valid.jsonl"), 0.0
     for share in (examples[::2], examples[1::2]):
         prompts = [example.prompt_text() for example in share]
         responses = evaluation.respond(student, tokenizer, prompts, 96 - 48, temperature=1.0, seed=42)
@@ -268,7 +257,7 @@ def test_the_best_checkpoint_is_by_the_answers_of_all_processes(task, out):
     assert total / len(examples) == pytest.approx(scores[step])
 
 
-def test_sharded_processes_sample_at_their_own_pace_and_save_float32(task, out):
+def test_sharded_processes_sample_at_their_own_pace_and_save_float32(out):
     log = log_of(out / "bf16")
     lines = [line for line in log if "loss" in line]
     assert len(lines) == 4 and all(math.isfinite(line["valid_ce"]) for line in log if "valid_ce" in line)
@@ -285,13 +274,14 @@ def test_seqkd_waits_for_the_answers_of_the_first_process(out):
     assert len((out / "seqkd" / "seqkd.jsonl").read_text().splitlines()) > 30 and len(log_of(out / "seqkd")) == 4
 
 
-def test_cached_states_and_batches_by_length(task, out, tmp_path):
+def test_cached_states_and_batches_by_length(tiny_task, out, tmp_path):
     options = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 4}
-    assert same_log(log_of(out / "cached"), one_process(task, tmp_path / "one", **options))
+    train.train(options_of(tiny_task, tmp_path / "one", **options))
+    assert same_log(log_of(out / "cached"), log_of(tmp_path / "one"))
 
 
-def test_memory_py_knows_what_a_device_holds(task, out):
-    student, teacher = (memory.counts(read_json(task / name / "config.json")) for name in ("student", "twin"))
+def test_memory_py_knows_what_a_device_holds(tiny_task, out):
+    student, teacher = (memory.counts(read_json(tiny_task / name / "config.json")) for name in ("student", "twin"))
     for number in (0, 1):
         held = json.loads((out / f"held {number}.json").read_text())
         assert held["student"] == memory.student_bytes(student, 2) - 2 * 2 * student.block  # but the copies in bf16
@@ -304,9 +294,9 @@ def test_the_docs_have_the_table_of_memory_py(capsys):
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8")
 
 
-def torchrun(*words, **environment) -> subprocess.CompletedProcess:
+def torchrun(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
 
 
@@ -324,10 +314,10 @@ train.main()
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_the_run_with_its_error(task, tmp_path):
+def test_a_failing_process_ends_the_run_with_its_error(tiny_task, tmp_path):
     """The other process, which waits for it in the middle of an update, ends too, and says nothing of that."""
     (tmp_path / "failing.py").write_text(FAILING)
-    result = torchrun(tmp_path / "failing.py", *arguments(task, tmp_path / "run", max_steps=6))
+    result = torchrun(tmp_path / "failing.py", *arguments(tiny_task, tmp_path / "run", max_steps=6))
     error = result.stderr
     assert result.returncode != 0 and "RuntimeError: the fan has stopped" in error
     assert error.rstrip().splitlines()[-3].strip() == "RuntimeError: the fan has stopped"  # torchrun's last words
@@ -336,12 +326,13 @@ def test_a_failing_process_ends_the_run_with_its_error(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_speaks_with_one_voice(task, tmp_path):
-    result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run", shard="both", valid=task / "valid.jsonl"))
+def test_the_command_line_speaks_with_one_voice(tiny_task, tmp_path):
+    options = {"shard": "both", "valid": tiny_task / "valid.jsonl"}
+    result = torchrun(ROOT / "train.py", *arguments(tiny_task, tmp_path / "run", **options))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"student: {tmp_path / 'run' / 'student'}"]
     assert result.stderr.count("train: 40 examples") == 1 and "Warning" not in result.stderr
-    result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / "run"))
+    result = torchrun(ROOT / "train.py", *arguments(tiny_task, tmp_path / "run"))
     # perhaps before the end of a line of the other process; torchrun repeats it after "traceback : "
     assert len(re.findall("(?<!: )error: ", result.stderr)) == 1, result.stderr
     assert "already holds a run" in result.stderr.rstrip().splitlines()[-2]  # torchrun's last words
@@ -349,9 +340,9 @@ def test_the_command_line_speaks_with_one_voice(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_before_it_ends(task, tmp_path):
+def test_ctrl_c_saves_before_it_ends(tiny_task, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    words = arguments(task, tmp_path / "run", max_steps=100_000, shard="both")
+    words = arguments(tiny_task, tmp_path / "run", max_steps=100_000, shard="both")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen([*map(str, command), *words], stderr=subprocess.PIPE, text=True, env=environment)
     while not (tmp_path / "run" / "log.jsonl").is_file() or len(log_of(tmp_path / "run")) < 3:
@@ -378,19 +369,19 @@ train.parallel.leave()
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_first_process_writes_samples(task, tmp_path):
+def test_ctrl_c_while_the_first_process_writes_samples(tiny_task, tmp_path):
     """The others, which have nothing left to do, wait for it, and say nothing of its end."""
     (tmp_path / "sampling.py").write_text(SAMPLING)
-    error = torchrun(tmp_path / "sampling.py", *arguments(task, tmp_path / "run")).stderr
+    error = torchrun(tmp_path / "sampling.py", *arguments(tiny_task, tmp_path / "run")).stderr
     assert "stopped after the last update, which is saved" in error
     assert not any(word in error for word in ("gloo", "KeyboardInterrupt", "rank1"))
 
 
 @pytest.mark.slow
-def test_compiled_blocks(task, tmp_path):
+def test_compiled_blocks(tiny_task, tmp_path):
     compiled = {"compile": True}
     for name, options in {"eager": {}, "compiled": compiled, "recomputed": {**compiled, "recompute": True}}.items():
-        result = torchrun(ROOT / "train.py", *arguments(task, tmp_path / name, shard="both", **options))
+        result = torchrun(ROOT / "train.py", *arguments(tiny_task, tmp_path / name, shard="both", **options))
         assert result.returncode == 0, result.stderr
     assert same_log(log_of(tmp_path / "compiled"), log_of(tmp_path / "eager"))
     assert same_log(log_of(tmp_path / "recomputed"), log_of(tmp_path / "eager"))
@@ -407,7 +398,7 @@ def test_compiled_blocks(task, tmp_path):
         ({"by_torchrun": True, "device": None, "cards": 1}, "more processes than there are CUDA devices .1."),
     ],
 )
-def test_what_cannot_be_says_why(task, tmp_path, monkeypatch, options, message):
+def test_what_cannot_be_says_why(tiny_task, tmp_path, monkeypatch, options, message):
     options = dict(options)
     if options.pop("by_torchrun", False):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
@@ -415,12 +406,12 @@ def test_what_cannot_be_says_why(task, tmp_path, monkeypatch, options, message):
     cards = options.pop("cards", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     with pytest.raises(ValueError, match=message):
-        train.check_options(options_of(task, tmp_path / "run", **options))
+        train.check_options(options_of(tiny_task, tmp_path / "run", **options))
 
 
-def test_an_update_that_cannot_be_split_says_so(task, tmp_path, monkeypatch):
+def test_an_update_that_cannot_be_split_says_so(tiny_task, tmp_path, monkeypatch):
     with stopped_by_ctrl_c():
-        train.train(options_of(task, tmp_path / "run", batch_size=4))
+        train.train(options_of(tiny_task, tmp_path / "run", batch_size=4))
     monkeypatch.setattr(parallel, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 process.es. makes 12; that number of processes does not divide 4"):
-        train.check_directory(train.check_options(options_of(task, tmp_path / "run", batch_size=4, resume=True)))
+        train.check_directory(train.check_options(options_of(tiny_task, tmp_path / "run", batch_size=4, resume=True)))
