@@ -1,17 +1,15 @@
 """runtime/tokenizer.py: ends, special tokens, and what can be wrong with a tokenizer's files."""
 
 import json
-from pathlib import Path
 
 import pytest
-from helpers import SENTENCES, wordpiece
+from helpers import CHAT_TEMPLATES, SENTENCES, wordpiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data import Example, tokenise
 from runtime.run import tokenizer_of
 from runtime.tokenizer import check_size, read_tokenizer
 
-CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_templates" / "qwen2.5.jinja"
 CONFIG = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
@@ -170,7 +168,7 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
     for tokens, chat, named in (
         ([AddedToken("photosynthesis")], "none", "photosynthesis"),
         ([pad, AddedToken("photosynthesis")], "none", "photosynthesis"),
-        ([AddedToken("<|im_start|>", special=True), end], str(CHAT_TEMPLATE), "<|im_start|>"),
+        ([AddedToken("<|im_start|>", special=True), end], str(CHAT_TEMPLATES / "qwen2.5.jinja"), "<|im_start|>"),
     ):
         with pytest.raises(ValueError, match="do not belong together") as caught:
             read(*tokens, chat=chat)
