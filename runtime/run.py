@@ -71,8 +71,7 @@ def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], sc
 def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str, str], score: float | None) -> None:
     """Write all files of `save_checkpoint` beside their places, and then move them there."""
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
-    if new.exists():  # of a run that was killed
-        shutil.rmtree(new)
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     try:
         with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
