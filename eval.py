@@ -1,24 +1,24 @@
-"""Scores of trained students: respond to the prompts of test sets, score the responses, compare the models in a table.
+"""Score trained students: respond to the prompts of test sets, score the responses, compare the models in a table.
 
     python eval.py runs/a runs/b --data dolly self-inst vicuna    the papers' protocol: 5 sampling seeds, T = 1
     python eval.py runs/a --data my_test.jsonl --greedy           one greedy response per prompt
     python eval.py runs/a --data gsm8k_test.jsonl                 accuracy of the final answers
     python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs what the model wrote, see sandbox.py
-    python eval.py runs/a --prompt "Why is the sky blue?"         its answer; without a text, to each line you type
+    python eval.py runs/a --prompt "Why is the sky blue?"         its answer; without a text, answers each line you type
 
-Each directory is a run (its student/ is scored) or a model. What is scored follows from the data, in per cent:
+Each directory is a run (its student/ is scored) or a model. The data decide which score is computed, in per cent:
 
 rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
-math    where references end in `#### x` or hold \\boxed{x}: accuracy, final answers equal to the reference's
-code    where examples have tests: pass@1, programs that pass all of them; the mean over one sample for each seed
+math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the share of final answers that are equal
+code    if the examples have tests: pass@1, the share of programs that pass all of them, with one sample per seed
 
-Prints one table of means ± standard deviations over the seeds (the average over sets is taken for each seed first). As
-soon as a set is done, all responses go into the scored run's eval-<data>.json; those of a model that is no run go into
-eval-<model>-<data>.json here. "Not ended" counts the responses of all seeds that the budget of new tokens cut off
-before the model ended them.
+The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). When a
+set is done, all responses are written to eval-<data>.json in the run; for a model that does not belong to a run, to
+eval-<model>-<data>.json in the current directory. "Not ended" counts the responses, over all seeds, that reached the
+limit of new tokens before the model ended them.
 
-A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are. A
-longer prompt is cut, and the report says how many were; the official runs drop such examples, and average over fewer.
+A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are.
+Prompts longer than --max-prompt-len are cut and counted; the official runs drop such examples and average over fewer.
 """
 
 import json
@@ -94,7 +94,7 @@ def respond(
 
 @torch.no_grad()
 def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_size: int = 16) -> float:
-    """Mean cross-entropy per response token, in nats, over tokenised rows; the model is left in its mode."""
+    """Mean cross-entropy per response token, in nats, over tokenised rows; keeps the model's train or eval mode."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -112,8 +112,8 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
 def score(responses: list[str], examples: list[Example], task: str = "rouge", unfinished=()) -> dict:
     """The task's scores in per cent, means over the examples: {rouge_l, exact_match}, {accuracy} or {pass_at_1}.
 
-    The last two come with `details`: what was graded of each response, and what became of it. unfinished: the indices
-    of the responses that did not end.
+    The last two come with `details`: for each response, the part that was graded and the result. unfinished: the
+    indices of the responses that did not end.
     """
     references = [example.outputs for example in examples]
     if task == "rouge":
@@ -134,14 +134,14 @@ def score(responses: list[str], examples: list[Example], task: str = "rouge", un
 def evaluate(
     model, tokenizer, data: DataSet, seeds: list, max_len=512, max_prompt_len=256, batch_size=32, device="cpu"
 ) -> dict:
-    """All that is measured of a model on a set: the scores, `responses`, their `details`, and how many `not_ended`.
+    """Everything measured for a model on a set: the scores, `responses`, their `details`, and the number `not_ended`.
 
     These are lists with an entry per seed (None: greedy). Also the `cross_entropy` on the first references, and for
-    Rouge-L how many examples have no reference with a token that it counts (`no_reference_tokens`).
+    Rouge-L the number of examples whose references have no token that it counts (`no_reference_tokens`).
     """
     prompts = tokenizer.fit_prompts(data.examples, max_prompt_len)
     rows, cut = tokenise(data.examples, tokenizer, max_len=max_len, max_prompt_len=max_prompt_len)
-    new_tokens = max_len - max_prompt_len  # not what the longest prompt leaves: the same in every set, with any --limit
+    new_tokens = max_len - max_prompt_len  # the same for every set and --limit, whatever room the prompts leave
     cuts = {"prompts_cut": cut.prompts_cut, "references_cut": cut.responses_cut}  # the latter for cross_entropy alone
     report: dict = {**cuts, "new_tokens": new_tokens, "responses": [], "details": []}
     if data.task == "rouge":
@@ -168,14 +168,14 @@ def main(arguments: list[str] | None = None) -> None:
         run(parse(arguments, __doc__))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # the table of what is done was printed
+    except KeyboardInterrupt:  # the table of the finished sets has been printed
         sys.exit(130)
 
 
 def run(options) -> None:
-    """Every model's answers to --prompt; or every model on every set, a report of each in a file, and one table."""
+    """Print every model's answers to --prompt; or score every model on every set, write a report each and one table."""
     models = {}
-    for name in options.directories:  # before anything is loaded: all of them must be there
+    for name in options.directories:  # all must exist before any is loaded
         models[name] = find_model(name, "student")
     if options.prompt:
         return answer(options, models)
@@ -186,7 +186,7 @@ def run(options) -> None:
     results: dict[tuple[str, str], dict] = {}
     try:
         for name, directory in models.items():
-            weights = model_digest(directory)  # before they are read: a run may go on meanwhile
+            weights = model_digest(directory)  # before the weights are loaded: a run may still be changing them
             model, tokenizer = open_model(directory, options)
             for data in sets:
                 lengths = share_tokens(data.task, options.max_len, options.max_prompt_len, model.limit)
@@ -196,7 +196,7 @@ def run(options) -> None:
                 results[name, data.name] = scores = {**scores, "bos": tokenizer.prefix, "weights": weights}
                 file = write_report(name, directory, data, options, scores)
                 print(f"{name}, {data.name}: {describe(scores, data, tokenizer.chat, file)}", file=sys.stderr)
-    finally:  # also of what an error or Ctrl-C left undone
+    finally:  # the results so far, also after an error or Ctrl-C
         if results:
             print(compare(sets, results))
 
@@ -209,7 +209,7 @@ def open_model(directory: Path, options) -> tuple:
 
 
 def answer(options, models: dict[str, Path]) -> None:
-    """Print the responses to --prompt, or to each line of standard input, written as in the models' training."""
+    """Print the responses to --prompt, or to each line of standard input; prompts are formatted as in training."""
     opened = []
     for name, directory in models.items():
         model, tokenizer = open_model(directory, options)
@@ -217,7 +217,7 @@ def answer(options, models: dict[str, Path]) -> None:
         lengths = share_tokens("rouge", options.max_len, options.max_prompt_len, model.limit)
         opened.append((f"{name}: " if len(models) > 1 else "", model, tokenizer, form, *lengths))
     for text in read_lines() if options.prompt is True else [options.prompt]:
-        text.encode()  # raises ValueError: bytes that are no UTF-8 came here as half surrogate pairs
+        text.encode()  # raises ValueError: bytes that are not UTF-8 arrive here as lone surrogates
         for name, model, tokenizer, form, max_len, limit in opened:
             example = Example("--prompt", [""], prompt=form.replace("{}", text))
             prompts = tokenizer.fit_prompts([example], limit)
@@ -229,7 +229,7 @@ def answer(options, models: dict[str, Path]) -> None:
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of standard input that are not blank; a terminal is asked for each."""
+    """The lines of standard input that are not blank; on a terminal, with a prompt for each."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -240,12 +240,12 @@ def read_lines() -> Iterator[str]:
 
 
 def read_sets(options) -> list[DataSet]:
-    """All sets, before any is evaluated, so that what is wrong with one shows at once."""
+    """Read all sets before any is evaluated, so that an error in one shows at once."""
     sets = []
     for name in options.data:
         everything = read_examples(*data_file(name, "test"))
         examples, title = everything[: options.limit], Path(name).stem
-        if len(examples) < len(everything):  # a name, and so a report, of its own: never over that of the whole set
+        if len(examples) < len(everything):  # its own name, so that its report does not replace the whole set's
             title += f"-first-{options.limit}"
         sets.append(DataSet(title, task_of(examples, name, options.task), examples))
         share_tokens(sets[-1].task, options.max_len, options.max_prompt_len)
@@ -254,15 +254,15 @@ def read_sets(options) -> list[DataSet]:
 
 
 def report_file(name: str, data: DataSet) -> Path:
-    """eval-<data>.json in the run's directory; of a model that is no run, here and with its name: its own directory may
-    be shared, or published."""
+    """eval-<data>.json in the run's directory. For a model that does not belong to a run, eval-<model>-<data>.json in
+    the current directory, because the model's own may be shared or published."""
     if (Path(name) / "student").is_dir():
         return Path(name) / f"eval-{data.name}.json"
     return Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
 
 
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
-    """`report_file`, and with it a run's model card."""
+    """Write `report_file`, and update the model card if this is a run."""
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
     report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}

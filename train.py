@@ -5,8 +5,8 @@
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
     torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see docs/multi_gpu.md
 
-In this file: what the methods need of the teacher, `Method`; one update, `distil`; the loop, `run_updates`. What the
-terms mean is in losses.py; the options are in runtime/options.py, and runtime/run.py keeps the run directory.
+In this file: what the methods need from the teacher, `Method`; one update, `distil`; the loop, `run_updates`. The loss
+terms are in losses.py, the options in runtime/options.py; runtime/run.py manages the run directory.
 """
 
 import json
@@ -76,8 +76,8 @@ SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
 class TeacherAnswer:
     """What the frozen teacher says about one batch, at the positions that are compared."""
 
-    hidden: Tensor  # (K, D) its states; of all its response positions where tokens are not paired
-    rows: Tensor | slice  # (K,) the student token that each is compared with; slice(None): all, in order
+    hidden: Tensor  # (K, D) its states there; at all its response positions if tokens are not paired
+    rows: Tensor | slice  # (K,) the student token that each state is compared with; slice(None): all, in order
     label: Tensor | None = None  # (K,) DSKD: what the projected teacher should predict, as a token of the student
 
 
@@ -85,15 +85,15 @@ class TeacherAnswer:
 class Totals:
     """The normalisers of one update, over all its batches and all processes."""
 
-    counts: Counts  # of the responses that L_kd is on
-    gold: Counts  # of the gold ones: the same, unless the student sampled
+    counts: Counts  # of the responses that L_kd is computed on
+    gold: Counts  # of the gold responses: the same, unless the student sampled
     std: Deviations | None = None  # CMA's
 
 
 class Method(nn.Module):
-    """What a method needs beside the student: the frozen teacher, the projectors, and how the two vocabularies relate.
+    """What a method needs besides the student: the frozen teacher, the projectors, and how the vocabularies relate.
 
-    Its parameters are the projectors' alone: the teacher is neither trained nor saved. `teacher` is None for sft.
+    Its only parameters are the projectors': the teacher is neither trained nor saved. `teacher` is None for sft.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Method(nn.Module):
         teacher_tokenizer: TextTokenizer | None = None,
     ):
         super().__init__()
-        self.name = "sft" if o.method == "seqkd" else o.method  # trained on the teacher's answers as on any other
+        self.name = "sft" if o.method == "seqkd" else o.method  # seqkd is sft on the teacher's answers
         self.o, self.align, self.projectors, self.recipe = o, "none", None, None
         self.objective = fast.losses if o.chunk else losses
         if self.name == "sft":
@@ -115,7 +115,7 @@ class Method(nn.Module):
         device, rows = student.head_weight.device, min(len(student.head_weight), len(teacher.head_weight))
         shared = count_shared(teacher_tokenizer, student_tokenizer)
         if shared == max(teacher_tokenizer.size, student_tokenizer.size):
-            shared = rows  # one vocabulary, perhaps padded heads
+            shared = rows  # one vocabulary; the heads may be padded
         self.teacher_shared = self.student_shared = slice(shared)  # rows of both heads
         both = teacher_tokenizer.tokenizer, student_tokenizer.tokenizer
         ends = teacher_tokenizer.eos_id, student_tokenizer.eos_id
@@ -148,13 +148,13 @@ class Method(nn.Module):
         return student.head_weight.detach()[self.student_shared].float()
 
     def refresh(self, student: nn.Module) -> None:
-        """Once per update, before its losses: s2t for the student head as it is now, where it is solved (v2)."""
+        """Solve s2t for the current student head (v2 only). To be called once per update, before its losses."""
         if self.projectors is not None:
             self.projectors.refresh_s2t(self.shared_head(student))
 
     @torch.no_grad()
     def ask_teacher(self, batch: Batch) -> TeacherAnswer | None:
-        """The teacher's forward pass, or what the batch has of an earlier one (fast/cache.py); None for sft."""
+        """Run the teacher, or use the states of an earlier run if the batch has them (fast/cache.py); None for sft."""
         if self.name == "sft":
             return None
         hidden, predicted = batch.teacher_hidden, batch.teacher_predictions
@@ -177,9 +177,9 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def count(self, student: nn.Module, compared: list[Batch], said: list, gold: list[Batch]) -> Totals:
-        """The normalisers of an update: from the batches that L_kd is on, what the teacher says about each, and the
-        gold batches. Neither the projected teacher nor its label depends on the student's states, so that the agreeing
-        ones can be counted before the first loss."""
+        """The normalisers of an update. compared: the batches that L_kd is computed on; said: the teacher's answer for
+        each; gold: the gold batches. Neither the projected teacher nor its label depends on the student's states, so
+        the pairs that agree can be counted before the first loss."""
         tokens, gold_tokens = (sum(len(batch.student.labels) for batch in batches) for batches in (compared, gold))
         pairs = agreeing = 0
         moments: list[float] = []
@@ -205,8 +205,8 @@ class Method(nn.Module):
     def loss(self, student, batch: Batch, answer: TeacherAnswer | None, totals: Totals, is_gold=True) -> dict:
         """{ce, ..., kd, loss}: this batch's part of the update's terms, and the loss, on which to call backward().
 
-        Without the teacher's `answer`: the gold part alone (sft, and the gold side of on-policy distillation). Not
-        `is_gold`: L_kd alone (its sampled side). `student` may be compiled; its head is read from it.
+        Without the teacher's `answer`, only the gold part (sft, and the gold side of on-policy distillation); without
+        `is_gold`, only L_kd (its sampled side). `student` may be compiled; its head is read from it.
         """
         o, side, head = self.o, batch.student, student.head_weight
         hidden, gold = hidden_at(student, side), side.labels if is_gold else None  # (N, d), (N,)
@@ -254,20 +254,20 @@ def gather_parameters(o: Options, pieces: Pieces) -> Iterator[None]:
 
 
 def is_on_policy(o: Options, step: int, updates_per_epoch: int) -> bool:
-    """Whether update `step` distils on sampled responses: none of the first --on-policy-after epochs, then with
-    probability --on-policy. A function of its arguments alone, so that a resumed run, and every process of one run,
-    decides alike."""
+    """Whether update `step` distils on sampled responses: never in the first --on-policy-after epochs, then with
+    probability --on-policy. The decision depends on the arguments alone, so it is the same in a resumed run and in
+    every process of a run."""
     if step < o.on_policy_after * updates_per_epoch:
         return False
     return random.Random(f"{o.seed} on-policy {step}").random() < o.on_policy
 
 
 def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple[list[Row], int]:
-    """The rows with responses sampled from the student as it is now (v2, eq. 18; T = 1, the whole distribution, no
-    dropout, no gradient), and how many tokens were sampled. Seeded by (seed, step), like `is_on_policy`,
-    and the process, each of which samples for its own share of the update.
+    """The rows with responses sampled from the current student (v2, eq. 18; T = 1, the whole distribution, no dropout,
+    no gradient), and the number of sampled tokens. The seed is made from (seed, step), as in `is_on_policy`, and the
+    process, because each process samples for its own share of the update.
 
-    All these responses are sampled together: so they do not depend on how the share is split, and it is faster.
+    All responses are sampled together. That is faster, and they do not depend on how the share is split into batches.
     """
     seed = random.Random(f"{o.seed} sample {step}" + f" {parallel.rank()}" * (parallel.rank() > 0)).getrandbits(63)
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
@@ -279,7 +279,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
             responses = generate(student, prompts, room, tokenizer.end_ids, seed=seed, vocabulary=tokenizer.size)
         except FloatingPointError as error:
             failure = error
-    if parallel.highest(failure is not None):  # all processes have it, or none
+    if parallel.highest(failure is not None):  # raise in all processes, or in none
         raise failure or FloatingPointError("sample: the logits of another process are not finite")
     both = tokenizer, pieces.teacher_tokenizer, o.max_len, pieces.method.align
     sampled = [replace_response(row, response, *both) for row, response in zip(rows, responses, strict=True)]
@@ -287,7 +287,7 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
 
 
 def sample_batches(o: Options, pieces: Pieces, rows: list[Row], step: int, meter: Meter) -> tuple[list[Row], list]:
-    """The sampled rows, and the batches of them."""
+    """The sampled rows, and the same rows in batches."""
     began = time.perf_counter()
     sampled, tokens = sample_rows(o, pieces, rows, step)
     meter.count_generation(time.perf_counter() - began, tokens, len(sampled))
@@ -296,9 +296,9 @@ def sample_batches(o: Options, pieces: Pieces, rows: list[Row], step: int, meter
 
 
 def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | None = None) -> dict[str, float]:
-    """Loss terms of one update over its batches, with their gradient added up, also over all processes. `sampled`:
-    batches of responses that the student sampled, which L_kd is on instead of the gold ones (v2, eq. 18). Raises
-    FloatingPointError for a term that is not finite, naming it."""
+    """The loss terms of one update over its batches; the gradients are summed over the batches and all processes.
+    `sampled`: batches of responses that the student sampled; L_kd is computed on them instead of the gold ones (v2,
+    eq. 18). Raises FloatingPointError, naming the term, if one is not finite."""
     method, compared = pieces.method, sampled or batches
     method.refresh(pieces.student)
     with autocast(o):
@@ -331,7 +331,7 @@ def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | N
 
 
 def summarise(sums: dict[str, float], totals: Totals, method: Method) -> dict[str, float]:
-    """Counts turned into the ratios that are logged."""
+    """Turn the counts into the ratios that are logged."""
     sums["accuracy"] = sums.pop("correct") / totals.gold.tokens
     if "agreeing" in sums:
         sums["t2s_agreement"] = sums.pop("agreeing") / max(totals.counts.pairs, 1)
@@ -345,8 +345,8 @@ def summarise(sums: dict[str, float], totals: Totals, method: Method) -> dict[st
 
 
 def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
-    """AdamW with weight decay on the student's matrices (with LoRA those of its adapters), none on its vectors, and on
-    all of the projectors, v1's biases too, as in the official code. The projectors have their own rate."""
+    """AdamW with weight decay on the student's matrices (with LoRA, its adapters') but not on its vectors, and on all
+    projector parameters, even v1's biases, as in the official code. The projectors have their own learning rate."""
     parameters = [p for p in pieces.student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "lr": o.lr, "weight_decay": o.weight_decay},
@@ -393,7 +393,7 @@ def train(o: Options, description: str = "train") -> dict[str, float]:
 
 def add_method(o: Options, pieces: Pieces) -> None:
     both = pieces.student, pieces.student_tokenizer, pieces.teacher, pieces.teacher_tokenizer
-    with parallel.main_first():  # it may leave MinED's map and the teacher's predictions for the others
+    with parallel.main_first():  # process 0 may write MinED's map and the teacher's predictions for the others
         pieces.method = Method(o, *both)
         if pieces.cache is not None and pieces.method.predicting_head is not None:
             pieces.cache.attach_predictions(pieces.method.predicting_head)
@@ -427,7 +427,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
             run.log(done, terms, rows, sampled)
             if run.is_due(done) or run.asked_to_stop():
                 run.check_weights(done)
-                run.save(done, held_out_scores(o, pieces) if run.is_due(done) else {})  # Stopped, if that was asked
+                run.save(done, held_out_scores(o, pieces) if run.is_due(done) else {})  # may raise Stopped
         run.progress.close()
         write_samples(o, pieces)
         if parallel.rank() == 0:
@@ -436,11 +436,11 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
 
 
 def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
-    """The loss terms and the student's gradient norm on the first batch; dropout is off, so that others can compare."""
+    """The loss terms and the student's gradient norm on the first batch, without dropout, to compare with others."""
     pieces.student.eval()
     terms = distil(o, pieces, student, [pieces.collate(pieces.rows, o.device)])
     gradients = [p.grad for p in pieces.student.parameters() if p.grad is not None]
-    # in float64: float32, added up one by one on a CPU, loses 1% of 10^8 squares
+    # in float64, because on a CPU a float32 sum of 10^8 squares, added one by one, loses 1%
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     terms["grad_norm"] = float(torch.stack(norms).norm())
     names = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio student_tokens teacher_tokens grad_norm".split()
@@ -448,8 +448,8 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
 
 
 def held_out_scores(o: Options, pieces: Pieces) -> dict[str, float]:
-    """{valid_ce, and with --keep-best rouge valid_rouge_l}; {} without --valid. Rouge-L is in per cent, of responses
-    that are sampled as eval.py does, with one seed. Each process scores its share."""
+    """{valid_ce}, with --keep-best rouge also valid_rouge_l; {} without --valid. Rouge-L is in per cent, of responses
+    that are sampled as in eval.py, with one seed. Each process scores its share."""
     if not pieces.valid_rows:
         return {}
     student, tokenizer = pieces.student, pieces.student_tokenizer
@@ -499,15 +499,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(given: dict) -> None:
-    """What a command line asks for."""
+    """Do what the command line asks for."""
     given = {**stored_options(given), **given}
     if not given.keys() & {"student", "teacher", "data"}:
         if given.get("dry_run"):
-            raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own")
+            raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own models")
         if given.keys() & {"task", "teacher_sft"}:
             raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
         if parallel.by_torchrun():
-            raise ValueError("torchrun needs --student and --data: the embedded task is for one process")
+            raise ValueError("torchrun needs --student and --data: the embedded task runs in one process")
         from experiments import tiny  # which imports this file
 
         o = check_options(Options(**{"out": tiny.ROOT, **given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
@@ -534,10 +534,10 @@ def run(given: dict) -> None:
 
 
 def run_teacher_stage(given: dict, o: Options) -> Options:
-    """Fine-tune the teacher, or keep what is finished; returns the options with that teacher. Raises before the stage
-    begins where the run after it could not."""
+    """Fine-tune the teacher, or keep a finished one; returns the options with that teacher. Raises before this stage
+    begins if the run after it could not start."""
     if o.method == "sft" or o.dry_run:
-        raise ValueError("--teacher-sft belongs to training with a teacher, not to --method sft or --dry-run")
+        raise ValueError("--teacher-sft is for training with a teacher, not for --method sft or --dry-run")
     stage = teacher_stage(given, o.out)
     after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
     check_directory(after)
@@ -551,7 +551,7 @@ def run_teacher_stage(given: dict, o: Options) -> Options:
 
 
 def run_stage(o: Options, name: str) -> float:
-    """Train one stage, or keep it if it is finished; an interrupted one goes on. Returns its seconds of training."""
+    """Train one stage: keep a finished one, resume an interrupted one. Returns its training time in seconds."""
     seconds = seconds_of_finished_stage(o)
     if seconds is None:
         o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-CARDS = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver lists them there on Linux, whatever torch can use
+CARDS = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver for Linux lists all cards, usable by torch or not
 
 def choose_device(index: int = 0) -> tuple[str, str]:
-    """cuda or cpu, and why: CUDA if this torch can compute on that card."""
+    """cuda or cpu, and why: cuda if this torch can compute on that card."""
     cards = [file.read_text() for file in CARDS.glob("*/information")]
     version = f"this torch ({torch.__version__})"
     if torch.cuda.is_available() and index < torch.cuda.device_count():
@@ -21,7 +21,7 @@ def choose_device(index: int = 0) -> tuple[str, str]:
             return "cuda", name
         return "cpu", f"{version} is not built for the {name} here, of compute capability {major}.{minor}"
     if torch.cuda.is_available():
-        return "cpu", f"torch sees {torch.cuda.device_count()} of them"
+        return "cpu", f"torch sees only {torch.cuda.device_count()} CUDA card(s)"
     if cards:
         name = cards[0].partition("Model:")[2].splitlines()[0].strip()
         hidden = "CUDA_VISIBLE_DEVICES hides it, or the driver is too old"
@@ -33,7 +33,7 @@ def choose_device(index: int = 0) -> tuple[str, str]:
 
 
 def say_device(asked: str | None, device: str) -> None:
-    """One line on standard error."""
+    """One line on standard error: the device, and why it was chosen."""
     kind, why = choose_device(torch.device(device).index or 0)
     if asked and device == "cpu" and kind == "cuda":
         why = f"--device; there is an {why} here"

@@ -1,4 +1,4 @@
-"""The command line of eval.py: every option, and what makes no sense."""
+"""The command line of eval.py: every option, and the checks of its value."""
 
 import argparse
 
@@ -7,39 +7,40 @@ from runtime.strict import check_device, check_values
 
 
 def parse(arguments: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The options. Raises ValueError naming one whose value makes no sense."""
+    """The options. Raises ValueError, naming the option, for a value that makes no sense."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", help="runs or model directories")
 
     what = parser.add_argument_group("what is scored")
     one = what.add_mutually_exclusive_group(required=True).add_argument
     one("--data", nargs="+", help="named sets (their test split) or files (no default)")
-    help = "score nothing: print the response to this prompt or, without a text, to each line of standard input"
+    help = "print the response to this prompt (without TEXT: to each line of standard input) instead of scoring"
     one("--prompt", nargs="?", const=True, metavar="TEXT", help=f"{help}; greedy, unless --seeds are given")
     add = what.add_argument
     add("--limit", type=int, help="only the first LIMIT examples (default: all)")
     add("--task", choices=["rouge", "math", "code"], help="what to score (default: what follows from the data)")
-    help = "run generated programs (pass@1), in a sandbox (default: no, so that sets of programs are refused)"
+    help = "run generated programs (pass@1) in a sandbox (default: off; sets of programs are then refused)"
     add("--run-code", action="store_true", help=help)
 
     add = parser.add_argument_group("prompts").add_argument
-    help = "chat template of prompts: own (the model's; --chat alone), thinking (own, with thinking), a path, or none"
-    add("--chat", nargs="?", const="own", help=f"{help} (default: as a run was trained, else none)")
-    help = "begin prompts as the model's tokenizer begins a text (default: as a run was trained, else not)"
-    add("--bos", action=argparse.BooleanOptionalAction, help=help)
-    help = "tokens of the prompt; a longer one is cut (default: half of --max-len)"
+    help = "chat template of the prompts: own (the model's; the same as --chat alone), thinking (own, with thinking on)"
+    help += ", a path, or none (default: as in the run that trained the model, else none)"
+    add("--chat", nargs="?", const="own", help=help)
+    help = "begin each prompt with what the model's tokenizer puts before a text, such as <s> (default: as in the run "
+    add("--bos", action=argparse.BooleanOptionalAction, help=help + "that trained the model, else without)")
+    help = "most tokens of the prompt; a longer one is cut (default: half of --max-len)"
     add("--max-prompt-len", type=int, help=help)
 
     add = parser.add_argument_group("responses").add_argument
-    help = "sampling seeds, a response to each prompt with every one (default: 10 20 30 40 50)"
+    help = "sampling seeds; each gives one response per prompt (default: 10 20 30 40 50)"
     add("--seeds", type=int, nargs="+", help=help)
     add("--greedy", action="store_true", help="one greedy response instead of sampling (default: sample)")
-    add("--max-len", type=int, help="tokens of prompt and response (default: 512, math and code 1024)")
+    add("--max-len", type=int, help="most tokens of prompt and response together (default: 512; math and code: 1024)")
 
     add = parser.add_argument_group("how it is computed").add_argument
-    add("--batch-size", type=int, default=32, help="prompts at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="prompts per batch (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one that torch can use)")
-    help = "of the weights, for responses and cross-entropy (default: %(default)s)"
+    help = "dtype of the weights, for responses and cross-entropy (default: %(default)s)"
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help=help)
 
     options = parser.parse_args(arguments)

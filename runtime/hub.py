@@ -25,9 +25,9 @@ MODELS = {  # preset: repository on the Hugging Face hub
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 
-# The papers' splits: they report scores on what a repository calls valid.jsonl; Dolly's dev set begins its raw.jsonl.
-# We could not list these repositories: their files are those that the official code reads (dolly's valid.jsonl has 500
-# lines). An error names a file that is not there.
+# The papers' splits: they report scores on valid.jsonl; Dolly's dev set is the beginning of its raw.jsonl. We could not
+# list these repositories, so the file names are those that the official code reads (dolly's valid.jsonl has 500 lines).
+# If a file does not exist, the error names it.
 DATASETS = {  # name: (repository, {split: (file, first line, last line)}); lines count from 0, None is the end
     "dolly": (
         "MiniLLM/dolly",
@@ -39,7 +39,7 @@ DATASETS = {  # name: (repository, {split: (file, first line, last line)}); line
     "uinst": ("MiniLLM/uinst", {"test": ("11_/valid.jsonl", 0, 10_000)}),
 }
 
-# The hub has these as parquet only, which takes another package to read
+# The hub has these only as parquet, and reading that needs another package
 BY_HAND = {  # name: (repository with the JSONL original, file in it)
     "gsm8k": ("https://github.com/openai/grade-school-math", "grade_school_math/data/test.jsonl"),
     "humaneval": ("https://github.com/openai/human-eval", "data/HumanEval.jsonl.gz"),
@@ -52,9 +52,9 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 
 def model_directory(name: str, weights: bool = True) -> Path:
-    """The local directory of a model: `name` is a directory, of a model or a run, a preset, or a hub repository
-    `owner/model`. Only JSON and safetensors files (and a chat template) are ever fetched, and nothing in them is run.
-    Raises FileNotFoundError saying which files are missing, and ValueError for a download that is damaged."""
+    """The local directory of a model. `name` is a directory (of a model or a run), a preset, or a hub repository
+    `owner/model`. Only JSON and safetensors files (and a chat template) are ever downloaded, and no code in them runs.
+    Raises FileNotFoundError with the missing files, and ValueError for a damaged download."""
     if os.path.isdir(name):
         directory = Path(name)
         if not (directory / "config.json").is_file() and (directory / "student" / "config.json").is_file():
@@ -77,7 +77,7 @@ def model_directory(name: str, weights: bool = True) -> Path:
 
 
 def explain_missing(directory: Path, missing: list[str]) -> str:
-    """What the directory has instead, and what makes a model's directory of it."""
+    """What the directory has instead of these files, and how to turn it into a model directory."""
 
     def convert(kind: str) -> str:
         code = f"import sys; from transformers import {kind} as T; T.from_pretrained(sys.argv[1])"
@@ -89,7 +89,7 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
     if missing[0] == "config.json" and inside:
         said += f"; there is a model in {' and in '.join(inside[:4])}"
     elif missing[0] == "config.json" and "args.json" in files:
-        said += "; it is a run without a checkpoint, --resume goes on with it"
+        said += "; it is a run without a checkpoint: continue it with --resume"
     if missing[-1] not in MODEL_FILES and any(file.startswith("pytorch_model") for file in files):
         said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
     if missing[0] not in MODEL_FILES:
@@ -100,8 +100,8 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
 
 
 def repository_of(name: str) -> str | None:
-    """The hub repository that a preset or `owner/model` stands for; None for what can only be a mistyped path: it
-    begins in a directory that is here (or in runs/, ./, /, ~), has further slashes, or ends as a file of weights."""
+    """The hub repository that a preset or `owner/model` stands for; None for a name that can only be a mistyped path:
+    it begins with an existing directory (or runs/, ./, /, ~), has more slashes, or has the suffix of a data file."""
     owner, _, model = name.partition("/")
     is_path = not model or "/" in model or owner == "runs" or name.startswith((".", "/", "~")) or Path(owner).is_dir()
     is_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl")
@@ -109,7 +109,7 @@ def repository_of(name: str) -> str | None:
 
 
 def missing_files(directory: Path, weights: bool) -> list[str]:
-    """The files a model directory lacks: configuration, tokenizer, and the weights in one file or in all the shards."""
+    """The files that a model directory lacks: config.json, tokenizer.json, the weights (in one file or in shards)."""
     missing = [file for file in MODEL_FILES[:2] if not (directory / file).is_file()]
     single, index = (directory / file for file in WEIGHT_FILES[:2])
     if not weights or single.is_file():
@@ -125,14 +125,14 @@ def missing_files(directory: Path, weights: bool) -> list[str]:
 
 def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
     """The JSONL file of a data set and the lines that make up `split`: (path, first, last), lines counted from 0.
-    `name` is a named set, or a file, which is one split, whichever is asked for."""
+    `name` is a named set or a file; a file has no splits, and is used as a whole."""
     if os.path.isfile(name):
         return Path(name), 0, None
     if name in BY_HAND:
         repository, file = BY_HAND[name]
         raise FileNotFoundError(
-            f"{name!r}: the hub has this set as parquet only; fetch that (pyarrow reads it) or the original, {file} of "
-            f"{repository}, and give its path instead of the name: --data FILE"
+            f"{name!r}: the hub has this set only as parquet; download that (pyarrow reads it) or the original, {file} "
+            f"of {repository}, and give its path instead of the name: --data FILE"
         )
     if name not in DATASETS:
         names = ", ".join([*DATASETS, *BY_HAND])
@@ -149,8 +149,8 @@ def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
 
 
 def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Path:
-    """The local folder that holds `files` of a hub repository: the cached one, else downloaded with progress bars. Of
-    what it downloads the hub's client compares the sizes alone, `verify_checksums` the contents."""
+    """The local folder with these files of a hub repository: from the cache, or else downloaded with progress bars.
+    The hub's client checks only the sizes of what it downloads; `verify_checksums` checks the contents."""
     from huggingface_hub import errors, snapshot_download
 
     request = {"repo_id": repository, "repo_type": kind, "allow_patterns": files}
@@ -162,7 +162,7 @@ def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Pa
     except errors.LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
     except errors.HFValidationError as error:
-        raise FileNotFoundError(f"{name!r} is neither a directory nor a repository's name: {error}") from error
+        raise FileNotFoundError(f"{name!r} is neither a directory nor the name of a repository: {error}") from error
     try:
         downloaded = Path(snapshot_download(**request))
     except Exception as error:  # the names of the HTTP library's exceptions differ from version to version
@@ -172,25 +172,25 @@ def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Pa
             why = f": there is no public {kind} repository {repository}."
         else:
             offline = isinstance(error, errors.LocalEntryNotFoundError)
-            why = "the hub cannot be reached" if offline else f"fetching it failed ({type(error).__name__}: {error})"
-            why = f" is no {'file' if kind == 'dataset' else 'directory'}, it is not in the local cache, and {why}."
+            why = "the hub cannot be reached" if offline else f"downloading failed ({type(error).__name__}: {error})"
+            why = f" is not a {'file' if kind == 'dataset' else 'directory'}, is not in the local cache, and {why}."
         option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
-        by_hand = f"Fetch {', '.join(files)} of {repository} on a machine that can, and give {option}."
+        by_hand = f"Download {', '.join(files)} of {repository} on a machine that can, and give {option}."
         raise FileNotFoundError(f"{name!r}{why} {by_hand}") from error
     verify_checksums(downloaded)
     return downloaded
 
 
 def verify_checksums(folder: Path) -> None:
-    """Raises ValueError for a file of a snapshot whose content is not what its name in the cache says: the SHA-256 of a
-    large file, the git hash of a small one, as the hub has announced them."""
+    """Raises ValueError if the content of a snapshot's file does not match its name in the cache, which is the checksum
+    that the hub announced: the SHA-256 of a large file, the git hash of a small one."""
     from huggingface_hub.utils import sha
 
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_file()):
         blob = link.resolve()
         if len(blob.name) not in (40, 64) or set(blob.name) - set("0123456789abcdef"):
-            continue  # another server's name
+            continue  # a name that another kind of server gave
         with open(blob, "rb") as stream:
             digest = sha.sha_fileobj(stream).hex() if len(blob.name) == 64 else sha.git_hash(stream.read())
         if digest != blob.name:
-            raise ValueError(f"{link}: damaged on its way, its checksum is another; remove {blob} and try again")
+            raise ValueError(f"{link}: damaged in the download (wrong checksum); remove {blob} and try again")

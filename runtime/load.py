@@ -1,4 +1,4 @@
-"""Everything a run needs, opened and checked against each other: models, tokenizers, data, and the order of updates."""
+"""Load everything a run needs and check that it fits together: models, tokenizers, data, the order of updates."""
 
 import hashlib
 import json
@@ -43,17 +43,17 @@ class Pieces:
     teacher: nn.Module | None
     teacher_tokenizer: TextTokenizer | None
     rows: list[Row]  # to train on
-    examples: list[Example] = field(default_factory=list)  # what they are made of
+    examples: list[Example] = field(default_factory=list)  # what the rows are made from
     valid_rows: list[Row] = field(default_factory=list)  # held out
     valid: list[Example] = field(default_factory=list)
-    frozen: str = ""  # sha256 of the models that are read and not trained, for --resume; in process 0 alone
+    frozen: str = ""  # sha256 of the models that are not trained, for --resume; only in process 0
     cache: TeacherCache | None = None
-    aligned: dict = field(default_factory=dict)  # ETA's share of the training responses, by kind of token (show.py)
-    method: nn.Module | None = None  # train.Method, once it is made
+    aligned: dict = field(default_factory=dict)  # the share of training tokens that ETA aligns, by kind (show.py)
+    method: nn.Module | None = None  # train.Method, once it exists
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of all training examples' tokens, in order, by which --resume knows that they are the same."""
+        """sha256 of all training examples' tokens, in order; --resume compares it."""
         hasher = hashlib.sha256()
         for side in (side for row in self.rows for side in (row.student, row.teacher) if side):
             for ids in (side.prompt, side.response):
@@ -61,8 +61,8 @@ class Pieces:
         return hasher.hexdigest()
 
     def facts(self, o: Options) -> dict:
-        """What args.json says beside the options: where the student comes from, how its prompts are written (with {}
-        for what a person types), and what aligns."""
+        """What args.json holds besides the options: where the student comes from, the form of its prompts (with {} for
+        the user's text), and the share that aligns."""
         facts = {"base_model": base_model(o), "prompts": prompt_form(self.examples[0])}
         return facts | ({"aligned": self.aligned} if self.aligned else {})
 
@@ -71,8 +71,8 @@ class Pieces:
         return collate(rows, self.student_tokenizer.eos_id, pad, width).to(device)
 
     def batches(self, rows: list[Row], o: Options, count: int = 0) -> list[Batch]:
-        """The rows of one update as batches of --batch-size, or of --tokens-per-batch; at least `count` of them, the
-        last without a row: processes that share a model's weights must run it equally often."""
+        """The rows of one update as batches of --batch-size or --tokens-per-batch. There are at least `count` batches,
+        the last ones empty, because processes that share a model's weights must run it equally often."""
         parts = split_update(rows, o.batch_size, o.tokens_per_batch)
         parts += [[]] * (count - len(parts))
         width = o.max_len if parallel.uses_graphs(o) else 0
@@ -94,7 +94,7 @@ class Pieces:
         return [split_update(share, o.batch_size, o.tokens_per_batch) for share in shares]
 
     def updates(self, o: Options, start: int, total: int) -> Iterator[tuple]:
-        """Each update's indices, and this process's rows and batches of it: all that is known before the update."""
+        """Each update's indices, and this process's rows and batches of it: everything known before the update."""
         for indices in islice(self.order(o, start), total - start):
             count = max(map(len, self.split(o, indices)))
             rows = parallel.share([self.rows[i] for i in indices], parallel.rank())
@@ -108,14 +108,14 @@ class Pieces:
 
 
 def find_model(name: str, role: str, weights: bool = True) -> Path:
-    """The directory of a model ("tiny": the embedded task's; of a run its student, of an adapter the two merged), once
-    it has been checked."""
+    """The directory of a model, checked. "tiny" is the embedded task's model, a run stands for its student, an adapter
+    for the merged model."""
     if name == "tiny":
         from experiments import tiny  # which imports this file
 
         directory = tiny.find(role)
     elif is_adapter(Path(name)) and run_of(Path(name).parent / "student"):
-        directory = Path(name).parent / "student"  # the two merged already
+        directory = Path(name).parent / "student"  # already merged
     elif is_adapter(Path(name)):
         directory = find_model(base_of(Path(name)), role, weights)
         with parallel.main_first():
@@ -135,7 +135,7 @@ def find_data(name: str, split: str) -> list[Example]:
 
 
 def load(o: Options) -> Pieces:
-    """Everything a run needs. Whatever is wrong with the input is found here, before the first update."""
+    """Load everything a run needs. Any error in the input is found here, before the first update."""
     student_directory, teacher_directory, tokenizer, teacher_tokenizer = open_tokenizers(o)
     align = "none"
     if o.method not in ("sft", "seqkd"):
@@ -165,7 +165,7 @@ def load(o: Options) -> Pieces:
         print(f"valid: {report}", file=sys.stderr)
 
     teacher, cache = load_teacher(o, teacher_directory, dtype) if teacher_tokenizer else None, None
-    if o.cache_teacher is not None:  # made, if it is not there, while the student is not on the device yet
+    if o.cache_teacher is not None:  # filled now if need be, while the student is not on the device yet
         cache = TeacherCache(o.cache_teacher, teacher_directory, rows, dtype, o.device, o.batch_size)
         with parallel.main_first():
             cache.attach_states(o.compile)
@@ -180,7 +180,7 @@ def load(o: Options) -> Pieces:
 
 
 def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextTokenizer | None]:
-    """Both models' directories and tokenizers, and the options that follow from them; no weights yet."""
+    """Both models' directories and tokenizers; fills in the options that follow from them. Loads no weights yet."""
     student_directory, teacher_directory = find_model(o.student, "student", weights=not o.from_scratch), None
     o.student_chat = o.student_chat or chat_of(student_directory) or "none"
     tokenizer, teacher_tokenizer = tokenizer_of(student_directory, o.student_chat, o.bos), None
@@ -196,16 +196,16 @@ def open_tokenizers(o: Options) -> tuple[Path, Path | None, TextTokenizer, TextT
 
 
 def load_student(o: Options, directory: Path) -> nn.Module:
-    """On the CPU, in float32, with its adapters."""
+    """The student on the CPU, in float32, with its adapters."""
     try:
         student = build_model(read_json(directory / "config.json")) if o.from_scratch else load_model(directory)
-    except RuntimeError as error:  # of the allocator
-        raise ValueError(f"{directory}: the model does not fit into the memory ({error!s:.200})") from error
+    except RuntimeError as error:  # from the memory allocator
+        raise ValueError(f"{directory}: the model does not fit into memory ({error!s:.200})") from error
     if o.lora:
         o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
         try:
             lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-        except ValueError as error:  # of all its arguments only the targets have not been checked against the model yet
+        except ValueError as error:  # the other arguments have been checked: only the targets can be wrong
             raise ValueError(f"--lora-targets: {error}") from None
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
@@ -216,7 +216,7 @@ def load_student(o: Options, directory: Path) -> nn.Module:
 
 
 def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """Frozen, so that half precision is enough where the arithmetic is bf16 anyway; with a cache, its head alone."""
+    """The frozen teacher: in half precision where the arithmetic is bf16 anyway; with a cache, only its head."""
     if o.shard in ("teacher", "both"):
         teacher = parallel.load_sharded(directory, dtype, o.device)
     else:
@@ -228,9 +228,9 @@ def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
 def load_answers(
     o: Options, examples: list[Example], directory: Path, teacher: TextTokenizer, student: TextTokenizer
 ) -> list[Example]:
-    """The examples with the responses of the teacher in `directory`: those in --out, or generated and written there. A
-    dry run generates for the first examples only, and writes nothing. Raises ValueError if the file there was made in
-    another way, or if the examples are such answers already."""
+    """The examples with the responses of the teacher in `directory`, read from --out or generated and written there. A
+    dry run generates only for the first examples, and writes nothing. Raises ValueError if the file in --out was made
+    in another way, or if the examples already are a teacher's answers."""
     file, given = Path(o.out) / "seqkd.jsonl", Path(examples[0].where.rpartition(", line ")[0])
     if given.is_file() and seqkd.read_recipe(given) is not None:
         raise ValueError(f"{examples[0].where}: these are a teacher's answers; train on them with --method sft")
@@ -243,8 +243,8 @@ def load_answers(
     if file.is_file():
         changed = " and ".join(seqkd.compare_recipes(seqkd.read_recipe(file), recipe))
         if changed:
-            raise ValueError(f"{file} was made with other {changed}: give another --out, or remove the file")
-        print(f"seqkd: the teacher's answers are those in {file}", file=sys.stderr)
+            raise ValueError(f"{file} was made with other settings ({changed}): give another --out, or remove it")
+        print(f"seqkd: using the teacher's answers in {file}", file=sys.stderr)
         return read_examples(file)
     model = load_model(directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)
     asked = asked[: o.batch_size] if o.dry_run else asked

@@ -14,65 +14,65 @@ def option(default, help: str, choices=None):
 
 @dataclass
 class Options:
-    """Everything a run depends on; each field is a command line option."""
+    """Everything a run depends on; each field is a command-line option."""
 
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or file to train on")
-    valid: str | None = option(None, "named set or file held out, for valid_ce and samples")
+    valid: str | None = option(None, "held-out named set or file, for valid_ce and samples.txt")
     keep_best: str | None = option(
-        None, "leave in student/ not the last checkpoint but the one with the best score on --valid: Rouge-L of a "
-        "response sampled to each prompt, or cross-entropy", ["rouge", "ce"],
+        None, "keep in student/ the checkpoint with the best score on --valid instead of the last one. The score is "
+        "the Rouge-L of one sampled response per prompt, or the cross-entropy", ["rouge", "ce"],
     )  # fmt: skip
     student_chat: str | None = option(
-        None, "chat template of the student's prompts: own (the model's; --student-chat alone), thinking (own, with "
-        "thinking), a path, or none (default: as in the run which trained it here, else none)",
+        None, "chat template of the student's prompts: own (the model's; the same as --student-chat alone), thinking "
+        "(own, with thinking on), a path, or none (default: as in the run that trained it here, else none)",
     )  # fmt: skip
-    teacher_chat: str | None = option(None, "the same for the teacher's, which may be another one (default: likewise)")
+    teacher_chat: str | None = option(None, "the same for the teacher; the two may differ (default: likewise)")
     bos: bool | None = option(
-        None, "begin each prompt as the model's own tokenizer begins a text, with <s> for instance (default: as in the "
-        "run which trained the model here, else not)",
+        None, "begin each prompt with what the model's tokenizer puts before a text, such as <s> (default: as in the "
+        "run that trained the model here, else without)",
     )  # fmt: skip
-    method: str = option("dskd", "what to train with", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
+    method: str = option("dskd", "training method", ["sft", "seqkd", "kd", "dskd", "uld", "mined"])
     recipe: str = option("v2", "which of the two papers DSKD follows", ["v1", "v2"])
     align: str = option(
         "auto", "auto: none for vocabularies of one family, else eta (v2) or cma (v1)", ["auto", "none", "eta", "cma"]
     )
     divergence: str = option("fkl", "D(student, teacher)", list(DIVERGENCES))
-    kd_rate: float = option(0.5, "share of the distillation term, the rest is cross-entropy with the gold tokens")
+    kd_rate: float = option(0.5, "weight of the distillation term; the rest is cross-entropy with the gold tokens")
     temperature: float = option(2.0, "divides all logits inside the divergence")
     on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
-    on_policy_after: int = option(0, "epochs before the first on-policy update (the official run: 3)")
-    seqkd_temperature: float = option(0.0, "of the teacher's answers with --method seqkd; 0 is greedy")
-    projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
+    on_policy_after: int = option(0, "epochs before the first on-policy update (3 in the official run)")
+    seqkd_temperature: float = option(0.0, "sampling temperature of the teacher with --method seqkd; 0 is greedy")
+    projectors: str | None = option(None, "safetensors file with initial projectors: t2s, s2t, query (.weight, .bias)")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
-    lora: int = option(0, "rank of the student's LoRA adapters, which alone are trained (0: train all of it)")
+    lora: int = option(0, "rank of the student's LoRA adapters; only they are trained (0: train the whole student)")
     lora_targets: list | None = option(  # of str
-        None, "linear layers that get an adapter: names as in peft, or all-linear for all but the head (default: "
-        "peft's and so the papers', q_proj v_proj or GPT-2's c_attn)",
+        None, "linear layers that get an adapter: names as in peft, or all-linear for all but the head (default, as in "
+        "peft and the papers: q_proj v_proj, or c_attn for GPT-2)",
     )  # fmt: skip
-    lora_alpha: float | None = option(None, "the adapters are scaled by alpha / rank (default: the papers' 8)")
-    lora_dropout: float | None = option(None, "dropout on the adapters' input (default: the papers' 0.1)")
+    lora_alpha: float | None = option(None, "the adapters are scaled by alpha / rank (default: 8, as in the papers)")
+    lora_dropout: float | None = option(None, "dropout on the adapters' input (default: 0.1, as in the papers)")
     epochs: int = option(20, "passes over the data")
-    max_steps: int = option(0, "updates, instead of --epochs (0: by epochs)")
-    batch_size: int = option(32, "examples per forward pass, of each process")
-    grad_accum: int = option(1, "forward passes per update; it is over batch size x this x processes examples")
-    bucket: bool = option(False, "make updates of examples of similar length, for less padding")
-    tokens_per_batch: int = option(0, "split updates by length into passes of at most so many tokens (0: --batch-size)")
+    max_steps: int = option(0, "number of updates, in place of --epochs (0: use --epochs)")
+    batch_size: int = option(32, "examples per forward pass of each process")
+    grad_accum: int = option(1, "forward passes per update, which covers batch size x this x processes examples")
+    bucket: bool = option(False, "put examples of similar length into the same update, for less padding")
+    tokens_per_batch: int = option(0, "split updates by length into passes of up to this many tokens (0: --batch-size)")
     lr: float = option(5e-4, "peak learning rate of the student")
     projector_lr: float = option(0.0, "peak learning rate of the projectors (0: the papers' 1e-3 for v1, 5e-4 for v2)")
-    weight_decay: float = option(1e-2, "AdamW's: on the student's matrices, and on all of the projectors")
+    weight_decay: float = option(1e-2, "AdamW's weight decay, on the student's matrices and all of the projectors")
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
-    clip: float = option(1.0, "largest norm of the whole gradient")
-    seed: int = option(42, "of initialisation, data order and dropout")
-    max_len: int | None = option(None, "tokens of a whole example, per model (default: 512, or all a model has)")
-    max_prompt_len: int | None = option(None, "tokens of the prompt, per model (default: half of --max-len, 256)")
+    clip: float = option(1.0, "largest norm of the whole gradient; a larger one is scaled down")
+    seed: int = option(42, "seed of initialisation, data order and dropout")
+    max_len: int | None = option(None, "most tokens of an example, per model (default: 512, or fewer if one has fewer)")
+    max_prompt_len: int | None = option(None, "most tokens of the prompt, per model (default: half of --max-len, 256)")
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
-    recompute: bool = option(False, "less memory, more time: keep only the inputs of the student's blocks for backward")
-    cache_teacher: str | None = option(None, "directory for the teacher's hidden states, which are then computed once")
+    recompute: bool = option(False, "activation checkpointing of the student's blocks: less memory, more time")
+    cache_teacher: str | None = option(None, "directory for the teacher's hidden states, to compute them only once")
     dtype: str | None = option(
-        None, "bf16: autocast (default on CUDA). Weights and losses stay float32; on CUDA, also with fp32, products of "
-        "float32 are TF32's, whose factors have 10 bits instead of 23", ["fp32", "bf16"],
+        None, "bf16: autocast (default on CUDA). Weights and losses stay float32. On CUDA, float32 products use TF32 "
+        "even with fp32: their factors have 10 bits of mantissa instead of 23", ["fp32", "bf16"],
     )  # fmt: skip
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     shard: str | None = option(
@@ -80,11 +80,11 @@ class Options:
     )
     compile: bool | None = option(None, "torch.compile both models (default: on CUDA)")
     out: str | None = option(None, "run directory (default: runs/METHOD or, without arguments, runs/tiny)")
-    resume: bool = option(False, "go on with the run in --out")
+    resume: bool = option(False, "continue the run in --out")
     checkpoint_every: int = option(0, "updates between checkpoints and held-out scores (0: every epoch)")
     log_every: int = option(10, "updates between lines of log.jsonl")
-    tensorboard: bool = option(False, "also write the log as TensorBoard's event files (needs that package)")
-    dry_run: bool = option(False, "no update, no dropout: print the loss terms of the first --batch-size lines")
+    tensorboard: bool = option(False, "also write the log as TensorBoard event files (needs the package tensorboard)")
+    dry_run: bool = option(False, "print the loss terms of the first --batch-size lines; no update, no dropout")
 
 
 GROUPS = {  # title: its first option; the others follow as in Options
@@ -111,7 +111,7 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
             about += f" (default: {default})"
         elif "default" not in about:
             about += " (default: none)"
-        if kind is bool:  # a switch that may be left open has a --no- form too
+        if kind is bool:  # a switch whose default is None has a --no- form too
             takes = {"action": argparse.BooleanOptionalAction if entry.default is None else "store_true"}
         elif kind is list:
             takes = {"nargs": "+"}
@@ -122,9 +122,9 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
         group.add_argument("--" + entry.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **takes)
     about = "start from v2's settings for mathematics or code (default: from the papers' settings for the student)"
     group.add_argument("--task", choices=["math", "code"], default=argparse.SUPPRESS, help=about)
-    about = "first fine-tune the teacher on the data, into OUT/teacher (kept if it is finished), and learn from that"
+    about = "fine-tune the teacher on the data first, in OUT/teacher (kept if it is finished), then distil from it"
     group.add_argument("--teacher-sft", action="store_true", default=argparse.SUPPRESS, help=f"{about} (default: off)")
-    about = "--student-chat and --teacher-chat in one (default: as theirs)"
+    about = "sets both --student-chat and --teacher-chat (default: see these)"
     group.add_argument("--chat", nargs="?", const="own", default=argparse.SUPPRESS, help=about)
     given = vars(parser.parse_args(arguments))
     sides = ["student_chat", "teacher_chat"][: 1 if given.get("method") == "sft" else 2]

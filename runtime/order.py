@@ -1,4 +1,4 @@
-"""Which examples are in which update, and in which forward pass of it."""
+"""Which examples are in which update, and in which of its forward passes."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +12,10 @@ from data import Batch, ModelBatch, Row
 def order_updates(
     examples: int, per_update: int, seed: int, start: int = 0, lengths: list[int] | None = None
 ) -> Iterator[list[int]]:
-    """Endless lists of example indices, one per update from the `start`-th on; each epoch is shuffled anew, by (seed,
-    epoch) alone, so that a run can be taken up at any update. The last update of an epoch may be smaller. With
-    `lengths` the examples of an update are of similar length: windows of 50 shuffled updates are sorted and cut anew,
-    and the updates of the epoch shuffled."""
+    """Lists of example indices, one per update from the `start`-th on, without end. The shuffle of an epoch depends
+    only on (seed, epoch), so a run can be resumed at any update. The last update of an epoch may be smaller. With
+    `lengths` the examples of an update have similar lengths: each window of 50 shuffled updates is sorted and cut
+    again, then the updates of the epoch are shuffled."""
     while True:
         epoch, first = divmod(start, -(-examples // per_update))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -31,13 +31,13 @@ def order_updates(
 
 
 def count_tokens(row: Row) -> list[int]:
-    """How many tokens each model reads of it: nothing follows the last one."""
+    """How many tokens of the row each model reads: all but the last, which predicts nothing."""
     return [len(side) - 1 for side in (row.student, row.teacher) if side is not None]
 
 
 def split_update(rows: list[Row], batch_size: int, tokens: int = 0) -> list[list[Row]]:
-    """The rows of one update as forward passes: `batch_size` at a time as they come or, with a budget of `tokens`, the
-    longest first and as many as fit: rows × longest ≤ tokens for each model, padding counted. A row always fits."""
+    """The rows of one update as forward passes: in their order, `batch_size` each; or, with a budget of `tokens`, the
+    longest first, as many as fit: rows × longest ≤ tokens for each model, padding included. One row always fits."""
     if not tokens:
         return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     parts: list[list[Row]] = []
@@ -75,7 +75,7 @@ def drop_responses(batch: Batch) -> Batch:
 
 
 def prefetch(items: Iterator) -> Iterator:
-    """The same items, each made by a thread while the one before it is used."""
+    """The same items, each prepared by a thread while the previous one is in use."""
     with ThreadPoolExecutor(1) as worker:
         coming = worker.submit(next, items, None)
         while (item := coming.result()) is not None:

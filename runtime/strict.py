@@ -1,7 +1,7 @@
-"""What can be wrong with the input of a run: found once, before any long work starts, and said in one sentence.
+"""Checks of a run's input. Each error is found before any long work starts, and is reported in one sentence.
 
-The files of the method trust what they are given. Whoever opens a model directory asks `check_model` first, which reads
-config.json and the headers of the weights, no weight itself.
+The files of the method trust their input. Code that opens a model directory calls `check_model` first, which reads
+config.json and the headers of the weight files, but no weights.
 """
 
 import math
@@ -29,7 +29,7 @@ AT_LEAST |= dict.fromkeys(
     "on_policy_after".split(), 0
 )  # fmt: skip
 BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature": math.inf, "lora": 2**16,
-         "seed": 2**32}  # it is multiplied into the seeds of epochs; of all others 2**31 # fmt: skip
+         "seed": 2**32}  # it is multiplied to make the seeds of epochs; all other bounds are 2**31 # fmt: skip
 
 
 def has_tensorboard() -> bool:
@@ -41,22 +41,22 @@ def has_tensorboard() -> bool:
 
 
 def check_options(o: Options) -> Options:
-    """The options with their defaults filled in. Raises ValueError naming a value that makes no sense."""
+    """The options with their defaults filled in. Raises ValueError, naming the value, for one that makes no sense."""
     check_numbers(o)
     check_together(o)
     check_cache(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
-            raise ValueError(f"--{name} is missing: --method {o.method} needs it (no arguments at all: the tiny task)")
+            raise ValueError(f"--{name} is missing: --method {o.method} needs it (without any argument: the tiny task)")
     check_processes(o)
     device = o.device or choose_device()[0]
     on_cuda = check_device(device).type == "cuda"
-    if o.projectors is not None:  # only that it can be read; whether it fits is known once the models are there
+    if o.projectors is not None:  # only that it can be read: whether it fits is known once the models are loaded
         check_safetensors(Path(o.projectors), f"--projectors {o.projectors}")
     if o.lora:
         alpha = 8.0 if o.lora_alpha is None else o.lora_alpha
         o = replace(o, lora_alpha=alpha, lora_dropout=0.1 if o.lora_dropout is None else o.lora_dropout)
-    if o.lora_targets is not None:  # with commas or spaces between, in one order, which is what --resume compares
+    if o.lora_targets is not None:  # separated by commas or spaces; sorted, because --resume compares them
         o = replace(o, lora_targets=sorted(set(" ".join(o.lora_targets).replace(",", " ").split())))
     return replace(
         o,
@@ -64,12 +64,12 @@ def check_options(o: Options) -> Options:
         dtype=o.dtype or ("bf16" if on_cuda else "fp32"),
         compile=on_cuda if o.compile is None else o.compile,
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
-        out=str(Path(o.out or f"runs/{o.method}")),  # runs/mine for runs/mine/: more is put behind it
+        out=str(Path(o.out or f"runs/{o.method}")),  # runs/mine for runs/mine/, because names are built from it
     )
 
 
 def refuse_first(rules: list[tuple]) -> None:
-    """Raises ValueError with the message of the first (what is wrong, message) that is true."""
+    """Raises ValueError with the message of the first rule (condition, message) whose condition is true."""
     for wrong, message in rules:
         if wrong:
             raise ValueError(message)
@@ -94,12 +94,12 @@ def check_numbers(o: Options) -> None:
 
 
 def check_values(options: dict, at_least: dict, below: dict) -> None:
-    """Raises ValueError naming an option that is empty, or one that is (or has) a number out of [at_least, below).
+    """Raises ValueError, naming the option, if one is empty or has a number outside [at_least, below).
 
-    below: the bounds that are not 2**31.
+    below: the upper bounds that are not 2**31.
     """
     for name, value in options.items():
-        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse makes [] of "--limit=--"
+        if value in ("", [], [[]]) or isinstance(value, list) and "" in value:  # argparse reads "--limit=--" as []
             raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out for the default")
     for name, least in at_least.items():
         most = below.get(name, 2**31)
@@ -112,35 +112,35 @@ def check_together(o: Options) -> None:
     """Raises ValueError for an option that the method, or another option, does not allow."""
     why = {"sft": "has no teacher to judge sampled responses", "seqkd": "learns the teacher's responses"}
     why_fkl = {"uld": "compares sorted probabilities by their absolute difference",
-               "mined": "takes the gold token where none is aligned, which only the forward KL suits"}  # fmt: skip
+               "mined": "uses the gold token where none is aligned, which only the forward KL allows"}  # fmt: skip
     of_lora = any(value is not None for value in (o.lora_alpha, o.lora_dropout, o.lora_targets))
     refuse_first([
-        (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy belongs to --method kd and dskd; --method "
+        (o.on_policy and o.method not in ("kd", "dskd"), "--on-policy works only with --method kd and dskd; --method "
          f"{o.method} {why.get(o.method, 'is defined on the gold responses')}"),
-        (o.on_policy and o.method == "dskd" and o.recipe == "v1", "--on-policy is v2's: --recipe v1 takes the response "
-         "for the label, so that what the student sampled would be learnt as if it were right; use --recipe v2"),
+        (o.on_policy and o.method == "dskd" and o.recipe == "v1", "--on-policy needs --recipe v2: v1 uses the response "
+         "as the label, so the student would learn its own samples as if they were right"),
         (o.on_policy and o.dry_run,
-         "--dry-run is on the gold responses, so that others can compare: leave out --on-policy"),
+         "--dry-run uses the gold responses, so that results can be compared: leave out --on-policy"),
         (o.on_policy_after and not o.on_policy,
-         f"--on-policy-after {o.on_policy_after} belongs to --on-policy, which is not given"),
+         f"--on-policy-after {o.on_policy_after} needs --on-policy, which is not given"),
         (o.on_policy_after >= o.epochs and not o.max_steps, f"--on-policy-after {o.on_policy_after}: the run ends "
-         f"after --epochs {o.epochs}, so that no update would be on-policy"),
+         f"after --epochs {o.epochs}, so no update would be on-policy"),
         (o.teacher_chat not in (None, "none") and o.method == "sft",
-         "--teacher-chat belongs to a teacher; --method sft has none, its model is the --student"),
+         "--teacher-chat needs a teacher; --method sft has none, its model is the --student"),
         (o.keep_best and o.valid is None,
-         f"--keep-best {o.keep_best} is by the scores on held-out examples: give them with --valid"),
+         f"--keep-best {o.keep_best} needs scores on held-out examples: give them with --valid"),
         (o.tensorboard and not has_tensorboard(),
          "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"),
         (of_lora and not o.lora,
-         "--lora-targets, --lora-alpha and --lora-dropout belong to --lora RANK, which is not given"),
-        (o.lora and o.from_scratch, f"--lora {o.lora} adapts a trained student; --from-scratch (so also the embedded "
-         "task) starts without one"),
+         "--lora-targets, --lora-alpha and --lora-dropout need --lora RANK, which is not given"),
+        (o.lora and o.from_scratch, f"--lora {o.lora} adapts a trained student; --from-scratch (which the embedded "
+         "task implies) starts without one"),
         (o.method in why_fkl and o.divergence != "fkl", f"--divergence {o.divergence}: --method {o.method} "
          f"{why_fkl.get(o.method)}; leave --divergence out"),
         (o.seqkd_temperature and o.method != "seqkd",
-         f"--seqkd-temperature belongs to --method seqkd; --method {o.method} generates nothing"),
+         f"--seqkd-temperature works only with --method seqkd; --method {o.method} generates nothing"),
         (o.projectors is not None and o.method != "dskd",
-         f"--projectors belongs to --method dskd; --method {o.method} has none"),
+         f"--projectors works only with --method dskd; --method {o.method} has none"),
     ])  # fmt: skip
 
 
@@ -152,15 +152,15 @@ def check_processes(o: Options) -> None:
          f"--shard {o.shard} splits weights over processes: start with torchrun --nproc_per_node=N"),
         (o.shard in ("teacher", "both") and o.method in ("sft", "seqkd"),
          f"--shard {o.shard}: --method {o.method} trains without a teacher; use --shard student"),
-        (by_torchrun and o.dry_run, "--dry-run is for one process: start without torchrun"),
+        (by_torchrun and o.dry_run, "--dry-run runs in one process: start it without torchrun"),
         (by_torchrun and o.device not in (None, "cuda", "cpu", f"cuda:{rank}"),
-         f"--device {o.device}: torchrun gives each process its own; use cuda, cpu or leave it out"),
+         f"--device {o.device}: torchrun gives each process its own device; use cuda or cpu, or leave --device out"),
         (0 < devices <= rank, f"torchrun started more processes than there are CUDA devices ({devices})"),
     ])  # fmt: skip
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError unless it is one that can be used here."""
+    """The device of that name. Raises ValueError if it cannot be used here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -170,7 +170,7 @@ def check_device(name: str) -> torch.device:
         (device.type not in ("cuda", "cpu"), f"--device {name}: only cuda and cpu are supported (Apple's mps has no "
          "float64, in which projectors are solved)"),
         (device.type == "cuda" and usable != "cuda",
-         f"--device {name}: no CUDA device to compute on here ({why}); use --device cpu"),
+         f"--device {name}: no usable CUDA device here ({why}); use --device cpu"),
     ])  # fmt: skip
     return device
 
@@ -181,19 +181,19 @@ def check_cache(o: Options) -> None:
     refuse_first([(wrong, f"--cache-teacher {o.cache_teacher}: {why}") for wrong, why in [
         (o.method == "sft", "--method sft has no teacher; leave it out"),
         (o.method == "seqkd", "--method seqkd keeps the teacher's text, in seqkd.jsonl; leave it out"),
-        (o.on_policy, "with --on-policy the teacher reads responses that are new in every update; leave it out"),
-        (o.dry_run, "--dry-run is for exact comparisons, and what is cached is rounded to bfloat16; leave it out"),
-        (o.shard in ("teacher", "both"), f"--shard {o.shard} is for a teacher that runs in every update, and the cache "
-         "is filled by whole ones; leave it out"),
+        (o.on_policy, "with --on-policy the teacher reads new responses in every update; leave it out"),
+        (o.dry_run, "--dry-run is for exact comparisons, but cached states are rounded to bfloat16; leave it out"),
+        (o.shard in ("teacher", "both"), f"--shard {o.shard} is for a teacher that runs in every update, but only an "
+         "unsharded teacher can fill the cache; leave one of the two out"),
         (Path(o.cache_teacher).exists() and not Path(o.cache_teacher).is_dir(), "not a directory"),
     ]])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json: every field that changes the computation is used or refused. Any other is left alone, with a note.
+# config.json: every field that changes the computation is used or refused. All others are ignored, with a note.
 
-# What the value of a field must be: a type, and the least and the most of a number. The most is far above any real
-# model's; it keeps a slip of the pen from asking for terabytes or hours.
+# What the value of a field must be: its type, and for a number the minimum and the maximum. The maximum is far above
+# any real model's; it keeps a typing error from asking for terabytes or hours.
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list",
          dict: "an object"}  # fmt: skip
 VALUES = {field: rule for fields, *rule in [
@@ -214,9 +214,9 @@ ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "r
         "use_mrope": False, "pruned_heads": {}, "partial_rotary_factor": 1.0, "quantization_config": None,
         "compression_config": None, "transformers_weights": None}  # fmt: skip
 GPT2_ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
-                "num_hidden_layers": "n_layer"}  # transformers takes either # fmt: skip
+                "num_hidden_layers": "n_layer"}  # transformers accepts either # fmt: skip
 
-# Fields that common files have beside these: of no note.
+# Other fields that common files have; they are ignored without a note.
 HARMLESS = set("""model_type architectures _name_or_path transformers_version torch_dtype dtype use_cache pretraining_tp
     _attn_implementation_autoset bos_token_id eos_token_id pad_token_id tokenizer_class task_specific_params max_length
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout output_past id2label
@@ -225,7 +225,7 @@ HARMLESS = set("""model_type architectures _name_or_path transformers_version to
 
 
 def check_config(config: dict, file="config.json") -> SimpleNamespace:
-    """`read_config` of a config that can be trusted. Raises ValueError, naming `file` and the field."""
+    """Check a config and return its `read_config`. Raises ValueError, naming `file` and the field."""
     family = config.get("model_type")
     if family not in list(model.FIELDS):
         raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(model.FIELDS)}")
@@ -237,7 +237,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     only = ONLY | aliases
     for field in sorted(config.keys() & only.keys()):
         if config[field] is not None and config[field] != only[field]:
-            hint = "; take the checkpoint that is not quantised" if field == "quantization_config" else ""
+            hint = "; use the checkpoint that is not quantised" if field == "quantization_config" else ""
             raise ValueError(f"{where}: {field} = {config[field]!r:.60} is not supported, only {only[field]!r}{hint}")
     unused = sorted(config.keys() - model.FIELDS[family].keys() - only.keys() - HARMLESS)
     if unused:
@@ -246,7 +246,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     if family != "gpt2":
         check_rope(f, where)
     elif f.n_embd % f.n_head:
-        raise ValueError(f"{where}: n_embd {f.n_embd} does not divide into {f.n_head} heads")
+        raise ValueError(f"{where}: n_embd {f.n_embd} is not divisible by {f.n_head} heads")
     if family in ("qwen2", "qwen3"):
         check_windows(f, where)
     c = model.read_config(config)
@@ -255,7 +255,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     if c.heads % c.kv_heads:
         raise ValueError(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key-value heads")
     if family != "gpt2" and c.head_dim % 2:
-        raise ValueError(f"{where}: head_dim {c.head_dim} is odd, rotary embedding turns pairs")
+        raise ValueError(f"{where}: head_dim {c.head_dim} is odd, but rotary embedding rotates pairs")
     return c
 
 
@@ -265,7 +265,7 @@ def check_value(field: str, value, where: str) -> None:
     right = type(value) in ((int, float) if kind is float else (kind,))
     if not right or bounds and not bounds[0] <= value <= bounds[1]:
         between = f" from {bounds[0]} to {bounds[1]}" if bounds and kind is not bool else ""
-        raise ValueError(f"{where}: {field} must be {NAMES[kind]}{between}, it is {value!r:.60}")
+        raise ValueError(f"{where}: {field} must be {NAMES[kind]}{between}, but is {value!r:.60}")
 
 
 def check_windows(f: SimpleNamespace, where: str) -> None:
@@ -283,10 +283,10 @@ def check_rope(f: SimpleNamespace, where: str) -> None:
         if kind not in list(model.ROPE):
             raise ValueError(f"{where}: rotary scaling {kind!r:.60} is not supported, only {', '.join(model.ROPE)}")
         if rope.get("partial_rotary_factor") not in (None, 1) or any(isinstance(x, dict) for x in rope.values()):
-            raise ValueError(f"{where}: rotary embedding by parts or by layers is not supported: {rope!s:.200}")
+            raise ValueError(f"{where}: partial or per-layer rotary embedding is not supported: {rope!s:.200}")
         meaning = model.read_rope(f, rope)
         for field in ("rope_theta", *model.ROPE[kind]):
-            if meaning[field] is not None or kind != "yarn":  # which has a default for each
+            if meaning[field] is not None or kind != "yarn":  # yarn has a default for each field
                 check_value(field, "missing" if meaning[field] is None else meaning[field], where)
         meanings.append(meaning)
         top = {field: getattr(f, field) or meaning[field] for field in meaning.keys() & model.FIELDS["llama"].keys()}
@@ -308,7 +308,7 @@ CONSTANTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_fre
 
 def check_model(path: str | Path, weights: bool = True) -> None:
     """Raises FileNotFoundError for a file that a model directory lacks, ValueError for a config, a tensor or a file
-    that is not understood, incomplete or damaged. Without `weights` they need not be there."""
+    that is unknown, incomplete or damaged. weights: False if the weights need not be there."""
     path, file = Path(path), Path(path) / "config.json"
     config = model.read_json(file)
     check_config(config, file)
@@ -316,7 +316,7 @@ def check_model(path: str | Path, weights: bool = True) -> None:
         return
     for shard in model.checkpoint_files(path):
         if shard.parent != path or shard.name == ".." or "\\" in shard.name:
-            raise ValueError(f"{path}: shard '{shard}' is not a plain file name; it would be read from elsewhere")
+            raise ValueError(f"{path}: shard '{shard}' is not a plain file name; it would be read from another place")
         check_safetensors(shard, str(shard), "; fetch it again")
     with torch.device("meta"):
         m = model.Decoder(config)
@@ -325,12 +325,12 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     for file, names in model.find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
             for theirs, ours in names.items():
-                if ours is None and theirs == "lm_head.weight":  # compared below: the embedding may come later
+                if ours is None and theirs == "lm_head.weight":  # compared below, since the embedding may come later
                     head = file, theirs
                 elif ours is None and not CONSTANTS.search(theirs):
                     raise ValueError(f"{file}: tensor {theirs!r} is not known for model_type {config['model_type']}")
                 elif ours in places:
-                    raise ValueError(f"{file}: tensor {theirs!r} came twice")
+                    raise ValueError(f"{file}: tensor {theirs!r} appears twice")
                 elif ours is not None:
                     shape = expected[ours][::-1] if model.TRANSPOSED.search(ours) else expected[ours]
                     check_tensor(tensors.get_slice(theirs), shape, f"{file}: {theirs}")
@@ -355,7 +355,7 @@ def check_safetensors(file: Path, where: str, hint: str = "") -> None:
 
 def check_tensor(header, shape: list[int], where: str) -> None:
     if header.get_shape() != shape:
-        raise ValueError(f"{where}: shape {header.get_shape()} in the file, {shape} by config.json")
+        raise ValueError(f"{where}: shape {header.get_shape()} in the file, but {shape} according to config.json")
     if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{where}: {header.get_dtype()} weights (a quantised checkpoint?) are not supported")
 
@@ -369,7 +369,7 @@ def equal_tensors(*places: tuple[Path, str]) -> bool:
 
 
 def fit_lengths(o, directories: dict[str, Path]) -> None:
-    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError where one has too few positions."""
+    """Fill in --max-len and --max-prompt-len for these models. Raises ValueError if one has too few positions."""
     files = {name: path / "config.json" for name, path in directories.items()}
     limits = {name: model.read_config(model.read_json(file)).limit for name, file in files.items()}
     if o.max_len is None:
@@ -380,7 +380,7 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
     if 0 < o.tokens_per_batch < o.max_len:
-        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have --max-len {o.max_len}")
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have {o.max_len} (--max-len)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,12 +388,12 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
 
 
 def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenizer, student: TextTokenizer) -> str:
-    """`align` with "auto" resolved, checked against the method. Raises ValueError saying why it cannot be. The way in
-    which uld and mined pair tokens has the method's name."""
+    """`align` with "auto" resolved; for uld and mined, which pair tokens in their own way, the method's name. Raises
+    ValueError if the alignment does not fit the method, and says why."""
     own = {"uld": "pairs tokens itself, position by position", "mined": "pairs tokens itself, by edit distance",
            "kd": "compares position by position"}  # fmt: skip
     if method in own and align != "auto" and (method, align) != ("kd", "none"):
-        raise ValueError(f"--method {method} {own[method]}: --align {align} belongs to --method dskd")
+        raise ValueError(f"--method {method} {own[method]}: --align {align} works only with --method dskd")
     if method in ("uld", "mined"):
         return method
     shared = count_shared(teacher, student)
@@ -409,12 +409,12 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
         )
     if (recipe, align) in {("v1", "eta"), ("v2", "cma")}:
         other = {"eta": "v2", "cma": "v1"}[align]
-        raise ValueError(f"--align {align} belongs to --recipe {other} (the papers pair v1 with cma, v2 with eta)")
+        raise ValueError(f"--align {align} needs --recipe {other} (the papers pair v1 with cma, v2 with eta)")
     sides = {"teacher": teacher, "student": student}
     more = [f"the {side}'s {t.names([i])}" for side, t in sides.items() for i in range(shared, t.size) if t.names([i])]
     if align == "none" and more:
         more[8:] = [f"{len(more) - 8} others"] if len(more) > 8 else []
-        say_once(f"{teacher.directory} and {student.directory}: compared on the {shared} ids that both have; left out: "
+        say_once(f"{teacher.directory} and {student.directory}: compared on their {shared} common ids; left out: "
                  f"{', '.join(more)}")  # fmt: skip
     return align
 
@@ -428,7 +428,7 @@ def read_projectors(file: str, student_width: int, teacher_width: int, align: st
     given = load_file(file)
     unused = [name for name in given if name.startswith("query.") and align != "cma"]
     if unused:
-        print(f"{file}: {' and '.join(unused)} belong to --align cma and are not used", file=sys.stderr)
+        print(f"{file}: {' and '.join(unused)} not used, because only --align cma needs a query", file=sys.stderr)
     given = {name: value for name, value in given.items() if name not in unused}
     for name, value in given.items():
         if list(value.shape) != shapes.get(name):

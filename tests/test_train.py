@@ -200,7 +200,7 @@ def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, c
     expected, notes = terms(teacher=teacher, student=student)
     assert "left out" not in notes and "kd" in expected and "align_ratio" not in expected
     found, notes = terms(teacher=pad, student=student)
-    assert f"{student}: compared on the 900 ids that both have; left out: the teacher's <think>, the teacher's" in notes
+    assert f"{student}: compared on their 900 common ids; left out: the teacher's <think>, the teacher's" in notes
     same = expected.keys() - ({"loss", "kd", "s2t_kd", "grad_norm"} if "method" not in options else set())
     for name in same:  # DSKD has the teacher's whole head in the teacher's space
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name

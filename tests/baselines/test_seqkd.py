@@ -56,11 +56,11 @@ def test_answers_are_reused(tiny_task, finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
     monkeypatch.setattr(seqkd, "generate", lambda *options: pytest.fail("generated again"))
     train.main(words(tiny_task, tmp_path / "run"))
-    assert "the teacher's answers are those in" in capsys.readouterr().err
+    assert "using the teacher's answers in" in capsys.readouterr().err
     assert same(weights_of(tmp_path / "run"), weights_of(finished))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "seqkd.jsonl").write_bytes((finished / "seqkd.jsonl").read_bytes())
-    with pytest.raises(SystemExit, match="was made with other temperature and seed: give another --out"):
+    with pytest.raises(SystemExit, match="was made with other settings .temperature and seed.: give another --out"):
         train.main(words(tiny_task, tmp_path / "other", seqkd_temperature=0.5))
     assert list((tmp_path / "other").iterdir()) == [tmp_path / "other" / "seqkd.jsonl"]
 

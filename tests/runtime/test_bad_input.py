@@ -120,29 +120,29 @@ def test_missing_options(command, nothing_loaded, missing):
     assert contains(command(**{missing: None}), f"--{missing} is missing: --method dskd needs it")
 
 
-SAMPLES = "--on-policy belongs to --method kd and dskd; --method"
+SAMPLES = "--on-policy works only with --method kd and dskd; --method"
 TOGETHER = [
     ({"method": "kd"}, "--method kd needs vocabularies of one family", "--method dskd"),
     ({"align": "none"}, "--align none needs vocabularies of one family", "--align eta"),
-    ({"recipe": "v1", "align": "eta"}, "--align eta belongs to --recipe v2"),
-    ({"recipe": "v2", "align": "cma"}, "--align cma belongs to --recipe v1"),
-    ({"method": "kd", "align": "eta"}, "--align eta belongs to --method dskd", "--method kd"),
-    ({"method": "uld", "align": "eta"}, "--align eta belongs to --method dskd", "position by position"),
+    ({"recipe": "v1", "align": "eta"}, "--align eta needs --recipe v2"),
+    ({"recipe": "v2", "align": "cma"}, "--align cma needs --recipe v1"),
+    ({"method": "kd", "align": "eta"}, "--align eta works only with --method dskd", "--method kd"),
+    ({"method": "uld", "align": "eta"}, "--align eta works only with --method dskd", "position by position"),
     ({"method": "mined", "align": "none"}, "--align none", "--method mined pairs tokens itself", "by edit distance"),
     ({"method": "uld", "divergence": "js"}, "--divergence js: --method uld compares sorted"),
     ({"method": "mined", "divergence": "rkl"}, "--divergence rkl: --method mined", "only the forward KL"),
     ({"method": "seqkd", "teacher": None}, "--teacher is missing"),
-    ({"seqkd_temperature": 1.0}, "--seqkd-temperature belongs to --method seqkd"),
-    *[({"method": name, "projectors": "p"}, "--projectors belongs to --method dskd") for name in ("sft", "seqkd")],
+    ({"seqkd_temperature": 1.0}, "--seqkd-temperature works only with --method seqkd"),
+    *[({"method": name, "projectors": "p"}, "--projectors works only with --method dskd") for name in ("sft", "seqkd")],
     *[({"method": name, "on_policy": 0.5}, f"{SAMPLES} {name} ") for name in ("sft", "uld", "mined", "seqkd")],
-    ({"recipe": "v1", "on_policy": 1}, "--on-policy is v2's: --recipe v1 takes the response for the label"),
-    ({"dry_run": True, "on_policy": 1}, "--dry-run is on the gold responses"),
-    ({"on_policy_after": 3}, "--on-policy-after 3 belongs to --on-policy, which is not given"),
-    ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so that no update would be"),
-    ({"tokens_per_batch": 95}, "--tokens-per-batch 95: one example may have --max-len 96"),
-    ({"keep_best": "rouge"}, "--keep-best rouge is by the scores on held-out examples: give them with --valid"),
-    ({"teacher_sft": True, "method": "sft"}, "--teacher-sft belongs to training with a teacher"),
-    ({"teacher_sft": True, "dry_run": True}, "--teacher-sft belongs to training with a teacher"),
+    ({"recipe": "v1", "on_policy": 1}, "--on-policy needs --recipe v2: v1 uses the response as the label"),
+    ({"dry_run": True, "on_policy": 1}, "--dry-run uses the gold responses"),
+    ({"on_policy_after": 3}, "--on-policy-after 3 needs --on-policy, which is not given"),
+    ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so no update would be"),
+    ({"tokens_per_batch": 95}, "--tokens-per-batch 95: one example may have 96 (--max-len)"),
+    ({"keep_best": "rouge"}, "--keep-best rouge needs scores on held-out examples: give them with --valid"),
+    ({"teacher_sft": True, "method": "sft"}, "--teacher-sft is for training with a teacher"),
+    ({"teacher_sft": True, "dry_run": True}, "--teacher-sft is for training with a teacher"),
     ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
     ({"teacher_sft": True, "student_chat": "own"}, "no chat template, neither in chat_template.jinja nor"),
@@ -151,13 +151,13 @@ TOGETHER = [
     ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),
     ({"lora": 4, "from_scratch": True}, "--lora 4 adapts a trained student"),
     ({"lora": 4, "lora_targets": ","}, "--lora-targets"),
-    ({"lora_alpha": 8}, "belong to --lora RANK"),
-    ({"lora_dropout": 0}, "belong to --lora RANK"),
-    ({"lora_targets": "all-linear"}, "--lora-targets", "belong to --lora RANK"),
+    ({"lora_alpha": 8}, "need --lora RANK"),
+    ({"lora_dropout": 0}, "need --lora RANK"),
+    ({"lora_targets": "all-linear"}, "--lora-targets", "need --lora RANK"),
 ]  # fmt: skip
 CACHE = [({"method": "sft"}, "--method sft has no teacher"),
          ({"method": "seqkd"}, "keeps the teacher's text, in seqkd.jsonl"),
-         ({"on_policy": 0.5}, "new in every update"), ({"dry_run": True}, "rounded to bfloat16"),
+         ({"on_policy": 0.5}, "new responses in every update"), ({"dry_run": True}, "rounded to bfloat16"),
          ({"cache_teacher": __file__}, "not a directory")]  # fmt: skip
 TOGETHER += [({"cache_teacher": "states", **options}, message) for options, message in CACHE]
 
@@ -174,7 +174,7 @@ def test_layers_that_the_student_does_not_have(command):
 
 @pytest.mark.parametrize("words, message", [
     (["--lora", "4"], "--lora 4 adapts a trained student"),
-    (["--keep-best", "ce"], "--keep-best ce is by the scores on held-out examples"),
+    (["--keep-best", "ce"], "--keep-best ce needs scores on held-out examples"),
     (["--task", "math"], "the embedded task has its own settings and trains its teacher"),
     (["--teacher-sft"], "the embedded task has its own settings and trains its teacher"),
     (["--dry-run"], "--dry-run needs --teacher, --student and --data"),
@@ -193,7 +193,7 @@ def test_more_tokens_than_positions(command, tiny_task, tmp_path, role):
     assert contains(command(**{role: directory}), f"--max-len 96: the {role} has only 80 positions")
 
 
-@pytest.mark.parametrize("device, expected", [("cuda", "no CUDA device"), ("cuda:3", "no CUDA device"),
+@pytest.mark.parametrize("device, expected", [("cuda", "no usable CUDA device"), ("cuda:3", "no usable CUDA device"),
                                               ("gpu", "not a device"), ("cpu:x", "not a device")])  # fmt: skip
 def test_device(command, monkeypatch, nothing_loaded, device, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -225,7 +225,7 @@ def test_query_projector_without_cma_is_told(command, tmp_path, capsys):
     path = tmp_path / "projectors.safetensors"
     save_file({"query.weight": torch.zeros(96, 64)}, path)
     command.run(projectors=path)
-    assert "query.weight belong to --align cma and are not used" in capsys.readouterr().err
+    assert "query.weight not used, because only --align cma needs a query" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_the_teachers_format_changes_what_it_says(chatting, capsys):
     assert plain["student_tokens"] == both["student_tokens"] and plain["teacher_tokens"] == both["teacher_tokens"]
     assert terms(chat=SMOLLM) == terms(teacher_chat=SMOLLM, student_chat=SMOLLM)
     assert terms(chat=SMOLLM, teacher_chat=LLAMA) == both
-    with pytest.raises(SystemExit, match="--teacher-chat belongs to a teacher"):
+    with pytest.raises(SystemExit, match="--teacher-chat needs a teacher"):
         train.main(arguments(chatting, None, method="sft", teacher=None, teacher_chat=QWEN))
 
 

@@ -135,13 +135,13 @@ def test_a_files_content_says_what_it_is(tmp_path, packed):
 def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
     path = write(tmp_path, b"PAR1 and more PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="some.jsonl: parquet, which takes pyarrow to read .or give JSONL.: .*pyarrow"):
+    with pytest.raises(ValueError, match="some.jsonl: reading parquet needs pyarrow .*pyarrow"):
         read_examples(path)
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    with pytest.raises(ValueError, match="some.jsonl: parquet, which takes pyarrow to read .or give JSONL.: "):
+    with pytest.raises(ValueError, match="some.jsonl: reading parquet needs pyarrow .or convert it to JSONL.: "):
         read_examples(path)
     table = pyarrow.Table.from_pylist([{"messages": MESSAGES, "tools": None}, {"messages": MESSAGES, "tools": "[]"}])
     parquet.write_table(table, path)
@@ -175,19 +175,19 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({**MBPP, "test_setup_code": 3}, "'test_setup_code' must be a string, found int", "MBPP's"),
         ({**SANITISED, "test_imports": [3]}, "'test_imports' must be a string, found int", "MBPP's"),
         (without(DOLLY, "response"), "the response is missing", "Dolly's form (instruction, context, response)"),
-        ({**DOLLY, "tools": [{"name": "f"}]}, "'tools' would change the text, and is not understood", "Dolly's"),
+        ({**DOLLY, "tools": [{"name": "f"}]}, "'tools' would change the text, but is not supported", "Dolly's"),
         ({**GSM8K, "choices": ["a"]}, "'choices' would change the text", "GSM8K's"),
         ({**DOLLY, "system": "a", "system_prompt": "b"}, "system and system_prompt differ", "Dolly's"),
         ({**DOLLY, "context": "a", "input": "b"}, "input and context differ", "Dolly's"),
         ({**DOLLY, "question": "q"}, "instruction and question differ", "Dolly's"),
-        ({"prompt": "p", "output": "o", "context": "c"}, "input or context stands beside a whole prompt", "Dolly's"),
-        ({"messages": MESSAGES, "context": "c"}, "input or context stands beside a whole prompt", "chat messages"),
+        ({"prompt": "p", "output": "o", "context": "c"}, "input or context is given beside a whole prompt", "Dolly's"),
+        ({"messages": MESSAGES, "context": "c"}, "input or context is given beside a whole prompt", "chat messages"),
         ({**DOLLY, "history": "a"}, "expected a list of turns, found str", "Dolly's"),
         ({**DOLLY, "history": [["a"]]}, "a turn must be an object with role and content, or a pair", "Dolly's"),
         ({**DOLLY, "history": [["a", None]]}, "'content' must be a string, found NoneType", "Dolly's"),
         ({"messages": MESSAGES[3:]}, "the last two turns must be", "chat messages"),
         ({"messages": 3}, "expected a list of turns, found int", "chat messages"),
-        ({"messages": [{**MESSAGES[2], "role": "tool"}, MESSAGES[3]]}, "a turn of 'tool', which is neither", "chat"),
+        ({"messages": [{**MESSAGES[2], "role": "tool"}, MESSAGES[3]]}, "a turn has the role 'tool'", "chat"),
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "tool_calls": [1]}]}, "'tool_calls' would change", "chat messages"),
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "content": None}]}, "'content' must be a string, found", "chat"),
         ({"messages": [{**MESSAGES[2], "content": [{"type": "image"}]}, MESSAGES[3]]}, "'content' must be a", "chat"),
@@ -205,7 +205,7 @@ def test_what_a_record_lacks_is_named_with_what_it_looks_like(tmp_path, record, 
 
 GOOD = b'{"prompt": "p", "output": "o"}\n'
 MALFORMED = {
-    "not JSON": (GOOD + b"{'prompt': 1}\n", ["line 2", "not JSON", "data are an object a line, or a JSON array"]),
+    "not JSON": (GOOD + b"{'prompt': 1}\n", ["line 2", "not JSON", "expected one object per line, or an array"]),
     "cut off": (GOOD + GOOD + b'{"prompt": "p", "outp', ["line 3", "not JSON"]),
     "two objects on a line": (GOOD.strip() + b" " + GOOD, ["line 1", "not JSON"]),
     "a raw control character": (b'{"prompt": "a\tb", "output": "o"}\n', ["line 1", "not JSON"]),
@@ -230,7 +230,7 @@ MALFORMED = {
     "input a number": (b'{"instruction": "i", "input": 3, "output": "o"}\n', ["line 1", "'input' must", "int"]),
     "outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["no examples"]),
     "end_of_text a word": (b'{"prompt": "p", "output": "o", "end_of_text": "no"}', ["line 1", "true or false, found"]),
-    "a key twice": (GOOD + b'{"output": "a", "output": "b"}', ["line 2", "not JSON: the key 'output' comes twice"]),
+    "a key twice": (GOOD + b'{"output": "a", "output": "b"}', ["line 2", "not JSON: the key 'output' appears twice"]),
     "half a surrogate pair": (b'{"prompt": "ab\\ud83d", "output": "o"}\n', ["line 1", "'prompt'", "surrogate", "2"]),
     "half a pair, output": (GOOD + b'{"prompt": "p", "output": ["o", "\\udc00"]}', ["line 2", "'output'", "surrogate"]),
     "not UTF-8": (GOOD + b"\n" + '{"prompt": "é", "output": "o"}\n'.encode("latin-1"), ["line 3", "not UTF-8"]),
@@ -258,9 +258,9 @@ def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
     empty = b'{"prompt": "p", "output": ""}\n'
     path = write(tmp_path, empty + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n' + empty * 10)
     assert [example.where for example in read_examples(path)] == [f"{path}, line 2"]
-    note = f"note: {path}: the output is empty on line 1, line 3, "
+    note = f"note: {path}: examples with an empty output are left out: line 1, line 3, "
     assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
     assert capsys.readouterr().err == ""
     unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b"\n"
     assert [example.where for example in read_examples(write(tmp_path, GOOD + unanswered))] == [f"{path}, line 1"]
-    assert "the output is empty on line 2; left out" in capsys.readouterr().err
+    assert "examples with an empty output are left out: line 2" in capsys.readouterr().err

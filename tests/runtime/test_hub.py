@@ -113,7 +113,7 @@ def test_other_layouts_are_converted_by_the_command_that_is_named(tmp_path, tiny
 
 def test_a_run_is_its_student(tmp_path):
     run, student = put(tmp_path / "run", "args.json"), tmp_path / "run" / "student"
-    with pytest.raises(FileNotFoundError, match="no config.json.*it is a run without a checkpoint, --resume goes on"):
+    with pytest.raises(FileNotFoundError, match="no config.json.*a run without a checkpoint: continue it with"):
         model_directory(str(run))
     put(student, "config.json", "tokenizer.json", "model.safetensors")
     assert model_directory(str(run)) == student
@@ -161,7 +161,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_known(find, arguments, 
 
 @pytest.mark.parametrize("name", hub.BY_HAND)
 def test_sets_that_the_hub_has_as_parquet_only(name, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f"'{name}': .*parquet only.* or the original.*--data FILE"):
+    with pytest.raises(FileNotFoundError, match=f"'{name}': .*only as parquet.* or the original.*--data FILE"):
         data_file(name, "test")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("{}")
@@ -235,17 +235,17 @@ def test_offline_with_an_empty_cache(tmp_path):
     full, unweighted, other, invalid = probe(tmp_path, *(("model_directory", *arguments) for arguments in models))
     dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "test"))
     for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
-        assert line.startswith(f"FileNotFoundError '{name}' is no directory, it is not in the local cache, and the hub")
+        assert line.startswith(f"FileNotFoundError '{name}' is not a directory, is not in the local cache, and the hub")
         assert "config.json, tokenizer.json, tokenizer_config.json" in line and "model.safetensors" in line
         assert f"of {repository} on a machine that can, and give its path instead of the name" in line
     assert unweighted.startswith("FileNotFoundError") and "safetensors" not in unweighted
-    assert invalid.startswith("FileNotFoundError 'some/b@d' is neither a directory nor a repository's name")
+    assert invalid.startswith("FileNotFoundError 'some/b@d' is neither a directory nor the name of a repository")
     for line, name, file, repository in [
         (dolly, "dolly", "raw.jsonl", "MiniLLM/dolly"),
         (uinst, "uinst", "11_/valid.jsonl", "MiniLLM/uinst"),
     ]:
-        assert line.startswith(f"FileNotFoundError '{name}' is no file, it is not in the local cache, and the hub")
-        assert f"Fetch {file} of {repository} on" in line and "--data FILE" in line
+        assert line.startswith(f"FileNotFoundError '{name}' is not a file, is not in the local cache, and the hub")
+        assert f"Download {file} of {repository} on" in line and "--data FILE" in line
 
 
 def test_cached_snapshot_is_found_offline(tmp_path):
@@ -328,15 +328,15 @@ def test_downloads_are_verified(tmp_path, monkeypatch, damage):
     if damage == "nothing":
         assert model_directory("gpt2") == folder
     else:
-        with pytest.raises(ValueError, match=f"{damage}: damaged on its way.*remove {blobs / names[damage]}"):
+        with pytest.raises(ValueError, match=f"{damage}: damaged in the download.*remove {blobs / names[damage]}"):
             model_directory("gpt2")
 
 
 @pytest.mark.parametrize(
     "error, expected",
     [("GatedRepoError", "is gated: accept its licence"), ("RepositoryNotFoundError", "there is no public model repos"),
-     ("OSError", r"fetching it failed \(OSError: no space left\)"),
-     ("RuntimeError", r"fetching it failed \(RuntimeError: no space left\)")],
+     ("OSError", r"downloading failed \(OSError: no space left\)"),
+     ("RuntimeError", r"downloading failed \(RuntimeError: no space left\)")],
 )  # fmt: skip
 def test_failed_downloads_say_why(tmp_path, monkeypatch, error, expected):
     import huggingface_hub
@@ -353,6 +353,6 @@ def test_failed_downloads_say_why(tmp_path, monkeypatch, error, expected):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"'llama2'.*{expected}.*Fetch config.json") as caught:
+    with pytest.raises(FileNotFoundError, match=f"'llama2'.*{expected}.*Download config.json") as caught:
         model_directory("llama2")
     assert MODELS["llama2"] in str(caught.value) and isinstance(caught.value.__cause__, kind)

@@ -392,9 +392,9 @@ def test_compiled_blocks(tiny_task, tmp_path):
     [
         ({"shard": "both"}, "--shard both splits weights over processes: start with torchrun"),
         ({"shard": "teacher", "by_torchrun": True, "method": "sft"}, "--shard teacher: --method sft trains without"),
-        ({"by_torchrun": True, "dry_run": True}, "--dry-run is for one process"),
-        ({"by_torchrun": True, "device": "cuda:0"}, "--device cuda:0: torchrun gives each process its own"),
-        ({"by_torchrun": True, "shard": "teacher", "cache_teacher": "c"}, "the cache is filled by whole ones"),
+        ({"by_torchrun": True, "dry_run": True}, "--dry-run runs in one process"),
+        ({"by_torchrun": True, "device": "cuda:0"}, "--device cuda:0: torchrun gives each process its own device"),
+        ({"by_torchrun": True, "shard": "teacher", "cache_teacher": "c"}, "only an unsharded teacher"),
         ({"by_torchrun": True, "device": None, "cards": 1}, "more processes than there are CUDA devices .1."),
     ],
 )

@@ -59,9 +59,9 @@ def test_wrong_tensors(tmp_path):
     config, tensors = save_random(tmp_path)
     key = "transformer.h.0.mlp.c_fc.weight"  # [in, out] in the file: 24, 96
     for name, tensor, message in (
-        (key, torch.zeros(24, 95), rf"{key}: shape \[24, 95\] in the file, \[24, 96\] by config.json"),
-        (key, tensors[key].T.contiguous(), r"shape \[96, 24\] in the file, \[24, 96\]"),
-        ("transformer.ln_f.bias", torch.zeros(25), r"ln_f.bias: shape \[25\] in the file, \[24\] by"),
+        (key, torch.zeros(24, 95), rf"{key}: shape \[24, 95\] in the file, but \[24, 96\] according to config.json"),
+        (key, tensors[key].T.contiguous(), r"shape \[96, 24\] in the file, but \[24, 96\]"),
+        ("transformer.ln_f.bias", torch.zeros(25), r"ln_f.bias: shape \[25\] in the file, but \[24\] according"),
         ("transformer.ln_f.bias", torch.zeros(24, dtype=torch.int8), "ln_f.bias: I8 weights"),
         ("transformer.h.2.ln_1.bias", torch.zeros(24), "tensor 'transformer.h.2.ln_1.bias' is not known"),
         ("score.weight", torch.zeros(2, 24), "tensor 'score.weight' is not known for model_type gpt2"),
@@ -92,7 +92,7 @@ def test_shards(tmp_path):
     twice = tensors["transformer.wte.weight"]
     save_file({"wte.weight": twice, "transformer.wte.weight": twice.clone()}, tmp_path / "twice.safetensors")
     index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "twice.safetensors"}}))
-    with pytest.raises(ValueError, match="tensor 'wte.weight' came twice"):
+    with pytest.raises(ValueError, match="tensor 'wte.weight' appears twice"):
         check_model(tmp_path)
     for escape in ("../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "a\\b", ""):
         index.write_text(json.dumps({"weight_map": {**weight_map, "transformer.wte.weight": escape}}))
@@ -110,8 +110,8 @@ def test_shards(tmp_path):
         ({"n_embd": 4}, "model_type None is not supported"),
         ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
-        ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, it is 0"),
-        ({**GPT2, "n_head": 5}, "n_embd 24 does not divide into 5 heads"),
+        ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, but is 0"),
+        ({**GPT2, "n_head": 5}, "n_embd 24 is not divisible by 5 heads"),
         ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
         ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
         ({**GPT2, "hidden_size": 32}, "hidden_size = 32 is not supported, only 24"),  # n_embd's other name
@@ -125,14 +125,14 @@ def test_shards(tmp_path):
         ({**LLAMA, "is_causal": False}, "is_causal = False is not supported"),
         ({**LLAMA, "rope_interleaved": True}, "rope_interleaved = True"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "by parts or by layers is not supported"),
-        ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by parts or by layers"),
+        ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial or per-layer rotary embedding"),
+        ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "partial or per-layer rotary"),
         ({**LLAMA, "rope_scaling": {"type": "longrope"}}, "rotary scaling 'longrope' is not supported, only default"),
         ({**LLAMA, "rope_scaling": {"rope_type": ["yarn"]}}, "rotary scaling .'yarn'. is not supported"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "contradict each other"),
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
-        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor must be a number from .*, it is 'missing'"),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, it is '8'"),
+        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor must be a number from .*, but is 'missing'"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, but is '8'"),
         ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "truncate": 1}}, "truncate must be true or false"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "'yarn' needs a rope_theta above"),
