@@ -1,14 +1,14 @@
 r"""Aligning two tokenisations of one text: exactly (ETA, DSKDv2) or by attention (CMA, DSKD).
 
-Teacher and student may cut the same response into different tokens. Before their states can be compared,
-somebody has to say which teacher position speaks about which student position:
+Teacher and student may split the same response into different tokens. Before their states can be compared, teacher
+positions must be matched with student positions:
 
 - exact token alignment, ETA (arXiv 2504.11426, eq. 14): the positions where both predict the same token after the
   same history. `exact_token_alignment` finds them, `prediction_map` translates the teacher's predictions.
 - cross-model attention, CMA (arXiv 2406.17328): every student position attends to all positions of the teacher's
   response, and the reverse. `cross_model_attention` gives each model's states as seen from the other's positions.
 
-Where this differs from the official code: it compares token *strings* and so loses the rest of a response after the
+Difference from the official code: that code compares token *strings* and so loses the rest of a response after the
 first accent, newline or emoji, which byte-level and SentencePiece vocabularies spell differently. We compare *bytes*.
 
 A tokenizer here is one of the `tokenizers` library: with `transformers`, pass `tokenizer.backend_tokenizer`.
@@ -55,9 +55,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """The bytes each token spells, by id. None for special tokens, the unknown token, and unused ids.
 
     Byte-level tokens (GPT-2, Llama 3, Qwen) go through GPT-2's byte table; in SentencePiece vocabularies (Llama 2,
-    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte; added tokens that are not special are plain text, with
-    the space that a normaliser puts before it, but for those of nothing but U+2581.
-    Raises ValueError for another kind of tokenizer.
+    TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte. Added tokens that are not special are plain text, with
+    the space that a normaliser puts before them; those made of U+2581 alone are that many spaces.
+    Raises ValueError for other kinds of tokenizers.
     """
     description = json.loads(tokenizer.to_str())
     model = description["model"]
@@ -67,7 +67,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     if marked or not (byte_level or sentencepiece):
         decoder = (description["decoder"] or {}).get("type")
         raise ValueError(f"cannot tell which bytes this tokenizer's tokens spell (model {model['type']}, decoder "
-                         f"{decoder}): byte-level BPE and SentencePiece-style can be aligned")  # fmt: skip
+                         f"{decoder}): only byte-level BPE and SentencePiece can be aligned")  # fmt: skip
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:  # Unigram names it by id
         unknown = model["vocab"][model["unk_id"]][0]
@@ -84,7 +84,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
         elif token == unknown:
             spelt[index] = None
         elif byte_level:
-            # a character outside the table can only come from a token that training never produced: plain text
+            # a character outside the table is plain text: the token was not made by training the vocabulary
             spelt[index] = b"".join(bytes([BYTE_LEVEL[c]]) if c in BYTE_LEVEL else c.encode() for c in token)
         elif match := BYTE_FALLBACK.fullmatch(token):
             spelt[index] = bytes([int(match[1], 16)])
@@ -99,8 +99,8 @@ def is_byte_fallback(tokenizer: Tokenizer, size: int) -> list[bool]:
 
 
 def ids_by_bytes(tokenizer: Tokenizer, eos: int | None) -> dict[bytes, int]:
-    """bytes -> id, without end-of-text, which a vocabulary need not mark as special; of several ids with the same bytes
-    the first that is no byte-fallback token."""
+    """bytes -> id, without end-of-text, which a vocabulary need not mark as special. Of several ids with the same bytes
+    it is the first that is not a byte-fallback token."""
     spelt = token_bytes(tokenizer)
     fallback = is_byte_fallback(tokenizer, len(spelt))
     ids: dict[bytes, int] = {}
@@ -115,7 +115,7 @@ def vocabulary_overlap(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids (teacher_ids, student_ids) of the tokens that both vocabularies have, ordered by student id.
 
-    Special tokens and end-of-text take no part: what they mean differs even where their names agree.
+    Special tokens and end-of-text are left out: their meanings differ even where their names agree.
     """
     teacher_ids, student_ids = ids_by_bytes(teacher, teacher_eos), ids_by_bytes(student, student_eos)
     common = sorted((student_ids[spelt], teacher_ids[spelt]) for spelt in student_ids.keys() & teacher_ids.keys())
@@ -127,8 +127,8 @@ def prediction_map(
 ) -> np.ndarray:
     """(size,) student id of each teacher id, -1 where the student has no such token: the ŷᵗ ∈ V_stu of eq. 14.
 
-    Every teacher id that spells a token of the student maps to it; the two end-of-text tokens map to each other (None:
-    there is none).
+    A teacher id that spells a token of the student maps to that token; the teacher's end-of-text maps to the student's
+    (None: there is none).
     Eq. 14 keeps only the aligned pairs where the teacher's prediction maps to an id >= 0.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """
@@ -149,18 +149,18 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
 
     teacher, student: the canonical bytes of each response token in order; None is end-of-text and matches None. Returns
     two int64 arrays of equal length, both increasing. One leading space that only one side has (SentencePiece's dummy
-    prefix) is no part of the histories; but a token that it begins equals none of the other side's: " The" is another
-    token than "The", and what the teacher predicts there would be learnt with the space. Where both sides spell the
-    same bytes this is one sweep over the two offset arrays; where a tokenizer changed the text (NFC, lower-casing)
-    `align_by_programme` aligns what can be aligned.
+    prefix) does not count in the histories, but the token that begins with it is not paired: " The" and "The" are
+    different tokens, and the student would learn to begin with a space. If both sides spell the same bytes, this is one
+    sweep over the two offset arrays; if a tokenizer changed the text (NFC, lower-casing), `align_by_programme` aligns
+    what can be aligned.
 
     The bytes of a response are `[None if i == eos else spelt[i] or b"" for i in ids]` with `spelt = token_bytes(...)`:
-    special tokens other than end-of-text spell nothing. The indices count from the start of the response; where the
-    responses of a batch are flattened into one row, add the lengths of those before it.
+    special tokens other than end-of-text spell nothing. The indices count from the start of the response; if the
+    responses of a batch are flattened into one row, add the lengths of the responses before.
     """
     teacher_text, student_text = spell(teacher), spell(student)
     spaces, student_spaces = (len(text) - len(text.lstrip(" ")) for text in (teacher_text, student_text))
-    shortened = [-1, -1]  # of each side the token that loses a space here: it equals none of the other side's
+    shortened = [-1, -1]  # each side's token that loses a space here: it equals no token of the other side
     if spaces > student_spaces:
         shortened[0], teacher, teacher_text = *without_first_byte(teacher), teacher_text[1:]
     elif spaces < student_spaces:
@@ -185,17 +185,17 @@ def without_first_byte(tokens: list[bytes | None]) -> tuple[int, list[bytes | No
 
 
 def token_spans(tokens: list[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index, start and end, in symbols, of each token. Empty ones (a stripped dummy prefix) say nothing: left out."""
+    """Index, start and end, in symbols, of each token. Empty tokens (a stripped dummy prefix) are left out."""
     lengths = np.array([1 if token is None else len(token) for token in tokens], dtype=np.int64)
     index, ends = np.flatnonzero(lengths), lengths.cumsum()
     return index, (ends - lengths)[index], ends[index]
 
 
 def align_by_sweep(teacher: list[bytes | None], student: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Fast path of `align_by_programme` for sides that spell the same: tokens whose spans coincide.
+    """Fast path of `align_by_programme` for sides that spell the same text: tokens whose spans coincide.
 
-    With equal texts, equal histories mean equal start offsets and equal tokens equal end offsets, so that the
-    programme's free cells are the shared offsets and one linear intersection finds all matches.
+    With equal texts, equal histories mean equal start offsets, and equal tokens also mean equal end offsets. So the
+    programme's cells without an edit are the shared offsets, and one linear intersection finds all matches.
     """
     (teacher_index, *teacher_span), (student_index, *student_span) = token_spans(teacher), token_spans(student)
     spans = (start << 32 | end for start, end in (teacher_span, student_span))  # a number each
@@ -208,9 +208,9 @@ def align_by_programme(teacher: list[bytes | None], student: list[bytes | None])
 
     A cell (x, y) is a pair of prefixes, x symbols of the teacher's text and y of the student's (`spell`). A step to the
     next cell deletes a symbol, inserts one, or keeps an equal one; a *match* keeps two whole equal tokens at once. Of
-    all ways from (0, 0) to the end with the fewest deletions and insertions we take the one with the most matches.
-    Equal texts need no deletion, so that only cells whose prefixes spell the same bytes are reached, which is eq. 14 to
-    the letter; where the texts differ, what the difference does not touch still aligns.
+    all paths from (0, 0) to the end with the fewest deletions and insertions, we take the one with the most matches.
+    Equal texts need no deletion, so only cells whose prefixes spell the same bytes are reached: this is exactly eq. 14.
+    If the texts differ, the parts that the difference does not touch still align.
     O(length²) time and memory, one vectorised row per symbol of the teacher's text.
     """
     teacher_text, student_text = spell(teacher), spell(student)
@@ -219,7 +219,7 @@ def align_by_programme(teacher: list[bytes | None], student: list[bytes | None])
         {end: (index, start) for index, start, end in np.transpose(token_spans(side)).tolist()}
         for side in (teacher, student)
     )
-    edit = min(len(teacher), len(student)) + 1  # one edit outweighs all matches there can be
+    edit = min(len(teacher), len(student)) + 1  # one edit outweighs all possible matches
     insertions = edit * np.arange(len(student_text) + 1)  # the cost of inserting y symbols
 
     cost = np.empty((len(teacher_text) + 1, len(student_text) + 1), dtype=np.int64)
@@ -255,7 +255,7 @@ def align_by_programme(teacher: list[bytes | None], student: list[bytes | None])
 
 
 class ResponseTokens(NamedTuple):
-    """One model's R response positions, all examples of the batch in one row."""
+    """One model's R response positions; all examples of the batch are in one row."""
 
     inputs: Tensor  # (R,) the token that is read at each position
     labels: Tensor  # (R,) the token that follows, which the position predicts
@@ -270,7 +270,7 @@ class ResponseTokens(NamedTuple):
 
 class Deviations(NamedTuple):
     """The standard deviations by which CMA divides the teacher's side, each over all the numbers of its tensor, at the
-    response positions of the whole update. (In the official code padding takes part: its loss depends on it.)"""
+    response positions of the whole update. (The official code includes padding, so its loss depends on padding.)"""
 
     key: float  # of [E_t(x); E_t(y)]
     label: float  # of E_t(y)
@@ -285,9 +285,9 @@ def cross_model_attention(
     Q = W_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ    V = t2s(h_t/σ + E_t(y)/σ)    x is read, y predicted
     A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
 
-    projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. All in float32, whatever
-    autocast says: the scores decide who is heard. So the projectors stay in float32; without autocast the states and
-    heads of half-precision models go into `dskd_loss` as float32 too.
+    projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. All is in float32, even under
+    autocast, because the scores decide which positions count. So the projectors stay in float32; without autocast, the
+    states and heads of half-precision models must be converted to float32 for `dskd_loss` too.
     """
     with torch.autocast(student.hidden.device.type, enabled=False):
         teacher_inputs, teacher_labels = teacher.embeddings()
@@ -311,7 +311,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def teacher_moments(teacher: ResponseTokens) -> list[float]:
-    """(count, sum, sum of squares) of each of the three tensors of `Deviations`, nine numbers in float64: they add up
+    """(count, sum, sum of squares) of each of the three tensors of `Deviations`: nine numbers in float64, which add up
     over batches and processes."""
     inputs, labels = teacher.embeddings()
     three = torch.cat([inputs, labels], -1), labels, teacher.hidden
@@ -321,14 +321,14 @@ def teacher_moments(teacher: ResponseTokens) -> list[float]:
 
 
 def deviations(moments: list[float]) -> Deviations:
-    """From the sums of `teacher_moments`; unbiased, as torch's: divided by count − 1. 0 without a response."""
+    """From the sums of `teacher_moments`; unbiased as in torch: divided by count − 1. 0 without a response."""
     columns = zip(moments[0::3], moments[1::3], moments[2::3], strict=True)
     return Deviations(*(math.sqrt((squares - total**2 / n) / (n - 1)) if n else 0.0 for n, total, squares in columns))
 
 
 if __name__ == "__main__":
     try:
-        from runtime.show import main  # the printing alone; nothing else here needs another file of ours
+        from runtime.show import main  # only for printing; nothing else here needs another file of the project
     except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error}; a copied align.py is a module, only the project shows what aligns") from None
+        raise SystemExit(f"error: {error}; a copied align.py is only a module, its command needs the project") from None
     main(__doc__.partition("\nA tokenizer here")[0])

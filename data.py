@@ -1,16 +1,16 @@
 """From text to batches: examples → rows (the token ids that both models read) → batches (tensors).
 
-Both models see the same text. What is too long is cut once, on the text, until it fits both tokenisers: the oldest
-turns, then the context (`input`), then the instruction; a template's marks never. A cut response has no end-of-text.
+Both models see the same text. A text that is too long is cut once, before it is tokenised, until it fits both models:
+the oldest turns, then the context (`input`), then the instruction, never a template's marks. A cut response has no
+end-of-text.
 
 A label at position i is token i+1: the last prompt token predicts the first response token, and the last response token
 predicts end-of-text. The shift happens once, in `collate_side`; everything after it works on response positions.
 
 A tokenizer is a TextTokenizer of runtime/tokenizer.py: `prompt_text(example)` is the prompt as its model reads it,
 `encode_prompt(text)` and `encode(text)` give the ids of a prompt and of a response, `spell(ids)` their bytes. `eos_id`
-ends each response that a model is trained on, any of `end_ids` one that it writes.
-
-runtime/formats.py reads data files. Errors here are about one example that does not fit.
+ends each response in training; any of `end_ids` ends one that the model writes. runtime/formats.py reads data files.
+Errors raised here are about a single example that does not fit.
 """
 
 from bisect import bisect_left
@@ -42,24 +42,24 @@ MARKS = {"user": "\n\n### Instruction:\n", "assistant": "\n\n### Response:\n", "
 
 @dataclass
 class CodeTask:
-    """What a programming exercise is checked with."""
+    """The tests of a programming exercise."""
 
     tests: str  # Python, to be run after the program
-    entry_point: str = ""  # HumanEval: the function that the prompt begins and the response ends; MBPP: ""
+    entry_point: str = ""  # HumanEval: the function that the prompt begins and the response completes; MBPP: ""
 
 
 @dataclass
 class Example:
-    """One line of a data set. Either `prompt` is given as is, or it is made of `instruction` and `input`."""
+    """One line of a data set. The prompt is either `prompt` as it is, or is made from `instruction` and `input`."""
 
     where: str  # "file, line 7", for messages
-    outputs: list[str]  # responses; training takes the first, evaluation compares with all
+    outputs: list[str]  # responses; training uses the first, evaluation compares with all
     prompt: str | None = None
     instruction: str = ""
     input: str = ""
-    ends: bool = True  # False: the response stops where a length limit cut it, so that no end-of-text follows
-    code: CodeTask | None = None  # the outputs are programs
-    history: list[dict[str, str]] = field(default_factory=list)  # turns before: {"role", "content"}; a system's first
+    ends: bool = True  # False: a length limit cut the response, so no end-of-text follows
+    code: CodeTask | None = None  # if given, the outputs are programs
+    history: list[dict[str, str]] = field(default_factory=list)  # earlier turns {"role", "content"}; a system's first
 
     def prompt_text(self) -> str:
         """What a base model reads before the response."""
@@ -87,13 +87,13 @@ class Side:
 
 @dataclass
 class Row:
-    """One example, tokenised: for the student, and for the teacher with the aligned pairs if there is one."""
+    """One example, tokenised: for the student and, if there is a teacher, for the teacher, with the aligned pairs."""
 
     student: Side
     teacher: Side | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None  # aligned (teacher, student) indices into the two responses
     states: np.ndarray | None = None  # (M, D) int16, the bits of bfloat16: the teacher's states (fast/cache.py)
-    predictions: np.ndarray | None = None  # (M,) the teacher's arg-max tokens, from there too
+    predictions: np.ndarray | None = None  # (M,) the teacher's arg-max tokens, also from fast/cache.py
 
 
 @dataclass
@@ -125,8 +125,8 @@ def tokenise(
 ) -> tuple[list[Row], CutReport]:
     """Rows of at most `max_len` tokens (prompt, response and end-of-text together) for each model.
 
-    align: "eta" also aligns the tokens of each response; "none" demands that both models have the same. Raises
-    ValueError naming an example that cannot fit, or that differs.
+    align: "eta" also aligns the tokens of each response; "none" requires both models to have the same tokens. Raises
+    ValueError, naming the example, if one cannot fit or differs.
     """
     tokenizers = [student] if teacher is None else [student, teacher]
     rows, report, limit = [], CutReport(len(examples)), min(max_prompt_len, max_len - 1)
@@ -135,13 +135,13 @@ def tokenise(
             shorter = cut_to_fit(example, tokenizers, limit, max_len, report)
             sides = [next(tokenizer.encode_examples([shorter])) for tokenizer in tokenizers]
         if not all(side.prompt for side in sides):
-            raise ValueError(f"{example.where}: the prompt has no tokens, so that nothing could predict the response")
+            raise ValueError(f"{example.where}: the prompt has no tokens, so nothing could predict the response")
         if not all(side.response for side in sides):
             raise ValueError(f"{example.where}: the response has no tokens")
         if align == "none" and sides[0].response != sides[-1].response:
             raise ValueError(
-                f"{example.where}: the tokenizers cut this response differently, or one has a token of it that the "
-                "other lacks; use --align eta (recipe v2) or cma (recipe v1)"
+                f"{example.where}: the tokenizers split this response differently, or one lacks a token of it that the "
+                "other has; use --align eta (recipe v2) or cma (recipe v1)"
             )
         rows.append(Row(*sides))
         if align == "eta":
@@ -155,7 +155,7 @@ def align_responses(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]
 
 
 def cut_to_fit(example: Example, tokenizers: list, limit: int, max_len: int, report: CutReport) -> Example:
-    """The example with its prompt and its response cut where one of the models has no room for them."""
+    """The example with its prompt and its response cut if they do not fit into one of the models."""
     shorter = cut_prompt(example, tokenizers, limit)
     if shorter is not example:
         before, after = (len(tokenizers[0].prompt_text(either)) for either in (example, shorter))
@@ -169,8 +169,8 @@ def cut_to_fit(example: Example, tokenizers: list, limit: int, max_len: int, rep
 
 
 def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
-    """The example, cut so that its prompt has at most `limit` tokens for each tokenizer, in the format of each: what is
-    left is the same text for all. Raises ValueError if it cannot be."""
+    """The example, cut so that its prompt has at most `limit` tokens with each tokenizer, in that tokenizer's format.
+    The remaining text is the same for all. Raises ValueError if this is impossible."""
 
     def fits(example: Example) -> bool:
         return all(len(tokenizer.encode_prompt(tokenizer.prompt_text(example))) <= limit for tokenizer in tokenizers)
@@ -180,28 +180,28 @@ def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
         return length, keep(example, part, max(length, 0))
 
     system = [turn for turn in example.history[:1] if turn["role"] == "system"]
-    while len(example.history) > len(system) and not fits(example):  # the oldest question goes, with its answer
+    while len(example.history) > len(system) and not fits(example):  # drop the oldest question with its answer
         later = [i for i, turn in enumerate(example.history) if i > len(system) and turn["role"] == "user"]
         example = replace(example, history=system + example.history[later[0] :] if later else system)
     if fits(example):
         return example
     for part in ["prompt"] if example.prompt is not None else ["input", "instruction"]:
-        length, example = shorten(example, part)  # without room for any context the instruction, as much as fits
+        length, example = shorten(example, part)  # if no context fits, the instruction is cut too
         if length > 0 or length == 0 and part != "prompt":
             return example
     raise ValueError(f"{example.where}: the prompt does not fit into --max-prompt-len {limit}")
 
 
 def keep(example: Example, part: str, length: int) -> Example:
-    """The example with the first `length` characters of its input or instruction; of its prompt, which is taken as is
-    and has its answer marker at the end, with the last ones."""
+    """The example with the first `length` characters of its input or instruction, or with the last ones of its prompt,
+    because a whole prompt has its answer marker at the end."""
     text = getattr(example, part)
     return replace(example, **{part: text[len(text) - length :] if part == "prompt" else text[:length]})
 
 
 def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
-    """The example with as much of its first response as fits beside the prompt, without an end if any of it does not;
-    cut between two tokens of each tokenizer, if there is such a place near by. Raises ValueError if nothing fits."""
+    """The example with as much of its first response as fits after the prompt. A cut response has no end, and is cut
+    between two tokens of each tokenizer if there is such a place nearby. Raises ValueError if nothing fits."""
     text = example.outputs[0]
     rooms = [max_len - len(tokenizer.encode_prompt(tokenizer.prompt_text(example))) for tokenizer in tokenizers]
 
@@ -217,7 +217,7 @@ def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
 
     wholes = [tokenizer.encode(text) for tokenizer in tokenizers]
 
-    def is_between_tokens(length: int) -> bool:  # of the whole text: a part of a token would be a wrong last label
+    def is_between_tokens(length: int) -> bool:  # tokens of the whole text: part of one would be a wrong last label
         if not fits(length):  # a shorter text may have more tokens (`find_longest`)
             return False
         parts = [tokenizer.encode(text[:length]) for tokenizer in tokenizers]
@@ -228,9 +228,9 @@ def cut_response(example: Example, tokenizers: list, max_len: int) -> Example:
 
 
 def find_longest(length: int, fits: Callable[[int], bool]) -> int:
-    """The largest n in [0, length] that fits, -1 if not even 0 does; bisection, since longer texts have more tokens.
+    """The largest n in [0, length] that fits, -1 if not even 0 does; by bisection, since longer texts have more tokens.
 
-    (A merge may make a longer text one token shorter: then n fits and n + 1 does not, but a larger one might.)
+    (A merge may make a longer text one token shorter. Then n fits and n + 1 does not, but a larger number might.)
     """
     if fits(length):
         return length
@@ -240,16 +240,16 @@ def find_longest(length: int, fits: Callable[[int], bool]) -> int:
 def replace_response(row: Row, response: list[int], student, teacher, max_len: int, align: str) -> Row:
     """The row with a response that the student sampled in place of the gold one (v2, eq. 18).
 
-    The student keeps the sampled ids, even where it would cut their text differently. With `align` "none" the teacher
-    reads the same ids, otherwise their text:
+    The student keeps the sampled ids, even if its tokenizer would split their text differently. With `align` "none" the
+    teacher reads the same ids, otherwise their text:
 
-    - bytes that are no UTF-8 become U+FFFD in it, and such tokens have no exact counterpart; where the length limit
+    - bytes that are not UTF-8 become U+FFFD in the text, and such tokens have no exact counterpart; if the length limit
       cut a character in two, the teacher's text ends before it;
-    - end-of-text stands on both sides or on neither; it replaces any other end that the student wrote;
-    - what does not fit into the teacher's `max_len` is cut off both.
+    - end-of-text is on both sides or on neither; it replaces any other end that the student wrote;
+    - what does not fit into the teacher's `max_len` is cut off on both sides.
 
-    Returns `row` itself where a side has no token left: nothing but special tokens before the cut, or no room; with
-    `align` "none" also where the teacher lacks one of the tokens.
+    Returns `row` itself if a side has no token left (only special tokens before the cut, or no room) and, with `align`
+    "none", if the teacher lacks one of the tokens.
     """
     if response and response[-1] in student.end_ids:
         response = [*response[:-1], student.eos_id]
@@ -279,8 +279,7 @@ def replace_response(row: Row, response: list[int], student, teacher, max_len: i
 
 
 def move_to(batch, device):
-    """A copy of a batch with its tensors on `device`; CUDA copies them while the processor goes on, which takes pinned
-    memory."""
+    """A copy of a batch with its tensors on `device`. Copies to CUDA do not block the CPU; that needs pinned memory."""
     pin, moved = torch.device(device).type == "cuda", {}
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
@@ -291,8 +290,8 @@ def move_to(batch, device):
 
 @dataclass
 class ModelBatch:
-    """What one model reads, and its R response positions, flattened. No attention mask: padding is on the right, where
-    causality hides it from every position that is used."""
+    """What one model reads, and its R response positions, flattened. There is no attention mask: padding is on the
+    right, where causality hides it from every position that is used."""
 
     input_ids: Tensor  # (B, T), padded to the longest example
     real: Tensor  # (N,) the positions that are computed, in the flattened (B·T): all but padding (and see `collate`)
@@ -327,7 +326,7 @@ STEP = 128  # tokens: with a width, the length of ModelBatch.real is a multiple 
 
 
 def collate_side(sides: list[Side], pad_id: int, width: int = 0) -> ModelBatch:
-    """Pad on the right and shift once: position i reads token i and predicts token i+1. width: as of `collate`."""
+    """Pad on the right and shift once: position i reads token i and predicts token i+1. width: as in `collate`."""
     read = [torch.tensor((side.prompt + side.response)[:-1]) for side in sides]  # nothing follows the last token
     input_ids = pad_sequence(read, batch_first=True, padding_value=pad_id)  # (B, T)
     input_ids = pad(input_ids, (0, max(0, width - input_ids.shape[1])), value=pad_id)
@@ -344,10 +343,10 @@ def collate_side(sides: list[Side], pad_id: int, width: int = 0) -> ModelBatch:
 
 
 def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0, width: int = 0) -> Batch:
-    """One batch of rows. The padding ids are read by no response position, any valid id will do.
+    """One batch of rows. No response position reads the padding ids, so any valid id will do.
 
-    width: make the shapes of all batches few, so that each can be kept as a CUDA graph: (B, width), and padding counts
-    as real up to a multiple of STEP tokens.
+    width: pad to (B, width), and count padding as real up to a multiple of STEP tokens, so that batches have few
+    shapes, and a CUDA graph can be kept for each.
     """
     batch = Batch(collate_side([row.student for row in rows], student_pad, width))
     if rows[0].teacher is not None:
@@ -364,6 +363,6 @@ def collate(rows: list[Row], student_pad: int, teacher_pad: int = 0, width: int 
 
 
 def shift(indices: list[np.ndarray], lengths: list[int]) -> Tensor:
-    """Indices into each example's response, as indices into all of them, which lie one behind the other."""
+    """Turn indices into each example's response into indices into all responses, concatenated."""
     starts = np.cumsum([0, *lengths[:-1]])
     return torch.from_numpy(np.concatenate([index + start for index, start in zip(indices, starts, strict=True)]))

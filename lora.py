@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train W + (alpha/rank)·B·A in place of W.
 
-    attach    freeze a model and give some of its linear layers an adapter each: by default those of the papers' runs
+    attach    freeze a model and give some of its linear layers an adapter; by default, the layers of the papers' runs
     merge     fold the adapters into the weights: a plain model again, with the same logits
 
 A layer's weight and bias keep their names and values. Embeddings, norms and the prediction head (lm_head) never get an
@@ -44,7 +44,7 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """W + (alpha/rank)·B·A, summed in float32 or better, as a layer of its own; this one is left as it is."""
+        """W + (alpha/rank)·B·A, summed in float32 or better, as a new layer; this one is not changed."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         update = (self.alpha / self.rank) * (self.lora_B.to(exact) @ self.lora_A.to(exact))  # (out, rank) x (rank, in)
@@ -56,10 +56,10 @@ class LoraLinear(nn.Linear):
 def attach(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=None) -> nn.Module:
     """Freeze the model and give each layer of `choose_layers(model, targets)` an adapter, in place; returns the model,
     whose outputs have not changed yet. Seed with torch.manual_seed. Raises ValueError for values out of range, for
-    unknown targets, and for a model that has adapters already."""
+    unknown targets, and for a model that already has adapters."""
     check_values("LoRA", rank, alpha, dropout)
     if adapted_layers(model):
-        raise ValueError("LoRA: the model has adapters already: merge them first")
+        raise ValueError("LoRA: the model already has adapters: merge them first")
     paths = choose_layers(model, targets)
     model.requires_grad_(False)
     for path in paths:
@@ -84,7 +84,7 @@ def choose_layers(model: nn.Module, targets: str | list[str] | None = None) -> l
     """
     targets = default_targets(model) if targets is None else [targets] if isinstance(targets, str) else targets
     layers, chosen = linear_layers(model), {}
-    for target in targets:  # transformers calls our blocks transformer.h or model.layers; inside, names are the same
+    for target in targets:  # transformers calls our blocks transformer.h or model.layers; names inside are the same
         endings = f".{target}", "." + re.sub(r"^((transformer\.)?h|(model\.)?layers)\.", "blocks.", target)
         chosen[target] = {path for path in layers if target == "all-linear" or f".{path}".endswith(endings)}
     unknown = [repr(target) for target, paths in chosen.items() if not paths]
@@ -96,13 +96,13 @@ def choose_layers(model: nn.Module, targets: str | list[str] | None = None) -> l
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """What peft adapts by default: the projections to queries and values, which GPT-2 has in one layer."""
+    """What peft adapts by default: the projections to queries and values, which are in one layer in GPT-2."""
     return ["c_attn"] if any(name.endswith("c_attn") for name in linear_layers(model)) else ["q_proj", "v_proj"]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """{path: layer} of those that may have an adapter: not the head, whose weight the losses read. (In transformers'
-    own GPT-2 there is none: its layers are no nn.Linear.)"""
+    """{path: layer} of the layers that may have an adapter: not the head, whose weight the losses read. (transformers'
+    own GPT-2 has none, because its layers are not nn.Linear.)"""
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and path != "lm_head"}
 
 

@@ -9,10 +9,10 @@ A response token of the flattened batch is a position whose *next* token belongs
 hidden state, after the final norm, of the position that predicts it; end-of-text is the response's last token. In
 `transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
 is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
-logits, because the heads are the papers' point. What a model does to its logits after that product is left out: for a
-scale multiply the states by it (Cohere; Granite: divide); a bias (Phi), soft-capping (Gemma 2) and an adapter on the
-head, which is no part of its weight, have no place here.
-`fast/losses.py` has the same functions with the same arguments and numbers, in a fraction of the time and the memory.
+logits, because the heads are the papers' point. What a model does to its logits after that product is left out. If it
+scales them, scale the states instead (Cohere: multiply; Granite: divide). Not supported are a bias (Phi), soft-capping
+(Gemma 2), and an adapter on the head, which is not part of the head's weight.
+`fast/losses.py` has the same functions with the same arguments and results, in a fraction of the time and the memory.
 
 Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
 the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
@@ -69,10 +69,10 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
 
 @torch.no_grad()
 def adaptive_weight(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
-    """g_h/(g_h + g_t), (N,): the share of the teacher's head in the gap between the distributions, without gradient.
+    """g_h/(g_h + g_t), (N,): which share of the gap between the distributions is in the teacher's head; no gradient.
 
-    Sorted by the teacher's probability, ascending, the tail is what has a cumulative mass ≤ alpha, the head the rest;
-    g = Σ |q − p| over each.
+    With the tokens sorted by the teacher's probability, ascending, the tail is the part whose cumulative mass is
+    ≤ alpha, and the head is the rest; g = Σ |q − p| over each.
     """
     p, q = log_p.exp(), log_q.exp()
     q_ascending, order = q.sort(-1)
@@ -110,13 +110,13 @@ DIVERGENCES = {  # each a function of (student_logits, teacher_logits, temperatu
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the papers' four kinds of DSKD differ in."""
+    """How the papers' four kinds of DSKD differ."""
 
-    labels: str  # what the projected teacher should predict: the "gold" tokens, or the "teacher"'s own choice
-    only_agreeing: bool  # L_stu only where it does predict that: there it can be trusted
+    labels: str  # what the projected teacher should predict: the "gold" tokens, or the "teacher"'s own predictions
+    only_agreeing: bool  # L_stu only where it does predict its label, because only there it can be trusted
     average: str  # L_ce and L_tea are averaged over the student's "tokens" or over the aligned "pairs"
     average_stu: str  # L_stu over "tokens", or over the "agreeing" pairs
-    divergence: str | None  # of L_tea; None: the one that is chosen, as in L_stu
+    divergence: str | None  # the divergence of L_tea; None: the chosen one, as in L_stu
 
 
 RECIPES = {  # (recipe, alignment)
@@ -129,24 +129,24 @@ RECIPES = {  # (recipe, alignment)
 
 @dataclass
 class Counts:
-    """The normalisers of one update: over all its batches, so that the losses of the batches add up to that of the
-    whole (accelerate divides each by their number: undo that); or their means over processes that average gradients.
-    None: not counted."""
+    """The normalisers of one update, counted over all its batches, so that the batches' losses add up to the update's
+    (accelerate divides each loss by the number of batches: undo that). If processes average their gradients, give the
+    mean of their counts. None: not counted."""
 
     tokens: float  # student response tokens
-    pairs: float | None = None  # aligned pairs whose prediction the student can say (ETA)
+    pairs: float | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)
     agreeing: float | None = None  # pairs or tokens where the projected teacher predicts its label (v2)
 
     def over(self, what: str) -> float:
-        """What a term is divided by; 1 where there is nothing to count, and the term 0."""
+        """The divisor of a term; 1 if the count is 0, because the term is then 0 too."""
         count = getattr(self, what)
         if count is None:
-            raise ValueError(f"counts.{what} is None: the recipe averages over them, count those of the whole update")
+            raise ValueError(f"counts.{what} is None, but the recipe averages over it: count the whole update's")
         return count or 1
 
 
 def logits_under(hidden: Tensor, head: Tensor) -> Tensor:
-    """(n, d) x (d, V) -> (n, V), in float32 or better: the product may be bf16 (autocast), what follows must not be."""
+    """(n, d) x (d, V) -> (n, V), in float32 or better: the product may be bf16 (autocast), but not what follows."""
     logits = linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -160,11 +160,11 @@ def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
 def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, tokens: float, kd_rate: float) -> dict:
     """{ce, correct, ...terms, loss}: loss = (1 − kd_rate)·L_gold + kd_rate·L_kd, with L_kd = terms["kd"].
 
-    logits (n, V), gold (n,). Responses that the student sampled have no gold tokens (None): L_kd alone is left.
+    logits (n, V), gold (n,). Responses that the student sampled have no gold tokens (None): only L_kd is left.
     """
     if gold is None:
         return {**terms, "loss": kd_rate * terms["kd"]}
-    # an error for -100, torch's mark of prompts and padding: they would count in every other term
+    # -100, torch's mark of prompts and padding, gives an error, since such positions would count in all other terms
     ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-1) / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
@@ -173,8 +173,8 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
 def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts: Counts, kd_rate: float = 0.0) -> dict:
     """Supervised fine-tuning: L_gold, cross-entropy with the gold tokens. {ce, correct, loss}
 
-    student_hidden (N, d), gold (N,), student_head (V_s, d). `kd_rate` is that of the loss of which this is the gold
-    part: its weight is 1 − kd_rate.
+    student_hidden (N, d), gold (N,), student_head (V_s, d). If this is only the gold part of a loss with a `kd_rate`,
+    give that rate: the weight is 1 − kd_rate.
     """
     return add_gold({}, logits_under(student_hidden, student_head), gold, counts.over("tokens"), kd_rate)
 
@@ -190,7 +190,7 @@ def kd_loss(
     temperature: float = 2.0,
     kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Vanilla KD: D(p, q) of each student token and the teacher's distribution at the same place. {ce, kd, loss, ...}
+    """Vanilla KD: D(p, q) between both models' distributions for each response token. {ce, kd, loss, ...}
 
     Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows that both have.
     """
@@ -222,16 +222,16 @@ def dskd_loss(
 
     L_stu = D(p, sg(q_t→s))    L_ce = −log q_t→s(label)    L_tea = D(p_s→t, q)
 
-    J is N without alignment, K with ETA, the teacher's response tokens with CMA. No pair, or no agreeing one: the term
-    is 0. Returns {ce, correct, t2s_ce, t2s_kd, s2t_kd, kd, agreeing, loss}. Raises ValueError for arguments that cannot
-    belong together, naming one.
+    J is N without alignment, K with ETA, the number of the teacher's response tokens with CMA. A term without any pair,
+    or any agreeing one, is 0. Returns {ce, correct, t2s_ce, t2s_kd, s2t_kd, kd, agreeing, loss}. Raises ValueError,
+    naming an argument, if the arguments do not fit together.
     """
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
     tokens, over, over_stu = map(counts.over, ("tokens", recipe.average, recipe.average_stu))
     D_stu, D_tea = DIVERGENCES[divergence], DIVERGENCES[recipe.divergence or divergence]
 
-    # Student space: both models under the student's head. L_ce teaches the projector to speak through that head, which
-    # is therefore detached. L_stu teaches the student, and so the projected teacher is.
+    # Student space: both models under the student's head. L_ce teaches the projector to speak through that head, so the
+    # head is detached. L_stu teaches the student, so the projected teacher is detached.
     student_logits = logits_under(student_hidden, student_head)  # (N, V_s)
     t2s_logits = logits_under(t2s_hidden, student_head.detach())  # (K, V_s)
     t2s_ce = cross_entropy(t2s_logits, label, reduction="sum") / over
@@ -239,7 +239,7 @@ def dskd_loss(
     stu = D_stu(student_logits[rows], t2s_logits.detach(), temperature)  # (K,)
     t2s_kd = (stu * agrees if recipe.only_agreeing else stu).sum() / over_stu
 
-    # Teacher space: both models under the teacher's head, which is frozen and passes the gradient on to the student.
+    # Teacher space: both models under the teacher's head, which is frozen but passes the gradient on to the student.
     s2t_logits = logits_under(s2t_hidden, teacher_head)  # (J, V_t)
     teacher_logits = logits_under(teacher_hidden, teacher_head)  # (J, V_t)
     s2t_kd = D_tea(s2t_logits, teacher_logits.detach(), temperature).sum() / over
@@ -249,14 +249,14 @@ def dskd_loss(
 
 
 def check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe: Recipe) -> None:
-    """Raises ValueError for the mistakes that would give a number all the same, naming the argument."""
+    """Raises ValueError, naming the argument, for mistakes that would still give a number."""
     tokens = len(student_hidden)
     pairs = tokens if isinstance(rows, slice) else len(rows)
     if not len(t2s_hidden) == len(label) == pairs:
-        raise ValueError(f"dskd_loss: rows names the student tokens of {pairs} pairs, t2s_hidden has the states of "
-                         f"{len(t2s_hidden)}, label the tokens of {len(label)}")  # fmt: skip
+        raise ValueError(f"dskd_loss: rows has {pairs} pairs, but t2s_hidden has {len(t2s_hidden)} states and label "
+                         f"{len(label)} tokens")  # fmt: skip
     if len(s2t_hidden) != len(teacher_hidden):
         raise ValueError(f"dskd_loss: s2t_hidden has {len(s2t_hidden)} states, teacher_hidden {len(teacher_hidden)}")
     if recipe.average == "tokens" and pairs != tokens:
-        raise ValueError(f"dskd_loss: rows names {pairs} of {tokens} tokens, but recipe averages over all tokens; with "
-                         'exact alignment it is RECIPES["v2", "eta"]')  # fmt: skip
+        raise ValueError(f"dskd_loss: rows has {pairs} of {tokens} tokens, but recipe averages over all tokens; for "
+                         'exact alignment use RECIPES["v2", "eta"]')  # fmt: skip

@@ -51,20 +51,20 @@ ACTIVATIONS = {
 class Attention(nn.Module):
     """softmax(q kᵀ / √head_dim) v, causal, of either family."""
 
-    scaled_dot_product_attention = staticmethod(F.scaled_dot_product_attention)  # fast/cpu.py puts another in its place
+    scaled_dot_product_attention = staticmethod(F.scaled_dot_product_attention)  # fast/cpu.py replaces it
 
     def attend(self, q, k, v, mask, store, packing, dropout: float) -> torch.Tensor:
-        """q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, heads·head_dim); with a packing
-        (1, N) in the place of (B, T), in and out.
+        """q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, heads·head_dim); with a packing,
+        input and output have (1, N) in place of (B, T).
 
-        mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels know.
+        mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels support.
         store: `KVCache.store` of this layer, or None.
         """
         if packing is not None and mask is None and store is None:
             if packing.has_flash_kernel(q):
                 return packing.attend(q, k, v, dropout).flatten(2)
             if q.device.type == "cpu" and not torch.compiler.is_compiling():
-                # one sequence after another; a GPU would wait for the lengths, and for many small calls
+                # one sequence after another; a GPU would have to wait for the lengths and for many small calls
                 lengths = packing.starts.diff().tolist()
                 parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
                 return torch.cat([self.attend(*part, None, None, None, dropout) for part in parts], dim=1)
@@ -75,12 +75,12 @@ class Attention(nn.Module):
             k, v = store(k, v)  # (B, kv_heads, S, head_dim)
         B, heads, T, head_dim = q.shape
         groups = heads // k.size(1)  # query heads that share a key-value head
-        if T == 1 and mask is not None:  # decoding: the group's heads act as more queries, no copy of k, v
+        if T == 1 and mask is not None:  # decoding: a group's heads act as more queries, so k and v are not copied
             q = q.reshape(B, -1, groups, head_dim)
             y = self.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, kv_heads, groups, head_dim)
             return y.reshape(B, 1, heads * head_dim)
         if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-            # of CUDA's fast kernels only flash attention shares heads by itself; it takes no mask and no float32
+            # the only fast CUDA kernel that shares heads is flash attention; it supports neither masks nor float32
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         y = self.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=groups > 1
@@ -90,8 +90,8 @@ class Attention(nn.Module):
 
 
 class Packing:
-    """Sequences of a padded batch without the padding, one after another: what the layers work on; attention only where
-    it has a kernel for that."""
+    """The sequences of a padded batch without the padding, one after another. The layers work on these, attention only
+    if it has a kernel for them."""
 
     def __init__(self, real: torch.Tensor, batch: torch.Tensor):
         self.real, self.batch = real, batch  # (N,) the positions of real tokens in the flattened batch; (B, T)
@@ -116,8 +116,8 @@ class Packing:
         return torch.cuda.get_device_properties(q.device).major >= 8 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Causal attention in each sequence by itself: (1, N, heads, head_dim), k and v with kv_heads -> as q. This is
-        what torch.nn.attention.varlen calls, which has no dropout."""
+        """Causal attention within each sequence: (1, N, heads, head_dim), k and v with kv_heads -> as q. Calls what
+        torch.nn.attention.varlen calls, because that has no dropout."""
         T = self.batch.size(1)  # no sequence is longer
         where = self.starts, self.starts, T, T
         return torch.ops.aten._flash_attention_forward(q[0], k[0], v[0], *where, dropout, True, False)[0][None]
@@ -248,16 +248,16 @@ class LlamaBlock(nn.Module):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding, (rows, width), without its initialisation, which on the meta device imports a second's worth."""
+    """nn.Embedding (rows, width) without its initialisation, whose imports on the meta device take a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model whose output is its last hidden state; the prediction head is applied on its own.
+    """A decoder-only language model whose output is its last hidden state; the prediction head is applied separately.
 
     `embed.weight` (V, D) are the token embeddings, `head_weight` (V, D) the prediction head (the same tensor if tied),
-    `config` the Hugging Face config it came from, `limit` the number of positions. `recompute`, which may be set: keep
-    of each block its input alone, and run it again in the backward pass (activation checkpointing; the same dropout).
+    `config` the Hugging Face config it came from, `limit` the number of positions. If `recompute` is set, only the
+    input of each block is kept, and the backward pass runs the block again (activation checkpointing; same dropout).
     """
 
     def __init__(self, config: dict):
@@ -292,10 +292,10 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """input_ids (B, T) -> hidden states after the final norm (B, T, D).
 
-        Padding belongs on the right, where causality hides it from every real token, so that no mask is needed; states
-        at padded positions mean nothing. Raises ValueError for more tokens than positions.
-        real (N,): the positions of all real tokens in the flattened (B·T), ascending; given that, nothing but attention
-        is computed at the others, and their states are 0.
+        Padding belongs on the right, where causality hides it from every real token, so no mask is needed; the states
+        at padded positions have no meaning. Raises ValueError for more tokens than positions.
+        real (N,): the positions of all real tokens in the flattened (B·T), ascending. If given, only attention is
+        computed at the other positions, and their states are 0.
         """
         T = input_ids.size(1)
         if T > self.limit:
@@ -341,7 +341,7 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json: GPT-2's names and LLaMA's brought together
+# config.json: GPT-2's and LLaMA's names for the same things
 
 # The fields that are used, with transformers' defaults.
 REQUIRED = object()
@@ -362,7 +362,7 @@ FIELDS = {
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
 
-# What each kind of rotary scaling uses. "dynamic" begins beyond the positions that a model has here.
+# The fields that each kind of rotary scaling uses. "dynamic" scaling starts beyond the positions that a model has here.
 ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -370,14 +370,14 @@ ROPE = {"default": (), "dynamic": (), "linear": ("factor",),
 
 
 def read_fields(config: dict) -> SimpleNamespace:
-    """The fields of the family's table, where null is the default, and all others as they are."""
-    nullable = "num_key_value_heads", "head_dim", "sliding_window"  # for which null has a meaning of its own
+    """The fields of the family's table, with the default in place of null, and all others unchanged."""
+    nullable = "num_key_value_heads", "head_dim", "sliding_window"  # for these, null has its own meaning
     given = {field: value for field, value in config.items() if value is not None or field in nullable}
     return SimpleNamespace(**{**FIELDS[config["model_type"]], **given})
 
 
 def read_config(config: dict) -> SimpleNamespace:
-    """What the model needs of a Hugging Face config. runtime/strict.py says whether it can be trusted."""
+    """What the model needs from a Hugging Face config, which runtime/strict.py has checked."""
     f, family = read_fields(config), config["model_type"]
     if family == "gpt2":
         c = SimpleNamespace(width=f.n_embd, layers=f.n_layer, heads=f.n_head, kv_heads=f.n_head, limit=f.n_positions,
@@ -398,7 +398,7 @@ def read_config(config: dict) -> SimpleNamespace:
 
 
 def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
-    """How many tokens, itself included, a query of each layer sees; None for all of them."""
+    """How many tokens a query of each layer sees, itself included; None for all."""
     if family in ("llama", "mistral"):
         return [f.sliding_window if family == "mistral" else None] * f.num_hidden_layers
     slides = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
@@ -407,8 +407,8 @@ def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
 
 
 def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
-    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, of the config or of one of its two spellings:
-    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`."""
+    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, from the config or from one of its two forms:
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes both into `rope_parameters`."""
     rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
     given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
     given |= {field: value for field, value in rope.items() if value is not None}
@@ -419,13 +419,13 @@ def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
 def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
     """θ^(-2i/head_dim), (head_dim / 2,) float32, with long-context scaling, and the factor of cosine and sine."""
     rope, head_dim = SimpleNamespace(**read_rope(f)), f.head_dim or f.hidden_size // f.num_attention_heads
-    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")  # real numbers, also on the meta device
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")  # real values, even for a meta model
     inverse = 1.0 / rope.rope_theta ** (2 * pair / head_dim)
     factor, keep, scale = rope.factor, 0.0, 1.0  # slow waves are stretched by `factor`, fast ones kept
     if rope.rope_type == "llama3":
         turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)  # in the original context
         keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    elif rope.rope_type == "yarn":  # between by the place among the pairs (arXiv 2309.00071, section 3)
+    elif rope.rope_type == "yarn":  # interpolates by the index of the pair (arXiv 2309.00071, section 3)
         length, turns = rope.original_max_position_embeddings, (rope.beta_fast or 32, rope.beta_slow or 1)
         factor = factor or f.max_position_embeddings / length
         first, last = (head_dim / 2 * math.log(length / (2 * math.pi * n), rope.rope_theta) for n in turns)
@@ -442,13 +442,13 @@ def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-# Hugging Face's names for our modules. Everything inside a block has its name already.
+# Hugging Face's names for our modules. Modules inside a block already have these names.
 GPT2_NAMES = {"embed": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h",
               "norm": "transformer.ln_f", "lm_head": "lm_head"}  # fmt: skip
 LLAMA_NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "lm_head": "lm_head"}
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
-# Of GPT-2; its checkpoints keep these weights as [in, out], nn.Linear wants [out, in].
+# GPT-2's checkpoints store these weights as [in, out], but nn.Linear needs [out, in].
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -460,8 +460,8 @@ def hugging_face_names(m: Decoder) -> dict[str, str]:
 
 
 def build_model(config: dict, device="cpu") -> Decoder:
-    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1; as in GPT-2,
-    whose projections into the residual stream are divided by √(2 layers). Seed with torch.manual_seed."""
+    """A randomly initialised model for a Hugging Face config: N(0, initializer_range), biases 0, norms 1. GPT-2's
+    projections into the residual stream are divided by √(2 layers), as in the original. Seed with torch.manual_seed."""
     with torch.device("meta"):  # skip torch's own initialisation
         m = Decoder(config)
     m.to_empty(device=device)
@@ -478,16 +478,16 @@ def build_model(config: dict, device="cpu") -> Decoder:
 def load_model(path, dtype: torch.dtype = torch.float32, device="cpu", body: bool = True) -> Decoder:
     """Read a Hugging Face directory (config.json with model.safetensors, or its index and shards), in eval mode.
 
-    Weights are converted to dtype one tensor at a time, so the peak is the model itself. Without `body` only embedding
-    and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files, ValueError
-    for weights that are NaN or infinite, RuntimeError for tensors that are missing or do not fit.
+    Weights are converted to dtype one tensor at a time, so the peak memory is the model itself. Without `body`, only
+    embedding and head are read and kept: such a model cannot be called. Raises FileNotFoundError for missing files,
+    ValueError for weights that are NaN or infinite, RuntimeError for tensors that are missing or do not fit.
     """
     with torch.device("meta"):
         m = Decoder(read_json(Path(path) / "config.json"))
     if not body:
         m.blocks, m.positions, m.rotary, m.norm = nn.ModuleList(), None, None, None
-    # a copy on purpose: what safetensors returns is mapped from the file and would change with it; row by row in
-    # memory, also where the file has the transposed matrix (FSDP2 shards no other)
+    # a copy, because safetensors maps its tensors from the file, and they would change with it; contiguous, even if the
+    # file has the transposed matrix, because FSDP2 shards only contiguous ones
     layout = {"copy": True, "memory_format": torch.contiguous_format}
     weights = {name: tensor.to(device, dtype, **layout) for name, tensor in read_tensors(m, path)}
     m.load_state_dict(weights, assign=True)
@@ -499,7 +499,7 @@ def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
     ours, found = {theirs: name for name, theirs in hugging_face_names(m).items()}, {}
     ours |= {theirs.partition(".")[2]: name for theirs, name in ours.items() if name != "lm_head.weight"}
     for file in checkpoint_files(Path(path)):
-        with safe_open(file, framework="pt") as tensors:  # saved without its head, a model has no prefix
+        with safe_open(file, framework="pt") as tensors:  # names in a model saved without its head have no prefix
             found[file] = {theirs: ours.get(theirs) for theirs in tensors.keys()}
     if m.lm_head is None and not any("embed.weight" in names.values() for names in found.values()):
         for names in found.values():  # of a tied pair, safetensors' own save_model keeps the first name
@@ -508,14 +508,14 @@ def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
 
 
 def read_tensors(m: Decoder, path):
-    """Yield (our parameter name, tensor in our layout, mapped from the file), in the order of a checkpoint's files, but
-    what m has no parameter for. Raises ValueError for weights that are NaN or infinite."""
+    """Yield (our parameter name, tensor in our layout, mapped from the file) for each tensor that m has a parameter for
+    in the order of the checkpoint's files. Raises ValueError for weights that are NaN or infinite."""
     for file, names in find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:
             for theirs, name in ((theirs, name) for theirs, name in names.items() if name is not None):
                 tensor = tensors.get_tensor(theirs)
-                if not torch.stack(tensor.aminmax()).isfinite().all():  # a tenth of the time of copying it
-                    raise ValueError(f"{file}: {theirs} has weights that are NaN or infinite: it is damaged")
+                if not torch.stack(tensor.aminmax()).isfinite().all():  # takes a tenth of the time of copying it
+                    raise ValueError(f"{file}: {theirs} has weights that are NaN or infinite: the file is damaged")
                 yield name, tensor.mT if TRANSPOSED.search(name) else tensor
 
 
@@ -539,10 +539,10 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def save_model(m: Decoder, path) -> None:
-    """Write config.json and model.safetensors for transformers' (and our) loader; a tied head is not written twice.
+    """Write config.json and model.safetensors for transformers' (and our) loader; a tied head is written only once.
 
-    Each file is written beside its place and moved there, so a crash leaves the old file or the new one. The dtype is
-    the parameters', and config.json states it. Raises ValueError for a model with adapters: merge them first.
+    Each file is written under another name and then renamed, so a crash leaves the old file or the new one. The dtype
+    is the parameters', and config.json states it. Raises ValueError for a model with adapters: merge them first.
     """
     path = Path(path)
     with torch.device("meta"):
@@ -571,8 +571,8 @@ class KVCache:
     """Keys and values of all tokens so far: a buffer per layer, filled at each sequence's own pace.
 
     The first forward pass stores right-padded prompts from slot 0; every later one stores one token per sequence, at
-    slot `lengths[b]`. What padding left in later slots is overwritten before any query may look at it. The buffers grow
-    by STEP slots when they are full, and are read as a whole: on a CPU, products with a part of a buffer copy it first.
+    slot `lengths[b]`. The padding in later slots is overwritten before any query may look at it. The buffers grow by
+    STEP slots when they are full, and are read as a whole, because on a CPU a product with a part of one copies it.
     """
 
     STEP = 64
@@ -595,7 +595,7 @@ class KVCache:
         return keys, values
 
     def make_room(self, tokens: int) -> None:
-        """For sequences of up to this length. One that is longer has finished, and runs idle in the last slot."""
+        """Make room for sequences of up to this length. A longer sequence has finished, and idles in the last slot."""
         self.lengths.clamp_(max=tokens - 1)
         more = -(-tokens // self.STEP) * self.STEP - self.slots
         if more > 0:
@@ -614,7 +614,7 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
     """One token id per row of logits (B, V) -> (B,): greedy at temperature 0, else from softmax(logits / temperature).
 
     top_k > 0 keeps the k likeliest tokens; top_p < 1 then keeps the fewest likeliest tokens that hold that much mass.
-    -1 for a row whose logits are not finite: to raise for it would be one more wait for the device.
+    -1 for a row whose logits are not finite, because raising an error here would mean one more wait for the device.
     """
     logits = logits.float()
     if temperature == 0:
@@ -631,11 +631,11 @@ def sample(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, generator=
         before = likeliest.cumsum(-1) - likeliest  # mass of all likelier tokens
         likeliest = likeliest.masked_fill(before >= top_p, 0.0)  # the first has 0 before it: one is always kept
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, likeliest)
-    # the first token whose cumulative mass exceeds a uniform draw: a random number per row, where multinomial takes V
+    # the first token whose cumulative mass exceeds a uniform draw: one random number per row; multinomial needs V
     mass = probabilities.cumsum(-1)
     whole = mass[:, -1:]
     draw = torch.rand(len(mass), 1, generator=generator, device=mass.device) * whole
-    below = torch.nextafter(whole, torch.zeros_like(whole))  # so that a draw that was rounded up finds a token too
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # so that even a draw that was rounded up finds a token
     return torch.searchsorted(mass, draw.minimum(below), right=True).squeeze(-1).masked_fill(spoilt, -1)
 
 
@@ -648,7 +648,7 @@ def generate(
     A sequence ends at eos_id (one id, several any of which ends it, or None: never), after max_new_tokens (a number, or
     one per prompt), or when prompt and new ids fill all positions. Only ids below `vocabulary` are drawn (None: all
     rows of the head, also those that pad it). temperature 0 is greedy; seed=None draws from torch's global generator.
-    Greedy results do not depend on the batch; sampled ones do, for a seed fixes the draws of the batch as a whole.
+    Greedy results do not depend on the batch; sampled ones do, because a seed fixes the draws of the batch as a whole.
     Raises ValueError for impossible arguments, FloatingPointError for logits that are not finite.
     """
     if isinstance(max_new_tokens, int):
@@ -682,7 +682,7 @@ def generate(
             tokens = sample(logits[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
             drawn = tokens.tolist()  # the one wait for the device
             if min(drawn) < 0:
-                raise FloatingPointError("sample: the logits are not finite, there is nothing to draw from")
+                raise FloatingPointError("sample: the logits are not finite, so no token can be drawn")
             for i, token in zip(rows, drawn, strict=True):
                 if budget[i] > 0:
                     outputs[i].append(token)

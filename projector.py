@@ -24,9 +24,9 @@ def pseudo_inverse(head: Tensor, rows: int = 8192) -> Tensor:
 
     With head = U S Rᵀ the Gram matrix headᵀ head is R S² Rᵀ: its eigenvectors R and eigenvalues S² give
     pinv(head) = (headᵀ head)⁺ headᵀ. Directions with a singular value below max(D, V)·ε(float32)·σ_max are dropped, as
-    `torch.linalg.pinv` does with a float32 head. Worked out in float64, `rows` rows at a time, because squaring the
-    singular values squares their ratio; returned in float32 or better, since in half precision the small directions
-    would drown in the rounding of the large ones.
+    `torch.linalg.pinv` does with a float32 head. Computed in float64, `rows` rows at a time, because squaring the
+    singular values squares their ratio; returned in float32 or better, because in half precision the rounding of the
+    large directions would hide the small ones.
     """
     head, dtype = head.detach(), torch.promote_types(head.dtype, torch.float32)
     gram = sum(part.T @ part for part in map(Tensor.double, head.split(rows)))  # (D, V) x (V, D) -> (D, D)
@@ -57,12 +57,12 @@ class Projectors(nn.Module):
     v1: all start at random, as `nn.Linear` does, with biases, and all are trained.
     v2: no biases. t2s starts where it preserves the teacher's logits, and is trained; s2t is solved for the current
     student head by `refresh_s2t`, before every update, and no optimiser touches it.
-    Beside the student the optimiser gets the projectors that have `requires_grad`. With different tokenizers the heads
-    to give are student_head[student_ids] and teacher_head[teacher_ids], by the ids of `align.vocabulary_overlap`.
-    For models in half precision convert t2s and s2t, not the whole module: the inverse behind s2t stays in float32.
-    With several processes average the projectors' gradient too: make them a part of the student, before it is wrapped
+    Besides the student, the optimiser gets the projectors that have `requires_grad`. With different tokenizers, give
+    student_head[student_ids] and teacher_head[teacher_ids] as heads, with the ids of `align.vocabulary_overlap`.
+    For models in half precision, convert t2s and s2t, not the whole module: the inverse behind s2t stays in float32.
+    With several processes, average the projectors' gradient too: make them a part of the student before it is wrapped
     (in DDP with broadcast_buffers=False, or every forward pass sends that inverse, as large as the teacher's head).
-    given: weights {"t2s.weight": ..., "s2t.bias": ...} that take the recipe's place, and are trained (v2's s2t too).
+    given: weights {"t2s.weight": ..., "s2t.bias": ...} that replace the recipe's, and are trained (even v2's s2t).
     """
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""What a run needs around the method: checkpoints, options, processes, downloads."""
+"""What a run needs besides the method: checkpoints, options, processes, downloads."""

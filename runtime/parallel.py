@@ -1,15 +1,15 @@
-"""Several processes, one per device: what `torchrun --nproc_per_node=N train.py ...` adds to a run of one.
+"""Several processes, one per device: what `torchrun --nproc_per_node=N train.py ...` adds to a run of one process.
 
 Every process holds the student, takes its share of each update's examples and computes its part of the loss, which is
-normalised by the totals of all processes. So the parts of the gradient *add up*, after the last backward pass, to the
+normalised by the totals of all processes. So after the last backward pass the parts of the gradient *add up* to the
 gradient of one process with the same examples, and nothing is averaged anywhere.
 
-A model too large for that is sharded (FSDP2): each process keeps 1/N of the matrices of every block, of their gradients
-and of their optimiser state, and holds the whole matrices only of the block that is being computed. Embedding and head
-stay whole on every process, since the losses and projectors read them outside the forward pass; so do norms and biases,
-which are small, and float32 under autocast.
+A model that is too large for that is sharded (FSDP2): each process keeps 1/N of the matrices of every block, of their
+gradients and of their optimiser state, and holds the whole matrices only of the block that is being computed. Embedding
+and head stay whole on every process, because the losses and projectors read them outside the forward pass. So do norms
+and biases, which are small, and float32 under autocast.
 
-Without torchrun every function here does nothing, or what one process would do.
+Without torchrun, every function here does nothing, or what a single process needs.
 """
 
 import json
@@ -36,21 +36,21 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import Decoder, read_json, read_tensors
 
-# Some waits are long and in order: for the teacher's answers of SeqKD, for a checkpoint. torchrun notices a process
-# that has died, whatever this limit is.
+# Some long waits are normal: for the teacher's answers (SeqKD), for a checkpoint. torchrun notices a process that has
+# died, whatever this limit is.
 LONGEST_WAIT = timedelta(days=2)
 
 
-by_torchrun = dist.is_torchelastic_launched  # whether that started this process
+by_torchrun = dist.is_torchelastic_launched  # whether torchrun started this process
 
 
 def launcher() -> str:
-    """How a command begins that runs on as many processes as this one."""
+    """The beginning of a command that runs on as many processes as this one."""
     return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if by_torchrun() else "python"
 
 
 def rank() -> int:
-    """Which process this is; 0 prints and writes."""
+    """The number of this process; process 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,14 +61,14 @@ def world() -> int:
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did. Only process 0 prints. Of an error only the first process
-    that has it tells: the others could say no more than that it is gone."""
+    """Join the processes that torchrun started, if it did. Only process 0 prints. Only the first process that fails
+    reports its error, since the others could only say that this process is gone."""
     if not by_torchrun():
         yield
         return
     local, on_cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if on_cuda and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # from here on "cuda" means this one
+        torch.cuda.set_device(local)  # from here on, "cuda" means this device
     store, number, count = next(dist.rendezvous("env://"))
     store.set_timeout(timedelta(minutes=5))
     options = {"store": store, "rank": number, "world_size": count, "timeout": LONGEST_WAIT}
@@ -82,16 +82,16 @@ def session() -> Iterator[None]:
     except BaseException as error:
         sys.stdout, sys.stderr = outputs
         if isinstance(error, SystemExit) and isinstance(error.code, int):
-            leave(error.code)  # all of them were told to stop, and have said so
+            leave(error.code)  # all processes were told to stop, and have reported it
         try:
             first = store.add("failed", 1) == 1
-        except dist.DistError:  # the process that kept the store is gone already
+        except dist.DistError:  # the process that held the store is already gone
             first = False
         if not first:
-            time.sleep(20)  # torchrun ends this one as soon as it finds the first dead, and repeats that one's error
+            time.sleep(20)  # torchrun ends this process when it finds the first one dead, and repeats that one's error
             sys.exit(1)
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if isinstance(error, SystemExit) and file:  # a mistake of the user's: torchrun repeats the sentence alone
+        if isinstance(error, SystemExit) and file:  # the user's mistake: torchrun repeats only the message
             message = {"message": str(error.code), "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(file).write_text(json.dumps({"message": message}))
         else:
@@ -102,8 +102,8 @@ def session() -> Iterator[None]:
 
 
 def leave(status: int = 0) -> None:
-    """End a process of torchrun without finalising the interpreter, which a thread of gloo that lets go of a tensor
-    then would need, and abort the process. (FSDP keeps the group, so that it cannot be waited for.)"""
+    """End a process of torchrun without finalising the interpreter: a gloo thread that frees a tensor after that would
+    abort the process. (FSDP keeps the process group alive, so there is no way to wait for that thread.)"""
     if by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,7 +111,7 @@ def leave(status: int = 0) -> None:
 
 
 def add_up(numbers: list) -> list:
-    """The sums of these numbers over all processes, each of its own type; exact for integers below 2^53."""
+    """The sums of these numbers over all processes, each with its type; exact for integers below 2^53."""
     if world() == 1:
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, through gloo: no wait for the device
@@ -139,7 +139,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Process 0 does this before all others: what it leaves in a file, they find there."""
+    """Process 0 runs the body before all others, so that they find the files that it writes."""
     if rank() > 0:
         wait_for_all()
     yield
@@ -148,31 +148,31 @@ def main_first() -> Iterator[None]:
 
 
 def seed_process(seed: int, step: int) -> None:
-    """Random draws of this process's own, from update `step` on."""
+    """Seed this process's own random draws, from update `step` on."""
     torch.manual_seed(random.Random(f"{seed} process {rank()} {step}").getrandbits(63))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data parallel: the share of the examples, and what is made of the gradients
+# Data parallel: each process's share of the examples, and the sum of the gradients
 
 
 def share(items: list, process: int) -> list:
-    """A process's part of a list that all of them have; the sizes differ by one at most."""
+    """A process's share of a list that all processes have; the sizes differ by one at most."""
     return items[process :: world()]
 
 
 def start_alike(parameters: list[nn.Parameter]) -> None:
-    """The parameters of process 0 for all, so that a solution or a draw that differs in its last bit does no harm."""
+    """Give all processes the parameters of process 0, since a solution or a draw may differ in its last bit."""
     for parameter in parameters:
         if world() > 1 and not isinstance(parameter, DTensor):
             dist.broadcast(parameter.data, 0)
 
 
 def add_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients over all processes, in place, once per update. (Those of sharded weights are summed already.)
+    """Sum the gradients over all processes, in place, once per update. (Those of sharded weights are already summed.)
 
-    Not by DistributedDataParallel, which averages, needs the whole loss in a module's forward pass, and needs every
-    batch of every process to use the same parameters; here some processes may have fewer examples.
+    DistributedDataParallel would average them. It also needs the whole loss in a module's forward pass, and needs all
+    batches of all processes to use the same parameters, but here some processes may have fewer examples.
     """
     if world() == 1:
         return
@@ -182,8 +182,8 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale the gradients, whole and sharded, so that their norm together, which is returned, is at most `largest`.
-    Raises FloatingPointError if it is not finite."""
+    """Scale the gradients, whole and sharded, so that their joint norm is at most `largest`; returns the norm that they
+    had. Raises FloatingPointError if it is not finite."""
     parts = split_by_placement(parameters)
     norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
     norm = get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
@@ -196,7 +196,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
 
 
 def split_by_placement(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Whole and sharded parameters apart, as fused and foreach kernels need them; no empty list."""
+    """Whole and sharded parameters in separate lists, as fused and foreach kernels need them; no list is empty."""
     parts = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
     return [part for part in parts if part]
 
@@ -213,11 +213,11 @@ def all_finite(parameters: list[nn.Parameter]) -> bool:
 
 
 def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard the matrices of a model's blocks, in place, over all processes; the rest moves to the device as it is.
+    """Shard the matrices of a model's blocks, in place, over all processes; the rest moves to the device unchanged.
 
-    The model is whole on the CPU, and then one block at a time on the device; or on the meta device, to be filled.
-    dtype: what a block's matrices are put together in; with autocast its own, or it would keep a copy of them all.
-    Each process keeps its part as it is, and gradients are summed in float32.
+    The model may be whole on the CPU, and then moves to the device block by block; or on the meta device, to be filled.
+    dtype: in which a block's matrices are gathered; with autocast its dtype, or autocast would keep a copy of them all.
+    Each process's part keeps its own dtype, and gradients are summed in float32.
     """
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)), "reshard_after_forward": True}
     if dtype is not None:
@@ -226,21 +226,21 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn
     whole = set(model.parameters()) - sharded
     for block in model.blocks:
         fully_shard(block, ignored_params=whole, **options)
-        block.set_gradient_divide_factor(1.0)  # sums: see the head of this file
-        block.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
-    # It warns of wrong gradients if what the model returns were changed in place, which nothing here does.
+        block.set_gradient_divide_factor(1.0)  # sums, not means: see the top of this file
+        block.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    # FSDP warns that gradients would be wrong if the model's output were changed in place; nothing here does that.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    fully_shard(model, ignored_params=whole, **options)  # only so that the blocks know of each other
+    fully_shard(model, ignored_params=whole, **options)  # shards nothing more, but links the blocks to each other
     blocks = [*model.blocks]
     for block, next_back in zip(blocks, blocks[:1] + blocks, strict=False):
-        # By itself FSDP goes back through all passes since the last update, also those that sampled or scored; a
-        # process without a prompt to answer made none, and would wait for other weights than the rest. (First: itself.)
+        # By default FSDP prefetches in reverse order of all passes since the last update, even those that sampled or
+        # scored; a process without prompts made none, and would wait for other weights. (The first block gets itself.)
         block.set_modules_to_backward_prefetch([next_back])
     return model if any(p.is_meta for p in whole) else model.to(device)
 
 
 def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
-    """`load_model` for a sharded model: of every tensor of the checkpoint only this process's part is kept."""
+    """`load_model` for a sharded model: keeps only this process's part of each tensor of the checkpoint."""
     with torch.device("meta"):
         m = Decoder(read_json(path / "config.json")).to(dtype)
     shard(m, device).to_empty(device=device)
@@ -251,8 +251,8 @@ def load_sharded(path, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def compile_model(model: nn.Module, graphs: bool = False) -> nn.Module:
-    """The model compiled; a sharded one block by block, as its weights come and go between them. graphs: with a CUDA
-    graph for every shape, so that the processor need not launch a thousand kernels an update."""
+    """Compile the model; a sharded one block by block, because its weights are gathered and freed between the blocks.
+    graphs: with a CUDA graph for every shape, so that the CPU need not launch a thousand kernels per update."""
     if is_sharded(model):
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -266,15 +266,15 @@ def compile_model(model: nn.Module, graphs: bool = False) -> nn.Module:
 
 
 def uses_graphs(o) -> bool:
-    """Whether an update runs as CUDA graphs: where batches have equally many examples, so that `data.collate` can keep
-    shapes few. In float32 a width would cost more than it gains, attention having no kernel for packed sequences."""
+    """Whether an update runs as CUDA graphs: if all batches have equally many examples, so that `data.collate` can keep
+    the shapes few. Not in float32: attention has no packed kernel there, so a fixed width costs more than it gains."""
     few_shapes = o.dtype == "bf16" and not o.tokens_per_batch and not o.shard
     return bool(o.compile) and torch.device(o.device).type == "cuda" and few_shapes
 
 
 def make_gradients(model: nn.Module) -> None:
-    """Gradients of 0, for backward passes to add to. One that a backward pass made itself would lie in a CUDA graph's
-    memory, which the next forward pass overwrites."""
+    """Create gradients of 0, which backward passes then add to. A gradient that a backward pass creates lies in a CUDA
+    graph's memory, which the next forward pass overwrites."""
     for p in model.parameters():
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -285,23 +285,23 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here; a whole one as it is."""
+    """This process's part of a sharded tensor; a whole tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_into(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Copy a whole tensor into a parameter, or this process's part of it into a sharded one; returns the parameter."""
-    if isinstance(parameter, DTensor):  # every process has the whole tensor, so nothing need be sent
+    if isinstance(parameter, DTensor):  # every process has the whole tensor, so there is nothing to send
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return parameter.copy_(tensor)
 
 
 def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights of a module by their names, and the optimiser's state of them as "optimizer.NAME.KEY", on the CPU of
-    process 0; the others get nothing, but all have to call this."""
+    """The weights of a module by name, and the optimiser's state as "optimizer.NAME.KEY", on the CPU of process 0. The
+    other processes get nothing, but all must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(module, options=options)
-    if optimizer.state:  # before the first update it would be made up, by an update with gradients of 0
+    if optimizer.state:  # before the first update torch would create a state, by an update with gradients of 0
         states = get_optimizer_state_dict(module, optimizer, options=options).get("state", {})
         for name, state in states.items():
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
@@ -310,8 +310,8 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 @contextmanager
 def gather_parameters(model: nn.Module) -> Iterator[None]:
-    """Meanwhile every process has all weights of a sharded model, in the dtype of `shard`, and its forward pass waits
-    for nobody: to generate, each at its own pace, and to score. They must not change."""
+    """Inside this context every process holds all weights of a sharded model, in the dtype of `shard`, so that it can
+    generate and score at its own pace, without waiting for other processes. The weights must not change."""
     if not is_sharded(model):
         yield
         return
@@ -319,7 +319,7 @@ def gather_parameters(model: nn.Module) -> Iterator[None]:
     for block in model.blocks:
         block.unshard()
     try:
-        with torch.compiler.set_stance("force_eager"):  # as one process does: lengths and caches of every size
+        with torch.compiler.set_stance("force_eager"):  # as in a single process: lengths and cache sizes vary too much
             yield
     finally:
         model.set_reshard_after_forward(True)

@@ -1,6 +1,6 @@
-"""Adapter files as peft has them, adapter_config.json and adapter_model.safetensors, out and in.
+"""Write and read adapter files in peft's format: adapter_config.json and adapter_model.safetensors.
 
-Plain LoRA only: files with DoRA, rsLoRA, biases or a rank per layer are refused. peft itself is not needed.
+Only plain LoRA: files with DoRA, rsLoRA, biases or a rank per layer are refused. peft itself is not needed.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from runtime.hub import MODEL_FILES, WEIGHT_FILES, model_directory
 from runtime.strict import check_safetensors
 from runtime.tokenizer import say_once
 
-# What peft's configuration may say without changing the computation: used, about other software, or about training.
+# Fields of peft's configuration that are accepted: they are used here, or do not change the computation.
 KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out init_lora_weights task_type
     inference_mode base_model_name_or_path revision peft_version auto_mapping layers_to_transform layers_pattern
     exclude_modules megatron_core qalora_group_size""".split())
-# What makes a model of any adapter, for those that are not read here.
+# The command that merges any adapter into a model, for adapters that cannot be read here.
 MERGE = ('merge it once, python -c "import sys; from peft import AutoPeftModelForCausalLM as P; P.from_pretrained('
          "sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" ADAPTER MODEL, and copy the tokenizer's files "
          "beside it")  # fmt: skip
@@ -36,7 +36,7 @@ def is_gpt2(model: nn.Module) -> bool:
 
 
 def peft_path(model: nn.Module, name: str) -> str:
-    """The path of a layer in transformers' model. model.py calls the stack `blocks`, and has the same names inside."""
+    """The path of a layer in transformers' model. model.py calls the stack `blocks`; the names inside are the same."""
     return re.sub(r"^blocks\.", "transformer.h." if is_gpt2(model) else "model.layers.", name)
 
 
@@ -50,17 +50,17 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, path, base: str | None = None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which peft loads on transformers' model.
+    """Write adapter_config.json and adapter_model.safetensors, which peft loads on top of transformers' model.
 
-    base: name or directory of the model underneath, for those who want to load both at once. Raises ValueError for a
-    model without adapters.
+    base: name or directory of the base model, so that both can be loaded at once. Raises ValueError for a model without
+    adapters.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("save_adapter: the model has no adapters")
     layer = next(iter(layers.values()))
     plain = {name.rpartition(".")[2] for name in linear_layers(model).keys() - layers.keys()}
-    endings = {name: name.rpartition(".")[2] for name in layers}  # the whole path, where not all of one ending have one
+    endings = {name: name.rpartition(".")[2] for name in layers}  # used if all layers with this ending have an adapter
     targets = {peft_path(model, name) if ending in plain else ending for name, ending in endings.items()}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
@@ -76,9 +76,9 @@ def save_adapter(model: nn.Module, path, base: str | None = None) -> None:
 
 
 def load_adapter(model: nn.Module, path) -> nn.Module:
-    """Attach the adapter of such a directory, written here or by peft, to the plain model it was made for. In place;
-    returns the model, frozen but for the adapters. Raises FileNotFoundError for missing files and ValueError, with the
-    model as it was, for an adapter of another model or kind, or a damaged file."""
+    """Attach an adapter that was written here or by peft to the plain model it was made for, in place; returns the
+    model, frozen except for the adapters. Raises FileNotFoundError for missing files, and ValueError for a damaged file
+    or an adapter of another model or kind; the model is then unchanged."""
     rank, alpha, dropout = read_adapter_config(Path(path) / "adapter_config.json")
     adapters = read_adapters(model, Path(path) / "adapter_model.safetensors", rank)
     attach(model, rank, alpha, dropout, targets=list(adapters))
@@ -90,24 +90,24 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether it holds an adapter and no model."""
+    """Whether the directory holds an adapter and no model."""
     weights = [directory / file for file in WEIGHT_FILES[:2]]
     return os.path.isfile(directory / "adapter_config.json") and not any(map(os.path.isfile, weights))
 
 
 def base_of(adapter: Path) -> str:
-    """The name or directory of an adapter's base. Raises FileNotFoundError, saying what it is, if that is not here."""
+    """The name or directory of an adapter's base model. Raises FileNotFoundError, with its name, if it is not here."""
     base = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
     try:
         model_directory(base)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{adapter} is an adapter, and its base is not here: {error}. Put the base's path into "
-                                "base_model_name_or_path of adapter_config.json") from error  # fmt: skip
+        raise FileNotFoundError(f"{adapter} is an adapter whose base model is missing: {error}. Write the path of the "
+                                "base into base_model_name_or_path of adapter_config.json") from error  # fmt: skip
     return base
 
 
 def merge_into(base: Path, adapter: Path) -> Path:
-    """The directory of `base` with the adapter merged into it, in float32: made once, in the user's cache
+    """The directory of `base` with the adapter merged into it, in float32: made only once, in the user's cache
     ($XDG_CACHE_HOME or ~/.cache)."""
     names = [*MODEL_FILES, *WEIGHT_FILES, "adapter_*"]
     files = sorted({file for directory in (base, adapter) for name in names for file in directory.glob(name)})
@@ -121,16 +121,16 @@ def merge_into(base: Path, adapter: Path) -> Path:
             if file.is_file():
                 shutil.copy(file, new)
         os.rename(new, merged)
-    say_once(f"{adapter} is an adapter; with its base {base} it is the model in {merged}")
+    say_once(f"{adapter} is an adapter; merged with its base {base}, the model is in {merged}")
     return merged
 
 
 def read_adapter_config(file: Path) -> list:
-    """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for what is more than plain LoRA."""
+    """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for anything but plain LoRA."""
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: not an adapter of peft_type LORA")
-    # PiSSA, OLoRA and the like also change the weights underneath
+    # PiSSA, OLoRA and similar kinds also change the base model's weights
     wrong = [] if config.get("init_lora_weights") in (True, False, None, "gaussian") else ["init_lora_weights"]
     wrong += [field for field, value in config.items() if field not in KNOWN and value and value != "none"]
     if wrong:
@@ -143,7 +143,7 @@ def read_adapter_config(file: Path) -> list:
 def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str, Tensor]]:
     """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}"""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found (adapters in pickled .bin files are not read: {MERGE})")
+        raise FileNotFoundError(f"{file} not found (pickled .bin files are not read: {MERGE})")
     check_safetensors(file, str(file), "; fetch it again")
     layers = linear_layers(model)
     ours = {peft_path(model, name): name for name in layers}
@@ -151,16 +151,16 @@ def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str
     for key, tensor in load_file(file).items():
         match = KEY.fullmatch(key)
         if re.search(r"\.(lm_head|embed_tokens|wte|wpe)\.", key):
-            raise ValueError(f"{file}: {key} changes the head or an embedding, which is not supported, only plain LoRA "
-                             f"on the layers between: {MERGE}")  # fmt: skip
+            raise ValueError(f"{file}: {key} changes the head or an embedding; only plain LoRA on the layers between "
+                             f"them is supported: {MERGE}")  # fmt: skip
         if match is None or match[1] not in ours:
             raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
-                             "is it an adapter of another model?")  # fmt: skip
+                             "is this an adapter of another model?")  # fmt: skip
         name, letter = ours[match[1]], match[2]
         expected = [rank, layers[name].in_features] if letter == "A" else [layers[name].out_features, rank]
         if list(tensor.shape) != expected:
-            raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}, the model and rank {rank} of "
-                             f"adapter_config.json need {expected}: is it an adapter of another model?")  # fmt: skip
+            raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}, but the model and rank {rank} of "
+                             f"adapter_config.json need {expected}: is this an adapter of another model?")  # fmt: skip
         plain = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         if not plain or not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{file}: tensor {key!r} is quantised ({tensor.dtype}), or has values that are not finite")

@@ -1,4 +1,4 @@
-"""What a run tells people: the model card of its student, and the commands that come next."""
+"""What a run reports: the model card of its student, and the commands that come next."""
 
 import json
 import shlex
@@ -20,20 +20,20 @@ MEASURES = ("rouge_l", "exact_match", "accuracy", "pass_at_1", "cross_entropy") 
 
 
 def base_model(o) -> str | None:
-    """The hub's name of the model that a run's student began as, also through runs between; None if it has none."""
+    """The hub's name of the model that a run's student started from, even through several runs; None without one."""
     run = run_of(o.student)
     return None if o.from_scratch else run.get("base_model") if run else repository_of(o.student)
 
 
 def read_scores(out: Path, record: dict, weights: str | None) -> list[str]:
-    """A line for each score of the student, whose digest is `weights`, that the run directory knows; what eval.py wrote
-    about an earlier checkpoint is left out."""
-    log, step = read_log(out / "log.jsonl"), record.get("best", {}).get("step")  # of the checkpoint in student/
+    """A line for each score in the run directory of the student with digest `weights`; scores that eval.py wrote for an
+    earlier checkpoint are left out."""
+    log, step = read_log(out / "log.jsonl"), record.get("best", {}).get("step")  # step of the checkpoint in student/
     log = [line for line in log if step in (None, line["step"])]
     valid = {name: line[name] for line in log for name in KEPT_BY.values() if name in line}
     lines = [f"- {record['valid']}, held out: {name} {value:.4g}" for name, value in valid.items()]
     for report in map(read_json, sorted(out.glob("eval-*.json"))):
-        if weights and report.get("weights", weights) != weights:  # older reports do not say
+        if weights and report.get("weights", weights) != weights:  # not in older reports
             continue
         scores = {name: report[name] for name in MEASURES if name in report}
         means = (f"{name} {fmean(x) if isinstance(x, list) else x:.4g}" for name, x in scores.items())
@@ -43,8 +43,8 @@ def read_scores(out: Path, record: dict, weights: str | None) -> list[str]:
 
 
 def write_card(out: Path, weights: str | None = None) -> None:
-    """student/README.md, from args.json, log.jsonl and the evaluations beside it; not over one that was edited.
-    weights: the student's `fast.cache.model_digest`, by which scores of an earlier checkpoint are known."""
+    """Write student/README.md from args.json, log.jsonl and the evaluations in the run, unless it was edited.
+    weights: the student's `fast.cache.model_digest`, which tells its scores from those of an earlier checkpoint."""
     file, record = out / "student" / "README.md", read_json(out / "args.json")
     if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
         return
@@ -56,16 +56,16 @@ def write_card(out: Path, weights: str | None = None) -> None:
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": base,
             "datasets": data and [data], "tags": ["knowledge-distillation", how.replace(" ", "-")]}  # fmt: skip
     matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    record = {"processes": 1, **record}  # which older runs do not name
+    record = {"processes": 1, **record}  # older runs do not name it
     names = ["max_steps" if record["max_steps"] else "epochs"]
     names += "batch_size grad_accum processes lr max_len seed".split()
     settings = ", ".join(f"{name} {record[name]}" for name in names)
     start = f"torchrun --nproc_per_node={record['processes']}" if record["processes"] > 1 else "python"
     options = {entry.name: record.get(entry.name, entry.default) for entry in fields(Options) if entry.name != "device"}
-    scores = "\n".join(read_scores(out, record, weights)) or "None is known yet; `eval.py` adds its own here."
+    scores = "\n".join(read_scores(out, record, weights)) or "None yet; `eval.py` adds its scores here."
     text = f"""---
 {matter}
-# license: which one? See "Licence" below.
+# license: to be filled in. See "Licence" below.
 ---
 {MARK}
 
@@ -76,8 +76,8 @@ Settings: {settings}. Papers: [DSKD](https://arxiv.org/abs/2406.17328), [v2](htt
 
 ## Licence
 
-Which licence do the base model {origin}, the teacher and the data have,
-and what do they ask of a model that was made from them? Name it above, as `license:`.
+Check the licences of the base model {origin}, the teacher and the data, and what they require
+of a model made from them. Then name this model's licence above, as `license:`.
 
 ## Scores
 
@@ -91,23 +91,23 @@ and what do they ask of a model that was made from them? Name it above, as `lice
 
 
 def prompt_form(example: Example) -> str:
-    """How prompts like this example's are written, with {} for what a person types."""
+    """The form of prompts like this example's, with {} for the user's text."""
     if example.prompt is None:
         return Example("", [], instruction="{}").prompt_text()
     return "{}" + example.prompt[len(example.prompt.rstrip()) :]
 
 
 def say_next(given: dict, o: Options, line: dict) -> None:
-    """After a run, on standard error: its last losses and scores, and the commands for its student."""
+    """After a run, print on standard error its last losses and scores, and the commands for its student."""
     losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
     test = o.data if o.data in DATASETS else "TEST.jsonl"
-    further = {**RECIPES.get(recipe_name(given), {}), **given}  # a directory's name brings no recipe
+    further = {**RECIPES.get(recipe_name(given), {}), **given}  # a directory as student has no recipe
     for name in ("resume", "from_scratch", "teacher_sft", "task"):
         further.pop(name, None)
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
     if (projectors := Path(o.out) / "projectors.safetensors").is_file():
         further["projectors"] = str(projectors)
-    if line:  # not of a run that was finished before
+    if line:  # a run that was already finished has none
         print(f"after {line['step']} updates: {losses}", file=sys.stderr)
     print(f"""score it:       python eval.py {shlex.quote(o.out)} --data {shlex.quote(test)}
 talk to it:     python eval.py {shlex.quote(o.out)} --prompt "..."

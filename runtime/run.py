@@ -1,8 +1,8 @@
-"""What a run leaves on disk: `args.json`, `log.jsonl`, `student/` for the world, and `resume/` for going on exactly.
+"""What a run writes to disk: `args.json`, `log.jsonl`, `student/` for users, and `resume/` for an exact continuation.
 
-A run may end at any moment, also while it writes. So whatever is read again is written beside its place, brought to the
-disk (fsync: a rename can outlive the contents when the power fails) and only then moved there; of a checkpoint
-resume/state.safetensors is moved last, so that the other files are never older than what a run goes on from.
+A run may be killed at any moment, even while it writes. So each file that is read again is written under another name,
+flushed to disk (fsync, because after a power failure a rename can survive without the contents), and only then renamed.
+Of a checkpoint, resume/state.safetensors is moved last, so the other files are never older than the state resumed from.
 
 `o` holds the options of a run (`Options`), `pieces` its models and data (`Pieces` of load.py).
 """
@@ -43,24 +43,24 @@ from runtime.tokenizer import TextTokenizer, check_size, read_tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
     "added_tokens.json vocab.json merges.txt tokenizer.model"
-).split()  # what a student's directory hands on to what was trained from it
+).split()  # files that are copied from the initial student's directory to the trained student's
 KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
 
 
 def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], score: float | None = None) -> None:
-    """What `write_student` writes, and resume/state.safetensors with all that an exact continuation needs, also
-    `meter`, the counts for the next line of the log. With --keep-best the former only if this update's `score` (None:
-    it was not scored) is the best so far; args.json then has the update and its score. Raises OSError if it cannot be
-    written; the last checkpoint is then untouched.
+    """Write what `write_student` writes, and resume/state.safetensors with everything for an exact continuation, even
+    `meter`, the counts for the next line of the log. With --keep-best, the student is written only if this update's
+    `score` (None: not scored) is the best so far; args.json then has the update and its score. Raises OSError if the
+    files cannot be written; the last checkpoint is then untouched.
 
-    Process 0 writes, but all processes call this. Nothing in the files depends on how the student was sharded, or on
-    the number of processes; but random.*, which has a row for each.
+    Process 0 writes, but all processes call this. The files do not depend on how the student was sharded or on the
+    number of processes, except random.*, which has a row for each process.
     """
     tensors = parallel.gather_state(name_modules(pieces), optimizer)
     tensors |= {f"random.{name}": parallel.gather(state) for name, state in random_state(o.device).items()}
     counted = [name for name, count in meter.items() if isinstance(count, int)]
     meter = meter | dict(zip(counted, parallel.add_up([meter[name] for name in counted]), strict=True))
-    if score is not None and not math.isfinite(score):  # nothing that another update could be compared with
+    if score is not None and not math.isfinite(score):  # it cannot be compared with another update's
         score = None
     if parallel.rank() == 0:
         metadata = {"step": str(step), "meter": json.dumps(meter), "examples": pieces.digest, "frozen": pieces.frozen}
@@ -69,13 +69,13 @@ def save_checkpoint(o, pieces, optimizer, step: int, meter: dict[str, float], sc
 
 
 def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str, str], score: float | None) -> None:
-    """Write all files of `save_checkpoint` beside their places, and then move them there."""
+    """Write all files of `save_checkpoint` into another folder, then move them to their places."""
     out, new = Path(o.out), Path(o.out) / "checkpoint.new"
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
     try:
         with name_file_in_errors(new):
             (new / "resume").mkdir(parents=True)
-            best, sign = best_checkpoint(o), 1 if o.keep_best == "rouge" else -1  # of cross-entropy, less is better
+            best, sign = best_checkpoint(o), 1 if o.keep_best == "rouge" else -1  # a lower cross-entropy is better
             if best is None or (score is not None and sign * score > sign * best[KEPT_BY[o.keep_best]]):
                 write_student(o, pieces, tensors, new)
                 if score is not None:
@@ -87,9 +87,9 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
             save_file(kept, new / "resume" / "state.safetensors", metadata=metadata)
             for path in (out / "log.jsonl", *new.rglob("*")):
                 if path.is_file():
-                    shutil.copymode(out / "log.jsonl", path)  # safetensors' files are their owner's alone
+                    shutil.copymode(out / "log.jsonl", path)  # safetensors writes files that only the owner may read
                 sync(path)
-            # args.json names the best student once that is in its place; the updates that led to it may be done again
+            # args.json names the best student only once that is in place; at worst, a resumed run repeats its updates
             order = {"args.json": 1, "resume": 2}
             for path in sorted(new.iterdir(), key=lambda path: order.get(path.name, 0)):
                 move(path, out / path.name)
@@ -98,14 +98,14 @@ def replace_checkpoint(o, pieces, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def best_checkpoint(o) -> dict | None:
-    """{"step": update, name of the score: its value} of the student that --keep-best has kept so far; else None."""
+    """{"step": update, name of the score: its value} of the student that --keep-best has kept so far, or None."""
     return read_json(Path(o.out) / "args.json").get("best") if o.keep_best else None
 
 
 def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
-    """What the world reads: student/ as a Hugging Face directory, with LoRA's adapters merged; adapter/, where they are
-    alone, as peft has them; and the projectors that are trained. The student in training, which may be sharded, stays
-    as it is: the gathered weights are put into another one."""
+    """Write the files for users: student/ as a Hugging Face directory, with LoRA adapters merged; adapter/, the
+    adapters alone in peft's format; and the trained projectors. The student in training, which may be sharded, is not
+    changed: the gathered weights are put into another model."""
     with torch.device("meta"):
         student = Decoder(pieces.student.config)
         if o.lora:
@@ -128,7 +128,7 @@ def write_student(o, pieces, tensors: dict[str, Tensor], out: Path) -> None:
 
 
 def random_state(device) -> dict[str, Tensor]:
-    """State of torch's random number generators: "cpu", and "cuda" if that is the device."""
+    """The state of torch's random number generators: "cpu", and "cuda" if that is the device."""
     on_cuda = {"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **on_cuda}
 
@@ -140,13 +140,13 @@ def set_random_state(device, state: dict[str, Tensor]) -> None:
 
 
 def name_modules(pieces) -> nn.ModuleDict:
-    """What is trained, under its names in resume/: student.blocks.0..., projectors.t2s.weight, ..."""
+    """The trained modules, with their names in resume/: student.blocks.0..., projectors.t2s.weight, ..."""
     return nn.ModuleDict({"student": pieces.student, "projectors": pieces.method.projectors})
 
 
 def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
-    """Take up the state that `save_checkpoint` left, if any: the number of updates done, and the meter's counts. Raises
-    ValueError for a damaged file, and if the examples, or models that are not trained, have changed since."""
+    """Restore the state that `save_checkpoint` wrote, if any; returns the number of updates done and the meter's
+    counts. Raises ValueError for a damaged file, and if the examples or the untrained models have changed since."""
     path = Path(o.out) / "resume" / "state.safetensors"
     if not path.is_file():
         return 0, {}
@@ -155,35 +155,35 @@ def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         if metadata.get("examples", pieces.digest) != pieces.digest:
             changed = f"examples of {o.data}, or their tokens,"
-        elif parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # older files do not say
+        elif parallel.rank() == 0 and metadata.get("frozen", pieces.frozen) != pieces.frozen:  # missing in older files
             models = [f"--teacher {o.teacher}"] if pieces.teacher_tokenizer else []
             changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
         else:
             return take_up(o, pieces, optimizer, tensors, metadata)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
-    raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; bring these back, or start "
-                     "again with another --out")  # fmt: skip
+    raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; restore the original ones, "
+                     "or start again with another --out")  # fmt: skip
 
 
 @torch.no_grad()
 def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, dict]:
-    """What `restore_checkpoint` returns, after putting weights, optimiser and random states in their places."""
+    """Copy weights, optimiser and random states to their places; returns what `restore_checkpoint` returns."""
     for name, parameter in name_modules(pieces).named_parameters():
         if name.startswith("student.") and not parameter.requires_grad:
-            continue  # a layer under an adapter, which is as it was loaded
+            continue  # a layer under an adapter still has the weights that were loaded
         parallel.copy_into(parameter, tensors[name])
         state = {key: f"optimizer.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
         if not tensors.keys() & state.values():
-            continue  # a projector that is solved, or before the first update
-        for key, saved in state.items():  # copied: not a view of the file, which is soon replaced
+            continue  # a projector that is solved, or a state before the first update
+        for key, saved in state.items():  # a copy, not a view of the file, which will be replaced
             place = torch.empty((), device=o.device) if key == "step" else torch.empty_like(parameter)
             optimizer.state[parameter][key] = parallel.copy_into(place, tensors[saved])
     step, processes = int(metadata["step"]), len(tensors["random.cpu"])
     if processes == parallel.world():
         own = {name: tensors[f"random.{name}"][parallel.rank()].clone() for name in random_state(o.device)}
         set_random_state(o.device, own)
-    else:  # no state for each process: draws that were not made before
+    else:  # another number of processes: new random draws
         parallel.seed_process(o.seed, step)
     meter = dict(json.loads(metadata["meter"]))
     return step, meter if parallel.rank() == 0 else {}
@@ -194,27 +194,27 @@ def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def check_directory(o) -> None:
-    """Raises unless --out is free for a new run or, with --resume, holds this very one."""
+    """Raises unless --out is free for a new run or, with --resume, holds this same run."""
     out = Path(o.out)
     if o.resume:
         check_resumed(o)
     elif out.is_file():
         raise FileExistsError(f"--out {out} is a file: give another --out")
     elif (out / "args.json").exists() or (out / "student").exists():
-        raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to go on with it")
+        raise FileExistsError(f"{out} already holds a run: give another --out, or --resume to continue it")
     place = next(place for place in (out, *out.parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise PermissionError(f"--out {out}: {place} is no directory that can be written to")
+        raise PermissionError(f"--out {out}: {place} is not a writable directory")
     if parallel.rank() == 0 and (out / "resume" / "lock").is_file():  # before the models are loaded
         with lock_directory(out):
             pass
 
 
 def check_resumed(o) -> None:
-    """Raises unless the options are those of the run in --out, but for what leaves its updates as they were. Options
+    """Raises unless the options are those of the run in --out, except those that do not change its updates. Options
     that are None take the value of that run."""
     asked, before = record_of(o), read_record(o)
-    for name, value in asked.items():  # what is left open is as it was, also where it followed from the models
+    for name, value in asked.items():  # an option left open keeps its value, even one that followed from the models
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
@@ -227,12 +227,12 @@ def check_resumed(o) -> None:
 
 
 def read_record(o) -> dict:
-    """args.json of the run in --out. Raises FileNotFoundError if there is none, ValueError for what it cannot say."""
+    """args.json of the run in --out. Raises FileNotFoundError if there is none, ValueError for an impossible value."""
     file = Path(o.out) / "args.json"
     if not file.is_file():
         raise FileNotFoundError(f"--resume: {o.out} holds no run; start without --resume")
-    record = {"processes": 1, "on_policy_after": 0, **read_json(file)}  # which older runs do not name
-    if record.get("lora"):  # older runs, which do not name their layers, adapted them all
+    record = {"processes": 1, "on_policy_after": 0, **read_json(file)}  # older runs do not name these two
+    if record.get("lora"):  # older runs did not name the adapted layers: it was all of them
         record = {"lora_targets": ["all-linear"], **record}
     wrong = [entry.name for entry in fields(o) if not is_value(record.get(entry.name), entry)]
     sizes = "batch_size", "grad_accum", "processes"
@@ -243,21 +243,21 @@ def read_record(o) -> dict:
         if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
             wrong.append("best")
     if wrong:
-        raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is no value of {wrong[0]}")
-    tuned = Path("teacher", "student")  # of --teacher-sft: where a run is now, or how --out spells it, is no option
+        raise ValueError(f"{file}: {record.get(wrong[0])!r:.60} is not a possible value of {wrong[0]}")
+    tuned = Path("teacher", "student")  # with --teacher-sft; the run may have been moved, or --out spelt differently
     if record.get("out") and record.get("teacher") == str(record["out"] / tuned):
         record["teacher"] = str(o.out / tuned)
     return {**record, "out": o.out}
 
 
 def record_of(o) -> dict:
-    """What args.json says."""
+    """The options as args.json records them."""
     device = o.device if not parallel.by_torchrun() else o.device and torch.device(o.device).type
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
 
 
 def is_value(value, entry: Field) -> bool:
-    """Whether an option may have this value, or None. A truth value is no number here, but an integer is a float."""
+    """Whether an option may have this value, or None. Here a bool is not a number, but an int is a float."""
     kinds = get_args(entry.type) or (entry.type,)
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if fits and type(value) is str and entry.name.endswith("_chat"):
@@ -266,7 +266,7 @@ def is_value(value, entry: Field) -> bool:
 
 
 def stored_options(given: dict) -> dict:
-    """With --resume and --out, but no models: the options of the run in --out, as if they were given; else {}."""
+    """The options of the run in --out, as if they were given, for --resume and --out without models; otherwise {}."""
     models = given.keys() & {"student", "teacher", "data"}
     if not given.get("resume") or models or not (Path(given.get("out", "")) / "args.json").is_file():
         return {}
@@ -275,40 +275,40 @@ def stored_options(given: dict) -> dict:
 
 
 def check_update_size(o, before: dict) -> None:
-    """Raises ValueError unless updates are over as many examples as in the run `before`, and so over the same ones."""
+    """Raises ValueError unless an update covers as many examples as in the run `before`, and so the same ones."""
     asked, size = (x["batch_size"] * x["grad_accum"] * x["processes"] for x in (record_of(o), before))
     each, rest = divmod(size, parallel.world())
     if asked == size:
         return
-    was = f"--resume: an update of {o.out} is over {size} examples"
+    was = f"--resume: an update of {o.out} covers {size} examples"
     now = f"{o.batch_size} --grad-accum {o.grad_accum} with {parallel.world()} process(es) makes {asked}"
     if rest:
-        raise ValueError(f"{was}, --batch-size {now}; that number of processes does not divide {size}")
+        raise ValueError(f"{was}, but --batch-size {now}, and that number of processes does not divide {size}")
     fits = max(n for n in range(1, min(each, before["batch_size"]) + 1) if each % n == 0)
-    raise ValueError(f"{was}, --batch-size {now}: use --batch-size {fits} --grad-accum {each // fits}")
+    raise ValueError(f"{was}, but --batch-size {now}: use --batch-size {fits} --grad-accum {each // fits}")
 
 
 def run_of(directory: str | Path) -> dict | None:
-    """The options of the run whose student/ this model directory is; None for any other model."""
+    """If this model directory is the student/ of a run, that run's options, else None."""
     directory = Path(os.path.abspath(directory))
     record = directory.parent / "args.json"
     return read_json(record) if directory.name == "student" and record.is_file() else None
 
 
 def chat_of(directory: str | Path) -> str | None:
-    """The chat template that a model directory was trained with here, which is its own since then, or "none"; None if
-    it was not trained here. `read_chat` refuses those of FORMER."""
+    """The chat template that a model was trained with here: "own" (its files contain the template), "thinking" or
+    "none"; None if it was not trained here. A name of FORMER is returned as it is, and `read_chat` refuses it."""
     record = run_of(directory)
     chat = record and (record.get("student_chat") or "none")
     return chat if chat in (None, "none", "thinking", *FORMER) else "own"
 
 
 def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | None = None) -> TextTokenizer:
-    """The tokenizer of a model directory, with the prompts that the model was trained with here where `chat` and `bos`
-    are None: a run's student has a begin-of-text where its files say so, a model from elsewhere none. Raises ValueError
+    """The tokenizer of a model directory. If `chat` and `bos` are None, prompts are as in the model's training here: a
+    run's student gets a begin-of-text token if its files add one, a model from elsewhere gets none. Raises ValueError
     for a tokenizer that cannot belong to the model."""
     if bos is None:
-        bos = "bos" in (run_of(directory) or {})  # older runs do not say: their files are another model's
+        bos = "bos" in (run_of(directory) or {})  # not in older runs, whose tokenizer files are the initial model's
     rows = read_config(read_json(Path(directory) / "config.json")).vocab_size
     tokenizer = read_tokenizer(directory, chat or chat_of(directory) or "none", bos, rows)
     check_size(tokenizer, rows)
@@ -317,7 +317,7 @@ def tokenizer_of(directory: str | Path, chat: str | None = None, bos: bool | Non
 
 @contextmanager
 def hold_directory(o, facts: dict) -> Iterator[None]:
-    """The run directory with args.json (the options, and these facts), made if need be, for this run alone."""
+    """Hold the run directory, with args.json (the options and these facts), for this run alone; created if missing."""
     if parallel.rank() > 0:
         yield
         return
@@ -325,7 +325,7 @@ def hold_directory(o, facts: dict) -> Iterator[None]:
     (out / "resume").mkdir(parents=True, exist_ok=True)
     with lock_directory(out):
         if not o.resume and (out / "args.json").exists():
-            raise FileExistsError(f"{out} was taken by another run while this one was loading: give another --out")
+            raise FileExistsError(f"another run took {out} while this one was loading: give another --out")
         best = best_checkpoint(o) if o.resume else None
         record = record_of(o) | facts | ({"best": best} if best else {})
         write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
@@ -334,9 +334,9 @@ def hold_directory(o, facts: dict) -> Iterator[None]:
 
 @contextmanager
 def lock_directory(out: Path) -> Iterator[None]:
-    """Raises FileExistsError if another process is in here. The system drops the lock when its process ends, however it
-    does."""
-    import fcntl  # here, for it needs a Unix, which eval.py does not
+    """Raises FileExistsError if another process holds the lock, which the system releases when that process ends, even
+    if it is killed."""
+    import fcntl  # here, because it exists only on Unix, and eval.py also runs elsewhere
 
     with open(out / "resume" / "lock", "a+") as file:
         try:
@@ -347,7 +347,7 @@ def lock_directory(out: Path) -> Iterator[None]:
                 f"{out} is in use by {file.read()}: wait for it or stop it, or give another --out"
             ) from None
         except OSError as error:
-            print(f"{out} cannot be locked ({error}): see that no other run writes there", file=sys.stderr)
+            print(f"{out} cannot be locked ({error}): make sure that no other run writes there", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -355,11 +355,11 @@ def lock_directory(out: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole or not there
+# Files that are either complete or absent
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file or, with an OSError, the one that was there before. Only process 0 writes."""
+    """Write the whole file or, with an OSError, leave the old one in place. Only process 0 writes."""
     if parallel.rank() > 0:
         return
     new = path.with_name(f"{path.name}.new")
@@ -374,18 +374,18 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Says of an error while writing which file it is about, and what to do."""
+    """Add to an error in writing which file it concerns, and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{path} could not be written ({error}); what was saved before is whole: make room there, then run this "
-            "again, a training run with --resume"
+            f"{path} could not be written ({error}). What was saved before is complete: make room, then run the same "
+            "command again, with --resume if it is a training run"
         ) from error
 
 
 def move(source: Path, target: Path) -> None:
-    """Put a file or directory in its place, file by file where there is one; a new directory appears full."""
+    """Move a file or directory to its place: file by file into an existing directory, a new directory in one step."""
     if target.is_dir():
         for path in source.iterdir():
             move(path, target / path.name)
@@ -395,8 +395,8 @@ def move(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    if os.name == "posix":  # elsewhere only an open file can be, not a directory
+    """Flush a file, or the names in a directory, to the disk."""
+    if os.name == "posix":  # elsewhere a directory cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -405,8 +405,7 @@ def sync(path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl, without a last one that was cut off, or is not complete yet. Raises ValueError for any
-    other line that is damaged."""
+    """The lines of a log.jsonl, without an incomplete last line. Raises ValueError for any other damaged line."""
     texts, lines = path.read_bytes().split(b"\n"), []
     for number, text in enumerate(texts, 1):
         try:
@@ -421,13 +420,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Log:
-    """log.jsonl: one JSON object per line, written at once; lines after the point of resumption are dropped. With
-    `tensorboard` the same numbers in its event files, beside it."""
+    """log.jsonl: one JSON object per line, written immediately; lines after the update that is resumed from are
+    dropped. With `tensorboard`, the same numbers also go into event files beside it."""
 
     def __init__(self, path: Path, start: int, tensorboard: bool = False):
         self.path, self.board = path, None
         if tensorboard and parallel.rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # an extra; runtime/strict.py has looked for it
+            from torch.utils.tensorboard import SummaryWriter  # optional; runtime/strict.py has checked that it exists
 
             self.board = SummaryWriter(path.parent / "tensorboard", purge_step=start + 1)
         lines = read_log(path) if start and path.is_file() else []
@@ -445,7 +444,7 @@ class Log:
 
 
 class Stopped(Exception):
-    """A run that was asked to stop has saved its state; `number` is the signal's."""
+    """Raised by a run that was asked to stop, after saving its state; `number` is the signal's."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -454,26 +453,26 @@ class Stopped(Exception):
 
 @contextmanager
 def note_signals() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is only noted, in this list: the loop finishes its update and saves. The
-    next one does what it always does."""
+    """Inside this context the first Ctrl-C or SIGTERM is only noted in the list, so that the loop finishes its update
+    and saves. The second one has its usual effect."""
     noted, before = [], {}
 
     def note(number: int, frame) -> None:
         restore()
         noted.append(number)
         once_more = "once more: stop at once"
-        if parallel.by_torchrun():  # which kills what has not ended by then, also in the middle of saving
-            once_more = "torchrun gives it 30 seconds, or its --shutdown-timeout"
+        if parallel.by_torchrun():  # it then kills the process, even in the middle of saving
+            once_more = "torchrun allows 30 seconds for that, or its --shutdown-timeout"
         text = f"\nstopping: this update is finished and saved first ({once_more})\n"
-        os.write(2, text.encode())  # print could fail here, in the middle of another one
+        os.write(2, text.encode())  # print could fail here, inside another print
 
     def restore() -> None:
         while before:
             signal.signal(*before.popitem())
 
-    if threading.current_thread() is threading.main_thread():  # no other may change what signals do
+    if threading.current_thread() is threading.main_thread():  # other threads may not set signal handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # started with nohup, for instance
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored with nohup, for instance
                 before[number] = signal.signal(number, note)
     try:
         yield noted
@@ -486,14 +485,14 @@ def note_signals() -> Iterator[list[int]]:
 
 
 class Meter:
-    """What the time since the last logged line brought; all processes read it together."""
+    """Counts tokens and time since the last logged line; all processes must call `read` together."""
 
     def __init__(self, seconds=0.0, tokens=0, generating=0.0, generated=0, responses=0):
         self.since, self.tokens = time.perf_counter() - seconds, tokens
         self.generating, self.generated, self.responses = generating, generated, responses
 
     def counts(self) -> dict[str, float]:
-        """For a checkpoint; Meter(**counts) goes on with them."""
+        """The counts for a checkpoint; Meter(**counts) continues from them."""
         counts = {**vars(self), "seconds": time.perf_counter() - self.since}
         del counts["since"]
         return counts
@@ -504,7 +503,7 @@ class Meter:
         self.responses += responses
 
     def read(self, on_policy: bool) -> dict[str, float]:
-        """The keys to log, and a new start. Without a sampled response there is no speed or length of them."""
+        """The keys to log; starts again from 0. Without sampled responses their speed and length are left out."""
         seconds = time.perf_counter() - self.since
         self.tokens, self.generated, self.responses = parallel.add_up([self.tokens, self.generated, self.responses])
         line = {"tokens_per_second": round(self.tokens / seconds, 1)}
@@ -518,8 +517,8 @@ class Meter:
 
 
 class RunDirectory:
-    """A run's directory while its updates are done: its lock, log, progress bar, checkpoints, and Ctrl-C. `start`:
-    updates done before (--resume). `line`: the last that was logged. `meter`: what the next one counts."""
+    """A run's directory during training: its lock, log, progress bar, checkpoints, and Ctrl-C. `start`: the number of
+    updates done before (--resume). `line`: the last line logged. `meter`: the counts for the next one."""
 
     def __init__(self, o, pieces, optimizer, total: int, per_epoch: int, description: str):
         self.o, self.pieces, self.optimizer, self.total, self.per_epoch = o, pieces, optimizer, total, per_epoch
@@ -534,11 +533,11 @@ class RunDirectory:
             if self.o.resume:
                 self.start, self.counts = restore_checkpoint(self.o, self.pieces, self.optimizer)
             if parallel.highest(self.start) != self.start:
-                raise ValueError(f"--resume: {self.o.out} is not the same directory for all processes; they need a "
+                raise ValueError(f"--resume: {self.o.out} is not the same directory in all processes; they need a "
                                  "shared one")  # fmt: skip
             self.log_file = Log(Path(self.o.out) / "log.jsonl", self.start, self.o.tensorboard)
             parallel.start_alike(self.parameters)
-            if not self.start and parallel.rank() > 0:  # dropout of its own
+            if not self.start and parallel.rank() > 0:  # each process has its own dropout
                 parallel.seed_process(self.o.seed, self.start)
             every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
             bar = {"desc": self.description, "unit": "update", "dynamic_ncols": True, "mininterval": every}
@@ -549,7 +548,7 @@ class RunDirectory:
 
     def __exit__(self, kind, *error) -> None:
         self.progress.close()
-        # Process 0 has written the samples; the others have waited for it here, where signals are still noted.
+        # Process 0 has written the samples; the others wait for it here, while signals are still only noted.
         number = self.asked_to_stop() if kind is None else 0
         self.stack.close()
         if kind is not None:
@@ -559,12 +558,12 @@ class RunDirectory:
             about = f"update {best['step']}, which has the best {name}: {best[name]:.4f}"
             print(f"student/ is from {about}", file=sys.stderr)
         if number:
-            raise Stopped(f"stopped after the last update, which is saved in {self.o.out}", number)
+            raise Stopped(f"stopped after the last update; the state is saved in {self.o.out}", number)
 
     def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
-        """After update `done`, over these rows and the ones with sampled responses; a line every --log-every."""
+        """Count update `done`, over these rows and those with sampled responses; a line every --log-every updates."""
         self.meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
-        if self.o.on_policy:  # a response that could not be used left the gold one in its place
+        if self.o.on_policy:  # where a response could not be used, the gold one stayed in its place
             used = sum(new is not row for new, row in zip(sampled, rows, strict=False))
             used, examples = parallel.add_up([used, len(rows)])
             terms["on_policy"] = used / examples
@@ -580,36 +579,36 @@ class RunDirectory:
         self.paused, self.counts = time.perf_counter(), self.meter.counts()
 
     def is_due(self, done: int) -> bool:
-        """Whether a checkpoint is to be written after this update."""
+        """Whether a checkpoint is due after this update."""
         return done % self.every == 0 or done == self.total
 
     def asked_to_stop(self) -> int:
-        """The number of the signal that any process was given; 0 for none."""
+        """The number of the signal that any process received; 0 for none."""
         return parallel.highest(sum(self.signals))
 
     def check_weights(self, done: int) -> None:
-        """Raises FloatingPointError where update `done` left a weight that is not finite."""
+        """Raises FloatingPointError if update `done` left a weight that is not finite."""
         if not parallel.all_finite(self.parameters):
             raise FloatingPointError(
-                f"update {done}: it left weights that are not finite; those in {self.o.out} are from before; a lower "
-                "--lr or --weight-decay may help"
+                f"update {done} left weights that are not finite; {self.o.out} has the last checkpoint before it. A "
+                "lower --lr or --weight-decay may help"
             )
 
     def save(self, done: int, scores: dict[str, float]) -> None:
-        """A checkpoint, after logging the held-out scores. Raises Stopped if the run was asked to stop."""
+        """Log the held-out scores and write a checkpoint. Raises Stopped if the run was asked to stop."""
         if scores:
             self.line |= scores
             self.log_file.write({"step": done, **scores})
         score = scores.get(KEPT_BY.get(self.o.keep_best))
         save_checkpoint(self.o, self.pieces, self.optimizer, done, self.counts, score)
-        self.meter.since += time.perf_counter() - self.paused  # not training
+        self.meter.since += time.perf_counter() - self.paused  # this time was not spent on training
         if number := self.asked_to_stop():
-            raise Stopped(f"stopped after update {done} of {self.total}, which is saved in {self.o.out}", number)
+            raise Stopped(f"stopped after update {done} of {self.total}; the state is saved in {self.o.out}", number)
 
     @contextmanager
     def save_state_on_failure(self, step: int, indices: list[int]) -> Iterator[None]:
-        """Around an update: where it raises a FloatingPointError, the state before it is saved, for whoever looks into
-        it, and the error raised again with the update's examples."""
+        """Around an update: if it raises a FloatingPointError, save the state before it, so that the failure can be
+        reproduced, and raise the error again with the update's examples."""
         o, pieces, random, counts = self.o, self.pieces, random_state(self.o.device), self.meter.counts()
         try:
             yield
@@ -617,9 +616,9 @@ class RunDirectory:
             parameters = [*pieces.student.named_parameters(), *pieces.method.named_parameters()]
             trained = {name: parallel.local_part(p) for name, p in parameters if p.requires_grad}
             spoilt = [name for name, part in trained.items() if not part.isfinite().all()]
-            if parallel.highest(len(spoilt)):  # of a sharded one perhaps only in another process
+            if parallel.highest(len(spoilt)):  # with sharding perhaps only in another process
                 name = spoilt[0] if spoilt else "a parameter"
-                about = f"{name} was not finite before it, so that nothing but the last checkpoint is in {o.out}"
+                about = f"{name} was not finite before this update, so {o.out} keeps the last checkpoint"
             else:
                 set_random_state(o.device, random)
                 save_checkpoint(o, pieces, self.optimizer, step, counts)
@@ -631,7 +630,7 @@ class RunDirectory:
 
 def count_compilations() -> int:
     """How many graphs torch.compile has compiled in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second, and nothing else may need it
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported here, because that takes a second
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
@@ -640,19 +639,19 @@ def count_compilations() -> int:
 
 
 def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
-    """How to continue the command that was given."""
+    """Say how to continue the given command."""
     words = [*parallel.launcher().split(), sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
     embedded = not given.keys() & {"student", "teacher", "data"}
     out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
     if embedded or (out / "args.json").is_file():
-        return f"go on with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
+        return f"continue with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
     if given.get("teacher_sft") and (out / "teacher" / "args.json").is_file():
-        return f"go on with: {shlex.join(words)}"
-    return f"there is nothing yet to go on with; start again with: {shlex.join(words)}"
+        return f"continue with: {shlex.join(words)}"
+    return f"there is nothing to resume yet; start again with: {shlex.join(words)}"
 
 
 def seconds_of_finished_stage(o) -> float | None:
-    """How long the training in --out took, if it is finished. Raises ValueError if its options were others."""
+    """How long the training in --out took, if it is finished. Raises ValueError if its options were different."""
     file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
     if not file.is_file():
         return None
@@ -661,7 +660,7 @@ def seconds_of_finished_stage(o) -> float | None:
     changed = [name for name, value in before.items() if asked.get(name, value) != value]
     if changed:
         was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
-        raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train it again")
+        raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train again")
     return finished["seconds"]
 
 
@@ -671,5 +670,5 @@ def finish_stage(o, seconds: float) -> None:
 
 
 def finished_runs(root: Path) -> dict[str, float]:
-    """Of each finished stage in a directory: its name, and how long it was trained."""
+    """{name of each finished stage in a directory: its training time in seconds}"""
     return {file.parent.name: read_json(file)["seconds"] for file in sorted(root.glob("*/finished.json"))}

@@ -1,7 +1,7 @@
-"""What aligns, for people: two tokenisations over each other, and the aligned share by kind of token.
+"""Show what aligns: two tokenisations one above the other, and the aligned share by kind of token.
 
-Where one vocabulary joins what the other splits (GPT-2 has "48", Qwen and Llama "4" and "8"), exact alignment leaves
-those tokens to the labels alone. An average over all tokens hides that.
+If one vocabulary joins what the other splits (GPT-2 has "48", Qwen and Llama "4" and "8"), exact alignment skips those
+tokens, so the student learns them from the labels alone. An average over all tokens hides that.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def kind_of(token: bytes | None) -> str:
 
 
 def measure_alignment(responses: Iterable[tuple[list[bytes | None], np.ndarray]]) -> dict[str, dict]:
-    """{kind of token, or "all": {tokens, aligned (the share of them), missed (the text of one that is not)}} of the
-    student's response tokens. responses: each one's tokens, and the indices of those that are aligned."""
+    """{kind of token, or "all": {tokens, aligned (their share), missed (the text of one that is not aligned)}} for the
+    student's response tokens. responses: for each, its tokens and the indices of those that are aligned."""
     tokens, aligned, missed = Counter(), Counter(), {}
     for spelt, index in responses:
         kinds = [kind_of(token) for token in spelt]
@@ -53,34 +53,34 @@ def measure_alignment(responses: Iterable[tuple[list[bytes | None], np.ndarray]]
 
 
 def describe_alignment(shares: dict[str, dict]) -> str:
-    """A line of all shares, and a warning for each kind of which less than half as many align as of all tokens."""
+    """A line with all shares, and a warning for each kind whose aligned share is less than half of that of all."""
     parts = [f"{kind} {share['aligned']:.1%} of {share['tokens']:,}" for kind, share in shares.items()]
     lines, everything = [f"aligned tokens of the student's responses: {', '.join(parts)}"], shares["all"]
     for kind, share in shares.items():
         behind = share["aligned"] < everything["aligned"] / 2
         if behind and share["tokens"] >= max(10, everything["tokens"] / 100):
             lines.append(
-                f"warning: the two vocabularies cut {kind} differently (such as {share['missed']}): only "
-                f"{share['aligned']:.1%} align, so ETA teaches next to nothing about them; use --recipe v1 (CMA)"
+                f"warning: the two vocabularies split {kind} differently (such as {share['missed']}): only "
+                f"{share['aligned']:.1%} align, so ETA teaches almost nothing about them; use --recipe v1 (CMA)"
             )
     return "\n".join(lines)
 
 
 def show_token(token: bytes | None) -> str:
-    """A token's bytes as a label: visible spaces and line ends, hexadecimal where they are no text of their own."""
+    """A token's bytes as a label: spaces and line ends are made visible; bytes that are not text are hexadecimal."""
     if token is None:
         return "end"
     try:
         text = token.decode().replace(" ", "␣").replace("\n", "↵")
     except UnicodeDecodeError:
         return token.hex(" ").upper()
-    # fonts often lack glyphs for what lies beyond, and terminals make some of them two columns wide
+    # fonts often lack glyphs beyond this point, and terminals show some of them two columns wide
     return "".join(c if c.isprintable() and ord(c) < 0x2E80 else f"U+{ord(c):X}" for c in text)
 
 
 def show_pairs(teacher: list[bytes | None], student: list[bytes | None], pairs, width: int = 110) -> str:
-    """Both token rows over each other, in lines of at most `width` characters: aligned tokens in a column with | in
-    it, the tokens between them in a column with ×."""
+    """Both rows of tokens, one above the other, in lines of at most `width` characters: aligned tokens share a column
+    marked |, the tokens between them a column marked ×."""
     columns, i, j = [], 0, 0
     for next_i, next_j in [*np.transpose(pairs).tolist(), (len(teacher), len(student))]:
         columns.append((teacher[i:next_i], "×", student[j:next_j]))
@@ -97,7 +97,7 @@ def show_pairs(teacher: list[bytes | None], student: list[bytes | None], pairs, 
 
 
 def find_tokenizer(name: str) -> TextTokenizer:
-    """Of a run, of a model by name or directory, or of a directory with nothing but the tokenizer's files."""
+    """The tokenizer of a run, of a model (name or directory), or of a directory that has only the tokenizer's files."""
     places = [place for place in (Path(name), Path(name, "student")) if (place / "tokenizer.json").is_file()]
     return read_tokenizer(places[0] if places else model_directory(name, weights=False))
 
@@ -106,7 +106,7 @@ def main(description: str, arguments: list[str] | None = None) -> None:
     """The command line of align.py."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="align.py", description=description, formatter_class=form)
-    parser.add_argument("text", metavar="TEXT", help="a response, or a data file, of which the first 1,000 are read")
+    parser.add_argument("text", metavar="TEXT", help="a response, or a data file (its first 1,000 responses are read)")
     parser.add_argument("--teacher", required=True, help="run, model or directory with its tokenizer.json")
     parser.add_argument("--student", required=True, help="the same for the student")
     parser.add_argument("--show", type=int, default=3, help="responses of a data file to print (default: 3)")
@@ -114,7 +114,7 @@ def main(description: str, arguments: list[str] | None = None) -> None:
     try:
         tokenizers = find_tokenizer(o.teacher), find_tokenizer(o.student)
         texts = [o.text]
-        o.text.encode()  # raises ValueError: bytes that are no UTF-8 came here as half surrogate pairs
+        o.text.encode()  # raises ValueError: bytes that are not UTF-8 arrive here as lone surrogates
         if isfile(o.text) or o.text.endswith(".jsonl"):
             texts = [example.outputs[0] for example in read_examples(*data_file(o.text, "train"))[:1000]]
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
+"""A model's tokenizer: the interface that training uses, and how it is read from its files and checked."""
 
 import json
 import re
@@ -15,33 +15,33 @@ from data import Example, Side, cut_prompt
 from model import read_json
 from runtime.chat import FORMER, ChatTemplate
 
-TURNS = [{"role": "user", "content": "An odd question"}, {"role": "assistant", "content": "An odd reply"}]  # to try out
+TURNS = [{"role": "user", "content": "An odd question"}, {"role": "assistant", "content": "An odd reply"}]  # for probes
 
 
 @dataclass(eq=False)
 class TextTokenizer:
-    """A tokenizer as training needs it: plain text in, ids out. `read_tokenizer` makes one of a model's directory."""
+    """A tokenizer as training needs it: plain text in, ids out. `read_tokenizer` reads one from a model's directory."""
 
     directory: Path
     tokenizer: Tokenizer
-    end_ids: list[int]  # all that end a response when the model writes one, end-of-text first
+    end_ids: list[int]  # all ids that end a response when the model writes one; end-of-text is the first
     chat: ChatTemplate | None = None  # None: prompts in the plain template
     prefix: list[int] = field(default_factory=list)  # the ids that begin every prompt (--bos)
 
     def __post_init__(self):
         self.eos_id = self.end_ids[0]  # end-of-text, which follows every response that the model is trained on
         self.bytes = [spelling or b"" for spelling in token_bytes(self.tokenizer)]  # special tokens spell nothing
-        self.bytes[self.eos_id] = None  # also where the vocabulary does not mark end-of-text as special
-        self.size = len(self.bytes)  # all ids are below
+        self.bytes[self.eos_id] = None  # even if the vocabulary does not mark end-of-text as special
+        self.size = len(self.bytes)  # all ids are smaller
 
     def prompt_text(self, example: Example) -> str:
-        """The example's prompt as the model reads it, after `prefix`. Raises ValueError if that would come twice."""
+        """The example's prompt as the model reads it after `prefix`. Raises ValueError if it begins with `prefix`."""
         text = self.chat.prompt_text(example) if self.chat else example.prompt_text()
         begin = self.names(self.prefix)
         if begin and text.startswith(begin):
             raise ValueError(
                 f"{example.where}: the prompt begins with {begin}, which would come twice, since {self.directory} adds "
-                "it to each prompt; take it out of the data, or use --no-bos"
+                "it to each prompt; remove it from the data, or use --no-bos"
             )
         return text
 
@@ -50,17 +50,17 @@ class TextTokenizer:
         return [self.prompt_text(cut_prompt(example, [self], limit)) for example in examples]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: `prefix` and the text, where a special token's name is that token, as in chat templates."""
+        """Ids of a prompt: `prefix` and the text, in which the name of a special token stands for that token."""
         self.tokenizer.encode_special_tokens = False
         return self.prefix + self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a response, where "</s>" is text, not an end."""
+        """Ids of a response, in which "</s>" is text, not an end."""
         self.tokenizer.encode_special_tokens = True
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_examples(self, examples: list[Example]) -> Iterator[Side]:
-        """The examples as the model reads them, whole; encoded on all cores, a thousand at once to save memory."""
+        """The examples as the model reads them, uncut; encoded on all cores, a thousand at once to save memory."""
         for first in range(0, len(examples), 1000):
             part = examples[first : first + 1000]
             self.tokenizer.encode_special_tokens = False  # as in `encode_prompt`
@@ -71,7 +71,7 @@ class TextTokenizer:
                 yield Side(self.prefix + prompt.ids, response.ids + ([self.eos_id] if example.ends else []))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids without special tokens, and without ends, special or not."""
+        """The text of the ids, without special tokens and without ends, whether these are special or not."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids], skip_special_tokens=True)
 
     def spell(self, ids: list[int]) -> list[bytes | None]:
@@ -86,12 +86,12 @@ def read_tokenizer(
     directory: str | Path, chat: str = "none", bos: bool = False, rows: int | None = None
 ) -> TextTokenizer:
     """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
-    name. Raises ValueError naming the file that is wrong.
+    name. Raises ValueError, naming the file, for one that is wrong.
 
-    chat: as in `read_chat`, or "none" for the plain template. What ends a turn in a chat template is end-of-text.
-    rows: the model's embeddings. A special token beyond them, often for padding, is left out, with a note.
-    bos: prompts begin with what tokenizer.json's own template puts before a text (<s> in Llama's, nothing in GPT-2's),
-    unless the chat template begins so by itself.
+    chat: as in `read_chat`, or "none" for the plain template. With a chat template, end-of-text is what ends a turn.
+    rows: the number of the model's embeddings. A special token beyond them, often padding, is left out, with a note.
+    bos: prompts begin with what tokenizer.json's own template puts before a text (<s> for Llama, nothing for GPT-2),
+    unless the chat template already does that.
     """
     directory, file = Path(directory), Path(directory) / "tokenizer.json"
     tokenizer = open_tokenizer(file)
@@ -101,12 +101,12 @@ def read_tokenizer(
         written = template.source if template else ""
         tokenizer = leave_out_tokens(file, tokenizer, rows, tokenizer.id_to_token(end_ids[0]), written)
         end_ids = [end for end in end_ids if tokenizer.id_to_token(end) is not None]
-    added = tokenizer.get_added_tokens_decoder()  # not all files mark ends as special: a response may quote them too
+    added = tokenizer.get_added_tokens_decoder()  # files may not mark ends as special, but responses may quote them
     tokenizer.add_special_tokens([added[end] for end in end_ids if end in added])
     cut_names(tokenizer)
     try:
         read = TextTokenizer(directory, tokenizer, end_ids, template)
-    except ValueError as error:  # of `token_bytes`
+    except ValueError as error:  # from `token_bytes`
         raise ValueError(f"{file}: {error}") from error
     if bos:
         begin, _ = find_template(tokenizer)
@@ -124,28 +124,28 @@ def open_tokenizer(file: Path) -> Tokenizer:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         ids = tokenizer.encode("Größe\n\x00 東京 🦊", add_special_tokens=False).ids
-        tokenizer.decode(ids)  # some defects show only when it is used
+        tokenizer.decode(ids)  # some defects show only in use
         find_template(tokenizer)
-    except BaseException as error:  # the library raises bare Exception, and what it panics with is not even that
+    except BaseException as error:  # the library raises a bare Exception, and its panics are not even that
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
     ids = tokenizer.get_vocab().values()
     largest, distinct = max(ids, default=-1), len(set(ids))
-    if not 0 <= largest < 2**24 or distinct < len(ids):  # all ids are listed, up to the last
-        raise ValueError(f"{file}: {len(ids)} tokens with {distinct} ids up to {largest}: not a vocabulary")
+    if not 0 <= largest < 2**24 or distinct < len(ids):  # bounded, because lists over all ids are made
+        raise ValueError(f"{file}: {len(ids)} tokens have {distinct} ids up to {largest}: not a valid vocabulary")
     return tokenizer
 
 
 def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, written: str) -> Tokenizer:
-    """The tokenizer without the special tokens whose ids are `rows` and above, but for the end and those that the chat
-    template `written` writes."""
+    """The tokenizer without the special tokens whose ids are `rows` or more. The end is kept, and so are the tokens in
+    the source of the chat template, `written`."""
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     beyond = {token: i for token, i in special.items() if i >= rows and token != end and token not in written}
     if not beyond:
         return tokenizer
     named = ", ".join(f"{token} ({i})" for token, i in beyond.items())
-    say_once(f"{file}: the model has no embedding for {named}; left out, their names are text like any other")
+    say_once(f"{file}: the model has no embedding for {named}; these are left out, and their names are ordinary text")
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
     if isinstance(content["model"]["vocab"], dict):
@@ -154,7 +154,7 @@ def leave_out_tokens(file: Path, tokenizer: Tokenizer, rows: int, end: str, writ
 
 
 def cut_names(tokenizer: Tokenizer) -> None:
-    """Unigram finds all pieces of its vocabulary in a text, "</s>" too: special tokens' names are cut in two before."""
+    """Unigram finds every piece of its vocabulary in a text, even "</s>"; so first cut special tokens' names in two."""
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     cuts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
     if isinstance(tokenizer.model, models.Unigram) and cuts:
@@ -164,8 +164,8 @@ def cut_names(tokenizer: Tokenizer) -> None:
 
 
 def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that tokenizer.json's post-processor puts before and behind a text."""
-    bare = Tokenizer(models.WordLevel({"text": 0}, unk_token="text"))  # shows them, whatever the vocabulary is
+    """The ids that tokenizer.json's post-processor puts before and after a text."""
+    bare = Tokenizer(models.WordLevel({"text": 0}, unk_token="text"))  # works for any vocabulary
     if tokenizer.post_processor is not None:
         bare.post_processor = tokenizer.post_processor
     encoding = bare.encode("text")
@@ -174,17 +174,17 @@ def find_template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
-    """The chat template that a model's prompts are put into: "own" is the model's, "thinking" too, with its
-    `enable_thinking`; else the path of another one's file, or of a model directory that has it."""
+    """The chat template for a model's prompts. chat: "own", the model's; "thinking", the same with `enable_thinking`;
+    or the path of a template, or of a model directory that has one."""
     own = find_chat(directory)
     source = own if chat in ("own", "thinking") else find_chat(Path(chat))
     if source is None and chat in ("own", "thinking"):
-        raise ValueError(f"{directory}: no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
-                         "name a path")  # fmt: skip
+        raise ValueError(f"{directory}: no chat template in chat_template.jinja or tokenizer_config.json; give the "
+                         "path of one")  # fmt: skip
     if source is None:
         former = " (which is no longer built in)" * (chat in FORMER)
         raise ValueError(f"{directory}: the chat template {chat!r}{former} is neither own, thinking, none nor a path; "
-                         "for the model's own give own to --chat, --student-chat or --teacher-chat")  # fmt: skip
+                         "for the model's own use --chat, --student-chat or --teacher-chat own")  # fmt: skip
     named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
     tokens = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
     tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
@@ -193,7 +193,7 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
 
 
 def find_chat(path: Path) -> str | None:
-    """The chat template in that file, or of that model's directory; None if there is none."""
+    """The chat template in a file or in a model directory; None if there is none."""
     file = path if path.is_file() else path / "chat_template.jinja"
     if file.is_file():
         try:
@@ -207,10 +207,10 @@ def find_chat(path: Path) -> str | None:
 
 
 def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[int]:
-    """Every id that the chat template or one of the files calls an end, end-of-text first."""
+    """Every id that the chat template or one of the files names as an end; end-of-text is the first."""
     ends, vocabulary = [], tokenizer.get_vocab()
     ids = set(vocabulary.values())
-    if chat is not None:  # the first special token behind an answer
+    if chat is not None:  # the first special token after an answer
         behind = chat.render(TURNS, ask=False).partition(TURNS[1]["content"])[2]
         tokenizer.encode_special_tokens, added = False, tokenizer.get_added_tokens_decoder()
         encoded = tokenizer.encode(behind, add_special_tokens=False).ids
@@ -222,10 +222,10 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
             index = vocabulary.get(end) if isinstance(end, str) else end
             if type(index) is int and index in ids:
                 ends.append(index)
-            elif end is not None and (not ends or type(index) is not int):  # another unknown id is never generated
+            elif end is not None and (not ends or type(index) is not int):  # further unknown ids are never generated
                 raise ValueError(f"{directory / name}: {key} {end!r} is not in tokenizer.json")
     if not ends:
-        raise ValueError(f"{directory}: no end-of-text token: give eos_token in tokenizer_config.json")
+        raise ValueError(f"{directory}: no end-of-text token: add eos_token to tokenizer_config.json")
     return list(dict.fromkeys(ends))
 
 
@@ -234,14 +234,14 @@ def check_size(tokenizer: TextTokenizer, rows: int) -> None:
     if not tokenizer.size <= rows <= 1.1 * tokenizer.size + 1024:  # real vocabularies are padded by a few hundred rows
         without = f" (the first without one is {tokenizer.names([rows])!r})" if rows < tokenizer.size else ""
         raise ValueError(
-            f"{tokenizer.directory}: the tokenizer has ids up to {tokenizer.size - 1}, the model {rows} embeddings; "
-            f"tokenizer.json and model.safetensors do not belong together{without}"
+            f"{tokenizer.directory}: the tokenizer has ids up to {tokenizer.size - 1}, the model has {rows} embeddings"
+            f"; tokenizer.json and model.safetensors do not belong together{without}"
         )
 
 
 def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
-    """How many ids, from 0 on, both vocabularies have for the same tokens; 0 unless they are of one family, where only
-    added tokens follow, and end-of-text is the same."""
+    """How many ids, counted from 0, have the same token in both vocabularies. 0 unless they are of one family: only
+    added tokens may follow these ids, and end-of-text must be the same."""
     vocabularies = [tokenizer.tokenizer.get_vocab() for tokenizer in (teacher, student)]
     apart = vocabularies[0].items() ^ vocabularies[1].items()
     shared = min((index for _, index in apart), default=teacher.size)
@@ -253,28 +253,29 @@ def count_shared(teacher: TextTokenizer, student: TextTokenizer) -> int:
 
 
 def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: bool, bos_is_open: bool) -> None:
-    """A note on standard error where prompts are not in the model's own chat template, or where its texts begin with
-    something and its prompts do not; unless that was decided when it was trained."""
+    """A note on standard error if prompts are not in the model's own chat template, or lack what its tokenizer puts
+    before a text, unless that was decided when the model was trained."""
     chat, directory, notes = tokenizer.chat, tokenizer.directory, []
     end, begin = tokenizer.names([tokenizer.eos_id]), tokenizer.names(find_template(tokenizer.tokenizer)[0])
     if chat and not chat.own:
         marks = re.findall(r"<[^<>\s]{2,40}>|\[/?[A-Z_]+\]", chat.render(TURNS))
         plain = dict.fromkeys(mark for mark in marks if tokenizer.tokenizer.token_to_id(mark) is None)
-        notes = [f"prompts are in {chat.name}, not the model's own" + f"; no tokens: {', '.join(plain)}" * bool(plain)]
+        unknown = f"; its vocabulary lacks {', '.join(plain)}" * bool(plain)
+        notes = [f"prompts are in {chat.name}, not the model's own{unknown}"]
     elif not chat and not chat_is_known and find_chat(directory):
-        notes = [f"prompts are not in the model's chat template; {chat_option} own uses it"]
+        notes = [f"prompts are not in the model's chat template; use it with {chat_option} own"]
     elif not chat and not chat_is_known and re.search("im_end|eot|end_of_turn|<.end.>", end):
-        notes = [f"it ends turns ({end}), but has no chat template"]
+        notes = [f"its end-of-text {end} looks like the end of a turn, but it has no chat template"]
     if not chat and bos_is_open and begin and not tokenizer.prefix:
-        notes += [f"prompts are read without the {begin} that its tokenizer puts before a text (as in the papers' "
-                  "code); --bos adds it"]  # fmt: skip
+        notes += [f"prompts do not begin with the {begin} that its tokenizer puts before a text (nor do they in the "
+                  "papers' code); add it with --bos"]  # fmt: skip
     for note in notes:
         print(f"note: {directory}: {note}", file=sys.stderr)
 
 
 @cache
 def say_once(note: str) -> None:
-    """A note on standard error, the first time that it comes up."""
+    """Print a note on standard error, but only once."""
     print(f"note: {note}", file=sys.stderr)
 
 
@@ -283,5 +284,5 @@ def read_if_there(path: Path) -> dict:
 
 
 def content_of(token):
-    """The text of a token, which these files give as such, or in an object that says more about the token."""
+    """The text of a token, which these files give directly or inside an object with more about the token."""
     return token.get("content") if isinstance(token, dict) else token

@@ -72,7 +72,7 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path):
     before = (tmp_path / "run" / "resume" / "state.safetensors").read_bytes()
     for changed in (lines[1:] + lines[:1], [*lines[:-1], lines[0]], lines[1:]):
         data.write_text("".join(changed))
-        with pytest.raises(SystemExit, match="--resume: the examples of .*train.jsonl.* bring these back"):
+        with pytest.raises(SystemExit, match="--resume: the examples of .*train.jsonl.* restore the original ones"):
             train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
     assert (tmp_path / "run" / "resume" / "state.safetensors").read_bytes() == before
     data.write_text("".join(lines))
@@ -95,7 +95,7 @@ def test_resume_wants_the_same_frozen_models(tiny_task, tmp_path, changed, optio
     written, weights = file.read_bytes(), load_file(file)
     save_file({name: weight + 2**-10 for name, weight in weights.items()}, file)
     if changed:
-        with pytest.raises(SystemExit, match=f"--resume: the weights of --{changed} .*are not .* bring these back"):
+        with pytest.raises(SystemExit, match=f"--resume: the weights of --{changed} .*are not .* restore the original"):
             train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
         file.write_bytes(written)
     train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
@@ -158,7 +158,7 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
     merges = tokenizer["model"]["merges"]
     fewer = {**tokenizer["model"], "merges": merges[:9]}
     (twin / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": fewer}))
-    with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers cut this response differently"):
+    with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers split this response differently"):
         train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
     train.main(arguments(tiny_task, None, dry_run=True, teacher=twin, align="eta"))
     assert json.loads(capsys.readouterr().out)["align_ratio"] < 1
@@ -226,7 +226,7 @@ def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, mon
     """A gold one is refused without --align eta; one that the student sampled leaves the gold one. A label that both
     have, but behind the first that differs, is one among all of the student's."""
     student = with_more_tokens(tiny_task / "student", tmp_path / "student", "the", special=False)
-    with pytest.raises(SystemExit, match="or one has a token of it that the other lacks; use --align eta"):
+    with pytest.raises(SystemExit, match="or one lacks a token of it that the other has; use --align eta"):
         train.main(arguments(tiny_task, None, dry_run=True, teacher=tiny_task / "twin", student=student))
     both = [with_more_tokens(tiny_task / name, tmp_path / f"more-{name}", f"<{name}>") for name in ("twin", "student")]
     both = [with_more_tokens(source, tmp_path / f"both-{source.name}", "the", special=False) for source in both]

@@ -61,8 +61,8 @@ def nothing_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("role, rows, expected", [
-    ("student", 500, "ids up to 899, the model 500 embeddings"),
-    ("teacher", 32000, "the model 32000 embeddings"),
+    ("student", 500, "ids up to 899, the model has 500 embeddings"),
+    ("teacher", 32000, "the model has 32000 embeddings"),
 ])  # fmt: skip
 def test_tokenizer_of_another_model(command, tiny_task, tmp_path, role, rows, expected):
     directory = make_model(tiny_task / role, tmp_path / role, vocab_size=rows)
@@ -145,7 +145,7 @@ TOGETHER = [
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft is for training with a teacher"),
     ({"teacher_sft": True, "method": "kd"}, "vocabularies of one family"),
     ({"teacher_sft": True, "student": "nowhere"}, "nowhere"),
-    ({"teacher_sft": True, "student_chat": "own"}, "no chat template, neither in chat_template.jinja nor"),
+    ({"teacher_sft": True, "student_chat": "own"}, "no chat template in chat_template.jinja or"),
     ({"lora": 4, "lora_alpha": 0}, "--lora-alpha 0.0: must be positive"),
     ({"lora": 4, "lora_alpha": "nan"}, "--lora-alpha nan: must be positive"),
     ({"lora": 4, "lora_dropout": 1}, "--lora-dropout 1.0: must be"),
@@ -242,7 +242,7 @@ def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_l
     shutil.rmtree(run)
     run.write_text("a file")
     assert contains(command(), f"--out {run} is a file")
-    with pytest.raises(SystemExit, match=f"--out {run / 'below'}: {run} is no directory that can be written to"):
+    with pytest.raises(SystemExit, match=f"--out {run / 'below'}: {run} is not a writable directory"):
         train.main(arguments(tiny_task, run / "below"))
 
 

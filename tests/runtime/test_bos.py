@@ -187,7 +187,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
         rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), tokenizer)
         expected = evaluation.held_out_cross_entropy(model.load_model(student), rows, 0)
         assert report["cross_entropy"] == pytest.approx(expected, rel=1e-5) and report["bos"] in ([], [1])
-        return bool(report["bos"]), "--bos adds it" in capsys.readouterr().err
+        return bool(report["bos"]), "add it with --bos" in capsys.readouterr().err
 
     options = {"method": "sft", "teacher": None, "student": kinds["llama"]}
     student = kinds["llama"]
@@ -195,7 +195,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
     assert evaluate(student, "--no-bos") == (False, False)
     for name, bos in (("plain", None), ("begun", True)):
         train.main(arguments(tiny_task, tmp_path / name, bos=bos, **options))
-        assert ("--bos adds it" in capsys.readouterr().err) == (not bos)
+        assert ("add it with --bos" in capsys.readouterr().err) == (not bos)
         student = tmp_path / name / "student"
         assert evaluate(tmp_path / name) == evaluate(student) == (bool(bos), False)
         assert evaluate(student, "--no-bos") == (False, False)

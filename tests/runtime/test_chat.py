@@ -166,7 +166,7 @@ def test_where_a_template_is_found(base):
     assert found(chat_template="one {{ messages[-1].content }}") == "one q"
     assert found(chat_template=several) == "default q" == found(chat_template={"default": several[1]["template"]})
     for nothing in (None, several[:1], []):
-        with pytest.raises(ValueError, match="base: no chat template, neither .* name a path"):
+        with pytest.raises(ValueError, match="base: no chat template in .* give the path of one"):
             found(chat_template=nothing)
     (base / "chat_template.jinja").write_text("file {{ messages[-1].content }}")
     assert found(chat_template=several) == "file q"
@@ -178,7 +178,7 @@ def test_where_a_template_is_found(base):
 def test_what_is_no_template_or_does_not_take_the_turns_is_named(chatting, base):
     for chat, message in [
         ("relu", "base: the chat template 'relu' is neither own, thinking, none nor a path;"),
-        ("qwen2.5", "base: the chat template 'qwen2.5' .* no longer built in.* give own "),
+        ("qwen2.5", "base: the chat template 'qwen2.5' .* no longer built in.* own "),
         (str(chatting / "student"), "is neither own"),
         ("thinking", "base: no chat template"),
     ]:
@@ -313,7 +313,7 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
         evaluation.main([str(directory), *short, *more])
         err = capsys.readouterr().err
         assert ("2 examples in " in err and "student's chat template" in err) == (chat == "own")
-        assert ("prompts are not in the model's chat template; --chat own" in err) == (chat == "none")
+        assert ("prompts are not in the model's chat template; use it with --chat own" in err) == (chat == "none")
         assert report_of(directory, "test-first-2")["chat"] == chat
 
     train.main(arguments(chatting, tmp_path / "next", teacher=out / "student", **LONG))
@@ -326,7 +326,7 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
     # a run of the time when formats had names
     record = json.loads((out / "args.json").read_text())
     (out / "args.json").write_text(json.dumps({**record, "student_chat": "qwen2.5"}))
-    with pytest.raises(SystemExit, match="student: the chat template 'qwen2.5' .* no longer built in.* give own"):
+    with pytest.raises(SystemExit, match="student: the chat template 'qwen2.5' .* no longer built in.* own"):
         evaluation.main([str(out), *short])
     evaluation.main([str(out), *short, "--chat", "own"])
     with pytest.raises(SystemExit, match="no longer built in"):
@@ -340,12 +340,12 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, options, note",
     [
-        ("qwen", {}, "prompts are not in the model's chat template; --student-chat own uses it\n"),
+        ("qwen", {}, "prompts are not in the model's chat template; use it with --student-chat own\n"),
         ("qwen", {"student_chat": "none"}, "prompts are not in the model's chat template"),
         ("qwen", {"student_chat": "own"}, None), ("qwen", {"chat": "thinking"}, None), ("student", {}, None),
         ("qwen", {"chat": SMOLLM}, "smollm2.jinja, not the model's own\n"),
-        ("bare", {"student_chat": SMOLLM}, "not the model's own; no tokens: <|im_start|>, <|im_end|>\n"),
-        ("lost", {}, "ends turns (<|im_end|>), but has no chat template\n"),
+        ("bare", {"student_chat": SMOLLM}, "not the model's own; its vocabulary lacks <|im_start|>, <|im_end|>\n"),
+        ("lost", {}, "its end-of-text <|im_end|> looks like the end of a turn, but it has no chat template\n"),
     ],
 )  # fmt: skip
 def test_a_note_on_prompts_not_in_the_own_template(chatting, tiny_task, tmp_path, capsys, name, options, note):

@@ -220,7 +220,7 @@ def test_one_process_then_two_sharded_ones(out, one):
 
 def test_two_sharded_processes_then_one(tiny_task, out, one):
     options = options_of(tiny_task, out / "two, one", resume=True, batch_size=2)
-    with pytest.raises(ValueError, match="over 4 examples, .* makes 2: use --batch-size 1 --grad-accum 4"):
+    with pytest.raises(ValueError, match="covers 4 examples, .* makes 2: use --batch-size 1 --grad-accum 4"):
         train.train(options)
     train.train(options_of(tiny_task, out / "two, one", resume=True, batch_size=2, grad_accum=2))
     assert same_log(log_of(out / "two, one"), [line for line in log_of(one) if "loss" in line])
@@ -349,8 +349,8 @@ def test_ctrl_c_saves_before_it_ends(tiny_task, tmp_path):
         time.sleep(0.2)
     started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=200)[1]
-    assert "(torchrun gives it 30 seconds, or its --shutdown-timeout)" in error
-    assert "stopped after update" in error and "go on with: torchrun --nproc_per_node=2" in error
+    assert "(torchrun allows 30 seconds for that, or its --shutdown-timeout)" in error
+    assert "stopped after update" in error and "continue with: torchrun --nproc_per_node=2" in error
     done = log_of(tmp_path / "run")[-1]["step"]
     with safe_open(tmp_path / "run" / "resume" / "state.safetensors", "pt") as file:
         assert int(file.metadata()["step"]) == done
@@ -413,5 +413,5 @@ def test_an_update_that_cannot_be_split_says_so(tiny_task, tmp_path, monkeypatch
     with stopped_by_ctrl_c():
         train.train(options_of(tiny_task, tmp_path / "run", batch_size=4))
     monkeypatch.setattr(parallel, "world", lambda: 3)
-    with pytest.raises(ValueError, match="3 process.es. makes 12; that number of processes does not divide 4"):
+    with pytest.raises(ValueError, match="3 process.es. makes 12, and that number of processes does not divide 4"):
         train.check_directory(train.check_options(options_of(tiny_task, tmp_path / "run", batch_size=4, resume=True)))

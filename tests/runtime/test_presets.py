@@ -129,7 +129,7 @@ def test_where_the_settings_come_from_is_said(capsys):
     assert "settings: --epochs 20 --batch-size 32 --lr 0.0005 from the papers' for gpt2;" in said("--student gpt2")
     line = said("--student tinyllama --lr 0.5 --lora 8")
     assert "--epochs 10 --batch-size 32 --lora-alpha 8.0 --lora-dropout 0.1 from the papers' for tinyllama" in line
-    assert "given instead: --lr 0.5 --lora 8;" in line
+    assert "replaced by the command line: --lr 0.5 --lora 8;" in line
     assert "--temperature 1.0 from the papers' for math" in said("--student gpt2 --task math")
     assert said("--student some/model").startswith("settings: none are published for some/model;")
 
@@ -150,7 +150,7 @@ def test_settings_are_stored_and_a_resumed_run_has_the_same(tiny_task, tmp_path,
     train.main(arguments(tiny_task, tmp_path / "run", **options, lr=5e-4, resume=True))  # the recipe's, given
     with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.0005"):
         train.main(arguments(tiny_task, tmp_path / "run", **options, lr=0.1, resume=True))
-    with pytest.raises(SystemExit, match="over 32 examples, --batch-size 128"):
+    with pytest.raises(SystemExit, match="covers 32 examples, but --batch-size 128"):
         train.main([*arguments(tiny_task, tmp_path / "run", **options, resume=True), "--task", "math"])
 
 
@@ -173,9 +173,9 @@ def test_which_teacher_it_is_is_said(tiny_task, tmp_path, presets, capsys):
 
     unknown = said(tmp_path / "a")
     path = tiny_task / "teacher"
-    assert unknown[0].startswith(f"teacher: {path}, of no run (no args.json); whether it knows {tiny_task}/train.jsonl")
+    assert unknown[0].startswith(f"teacher: {path}, not trained here (no args.json); it may not have been")
     published = said(tmp_path / "b", teacher="qwen")
-    assert published[0].startswith(f"teacher: {path}, the model as Qwen/Qwen1.5-1.8B publishes it; it has not been")
+    assert published[0].startswith(f"teacher: {path}, as published in Qwen/Qwen1.5-1.8B; it has not been")
     assert published[2] == f"and then --teacher {tmp_path}/b/teacher/student; --teacher-sft does both"
 
     words = shlex.split(unknown[1])  # the command that is offered is run, but for its length
@@ -237,7 +237,7 @@ def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, caps
         train.main(arguments(tiny_task, tmp_path / "parts", **options))
     assert not (tmp_path / "parts" / "args.json").exists() and len(log_of(tmp_path / "parts" / "teacher")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("go on with: ") and last.endswith("--teacher-sft")
+    assert last.startswith("continue with: ") and last.endswith("--teacher-sft")
     (tmp_path / "parts").rename(tmp_path / "moved")
     train.main(arguments(tiny_task, tmp_path / "moved", **options))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "moved"))

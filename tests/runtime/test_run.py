@@ -245,7 +245,7 @@ def test_what_is_best_may_not_change_between_two_parts_of_a_run(tiny_task, tmp_p
     record = json.loads((run / "args.json").read_text())
     for spoilt in (3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}):
         (run / "args.json").write_text(json.dumps({**record, "best": spoilt}))
-        with pytest.raises(SystemExit, match="args.json: .* is no value of best"):
+        with pytest.raises(SystemExit, match="args.json: .* is not a possible value of best"):
             train.main([*command(tiny_task, run), "--resume"])
 
 
@@ -292,12 +292,12 @@ def whole(tiny_task, tmp_path_factory):
 @pytest.mark.parametrize(
     "name, call, numbers, step, words",
     [
-        ("distil", 3, [signal.SIGTERM], 3, "stopped after update 3 of 5, which is saved in"),
+        ("distil", 3, [signal.SIGTERM], 3, "stopped after update 3 of 5; the state is saved in"),
         ("held_out_cross_entropy", 1, [signal.SIGINT], 2, "stopped after update 2 of 5"),
         ("save_checkpoint", 2, [signal.SIGINT], 4, "stopped after update 4 of 5"),
         ("write_samples", 1, [signal.SIGTERM], 5, "stopped after the last update"),
-        ("distil", 4, [signal.SIGINT] * 2, 2, "stopped at once\ngo on with: python"),  # asked twice
-        ("distil", 1, [signal.SIGINT] * 2, None, "stopped at once\ngo on with: python"),
+        ("distil", 4, [signal.SIGINT] * 2, 2, "stopped at once\ncontinue with: python"),  # asked twice
+        ("distil", 1, [signal.SIGINT] * 2, None, "stopped at once\ncontinue with: python"),
     ],
 )
 def test_asked_to_stop_a_run_saves_first(
@@ -312,7 +312,7 @@ def test_asked_to_stop_a_run_saves_first(
     assert caught.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[numbers[0]]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     error = capsys.readouterr().err
-    [line] = [line for line in error.splitlines() if line.startswith("go on with: python ")]
+    [line] = [line for line in error.splitlines() if line.startswith("continue with: python ")]
     assert words in error and line.endswith(" --resume") and str(run) in line
     assert (step_of(run) if (run / "resume" / "state.safetensors").is_file() else None) == step
     train.main(command(tiny_task, run, **STOPPED, resume=True))
@@ -324,7 +324,7 @@ def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_pat
     with pytest.raises(SystemExit, match="130"):
         train.main(command(tiny_task, tmp_path / "run"))
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("there is nothing yet to go on with; start again with: python")
+    assert message.startswith("there is nothing to resume yet; start again with: python")
     assert "--resume" not in message and not (tmp_path / "run").exists()
 
 
@@ -433,7 +433,7 @@ def test_one_process_at_a_time(tiny_task, tmp_path):
 def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task, tmp_path, at_call):
     run = tmp_path / "run"
     at_call("add_method", 1, lambda *_: train.main(command(tiny_task, run)))
-    with pytest.raises(SystemExit, match=f"{run} was taken by another run"):
+    with pytest.raises(SystemExit, match=f"another run took {run} while"):
         train.main(command(tiny_task, run))
     assert step_of(run) == 2
 
@@ -485,7 +485,7 @@ def test_a_failure_in_the_first_update_leaves_nothing_of_it(tiny_task, whole, tm
 def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, at_call):
     run = tmp_path / "run"
     at_call("distil", 4, lambda o, pieces, *_: pieces.student.blocks[0].ln_2.weight.data[0].fill_(math.nan))
-    with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before it"):
+    with pytest.raises(SystemExit, match="update 4: ce is nan .*ln_2.weight was not finite before this update"):
         train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
 

@@ -44,7 +44,7 @@ def test_a_kind_far_behind_is_warned_of():
     assert shares["words"] == {"tokens": 24, "aligned": 1.0} and shares["all"] == {"tokens": 60, "aligned": 0.8}
     line, warning = describe_alignment(shares).splitlines()
     assert "words 100.0% of 24" in line and "numerals 0.0% of 12" in line and line.endswith("all 80.0% of 60")
-    assert warning.startswith("warning: the two vocabularies cut numerals differently (such as ␣48)")
+    assert warning.startswith("warning: the two vocabularies split numerals differently (such as ␣48)")
     for whole, warned in (3, True), (8, False):  # responses of which all aligns: numerals 3 of 12 and 8 of 12
         mixed = measure_alignment([(STUDENT, pairs[1])] * (12 - whole) + [(STUDENT, np.arange(5))] * whole)
         assert ("\nwarning" in describe_alignment(mixed)) == warned

@@ -52,7 +52,7 @@ def test_which_ids_are_ends(tmp_path, trained_folder, files, expected):
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({}, "no end-of-text token: give eos_token in tokenizer_config.json"),
+        ({}, "no end-of-text token: add eos_token to tokenizer_config.json"),
         ({"config.json": {"eos_token_id": None}}, "no end-of-text token"),
         ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, "tokenizer_config.json: eos_token '<nowhere>' is not"),
         ({"config.json": {"eos_token_id": 50256}}, "config.json: eos_token_id 50256 is not in tokenizer.json"),
@@ -142,7 +142,7 @@ def test_a_tokenizer_belongs_to_models_of_about_its_size(student):
         check_size(student, rows)
     few, many = ("together.*without one", (size - 1, 10)), ("together$", (int(1.1 * size) + 1025, 32000))
     for ending, rows in [(ending, rows) for ending, numbers in (few, many) for rows in numbers]:
-        with pytest.raises(ValueError, match=f"ids up to {size - 1}, the model {rows} embeddings.*not belong {ending}"):
+        with pytest.raises(ValueError, match=f"ids up to {size - 1}, the model has {rows} .*not belong {ending}"):
             check_size(student, rows)
 
 
@@ -160,7 +160,7 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
 
     pad, end = AddedToken("<pad>", special=True), AddedToken("<|im_end|>", special=True)
     found = read(pad, end, **{"generation_config.json": {"eos_token_id": [0, rows + 1]}})
-    assert f"no embedding for <pad> ({rows}), <|im_end|> ({rows + 1}); left out" in capsys.readouterr().err
+    assert f"no embedding for <pad> ({rows}), <|im_end|> ({rows + 1}); these are left out" in capsys.readouterr().err
     assert found.size == rows and found.end_ids == [0] and found.tokenizer.get_vocab() == tokenizer.get_vocab()
     ids = found.encode_prompt("a<pad>b<|im_end|>")
     assert max(ids) < rows and found.decode(ids) == "a<pad>b<|im_end|>"
