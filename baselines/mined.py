@@ -1,8 +1,8 @@
 """Minimum edit distance alignment (MinED, arXiv 2401.10491): tokens that look alike stand for each other.
 
-Positions are paired by dynamic time warping over edit distances (`edit_distance_alignment`); a teacher token becomes
-the student token that is spelt most like it (`edit_distance_map`). Where a student position has a partner that maps to
-its own token, it learns the teacher's distribution, carried over by that map; elsewhere it learns the gold token.
+Positions are paired by dynamic time warping over edit distances (`edit_distance_alignment`); a teacher token maps to
+the student token with the most similar spelling (`edit_distance_map`). If the partner of a student position maps to its
+token, the student learns the teacher's distribution there, translated by the map; elsewhere it learns the gold token.
 
 >>> teacher_index, student_index = edit_distance_alignment([b"sun", b" flower"], [b" sun", b"flow", b"er"])
 >>> list(zip(teacher_index.tolist(), student_index.tolist()))
@@ -30,7 +30,7 @@ from losses import Counts, forward_kl, logits_under
 
 
 def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
-    """MinED's aligned positions: warping pairs the tokens that are *read* there, and they must map to each other."""
+    """MinED's aligned positions: warping pairs the tokens that are *read* there, and these must map to each other."""
     inputs = [np.array(side.prompt[-1:] + side.response[:-1]) for side in (row.teacher, row.student)]
     spellings = token_spellings(teacher.tokenizer), token_spellings(student.tokenizer)
     spelt = [[spelling[i] for i in ids] for spelling, ids in zip(spellings, inputs, strict=True)]
@@ -38,27 +38,26 @@ def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.nd
     equal = edit_distance_ids(teacher, student)[inputs[0][teacher_index]] == inputs[1][student_index]
     theirs, ours = spellings[0][row.teacher.response[0]], spellings[1][row.student.response[0]]
     if theirs == b" " + ours or ours == b" " + theirs:
-        equal &= student_index > 0  # SentencePiece's added space: the teacher would teach a token with it, as in ETA
+        equal &= student_index > 0  # SentencePiece's added space: the teacher would teach a token with it (see ETA)
     return teacher_index[equal], student_index[equal]
 
 
 @functools.lru_cache(maxsize=4)
 def edit_distance_ids(teacher, student) -> np.ndarray:
-    """`edit_distance_map` of two tokenizers, kept in the user's cache ($XDG_CACHE_HOME or ~/.cache) under a name made
-    of both vocabularies, since it may take minutes. A cache that cannot be read or written is reported, and no error.
-    """
+    """`edit_distance_map` of two tokenizers. As it may take minutes, it is kept in the user's cache ($XDG_CACHE_HOME or
+    ~/.cache) under a name derived from both vocabularies. If the cache cannot be read or written, a note says so."""
     names = json.dumps([sorted(tokenizer.tokenizer.get_vocab().items()) for tokenizer in (teacher, student)])
     spelt = repr([token_spellings(tokenizer.tokenizer) for tokenizer in (teacher, student)])
-    key = hashlib.sha256((names + spelt + "2").encode()).hexdigest()[:32]  # 2: of near tokens no byte-fallback
+    key = hashlib.sha256((names + spelt + "2").encode()).hexdigest()[:32]  # 2: byte-fallback tokens come last
     file = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dskd" / f"mined-{key}.npy"
     if file.is_file():
         try:
             mapped = np.load(file, allow_pickle=False)
             if mapped.shape == (teacher.size,) and mapped.dtype == np.int64 and mapped.max() < student.size:
                 return mapped
-            print(f"{file}: not a vocabulary map, made again", file=sys.stderr)
+            print(f"{file}: not a vocabulary map; computing it again", file=sys.stderr)
         except (OSError, ValueError, EOFError) as error:
-            print(f"{file}: cannot be read, made again ({error})", file=sys.stderr)
+            print(f"{file}: cannot be read; computing it again ({error})", file=sys.stderr)
     mapped = edit_distance_map(teacher.tokenizer, student.tokenizer)
     new = file.with_suffix(f".{os.getpid()}.new")
     try:
@@ -67,7 +66,7 @@ def edit_distance_ids(teacher, student) -> np.ndarray:
             np.save(stream, mapped)
         os.replace(new, file)
     except OSError as error:
-        print(f"{file}: cannot be written, the map will be made again next time ({error})", file=sys.stderr)
+        print(f"{file}: cannot be written, so the next run will compute it again ({error})", file=sys.stderr)
     return mapped
 
 
@@ -79,12 +78,12 @@ def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
 
 
 def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
-    """(V_t,) for each teacher token the student token that is spelt the same, else the one of the smallest edit
-    distance, of several the first that is no byte-fallback token; -1 for ids that the teacher's vocabulary does not
-    use. A minute or two for a hundred thousand tokens without an equal."""
+    """(V_t,) for each teacher token the student token with the same spelling, else the one with the smallest edit
+    distance (of several, the first that is not a byte-fallback token); -1 for ids that the teacher's vocabulary does
+    not use. Takes a minute or two for a hundred thousand tokens without an equal one."""
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
     fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
-    ids: dict[tuple[bytes, bool], int] = {}  # where `A` and `<0x41>` spell the same, each goes to its own kind
+    ids: dict[tuple[bytes, bool], int] = {}  # `A` and `<0x41>` spell the same; each maps to its own kind
     for index, key in enumerate(zip(spelt_student, fallback_student, strict=True)):
         ids.setdefault(key, index)
     mapped = np.full(len(spelt), -1, dtype=np.int64)
@@ -103,7 +102,7 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
     bar = {"desc": "MinED vocabulary map", "unit": "part", "leave": False, "delay": 2, "mininterval": every}
     for length, part in tqdm(parts, **bar):
-        if length > reach:  # any text as short as this is within `length` edits, one longer than twice that is not
+        if length > reach:  # any text of up to this length is within `length` edits, but none of over twice that
             reach = length
             near = np.searchsorted(-lengths, -(length + max(length, lengths[-1])))
             near_table = np.ascontiguousarray(table[:, near:])
@@ -115,8 +114,8 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
 
 
 def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(teacher_ids, student_ids): each student token that some teacher token maps to, and the first one that does.
-    Byte-fallback tokens come last: `<0x41>` must not stand in for `A`, though its id is smaller."""
+    """(teacher_ids, student_ids): each student token that a teacher token maps to, and the first teacher token that
+    does. Byte-fallback tokens come last: `<0x41>` must not replace `A`, though its id is smaller."""
     order = np.argsort(np.array(is_byte_fallback(teacher, len(mapped))) | (mapped < 0), kind="stable")
     student_ids, first = np.unique(mapped[order], return_index=True)  # the first occurrence of each
     used = student_ids >= 0
@@ -124,16 +123,16 @@ def mapped_columns(mapped: np.ndarray, teacher: Tokenizer) -> tuple[np.ndarray, 
 
 
 def edit_distance_alignment(teacher: list[bytes], student: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (teacher_index, student_index) by dynamic time warping: of all ways to walk through both token sequences at
-    once, one or both a token further at each step, the one with the smallest sum of edit distances (without spaces); of
-    steps that cost the same, seen from the end, both, the teacher, the student. Only student tokens that meet exactly
-    one teacher token are in a pair; a teacher token may be in several."""
+    """Pairs (teacher_index, student_index) by dynamic time warping. A path advances in one or both token sequences at
+    each step; the one with the smallest sum of edit distances (without spaces) is chosen. If steps cost the same, seen
+    from the end, the order of preference is both, the teacher, the student. Only student tokens that meet exactly one
+    teacher token are paired; a teacher token may be in several pairs."""
     cost = edit_distances([t.replace(b" ", b"") for t in teacher], [s.replace(b" ", b"") for s in student])
     total = np.full((len(teacher) + 1, len(student) + 1), np.inf)  # of the first i and j tokens
     total[0, 0] = 0
     for i, row in enumerate(cost):
         before = np.minimum(total[i, 1:], total[i, :-1])  # a step of the teacher, or of both
-        # total[i+1, j+1] = row[j] + min(before[j], total[i+1, j]), a loop over j that a running minimum spares us
+        # total[i+1, j+1] = row[j] + min(before[j], total[i+1, j]); a running minimum replaces the loop over j
         sums = np.cumsum(row)
         total[i + 1, 1:] = sums + np.minimum.accumulate(before - (sums - row))
     i, j = len(teacher), len(student)
@@ -164,9 +163,9 @@ def _by_length(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Myers' algorithm (1999), in Hyyrö's form, a byte of all texts at a time. A column of the usual table is two words
-    per text: bit i of `plus` (of `minus`) says that entry i + 1 is one more (one less) than entry i. The narrowest word
-    that holds the patterns is the fastest; for more than 64 bytes Python's integers take its place."""
+    """Myers' algorithm (1999) in Hyyrö's form, one byte of all texts at a time. Two words per text encode a column of
+    the usual table: bit i of `plus` (`minus`) is set if entry i + 1 is one more (less) than entry i. The narrowest word
+    that holds the patterns is the fastest; for more than 64 bytes, Python's integers are used."""
     longest = max(map(len, patterns))
     word = np.dtype(next((f"u{bits // 8}" for bits in (8, 16, 32, 64) if longest <= bits), object))
     where = np.zeros((len(patterns), 256), dtype=word)  # bit i: the pattern has this byte at i
@@ -177,7 +176,7 @@ def _edit_distances(patterns: list[bytes], table: np.ndarray, lengths: np.ndarra
     plus = np.repeat(masks, len(lengths), axis=1)  # against an empty text, entry i is i
     minus = np.zeros_like(plus)
     for position in range(lengths[0]):
-        alive = slice(0, np.searchsorted(-lengths, -position))  # texts that have a byte here; they stand in front
+        alive = slice(0, np.searchsorted(-lengths, -position))  # texts that have a byte here: the first ones
         p, m = plus[:, alive], minus[:, alive]
         equal = where.take(table[position, alive], axis=1)
         diagonal = (((equal & p) + p) ^ p) | equal  # where the distance does not grow down the diagonal
@@ -206,12 +205,12 @@ def mined_loss(
     """loss = (1 − kd_rate)·L_gold + kd_rate·Σ q (log q − log p)/N. {ce, correct, kd, loss}
 
     q is the teacher's distribution in the student's vocabulary where a token is aligned, elsewhere 1 at the gold token.
-    `chunk`: so many tokens at a time, whose logits are made again in the backward pass; 0: all at once. The student's
-    logits are only read (in float32 the official code overwrites them with the target: no gradient).
+    `chunk`: the number of tokens at a time, whose logits are computed again in the backward pass; 0: all at once. The
+    student's logits are only read (in float32 the official code overwrites them with the target: no gradient).
     """
 
     def sums(hidden, gold, teacher_hidden=None):
-        """ce, correct and kd of tokens of which each has a partner, or none has."""
+        """ce, correct and kd of tokens that all have a partner, or of which none has."""
         logits = logits_under(hidden, student_head)  # (n, V_s)
         ce, correct = cross_entropy(logits, gold, reduction="sum"), (logits.argmax(-1) == gold).sum()
         if teacher_hidden is None:

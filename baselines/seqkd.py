@@ -1,10 +1,10 @@
-"""Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher answers the training prompts, once, and the
-student is fine-tuned on these answers as if they were gold.
+"""Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher answers the training prompts once, and the student
+is fine-tuned on these answers as if they were gold.
 
-Answers are greedy by default, the cheapest way near the mode of the teacher's distribution (the paper uses a beam).
-They are a data set as any other, with the prompts of the original but for what was cut; an answer that stopped at the
+Answers are greedy by default, the cheapest approximation of the mode of the teacher's distribution (the paper uses a
+beam). They form an ordinary data set with the original prompts, except for what was cut. An answer that stopped at the
 length limit has "end_of_text": false, so that the student does not learn to stop there. The first line also holds the
-recipe, by which a later run knows whether they are the answers that it would get.
+recipe, by which a later run knows whether it would get the same answers.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ def answer_prompts(
 ) -> list[dict]:
     """The lines of a JSONL file with `model`'s responses to the prompts of the examples, in their order.
 
-    teacher, student: the tokenizers; the teacher is asked in its format, and the prompt is written down as the
-    student's format takes it. Empty responses are dropped and counted on standard error. Raises ValueError if all are.
+    teacher, student: the tokenizers. The teacher gets the prompts in its format; they are written as the student's
+    format needs them. Empty responses are dropped and counted on standard error. Raises ValueError if all are empty.
     """
     ids = [teacher.encode_prompt(teacher.prompt_text(example)) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together; the most memory first
@@ -45,8 +45,8 @@ def answer_prompts(
                     lines[i] = {**write_prompt(examples[i], student), "output": text}
                     lines[i] |= {} if ended else {"end_of_text": False}
     unended, dropped = sum("end_of_text" in line for line in lines.values()), len(ids) - len(lines)
-    print(f"seqkd: {len(ids)} answers by the teacher, of which {unended} stopped at --max-len {max_len}, and {dropped} "
-          "empty ones were dropped", file=sys.stderr)  # fmt: skip
+    print(f"seqkd: {len(ids)} answers by the teacher; {unended} stopped at --max-len {max_len}, and {dropped} empty "
+          "ones were dropped", file=sys.stderr)  # fmt: skip
     if not lines:
         raise ValueError(f"{teacher.directory}: all of the teacher's answers are empty")
     return [lines[i] for i in sorted(lines)]
@@ -62,13 +62,13 @@ def write_prompt(example: Example, student) -> dict:
 def make_recipe(
     examples: list[Example], model: Path, teacher, student, max_len: int, temperature: float, seed: int
 ) -> dict:
-    """All that the answers to these examples, cut as they are asked, depend on."""
+    """Everything that the answers to these examples, which are already cut, depend on."""
     prompts = [teacher.prompt_text(example) for example in examples]
     recipe = {
         "teacher": str(model.resolve()), "weights": model_digest(model), "max_len": max_len,
         "temperature": temperature, "seed": seed if temperature else None,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "student_chat": True if student.chat else None,  # so that HumanEval's are written down as messages
+        "student_chat": True if student.chat else None,  # then HumanEval's prompts are written as messages
     }  # fmt: skip
     if teacher.prefix:
         recipe["bos"] = teacher.prefix
@@ -78,7 +78,7 @@ def make_recipe(
 
 
 def read_recipe(file: Path) -> dict | None:
-    """How a file of answers was made, from its first line; None if it is no such file."""
+    """How a file of answers was made, from its first line; None if it is not such a file."""
     with open(file, encoding="utf-8-sig") as stream:
         try:
             recipe = json.loads(stream.readline())["seqkd"]
@@ -88,6 +88,6 @@ def read_recipe(file: Path) -> dict | None:
 
 
 def compare_recipes(before: dict | None, recipe: dict) -> list[str]:
-    """The names of what is not the same in both."""
-    before = {"weights": recipe["weights"], "student_chat": None} | (before or {})  # older files do not say these
+    """The names of the values that differ."""
+    before = {"weights": recipe["weights"], "student_chat": None} | (before or {})  # older files lack these two
     return [name for name in {**recipe, **before} if before.get(name) != recipe.get(name)]

@@ -1,7 +1,7 @@
-"""Universal logit distillation (ULD, arXiv 2402.12030): sorted probabilities, compared place by place.
+"""Universal logit distillation (ULD, arXiv 2402.12030): sorted probabilities, compared rank by rank.
 
-No vocabulary is translated: only how a distribution falls off counts, not which token has which probability. Tokens are
-paired position by position from the start of the response, as far as the shorter of the two goes.
+No vocabulary is translated: only the shape of the sorted distribution counts, not which token has which probability.
+Tokens are paired position by position from the start of the response, up to the end of the shorter one.
 
 >>> import torch
 >>> p, q = torch.tensor([[0.0, 2.0]]).log_softmax(-1), torch.tensor([[2.0, 0.0, -1e9]]).log_softmax(-1)
@@ -19,13 +19,13 @@ from losses import Counts, add_gold, logits_under
 
 
 def pair_by_position(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
-    """Aligned (teacher, student) response positions: equal ones, as far as the shorter response goes."""
+    """Aligned (teacher, student) response positions: equal positions, up to the end of the shorter response."""
     places = np.arange(min(len(row.teacher.response), len(row.student.response)))
     return places, places
 
 
 def universal_logit_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Σ_k |p_k − q_k|, p_k and q_k the k-th largest probability, 0 beyond a vocabulary: (n, V_s), (n, V_t) -> (n,)."""
+    """Σ_k |p_k − q_k| of the k-th largest probabilities, 0 beyond a vocabulary: (n, V_s), (n, V_t) -> (n,)."""
     p, q = (x.sort(-1, descending=True).values for x in (p, q))
     larger = max(p.shape[-1], q.shape[-1])
     p, q = (pad(x, (0, larger - x.shape[-1])) for x in (p, q))
@@ -46,8 +46,8 @@ def uld_loss(
 ) -> dict[str, Tensor]:
     """loss = (1 − kd_rate)·L_gold + kd_rate·Σ distance / N, without temperature. {ce, correct, kd, loss}
 
-    Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0. `chunk`: the
-    fast path, so many tokens at a time, and `fused` as there; 0 is the plain one.
+    Normalised by all student tokens, as in the official code: those beyond the teacher's response add 0. `chunk`: use
+    the fast path with this many tokens at a time, and its `fused`; 0: the plain path.
     """
     tokens = counts.over("tokens")
     if chunk:

@@ -1,4 +1,4 @@
-"""What both examples share: two models and their tokenizers, rows of a file, batches of rows, the states compared.
+"""Shared by both examples: loading two models and their tokenizers, rows of a file, batches of rows, and states.
 
 B examples of a batch, N response tokens in them in a model's own tokenizer, A aligned pairs, d the model's width.
 """
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # in the repository the concept files are one folder up
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # in the repository, the method's files are one folder up
 from align import exact_token_alignment, prediction_map, token_bytes, vocabulary_overlap
 
 
 def parse_options(description: str, arguments: list[str] | None, out: str) -> argparse.Namespace:
-    """The command line, which is the same for both examples."""
+    """The command line, the same for both examples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, help="directory of a model and its tokenizer")
-    parser.add_argument("--teacher", required=True, help="the same")
+    parser.add_argument("--teacher", required=True, help="the same for the teacher")
     parser.add_argument("--data", required=True, help='JSONL file, lines {"prompt": ..., "output": ...}')
     parser.add_argument("--steps", type=int, default=100, help="updates (default: 100)")
     parser.add_argument("--out", default=out, help=f"where the student is saved (default: {out})")
@@ -43,17 +43,17 @@ def load(o: argparse.Namespace) -> tuple:
 
 @torch.no_grad()
 def check_head(directory: str, model: nn.Module) -> None:
-    """Raises ValueError where the logits are not states @ headᵀ, which is all that the losses know."""
+    """Raises ValueError if the logits are not states @ headᵀ, as the losses assume."""
     output = model(input_ids=torch.arange(8)[None], output_hidden_states=True)
     logits = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits, output.logits, rtol=0, atol=1e-3 * logits.abs().max()):
-        raise ValueError(f"{directory}: its logits are more than its states times its head (a bias, a scale, "
-                         "soft-capping), and the losses leave that out")  # fmt: skip
+        raise ValueError(f"{directory}: its logits are not just states times head (there is a bias, a scale or "
+                         "soft-capping), and the losses do not support that")  # fmt: skip
 
 
 def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_rows: int):
     """(student_shared, teacher_shared, student_token): each model's ids of the tokens that both vocabularies have, in
-    the same order; and for each row of the teacher's head the student's id of that token, -1 where it has none."""
+    the same order; and for each row of the teacher's head, the student's id of that token, or -1 if it has none."""
     tokenizers = teacher.backend_tokenizer, student.backend_tokenizer
     ends = teacher.eos_token_id, student.eos_token_id
     teacher_shared, student_shared = vocabulary_overlap(*tokenizers, *ends)
@@ -64,8 +64,8 @@ def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTo
 def read_rows(
     file: str, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, max_len: int
 ) -> list[dict]:
-    """One row per line {"prompt", "output"} of a JSONL file: the prompt and the response in each model's tokens, and
-    which response tokens are paired. Lines longer than `max_len` tokens are left out."""
+    """One row per line {"prompt", "output"} of a JSONL file: prompt and response in each model's tokens, and which
+    response tokens are paired. Lines of more than `max_len` tokens are left out."""
     tokenizers = {"student": student, "teacher": teacher}
     spelling = {model: token_bytes(tokenizer.backend_tokenizer) for model, tokenizer in tokenizers.items()}
     rows = []
@@ -79,8 +79,8 @@ def read_rows(
             prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
             response = tokenizer(example["output"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if not prompt or tokenizer.eos_token_id is None:
-                raise ValueError(f"{file}, line {number}: the {model} needs a prompt with a token, which predicts the "
-                                 "response's first, and a tokenizer with end-of-text")  # fmt: skip
+                raise ValueError(f"{file}, line {number}: the {model} needs a prompt of at least one token, to predict "
+                                 "the response's first, and a tokenizer with end-of-text")  # fmt: skip
             response = response + [tokenizer.eos_token_id]
             row[model] = prompt, response
             # None is end-of-text, in both vocabularies; other special tokens spell nothing
@@ -95,7 +95,7 @@ def read_rows(
 
 
 def collate(rows: list[dict], device: str = "cpu") -> dict[str, dict[str, Tensor]]:
-    """{"student": ..., "teacher": ...}, for each model what it reads, where it predicts, and what is paired."""
+    """{"student": ..., "teacher": ...}: for each model what it reads, where it predicts, and what is paired."""
     return {model: collate_side(rows, model, device) for model in ("student", "teacher")}
 
 
@@ -114,7 +114,7 @@ def collate_side(rows: list[dict], model: str, device: str) -> dict[str, Tensor]
         # the shift: a position predicts the next token, so the last prompt token predicts the first response token
         first = i * width + len(prompt) - 1
         positions += range(first, first + len(response))
-        # pairs are counted from the start of their response, which in the batch follows those of the rows before it
+        # indices of pairs count from the start of a response, which in the batch follows the responses before it
         paired += [len(labels) + index for index in row["paired"][model]]
         labels += response
     side = {"labels": labels, "positions": positions, "paired": paired}
@@ -124,7 +124,7 @@ def collate_side(rows: list[dict], model: str, device: str) -> dict[str, Tensor]
 
 def predicting_states(model: nn.Module, side: dict[str, Tensor]) -> Tensor:
     """(N, d) the states that predict the response tokens. The last of `hidden_states` comes after the final norm: it is
-    what the head reads. The losses compute the logits that they need, so the model computes one position's alone."""
+    what the head reads. The losses compute the logits that they need, so the model computes only one position's."""
     read = {"input_ids": side["input_ids"], "attention_mask": side["attention_mask"]}
     output = model(**read, output_hidden_states=True, use_cache=False, logits_to_keep=1)
     return output.hidden_states[-1].flatten(0, 1)[side["positions"]]  # (B, T, d) -> (B·T, d) -> (N, d)

@@ -1,4 +1,4 @@
-"""DSKD v2 with exact token alignment as a `transformers.Trainer`, for two models of different tokenizers.
+"""DSKD v2 with exact token alignment as a `transformers.Trainer`, for two models with different tokenizers.
 
     python examples/trainer.py --student DIR --teacher DIR --data FILE.jsonl --steps 100
 
@@ -16,7 +16,7 @@ from projector import Projectors
 class DSKDTrainer(Trainer):
     """Trains on batches of `collate`; it does not evaluate. The projectors become part of the student, so that the
     Trainer trains, clips, synchronises and checkpoints them with it; delete them before you save the finished student.
-    Of a student with `peft`'s adapters a checkpoint holds these alone: save and restore projectors.t2s beside it.
+    If the student has `peft` adapters, a checkpoint holds only these: save and restore projectors.t2s separately.
     """
 
     def __init__(self, model, *args, teacher, tokenizers, **kwargs):
@@ -35,12 +35,12 @@ class DSKDTrainer(Trainer):
 
     @torch.no_grad()
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of the next update, with what the teacher says about each. The normalisers are totals over
-        all of them. They do not depend on the student's states, so they are known before the first loss."""
+        """The micro-batches of the next update, each with the teacher's states and predictions. The normalisers are
+        totals over all of them; they do not depend on the student's states, so they are known before the first loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         projectors = self.model.projectors
         student_head = self.model.get_output_embeddings().weight  # (V_s, d)
-        # s2t is not trained: it is solved again for the student's head as it is now
+        # s2t is not trained: it is solved again for the student's current head
         projectors.refresh_s2t(student_head[self.student_shared].float())
         totals = torch.zeros(3, device=device)
         with self.accelerator.autocast():
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         gradient_accumulation_steps=2,
         logging_steps=10,
         save_strategy="no",
-        remove_unused_columns=False,  # the rows have other names than the model's arguments
+        remove_unused_columns=False,  # the names in the rows are not those of the model's arguments
         ddp_find_unused_parameters=False,  # the heads and the projectors are used outside the model's forward
         ddp_broadcast_buffers=False,  # the inverse behind s2t, as large as the teacher's head, is the same everywhere
         report_to="none",

@@ -1,4 +1,4 @@
-"""DSKD v2 with exact token alignment in a plain loop, for two `transformers` models of different tokenizers.
+"""DSKD v2 with exact token alignment in a plain loop, for two `transformers` models with different tokenizers.
 
     python examples/transformers_loop.py --student DIR --teacher DIR --data FILE.jsonl --steps 100
 
@@ -25,7 +25,7 @@ def compute_terms(student, teacher, projectors: Projectors, student_shared, stud
         teacher_hidden = teacher_hidden[known]  # (A, D) -> (K, D)
         label = label[known]
         rows = batch["student"]["paired"][known]
-        # s2t is not trained: it is solved again for the student's head as it is now
+        # s2t is not trained: it is solved again for the student's current head
         projectors.refresh_s2t(student_head[student_shared].float())
     student_hidden = predicting_states(student, batch["student"])  # (N, d)
     t2s_hidden = projectors.t2s(teacher_hidden)  # (K, D) -> (K, d)
@@ -40,13 +40,13 @@ def compute_terms(student, teacher, projectors: Projectors, student_shared, stud
 
 
 def distil(student, teacher, tokenizers, rows: list[dict], steps: int, batch_size: int, lr: float) -> Projectors:
-    """Train on the rows in order, printing a line per update; returns the projectors."""
+    """Train on the rows in order and print a line per update; returns the projectors."""
     student_head = student.get_output_embeddings().weight
     teacher_head = teacher.get_output_embeddings().weight
     student_shared, teacher_shared, student_token = compare_vocabularies(*tokenizers, len(teacher_head))
     student_token = student_token.to(student.device)
     projectors = Projectors(student_head[student_shared].float(), teacher_head[teacher_shared].float())
-    trained = [*student.parameters(), *projectors.t2s.parameters()]  # s2t is solved, the teacher frozen
+    trained = [*student.parameters(), *projectors.t2s.parameters()]  # s2t is solved, and the teacher is frozen
     optimizer = torch.optim.AdamW(trained, lr=lr)
     for step in range(steps):
         first = step * batch_size % len(rows)

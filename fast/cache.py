@@ -1,20 +1,20 @@
-"""The teacher's hidden states on disk: computed once, then read; a run that finds them does not load its body at all.
+"""The teacher's hidden states on disk: computed once, then read. A run that finds them loads only the teacher's head.
 
-Of a frozen teacher, distillation needs the hidden states at the response positions, the head, and the embeddings. The
-head and the embeddings are small; the states never change. So they are computed before the first update, while the
-teacher has the device to itself, and every epoch and every later run reads them. Under the given directory, in KEY/:
+From a frozen teacher, distillation needs the hidden states at the response positions, the head, and the embeddings.
+Head and embeddings are small, and the states never change. So the states are computed before the first update, while
+the teacher has the device to itself; every epoch and every later run reads them. In KEY/, inside the given directory:
 
     states.bin         M tokens × D, bfloat16, one example after the other, the teacher's longest first
-    predictions-V.bin  M tokens, int32: the arg-max over V rows of the head, for methods that ask for it (DSKD v2)
-    *.json             how many examples of that file are done, and the SHA-256 of what they are
+    predictions-V.bin  M tokens, int32: the arg-max over V rows of the head, for methods that need it (DSKD v2)
+    *.json             how many examples in that file are done, and the SHA-256 of their contents
 
-KEY is the SHA-256 of all that the states depend on: the teacher's config.json and weights, the arithmetic (fp32 or
-bf16), and the ids of every example as the teacher reads them, which say all that matters of its tokenizer, the data,
-the template and the length limits. Whatever else a run is, student, method, alignment or learning rate, it shares them;
-so the order of the examples in the files must follow from these ids alone.
+KEY is the SHA-256 of everything that the states depend on: the teacher's config.json and weights, the arithmetic (fp32
+or bf16), and the ids of every example as the teacher reads them. These ids reflect its tokenizer, the data, the
+template and the length limits. Runs with another student, method, alignment or learning rate share the files, so the
+order of the examples in them must depend on these ids alone.
 
 bfloat16 is what a bf16 run computes with anyway. A float32 run gets the numbers of a teacher whose states are rounded
-to bfloat16 (8 significant bits); predictions are taken from the rounded states, so that the two belong together.
+to bfloat16 (8 significant bits). Predictions are made from the rounded states, so that both are consistent.
 """
 
 import functools
@@ -37,25 +37,25 @@ from data import Row, collate_side
 from losses import predict_tokens
 from model import checkpoint_files, hidden_at, load_model, read_config, read_json
 
-RECORD_EVERY = 10.0  # seconds; what a killed fill loses at most
+RECORD_EVERY = 10.0  # seconds of work that are lost at most if the process is killed while filling the cache
 
 
 class TeacherCache:
     """The cache of one teacher on one list of rows."""
 
     def __init__(self, root: str | Path, teacher: Path, rows: list[Row], dtype: torch.dtype, device, batch_size: int):
-        """dtype: of the teacher's weights; with bfloat16 it runs under autocast, as in training."""
+        """dtype: of the teacher's weights; with bfloat16 the teacher runs under autocast, as in training."""
         self.teacher, self.dtype, self.device, self.batch_size = teacher, dtype, device, batch_size
-        # Little padding, and the most memory is needed first. The student's lengths have no say, since another student
-        # reads the same file. Rows of equal length stay in the order of the data, which the key covers.
+        # By length: little padding, and the largest memory need comes first. Not by the student's lengths, because
+        # other students read the same file. Rows of equal length keep the order of the data, which is part of the key.
         self.rows = sorted(rows, key=lambda row: len(row.teacher), reverse=True)
         self.folder = Path(root) / cache_key(teacher, rows, dtype)
 
     def attach_states(self, compiled: bool = False) -> None:
-        """Give every row its `states`, computed now unless they are there. Raises ValueError as `stored` does."""
+        """Give every row its `states`, computed now if they are missing. Raises ValueError as `stored` does."""
 
         @functools.cache
-        def teacher():  # loaded only if something is missing, and freed on return
+        def teacher():  # loaded only if states are missing, and freed on return
             model = load_model(self.teacher, self.dtype, self.device).requires_grad_(False)
             return torch.compile(model, dynamic=True) if compiled else model
 
@@ -71,7 +71,7 @@ class TeacherCache:
             row.states = states
 
     def attach_predictions(self, head: torch.Tensor) -> None:
-        """Give every row, which has states, its `predictions` under `head` (V, D), likewise."""
+        """Likewise give every row, which must have states, its `predictions` under `head` (V, D)."""
 
         @torch.no_grad()
         def compute(rows: list[Row]) -> np.ndarray:
@@ -89,14 +89,14 @@ class TeacherCache:
     def stored(self, name: str, kind: type, shape: tuple, compute: Callable) -> list[np.ndarray]:
         """One array (M, *shape) of dtype `kind` per row, mapped from the file `name`.
 
-        Rows that are not in it yet are appended: `compute` takes some rows and returns their arrays, concatenated. The
-        record beside the file says how many rows are done, and is replaced only after these are on disk: what it does
-        not vouch for is dropped and made again. Raises ValueError if the file is not what the record says, or if the
-        disk has no room; another process that is filling the file is waited for.
+        Missing rows are appended: `compute` takes some rows and returns their arrays, concatenated. The record beside
+        the file says how many rows are done, and is replaced only after these are on disk; anything beyond them is
+        dropped and computed again. Raises ValueError if the file does not match its record, or if the disk is too
+        small. Waits while another process is filling the file.
         """
         file, record = self.folder / name, (self.folder / name).with_suffix(".json")
         lengths = [len(row.teacher.response) for row in self.rows]
-        tokens = [0, *accumulate(lengths)]  # before each row, and of all
+        tokens = [0, *accumulate(lengths)]  # the number of tokens before each row, and in all rows
         token_bytes = np.dtype(kind).itemsize * int(np.prod(shape))
         self.folder.mkdir(parents=True, exist_ok=True)
         with name_in_errors(file), open(file, "a+b") as stream:
@@ -108,8 +108,8 @@ class TeacherCache:
                 print(about + f", {gigabytes(missing)} to go" * (done > 0), file=sys.stderr)
                 free = shutil.disk_usage(self.folder).free
                 if missing > free:
-                    raise ValueError(f"{about}; the disk has {gigabytes(free)} left, and {gigabytes(missing)} are "
-                                     "missing: give another directory")  # fmt: skip
+                    raise ValueError(f"{about}; the disk has {gigabytes(free)} left, but {gigabytes(missing)} are "
+                                     "needed: give another directory")  # fmt: skip
                 stream.truncate(tokens[done] * token_bytes)
             saved, every = time.monotonic(), 0.1 if sys.stderr.isatty() else 30  # seconds
             progress = tqdm(total=len(self.rows), initial=done, desc=name, unit="example", mininterval=every,
@@ -131,10 +131,10 @@ class TeacherCache:
         return [array[first : first + length] for first, length in zip(tokens, lengths, strict=False)]
 
     def verify(self, stream, file: Path, record: Path, ends: list[int]):
-        """The number of rows in the file that its record vouches for, and the hash of them, compared with the record's.
-        ends: bytes before each row, and of all."""
+        """The number of rows that are done according to the record, and their hash, checked against the record's. ends:
+        the number of bytes before each row, and of all rows."""
         done, expected, hasher = 0, hashlib.sha256().hexdigest(), hashlib.sha256()
-        damaged = ValueError(f"{file} is not what was written there: delete {self.folder}, and it is made again")
+        damaged = ValueError(f"{file} is damaged or was changed: delete {self.folder}, and the next run fills it again")
         if record.is_file():
             try:
                 content = json.loads(record.read_text())
@@ -155,8 +155,8 @@ class TeacherCache:
 
 
 def cache_key(teacher: Path, rows: list[Row], dtype: torch.dtype) -> str:
-    """The name under which the teacher's states on these rows are kept; reads the whole weights."""
-    # Version 2: the order of the rows no longer depends on the student. Files of version 1 are not believed.
+    """The name under which the teacher's states on these rows are kept; reads all of the weights."""
+    # Version 2: the order of the rows no longer depends on the student. Files of version 1 are not used.
     hasher = hashlib.sha256(f"teacher states, version 2, {dtype}, {model_digest(teacher)}".encode())
     for row in rows:
         ids = [len(row.teacher.prompt), len(row.teacher.response), *row.teacher.prompt, *row.teacher.response]
@@ -165,7 +165,7 @@ def cache_key(teacher: Path, rows: list[Row], dtype: torch.dtype) -> str:
 
 
 def model_digest(*directories: Path) -> str:
-    """sha256 of what these models are, wherever they lie: config.json and the weights, all of which it reads."""
+    """sha256 of the models' contents, wherever they are stored: config.json and the weights, all of which it reads."""
     hasher = hashlib.sha256()
     for file in (file for path in directories for file in (path / "config.json", *checkpoint_files(path))):
         content = hashlib.sha256()
@@ -177,26 +177,26 @@ def model_digest(*directories: Path) -> str:
 
 
 def wait_for_lock(stream, file: Path) -> None:
-    """Own the open file until it is closed, or its process ends."""
-    import fcntl  # here, for it needs a Unix, which eval.py does not
+    """Lock the open file until it is closed, or the process ends."""
+    import fcntl  # here, because it exists only on Unix, and eval.py also runs elsewhere
 
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"{file}: another run is at it, waiting", file=sys.stderr)
+        print(f"{file}: waiting for another run that uses it", file=sys.stderr)
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 @contextmanager
 def name_in_errors(file: Path) -> Iterator[None]:
-    """Says of a disk that has become full which file has no room."""
+    """Add to an error in writing, such as a full disk, which file it concerns."""
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno is None:  # it says by itself what it is about
+        if error.filename or error.errno is None:  # the message already names a file
             raise
-        raise OSError(f"{file} could not be written ({error.strerror}); what its record vouches for is kept: make room "
-                      "there, then run this again") from error  # fmt: skip
+        raise OSError(f"{file} could not be written ({error.strerror}); the examples that are done are kept: make "
+                      "room, then run the same command again") from error  # fmt: skip
 
 
 def write_record(record: Path, content: dict) -> None:

@@ -1,9 +1,9 @@
-"""Products on a CPU by oneDNN, which PyTorch is built with, where that is faster than what PyTorch does by itself.
+"""Matrix products on a CPU with oneDNN, which PyTorch contains, where that is faster than PyTorch's default.
 
-MKL has no fast kernels for some of AMD's processors: a float32 product takes twice as long there as oneDNN's, which
-PyTorch uses for bf16 only; on Intel's the two are equal. Values are the same up to the order of summation. There is no
-public switch, so `by_onednn` puts PyTorch's own internal function in the place of `torch.mm` and `torch.addmm`, below
-autograd, where `onednn_is_faster` has measured that this pays.
+MKL, the default, has no fast kernels for some AMD processors: there a float32 product takes twice as long as with
+oneDNN, which PyTorch uses only for bf16. On Intel processors the two are equal. Values are the same up to the order of
+summation. There is no public switch, so `by_onednn` replaces `torch.mm` and `torch.addmm`, below autograd, by PyTorch's
+own internal function, if `onednn_is_faster` has measured that this pays.
 """
 
 import ctypes
@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What is compiled for a shape is kept, twice: by oneDNN, and by the layer between it and PyTorch, 1,024 of each. Where
-# batches are of many lengths that is most of a gigabyte, and no faster than this. Both look here when first used.
+# Kernels compiled for a shape are cached twice, by oneDNN and by the layer between it and PyTorch, 1,024 each. If
+# batches have many lengths that takes most of a gigabyte, and is no faster than this. Both read these when first used.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
-SMALLEST = 2**20  # multiplications below which the way through Python costs more than it saves
+SMALLEST = 2**20  # multiplications; for smaller products the detour through Python costs more than it saves
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN needs less than 0.65 of the time that PyTorch's own way needs for a float32 product, by the best
-    of six each, in turns: a thirtieth of a second, once per process. A busy machine must not change the answer, and
-    with it the order of summation: so 0.65 lies between what was seen, 1/2 on some of AMD's processors, 0.93 on others
-    (0.79 at the least of 600 times), 1 on Intel's, and what is measured is one thread's time on the processor."""
+    """Whether oneDNN needs less than 0.65 of the time of PyTorch's default for a float32 product. Takes the best of six
+    each, in turns: a thirtieth of a second, once per process. A busy machine must not change the answer, and so the
+    order of summation. Hence the CPU time of one thread is measured, and 0.65 lies between the ratios seen: 1/2 on some
+    AMD processors, 0.93 on others (at least 0.79 in 600 measurements), 1 on Intel's."""
     a, b = torch.ones(256, 768), torch.ones(768, 768)
     ways = partial(torch.mm, a, b.T), partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
     least, threads = [math.inf, math.inf], torch.get_num_threads()
@@ -47,16 +47,16 @@ def onednn_is_faster() -> bool:
 
 @contextmanager
 def by_onednn(device: str) -> Iterator[None]:
-    """Meanwhile float32 products on the CPU, of SMALLEST multiplications or more, are oneDNN's; shapes, errors and
-    gradients are PyTorch's. On other devices, where PyTorch is built without oneDNN, and on processors on which it is
-    hardly faster, nothing changes."""
+    """Inside this context, oneDNN computes float32 products on the CPU that have SMALLEST multiplications or more;
+    shapes, errors and gradients remain PyTorch's. Does nothing on other devices, if PyTorch is built without oneDNN, or
+    if oneDNN is hardly faster on this processor."""
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available() or not onednn_is_faster():
         yield
         return
     mm_before, addmm_before = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm"))
 
     def suits(a: Tensor, b: Tensor) -> bool:
-        fit = a.dtype == b.dtype == torch.float32 and a.shape[1] == len(b)  # else the error is PyTorch's to give
+        fit = a.dtype == b.dtype == torch.float32 and a.shape[1] == len(b)  # if shapes differ, PyTorch raises the error
         return fit and a.shape[0] * b.shape[0] * b.shape[1] >= SMALLEST
 
     def mm(keys, a, b):
@@ -72,7 +72,7 @@ def by_onednn(device: str) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that they are overridden
+            warnings.simplefilter("ignore")  # the warning that kernels are overridden
             library.impl("mm", mm, "CPU", with_keyset=True)
             library.impl("addmm", addmm, "CPU", with_keyset=True)
         yield
@@ -80,17 +80,17 @@ def by_onednn(device: str) -> Iterator[None]:
         library._destroy()
 
 
-LARGEST = 2**31  # bytes of weights that are worth holding twice
+LARGEST = 2**31  # bytes of weights; larger models are not worth holding twice
 
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Meanwhile a decoder's linear layers and head have their weights laid out as oneDNN reads them: for generation on
-    a CPU. A few rows meet all weights at every token there, and laying them out takes longer than the product.
+    """For generation on a CPU: inside this context, the weights of a decoder's linear layers and head are in oneDNN's
+    memory layout. A token's few rows meet all weights, and converting the layout each time takes longer than a product.
 
-    Holds the weights once more, in autocast's dtype if that is on; they must not change, and get no gradient. On other
-    devices, in other dtypes than float32 and bfloat16, in bfloat16 on a processor without instructions for it (AVX512
-    or AVX-NE-CONVERT), where oneDNN refuses and PyTorch's own products work, and above LARGEST nothing changes.
+    Holds a second copy of the weights, in autocast's dtype if that is on; they must not change, and get no gradient.
+    Does nothing on other devices, for dtypes other than float32 and bfloat16, above LARGEST, and in bfloat16 on a
+    processor without instructions for it (AVX512 or AVX-NE-CONVERT), where oneDNN fails but PyTorch's products work.
     """
     put_on(model)
     layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
@@ -115,7 +115,7 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """F.linear with a weight that is laid out already: x (..., in) -> (..., out), in the weight's dtype."""
+    """F.linear with a weight that is already in oneDNN's layout: x (..., in) -> (..., out), in the weight's dtype."""
     return torch.ops.mkldnn._linear_pointwise(x.detach().to(dtype), weight, bias, "none", [], "")
 
 
@@ -124,15 +124,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def put_on(model: nn.Module) -> None:
-    """Give a decoder that runs on a CPU the attention below, in place; on other devices nothing changes."""
+    """Give a decoder the attention below, in place. It only differs from PyTorch's on a CPU."""
     for module in model.modules():
         if hasattr(module, "scaled_dot_product_attention"):
             module.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False) -> Tensor:
-    """F.scaled_dot_product_attention, whose kernels for CPUs know no dropout, and are made for many queries: with the
-    few of decoding, and in bf16, they take four times as long as two products."""
+    """F.scaled_dot_product_attention, whose CPU kernels support no dropout and are made for many queries: with the few
+    queries of decoding, and in bf16, they take four times as long as two matrix products."""
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         if 0 < dropout_p < 1 and is_causal and not enable_gqa:
             return DropoutAttention.apply(q, k, v, dropout_p)
@@ -147,9 +147,9 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_caus
 class DropoutAttention(torch.autograd.Function):
     """Causal attention with dropout: y = (P ∘ keep) v / (1 − dropout) with P = softmax(q kᵀ / √head_dim).
 
-    SDPA makes several (T, T) matrices per head and keeps them for the backward pass, half the memory of a training
-    GPT-2. Here `rows` queries at a time see the keys up to their own; nothing is made above the diagonal. q, k, v
-    (B, heads, T, head_dim) -> the same.
+    PyTorch's version creates several (T, T) matrices per head and keeps them for the backward pass: half the memory of
+    training GPT-2. Here `rows` queries at a time see the keys up to their own, so nothing is computed above the
+    diagonal. q, k, v (B, heads, T, head_dim) -> the same.
     """
 
     @staticmethod
@@ -189,9 +189,9 @@ class DropoutAttention(torch.autograd.Function):
 
 
 def keep_freed_memory() -> None:
-    """On Linux's C library: keep large freed buffers instead of giving them back to the system after every use, which
-    then hands them out again page by page, zeroed. On a CPU that is up to half of a training step."""
+    """With glibc: keep large freed buffers instead of returning them to the system after every use. The system hands
+    them out again page by page, zeroed, which takes up to half of a training step on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer of its own mapping
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,7 +1,7 @@
-"""Generation on a CUDA card, a token's kernels launched together.
+"""Generation on a CUDA card: all kernels of a token are launched together.
 
-A token of a small model is a few hundred kernels of some microseconds each, which the processor launches one by one in
-several times the time that the card needs for them. As a CUDA graph it launches them at once.
+A token of a small model needs a few hundred kernels of some microseconds each. Launching them one by one takes the CPU
+several times as long as the card takes to run them. A CUDA graph launches them all at once.
 """
 
 import weakref
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def graphed(model: nn.Module) -> Iterator[None]:
-    """Meanwhile `Decoder.decode` is replayed as a CUDA graph. The weights must not change, nor where they lie. On other
-    devices nothing changes, nor for a sharded model, whose blocks wait for other processes."""
+    """Inside this context, `Decoder.decode` is replayed as a CUDA graph. The weights must neither change nor move. Does
+    nothing on other devices, or for a sharded model, whose blocks wait for other processes."""
     if not model.embed.weight.is_cuda or model._forward_pre_hooks:
         yield
         return
@@ -28,7 +28,7 @@ def graphed(model: nn.Module) -> Iterator[None]:
 
 
 class DecodingGraph:
-    """`decode(tokens, cache) -> logits` as a graph of the cache's buffers, which is captured anew when they are others.
+    """`decode(tokens, cache) -> logits` as a graph on the cache's buffers; captured again when other buffers are used.
     The logits are valid until the next call."""
 
     def __init__(self, decode: Callable):
@@ -36,7 +36,7 @@ class DecodingGraph:
 
     def __call__(self, tokens: Tensor, cache) -> Tensor:
         buffers = weakref.ref(cache), len(tokens), cache.slots
-        if buffers != self.of:  # what is captured must have run before: the libraries choose their kernels then
+        if buffers != self.of:  # the first call runs uncaptured, because the libraries choose their kernels in it
             self.of, self.replay = buffers, None
             return self.decode(tokens, cache)
         if self.replay is None:
@@ -47,8 +47,8 @@ class DecodingGraph:
 
 
 def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What `run` would launch on the device, as a graph: each call launches it again, on the same memory, and returns
-    the same tensor. Not by `torch.cuda.graph`, which first gives all free memory back to the system."""
+    """Capture the kernels of `run` as a graph: each call of the result launches them again, on the same memory, and
+    returns the same tensor. Does not use `torch.cuda.graph`, which first returns all free memory to the system."""
     graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -65,5 +65,5 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a device, which so share what cuBLAS keeps for every stream."""
+    """One stream for all graphs of a device, so that they share the memory that cuBLAS keeps for each stream."""
     return torch.cuda.Stream(device)

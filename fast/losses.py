@@ -1,15 +1,15 @@
-"""losses.py again, a chunk of tokens at a time: the same functions, arguments and numbers, less memory and less time.
+"""losses.py again, a chunk of tokens at a time: the same functions, arguments and results, less memory and less time.
 
-Written plainly, a divergence over a vocabulary of V makes a dozen (tokens, V) tensors and keeps them for the backward
-pass, where the matrix products that made the logits wait to be undone. Here
+In the plain version, a divergence over a vocabulary of V creates a dozen (tokens, V) tensors and keeps them for the
+backward pass, together with the logits. Here
 
-- logits exist for `chunk` tokens at a time, and are gone after the forward pass: the gradient is formed beside the
-  value, by formulas worked out on paper (DIVERGENCES), and carried through the head at once. That takes the weights of
-  the terms beforehand, and so the loss, their weighted sum, is all that has a gradient. (In the backward pass it would
-  take the logits again: 5 products instead of 3 under the teacher's head, the largest there are.)
-- each gradient is written over the logits it belongs to;
-- on the CPU, the elementwise work goes through a few rows at a time, which stay in the cache; with `fused`, meant for
-  CUDA, torch.compile makes a few kernels of it, which read and write the logits a sixth as often.
+- logits exist for `chunk` tokens at a time, and are freed in the forward pass: the gradient is computed together with
+  the value, by formulas derived by hand (DIVERGENCES), and immediately propagated through the head. That needs the
+  weights of the terms beforehand, so only the loss, their weighted sum, has a gradient. (To do this in the backward
+  pass would need the logits again: 5 products instead of 3 under the teacher's head, the largest of all.)
+- each gradient overwrites the logits that it belongs to;
+- on the CPU, the elementwise work covers a few rows at a time, which stay in the cache; with `fused`, meant for CUDA,
+  torch.compile turns it into a few kernels, which read and write the logits a sixth as often.
 
 `tests/fast/test_fast_losses.py` holds every value and gradient equal to the plain version's.
 
@@ -65,7 +65,7 @@ def skewed_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, skew: 
 
 
 def adaptive_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The two, weighted; the weight has no gradient."""
+    """The weighted sum of the two; the weight has no gradient."""
     weight = adaptive_weight(log_p, log_q)
     both = zip(forward_kl(p, q, log_p, log_q), reverse_kl(p, q, log_p, log_q), strict=True)
     (forward, reverse), (forward_gradient, reverse_gradient) = both
@@ -74,7 +74,7 @@ def adaptive_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Ten
 
 
 def universal_logit(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """ULD: g = sign(p_k − q_k) at the k-th largest of both; q (n, V'), and 0 is what is beyond a vocabulary"""
+    """ULD: g = sign(p_k − q_k) at the k-th largest of both; q (n, V'); beyond a vocabulary probabilities are 0"""
     (p_sorted, order), (q_sorted, _) = (x.sort(-1, descending=True) for x in (p, q))
     larger = max(p.shape[-1], q.shape[-1])
     gap = pad(p_sorted, (0, larger - p.shape[-1])) - pad(q_sorted, (0, larger - q.shape[-1]))
@@ -98,8 +98,8 @@ DIVERGENCES = {
     "uld": universal_logit,
 }
 
-CACHED_LOGITS = 2**19  # 2 MiB in float32, and a handful of tensors of that size at a time
-HEAD_ROWS = 8192  # of a head's gradient that are added to at once, so that no second tensor of its size exists
+CACHED_LOGITS = 2**19  # 2 MiB in float32; a handful of tensors of that size exist at a time
+HEAD_ROWS = 8192  # rows of a head's gradient that are updated at once, so that no second tensor of its size exists
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -107,25 +107,25 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (n, V), for one exponential: the probability of the likeliest token is 1 / Σ exp(logit − its logit)."""
+    """Both (n, V), with one exponential: the probability of the likeliest token is 1 / Σ exp(logit − its logit)."""
     p = logits.softmax(-1)
     log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
     return p, logits - log_sum
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Autocast's, or else that of the states. Raises ValueError for float16."""
+    """The dtype of autocast, or else that of the states. Raises ValueError for float16."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if dtype == torch.float16:
-        raise ValueError("fast/losses.py: in float16 small gradients would become 0, since they are made before a "
+        raise ValueError("fast/losses.py: in float16 small gradients would become 0, since they are computed before a "
                          "GradScaler scales the loss; use bfloat16, or losses.py")  # fmt: skip
     return dtype
 
 
 def pad_head(head: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in `dtype`; on CUDA with rows of 0 up to a multiple of 64: with GPT-2's 50,257, products under it would
-    take three times as long."""
+    """The head in `dtype`; on CUDA padded with rows of 0 to a multiple of 64, because with GPT-2's 50,257 rows products
+    would take three times as long."""
     more = -len(head) % 64 if head.is_cuda else 0
     if not more:
         return head.detach().to(dtype)
@@ -153,8 +153,8 @@ def add_divergence(
     divergence: str,
     temperature: float,
 ) -> Tensor:
-    """D(softmax(logits/T), softmax(target/T)) of the first k tokens, (k,), 0 where one does not agree; weight·D's
-    gradient is added to `gradient`."""
+    """D(softmax(logits/T), softmax(target/T)) of the first k tokens, (k,), 0 for tokens that do not agree; adds the
+    gradient of weight·D to `gradient`."""
     p, log_p = softmax_and_log(at_least_float32(logits[: len(target), : vocabularies[0]]) / temperature)
     q, log_q = softmax_and_log(at_least_float32(target[:, : vocabularies[1]]) / temperature)
     kd, by_kd = DIVERGENCES[divergence](p, q, log_p, log_q)
@@ -167,28 +167,28 @@ def add_divergence(
 
 @cache
 def fuse(function):
-    """Compiled once, for any number of tokens and any vocabulary."""
+    """The function, compiled once for any number of tokens and any vocabulary."""
     return torch.compile(function, dynamic=True)
 
 
 def row_blocks(logits: Tensor) -> list[slice]:
-    """A few rows at a time that fit into a CPU's cache; elsewhere all."""
+    """Blocks of a few rows, which fit into a CPU's cache; on other devices, one block of all rows."""
     rows = max(1, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     return [slice(first, min(first + rows, len(logits))) for first in range(0, len(logits), rows)]
 
 
 class HeadTerms(torch.autograd.Function):
-    """Two states per token under their heads, and every term that the methods take from them:
+    """Two states per token under their heads, and every loss term that the methods compute from them:
 
     ce        cross-entropy of logits = hidden @ headᵀ with `gold`                (None: 0)
     target_ce cross-entropy of target = target_hidden @ target_headᵀ with `label` (None: 0)
     kd        D(softmax(logits/T), softmax(target/T)), target detached
 
     hidden (n, d), head (V, d); target_hidden (k, D), for the first k ≤ n tokens, target_head (V', D). The divergence is
-    over the rows that both heads have (ULD: all that each has) and, if `only_agreeing`, 0 where target's arg-max is not
-    its label. Returns (loss, ce, correct, target_ce, agrees, kd): loss = Σ weights · (ce, target_ce, kd) has a
-    gradient, for hidden, head and, through target_ce, target_hidden, never for target_head; the rest, (n,) or (k,),
-    have none. Products are in autocast's dtype, everything else in float32.
+    over the rows that both heads have (ULD: all rows of each) and, if `only_agreeing`, 0 where the target's arg-max is
+    not its label. Returns (loss, ce, correct, target_ce, agrees, kd). Only loss = Σ weights · (ce, target_ce, kd) has a
+    gradient: for hidden, head and, through target_ce, target_hidden, but not for target_head. The others, (n,) or
+    (k,), have none. Products are in autocast's dtype, everything else in float32.
     """
 
     @staticmethod
@@ -206,7 +206,7 @@ class HeadTerms(torch.autograd.Function):
         hidden, target_hidden = hidden.detach().to(dtype), target_hidden.detach().to(dtype)
         head = pad_head(head, dtype)
         target_head = head if shared else pad_head(target_head, dtype)
-        if fused:  # as tensors: a number would be compiled in, and differs in every update
+        if fused:  # as tensors: numbers would be compiled in, but they differ in every update
             weights = [torch.full((), weight, dtype=exact, device=hidden.device) for weight in weights]
         ce_weight, target_ce_weight, kd_weight = weights
         ce_terms, kd_terms = map(fuse, (cross_entropy, add_divergence)) if fused else (cross_entropy, add_divergence)
@@ -218,10 +218,10 @@ class HeadTerms(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 logits = hidden[rows] @ head.T
-                target = target_hidden[rows] @ target_head.T  # fewer than the logits where k < n, or none
+                target = target_hidden[rows] @ target_head.T  # fewer rows than the logits if k < n, or none
                 for block in row_blocks(logits):
                     at = slice(start + block.start, start + block.stop)
-                    u, v = logits, target  # fused: cast inside the kernels, and no view, whose base they would guard
+                    u, v = logits, target  # fused: the kernels cast; no views, because guards would check their base
                     if not fused:
                         u, v = logits[block].to(exact), target[block].to(exact)
                     if gold is None:
@@ -235,9 +235,9 @@ class HeadTerms(torch.autograd.Function):
                             agrees[at] = agree
                         agree = agree if only_agreeing else None
                         kd[at] = kd_terms(gradient, u, v, vocabularies, agree, kd_weight, divergence, temperature)
-                        if label is not None:  # v is done with: its gradient takes its place
+                        if label is not None:  # v is no longer needed: its gradient takes its place
                             target[block, :target_V] = by_target
-                    logits[block, :V] = gradient  # and so here
+                    logits[block, :V] = gradient  # the same for u
                 if wants_hidden:
                     d_hidden[rows] = logits @ head
                 if wants_head:
@@ -255,14 +255,14 @@ class HeadTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("HeadTerms: the gradient, made in the forward pass, is used up by one backward pass")
+            raise RuntimeError("HeadTerms: backward() works only once, since it uses up the forward pass's gradient")
         gradients, ctx.gradients = ctx.gradients, None
         return *[None if d is None else d.mul_(d_loss) for d in gradients], *[None] * 9
 
 
 def rest_of(rows: Tensor, count: int) -> Tensor:
-    """(count − k,) the numbers below `count` that `rows` (k,) does not have, ascending. Their number is known: asking
-    for it, as `nonzero` does, would be a wait for the device."""
+    """(count − k,) the numbers below `count` that are not in `rows` (k,), ascending. Not by `nonzero`, which would wait
+    for the device to learn how many there are."""
     absent = torch.ones(count, dtype=torch.uint8, device=rows.device).index_fill_(0, rows, 0)
     return absent.argsort(descending=True, stable=True)[: count - len(rows)]
 
@@ -287,7 +287,7 @@ def head_terms(
     """Sums of `HeadTerms` over all tokens: loss, with a gradient; ce, correct, target_ce, agrees and kd, without."""
     if target_hidden is None:
         target_hidden, target_head = hidden[:0].detach(), head
-    if not isinstance(rows, slice):  # the kernel wants the tokens that have a target first
+    if not isinstance(rows, slice):  # HeadTerms needs the tokens that have a target first
         order = rows
         if gold is not None:
             order = torch.cat([rows, rest_of(rows, len(hidden))])
@@ -360,7 +360,7 @@ def dskd_loss(
     chunk: int = 512,
     fused: bool = False,
 ) -> dict[str, Tensor]:
-    """As `losses.dskd_loss`, but no token may be twice in `rows`: L_gold would count it twice and leave out another."""
+    """As `losses.dskd_loss`, but no token may occur twice in `rows`: L_gold would count it twice, and omit another."""
     check_dskd_arguments(student_hidden, rows, t2s_hidden, label, s2t_hidden, teacher_hidden, recipe)
     tokens, over, over_stu = map(counts.over, ("tokens", recipe.average, recipe.average_stu))
     options = {"temperature": temperature, "chunk": chunk, "fused": fused}

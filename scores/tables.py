@@ -1,4 +1,4 @@
-"""Tables of scores in markdown: a row per model, mean ± standard deviation over the sampling seeds."""
+"""Tables of scores in Markdown: a row per model, mean ± standard deviation over the sampling seeds."""
 
 import statistics
 from collections import Counter
@@ -9,7 +9,7 @@ TITLES = {"rouge_l": "Rouge-L", "accuracy": "accuracy", "pass_at_1": "pass@1", "
 
 
 def table(rows: list[list[str]]) -> str:
-    """A markdown table; the first row is its head."""
+    """A Markdown table; the first row is its header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in padded]
@@ -25,7 +25,7 @@ def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
 
 
 def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
-    """The table of all (model, set) scored so far; a column per set, or for a single set all that was measured."""
+    """The table of all (model, set) scored so far: a column per set, or all measures of a single set."""
     single, columns = len(sets) == 1, [(data, MEASURES[data.task]) for data in sets]
     if single:
         columns = [(sets[0], name) for name in TITLES if all(name in scores for scores in results.values())]
@@ -45,17 +45,17 @@ def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
 
 
 def count_unfinished(found: list[dict]) -> str:
-    """How many of all responses, with all seeds, were cut off by the budget of new tokens."""
+    """How many of all responses, over all seeds, reached the limit of new tokens without an end."""
     return f"{sum(sum(s['not_ended']) for s in found)} of {sum(len(r) for s in found for r in s['responses'])}"
 
 
 def describe(scores: dict, data: DataSet, chat, file) -> str:
-    """What was done, of one model and one set, and where the report is; with programs, what became of them."""
+    """For one model and one set: what was scored and where the report is; for programs, also how they ended."""
     line = f"{len(data.examples)} examples" + (f" in {chat.name}" if chat else "")
     if scores["prompts_cut"]:
         line += f", {scores['prompts_cut']} prompts cut to fit"
     if scores["references_cut"]:
-        line += f", {scores['references_cut']} references cut to fit (in the cross-entropy alone)"
+        line += f", {scores['references_cut']} references cut to fit (for the cross-entropy only)"
     if any(scores["not_ended"]):
         line += f", {count_unfinished([scores])} responses did not end within {scores['new_tokens']} tokens"
     line += f"; {file}"
@@ -66,15 +66,15 @@ def describe(scores: dict, data: DataSet, chat, file) -> str:
 
 
 def mark(scores: dict, name: str) -> str:
-    """What stands beside a Rouge-L that some examples make 0 whatever the responses are."""
+    """The mark of a Rouge-L with examples that score 0 whatever the response is."""
     return "*" if name == "rouge_l" and scores.get("no_reference_tokens") else ""
 
 
 def notes(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
-    """What the marks of the table mean."""
+    """The footnotes that explain the marks of the table."""
     without = {name: scores["no_reference_tokens"] for (_, name), scores in results.items() if mark(scores, "rouge_l")}
     return "".join(
         f"\n* {data.name}: the references of {without[data.name]} of {len(data.examples)} examples have no token that "
-        "Rouge-L counts (a-z, 0-9), so that these examples score 0 whatever the response is"
+        "Rouge-L counts (a-z, 0-9), so these examples score 0 whatever the response is"
         for data in sets if data.name in without
     )  # fmt: skip

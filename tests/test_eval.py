@@ -275,7 +275,7 @@ def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys
 def test_code_is_not_run_unasked(tiny_task, tmp_path, monkeypatch):
     exercises = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
     monkeypatch.setattr(evaluation, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit, match="exercises: scoring code means running what a model wrote.*add --run-code"):
+    with pytest.raises(SystemExit, match="exercises: scoring code means running a model's programs.*add --run-code"):
         evaluation.main([run_directory(tiny_task, tmp_path), "--data", exercises, *SHORT])
 
 

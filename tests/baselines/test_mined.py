@@ -208,7 +208,7 @@ def test_the_map_is_cached(tokenizers, tmp_path, monkeypatch, capsys):
     for spoilt in (b"", file.read_bytes()[:200], b"not an array"):
         file.write_bytes(spoilt)
         assert np.array_equal(ids(teacher, student), expected)
-        assert f"{file}: cannot be read, made again" in capsys.readouterr().err
+        assert f"{file}: cannot be read; computing it again" in capsys.readouterr().err
     for wrong in (expected[:-1], expected.astype(np.int32), expected + student.size):
         np.save(file, wrong)
         assert np.array_equal(ids(teacher, student), expected)

@@ -127,7 +127,7 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
     assert [example.outputs[0] for example in found][::2] == ["a fox", "naïve \u2028 line"]
     assert found[1].outputs[0].startswith("the owl the owl") and len(found[1].outputs[0]) < 800
     assert [example.ends for example in found] == [True, False, True]
-    message = "5 answers by the teacher, of which 1 stopped at --max-len 96, and 2 empty ones were dropped"
+    message = "5 answers by the teacher; 1 stopped at --max-len 96, and 2 empty ones were dropped"
     assert message in capsys.readouterr().err
     again = answers(tiny_task, tmp_path, monkeypatch, texts)
     assert [(e.prompt, e.outputs, e.ends) for e in again] == [(e.prompt, e.outputs, e.ends) for e in found]

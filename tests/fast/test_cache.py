@@ -289,7 +289,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_delete(setting, damage, na
     made.attach_predictions(head)
     DAMAGES[damage](made.folder / name)
     again = setting.make()
-    with pytest.raises(ValueError, match=rf"{name} is not what was written there: delete {made.folder}"):
+    with pytest.raises(ValueError, match=rf"{name} is damaged or was changed: delete {made.folder}"):
         again.attach_states()
         again.attach_predictions(head)
     shutil.rmtree(made.folder)

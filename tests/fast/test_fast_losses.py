@@ -102,7 +102,7 @@ def test_the_loss_alone_has_a_gradient_and_once():
     loss = terms.pop("loss")
     assert not any(term.requires_grad for term in terms.values())
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="used up"):
+    with pytest.raises(RuntimeError, match="works only once"):
         loss.backward()
 
 
