@@ -1,26 +1,25 @@
-"""How fast and how lean: every hot path beside the straightforward way to write it, in one run, as one table.
+"""Time and memory of every hot path, compared with straightforward code, in one run, as one table.
 
     python -m experiments.bench         everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
     python -m experiments.bench steps alignment   some cases only
     python -m experiments.bench --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR   real text
     python -m experiments.bench --device cuda --quick --json FILE   on a GPU: the papers' pairs, in 8 minutes
-    python -m experiments.bench --tiny   the same at a size for any machine: does it all still work
+    python -m experiments.bench --tiny   the same at a size for any machine: does it all still work?
 
 Cases: steps (one update of four methods), body (a decoder alone, forward and backward), generation, alignment, growth
 (of a step with batch, length and vocabulary, also with `--recompute`); on a GPU steps, lora_pair (the papers' larger
-pair, in the largest batch that fits) and generation. What runs beside ours:
+pair, in the largest batch that fits) and generation. Ours is compared with:
 
-- "plain": the same update with this repository's decoders, written as anyone would write it first (`plain_step.py`):
-  padded to the longest, logits at all positions, autograd, no chunks;
-- "transformers": that plain update with transformers' models, if they are installed; on a GPU also "compiled", model
-  and losses.
+- "plain": the same update with this repository's decoders, written in the obvious way (`plain_step.py`): padded to the
+  longest, logits at all positions, autograd, no chunks;
+- "transformers": that plain update with transformers' models, if installed; on a GPU also "compiled", model and losses.
 
-All compute the same loss, which is checked. Weights are random, of the real shapes; without --data the text is made up,
-with the lengths of Dolly. A cell is the median (smallest–largest) after a warm-up. On a CPU everything is eager, and
-the alternatives take turns (A B A B), each in a fresh process. On a GPU each has one process for all its steps, ours is
-compiled, and an update includes AdamW's part, with a rate of 0. Memory is what a step needs above weights, gradients
-and moments, on a GPU what PyTorch reserves, with the graphs' part; "in all" is with them. MFU is `paper.operations` per
-second, as a share of the GPU's bf16 peak.
+All compute the same loss, which is checked. Weights are random, with the real shapes; without --data the text is
+generated, with the lengths of Dolly. A cell is the median (smallest–largest) after a warm-up. On a CPU everything is
+eager, and the alternatives take turns (A B A B), each in a fresh process. On a GPU each alternative has one process for
+all its steps, ours is compiled, and an update includes AdamW's step, with a learning rate of 0. Memory is what a step
+needs above weights, gradients and moments; on a GPU, what PyTorch reserves, including the graphs. "In all" includes
+weights, gradients and moments. MFU is `paper.operations` per second, as a share of the GPU's bf16 peak.
 """
 
 import argparse
@@ -89,7 +88,7 @@ FULL = {
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
     "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
 }  # fmt: skip
-CARD = {  # nothing is smaller than in the papers; on one vocabulary the teacher is the same but for its embeddings
+CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teacher is the same except its embeddings
     **FULL,
     "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
     "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
@@ -108,27 +107,27 @@ TINY = {
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
                   "batches": [4], "what": "LoRA"},
 }  # fmt: skip
-QUICK = {"full": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # of any of them; full: with all rivals
+QUICK = {"full": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # changes to any of them; full: with all rivals
 CARD_CASES = ["generation", "lora_pair", "steps"]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text: given, or made up with the lengths of Dolly and two vocabularies that overlap as GPT-2's and Qwen1.5's do
+# Text: given, or generated with the lengths of Dolly and two vocabularies that overlap like GPT-2's and Qwen1.5's
 
 # Quantiles of the GPT-2 tokens of 1,000 Dolly examples (databricks-dolly-15k) in the Alpaca template, cut to
 # --max-len 512 and --max-prompt-len 256; 90% of the response tokens align exactly with Qwen1.5's.
 QUANTILES = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0]
 PROMPT_TOKENS = [33, 36, 39, 43, 57, 151, 233, 256, 256]
 RESPONSE_TOKENS = [3, 12, 24, 48, 100, 193, 269, 443, 474]
-ONE_SIDED = 0.035  # share of words that are one token of one vocabulary and two of the other, each way
+ONE_SIDED = 0.035  # share of words that are one token in one vocabulary and two in the other, for each direction
 
 
 def stand_in(size: dict, examples: int, directory: Path, filled: int = 0) -> dict[str, str]:
-    """Made-up data.jsonl and the tokenizers student/ and teacher/: {"data", "student", "teacher": path}.
+    """Generate data.jsonl and the tokenizers student/ and teacher/; returns {"data", "student", "teacher": path}.
 
-    Words and endings are tokens of both vocabularies; a compound, which is a word with an ending, is a token of one of
-    them. `filled`: prompts and responses have at least so many tokens.
+    Words and endings are tokens of both vocabularies; a compound, which is a word with an ending, is a token of only
+    one. `filled`: the minimum number of tokens of a prompt or response.
     """
-    shared = size["overlap"] - 256  # the bytes
+    shared = size["overlap"] - 256  # without the 256 bytes
     endings = ["".join(x) for x in islice(product(ascii_lowercase, repeat=3), min(shared // 4, 8000))]
     words = ["Ġ" + "".join(x) for x in islice(product(ascii_lowercase, repeat=4), shared - len(endings))]  # Ġ: a space
     sizes = [size[side]["vocab_size"] - size["overlap"] - 1 for side in ("student", "teacher")]
@@ -140,7 +139,7 @@ def stand_in(size: dict, examples: int, directory: Path, filled: int = 0) -> dic
     rng = np.random.default_rng(0)
 
     def text(tokens: int) -> str:
-        """Of about so many student tokens."""
+        """A text of about this many student tokens."""
         pieces, count = [], 0
         while count < tokens:
             kind = rng.choice(3, p=[1 - 2 * ONE_SIDED, ONE_SIDED, ONE_SIDED])
@@ -158,7 +157,7 @@ def stand_in(size: dict, examples: int, directory: Path, filled: int = 0) -> dic
 
 
 def save_tokenizer(tokens: list[str], directory: Path) -> None:
-    """A byte-level tokenizer that cuts a word into as few of these tokens as it can, end-of-text first among them."""
+    """A byte-level tokenizer that splits a word into as few of these tokens as possible; end-of-text has id 0."""
     tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *tokens]
     tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in tokens], 0, False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,9 +167,9 @@ def save_tokenizer(tokens: list[str], directory: Path) -> None:
 
 
 def representative(rows: list[Row], count: int) -> list[Row]:
-    """A batch like the whole: a row from each of `count` equal parts of the rows, sorted by length, and of many such
-    draws the one whose sums are nearest to an average batch's; of response tokens too, since ours makes logits for
-    these alone, a padded step for all positions."""
+    """A typical batch: one row from each of `count` equal parts of the rows, sorted by length. Of many such draws, the
+    one whose sums are nearest to an average batch's. Response tokens count too, since ours computes logits only for
+    these, but a padded step for all positions."""
     by_length, draw = sorted(rows, key=lambda row: sum(count_tokens(row))), random.Random(0)
     bounds = [part * len(rows) // count for part in range(count + 1)]
     parts = [by_length[first : max(end, first + 1)] for first, end in pairwise(bounds)]
@@ -186,12 +185,12 @@ def representative(rows: list[Row], count: int) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One alternative of a step
 
-OURS = "ours", "--recompute"  # the latter is ours too, with that option
+OURS = "ours", "--recompute"  # the second one is ours with that option
 COMPILED = "transformers, compiled"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@functools.cache  # for the jobs that share a process
+@functools.cache  # for jobs that share a process
 def read_rows(data: str, student: str, teacher: str, max_len: int, align: str) -> tuple:
     """All rows and both tokenizers."""
     tokenizers = [read_tokenizer(directory) for directory in (student, teacher)]
@@ -220,15 +219,15 @@ def make_theirs(*model) -> nn.Module:
 
 
 def predict_shared_tokens(teacher: nn.Module, shared: Tensor) -> None:
-    """As a trained teacher does. A random one's predictions are spread over its whole vocabulary, and of those that the
-    student's lacks ETA makes no pair (v2, eq. 14): three quarters of its work would be left out."""
+    """Make the teacher predict shared tokens, as a trained one does. A random teacher predicts tokens of its whole
+    vocabulary; three quarters of them, which the student's lacks, would make no pair for ETA (v2, eq. 14)."""
     weight, (ids, others) = teacher.head_weight.data, (mask.nonzero()[:, 0] for mask in (shared, ~shared))
     weight[others] = weight[ids[torch.arange(len(others), device=ids.device) % len(ids)]] / 2
 
 
 def make_step(job: dict) -> SimpleNamespace:
-    """`update`: forward and backward pass, which returns the loss and leaves gradients; `trained`: student and
-    projectors; `frozen`: the teacher; `rows` of the batch."""
+    """`update`: runs forward and backward pass, returns the loss and leaves gradients; `trained`: student and
+    projectors; `frozen`: the teacher; `rows`: the batch's."""
     rows, *tokenizers = step_rows(job)
     device, dtype, how = job["device"], job["dtype"], job["how"]
     student_of = json.dumps(job["student"]), device, torch.float32, job["options"].get("lora", 0)
@@ -266,7 +265,7 @@ def make_step(job: dict) -> SimpleNamespace:
     pairs = pair_positions(rows, device) if job["name"] == "eta" else None
 
     def update() -> float:
-        method.refresh(student)  # s2t is solved anew, from the inverse, as in ours; the weights never change here
+        method.refresh(student)  # s2t is solved again from the inverse, as in ours; the weights never change here
         with train.autocast(o):
             loss = loss_of(job["name"], method, both, sides, pairs)
         loss.backward()
@@ -276,9 +275,9 @@ def make_step(job: dict) -> SimpleNamespace:
 
 
 def measure_step(job: dict) -> dict:
-    """{seconds: [...], tokens: the student's, the teacher's and the student's response tokens, pairs: how many of these
-    are compared, peak and `weights` in bytes, and what of the peak is `kept` from update to update; with job["check"]:
-    loss, gradient}. The first steps, which may be compiled, are the warm-up."""
+    """{seconds: [...], tokens: the student's, the teacher's and the student's response tokens, pairs: how many of the
+    latter are compared, peak and `weights` in bytes, and the part of the peak that is `kept` from update to update;
+    with job["check"]: loss, gradient}. The first steps, which may compile, are the warm-up."""
     ours, device = job["how"] in OURS, job["device"]
     with by_onednn(device) if ours else contextlib.nullcontext():  # as training does
         step, result = make_step(job), {"seconds": []}
@@ -302,7 +301,7 @@ def measure_step(job: dict) -> dict:
         step.trained.train()
         step.trained.zero_grad()
         before = memory_floor(device)
-        if job["card"]:  # an update that is not the first has moments from the start
+        if job["card"]:  # all updates but the first start with AdamW's moments
             for p in parameters:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
@@ -311,8 +310,8 @@ def measure_step(job: dict) -> dict:
             keep_freed_memory()  # as training does
         update()
         if torch.device(device).type == "cuda":
-            for _ in range(3):  # the third captures no more graphs
-                memory_floor(device)  # what compiling and capturing took is not counted
+            for _ in range(3):  # the third one captures no more graphs
+                memory_floor(device)  # so that memory for compiling and capturing is not counted
                 step.trained.zero_grad()
                 update()
         moments = [x for state in optimizer.state.values() for x in state.values()]
@@ -320,7 +319,7 @@ def measure_step(job: dict) -> dict:
         tensors = [*step.trained.parameters(), *step.trained.buffers(), *step.frozen.parameters()]
         result["weights"] = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
         if ours and torch.device(device).type == "cuda":
-            before = result["weights"]  # of what graphs of smaller batches hold, these use a part again
+            before = result["weights"]  # these graphs reuse a part of the memory that graphs of smaller batches hold
         result["peak"] = None if before is None else memory_peak(device) - before
         while sum(result["seconds"]) < job["enough"]:
             step.trained.zero_grad()
@@ -337,7 +336,7 @@ def measure_step(job: dict) -> dict:
 
 @contextlib.contextmanager
 def own_process(in_this_one: bool) -> Iterator[Callable[[dict], dict]]:
-    """`measure_step` in a new process, which stays for further jobs."""
+    """`measure_step` in a new process, which is kept for further jobs."""
     if in_this_one:
         yield measure_step
         return
@@ -355,16 +354,16 @@ def seconds(run: Callable, device: str) -> float:
 
 
 def memory_floor(device: str) -> int | None:
-    """Bytes in use now, from where `memory_peak` looks for the largest. None where that cannot be seen (not Linux)."""
+    """Bytes in use now; resets the peak that `memory_peak` reads. None where this cannot be measured (not Linux)."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_reserved(device)  # not what is allocated, where what CUDA graphs hold is not counted
+        return torch.cuda.memory_reserved(device)  # not memory_allocated, which leaves out what CUDA graphs hold
     try:
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, not to be counted as in use
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system, so that it does not count
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return None
     return kernel_figure("self/status", "VmRSS")
@@ -377,7 +376,7 @@ def memory_peak(device: str) -> int:
 
 
 def kernel_figure(file: str, name: str) -> int:
-    """Bytes, as Linux states them under /proc. Raises OSError elsewhere."""
+    """A number of bytes that Linux gives under /proc. Raises OSError elsewhere."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())[1]) * 1024
 
 
@@ -387,12 +386,12 @@ def kernel_figure(file: str, name: str) -> int:
 
 @dataclass
 class Result:
-    """One comparison. `unit` "s" and "B" (bytes) are better small, rates ("tokens/s") are better large."""
+    """One comparison. For the units "s" and "B" (bytes) smaller is better, for rates ("tokens/s") larger."""
 
     what: str
     against: str
     dtype: str
-    ours: list[float] | str  # or why there is none
+    ours: list[float] | str  # a str says why there are no values
     other: list[float] | str
     unit: str
     note: str = ""
@@ -404,14 +403,14 @@ class Result:
             self.ratio = ours / other if self.unit.endswith("/s") else other / max(ours, 1e-12)
 
     def cells(self) -> list[str]:
-        """Of HEADER."""
+        """The cells under HEADER."""
         ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
         both = (values if isinstance(values, str) else spread(values, self.unit) for values in (self.ours, self.other))
         return [ratio, self.what, self.against, self.dtype, *both, self.note]
 
 
 HEADER = ["ratio", "what", "against", "dtype", "ours", "the other", "remark"]
-SCALES = {  # unit: what reads well from which value on
+SCALES = {  # unit: {unit to print: smallest value from which it is used}
     "B": {"GiB": 2**30, "MiB": 2**20},
     "s": {"s": 1, "ms": 1e-3},
     "FLOP/s": {"TFLOP/s": 1e12, "GFLOP/s": 1e9},
@@ -433,7 +432,7 @@ def report(results: list[Result]) -> str:
 
 @dataclass
 class Bench:
-    """What the cases need to know."""
+    """What the cases need."""
 
     size: dict
     text: dict[str, str]  # paths: data, student, teacher
@@ -441,10 +440,10 @@ class Bench:
     dtypes: list[str]
     others: list[str]  # "plain", and "transformers" if it is installed
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    in_this_process: bool = False  # the steps too
-    profile: bool = False  # print what the operations of each step take
-    json: Path | None = None  # written anew with every result
-    until: float = math.inf  # time.monotonic() after which no step is begun
+    in_this_process: bool = False  # run the steps in this process too
+    profile: bool = False  # print the time of the operations of each step
+    json: Path | None = None  # written again with every result
+    until: float = math.inf  # time.monotonic() after which no step is started
     results: list[Result] = field(default_factory=list)
 
     def add(self, what: str, against: str, dtype: str, *values) -> None:
@@ -471,7 +470,7 @@ SAME = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norm; bf16
 
 
 def free_memory() -> int:
-    """Bytes that can be had."""
+    """Bytes that are available."""
     try:
         return kernel_figure("meminfo", "MemAvailable")
     except OSError:
@@ -479,23 +478,23 @@ def free_memory() -> int:
 
 
 def needed_memory(job: dict) -> int:
-    """Bytes that a plain step's process takes, roughly: weights, gradients, the tensors of (B, T, V), activations."""
+    """Roughly the bytes that a plain step's process needs: weights, gradients, the (B, T, V) tensors, activations."""
     student, teacher = (memory.counts(job[side]) for side in ("student", "teacher"))
     weights = 8 * (student.matrices + student.rest)
     weights += (2 if job["dtype"] == "bf16" else 4) * (teacher.matrices + teacher.rest)
-    per_token = 4 * (10 * student.vocabulary + 8 * teacher.vocabulary)  # so many logits at the peak
+    per_token = 4 * (10 * student.vocabulary + 8 * teacher.vocabulary)  # logits at the peak
     longest = max(len(side) for row in step_rows(job)[0] for side in (row.student, row.teacher or ()))
     return weights + job["batch"] * longest * per_token + 2**31
 
 
 def measure_steps(bench: Bench, jobs: list[dict]) -> None:
-    """Time and memory of ours against each alternative. On a CPU every step has a process of its own, and the ways take
-    turns; on a card a way has one process for all jobs of a method, so that it is compiled once, and only graphs of its
-    own are in its memory."""
+    """Time and memory of ours against each alternative. On a CPU every step has its own process, and the alternatives
+    take turns. On a GPU, an alternative has one process for all jobs of a method, so that it is compiled once and has
+    only its own graphs in memory."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     if bench.size.get("card"):
-        hows = "ours", COMPILED, "transformers", "plain"  # should the time run out: what matters most comes first
+        hows = "ours", COMPILED, "transformers", "plain"  # the most important first, in case the time runs out
         names = sorted(bench.methods, key=lambda name: name not in bench.size["full"])
         each = product(names, hows)
         groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]] for name, how in each]
@@ -513,7 +512,7 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
 
 
 def measure_one(bench: Bench, job: dict, run_step: Callable) -> dict | str:
-    """What `run_step` returns or, in words, why there is nothing."""
+    """The result of `run_step` or, in words, why there is none."""
     needed, free = needed_memory(job), free_memory()
     if job["how"] not in OURS and not job["card"] and needed > free:
         return f"does not fit: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
@@ -523,12 +522,12 @@ def measure_one(bench: Bench, job: dict, run_step: Callable) -> dict | str:
         return run_step(job)
     except torch.OutOfMemoryError:
         return "does not fit"
-    except Exception as error:  # the other steps go on, and `main` ends with it
+    except Exception as error:  # the other steps continue; `main` exits with an error at the end
         return f"failed: {type(error).__name__}: {error}"[:300]
 
 
 def say_speed(job: dict, result: dict) -> str:
-    """Tokens a second and, on a GPU whose peak is known, MFU."""
+    """Tokens per second and, on a GPU with a known peak, MFU."""
     took, rank = statistics.median(result["seconds"]), job["options"].get("lora", 0)
     models = memory.counts(job["student"], rank), memory.counts(job["teacher"])
     recipe = job["options"]["recipe"] if job["options"]["method"] == "dskd" else ""
@@ -538,7 +537,7 @@ def say_speed(job: dict, result: dict) -> str:
 
 
 def compare_step(bench: Bench, job: dict, how: str, ours: dict | str, other: dict | str) -> None:
-    """Ours beside another way, with a check that they compute the same; ours itself beside what memory.py forecasts."""
+    """Compare ours with an alternative, checking that both compute the same; or ours with memory.py's forecast."""
     what, dtype = f"{job['what']}, time", job["dtype"]
     if isinstance(ours, str) or isinstance(other, str):
         times = ours if isinstance(ours, str) else ours["seconds"]
@@ -604,7 +603,7 @@ def lora_pair(bench: Bench) -> None:
 
 
 def body(bench: Bench) -> None:
-    """Forward and backward pass of decoders without head, beside transformers and square matrix products."""
+    """Forward and backward pass of decoders without head, compared with transformers and square matrix products."""
     for (label, config), dtype in product(bench.size["bodies"].items(), bench.dtypes):
         measure_body(bench, f"body of {label}", config, dtype)
 
@@ -641,7 +640,7 @@ def measure_body(bench: Bench, what: str, config: dict, dtype: str) -> None:
 
 
 def generation(bench: Bench) -> None:
-    """Greedy generation of a batch of prompts, in models of each dtype."""
+    """Greedy generation for a batch of prompts, with models of each dtype."""
     for dtype in bench.dtypes:
         measure_generation(bench, dtype)
 
@@ -651,7 +650,7 @@ def measure_generation(bench: Bench, dtype: str) -> None:
     new, vocabulary, B = size["new_tokens"], size["generator"]["vocab_size"], size["prompts"]
     lengths = [int(np.interp((i + 0.5) / B, QUANTILES, PROMPT_TOKENS)) for i in range(B)]
     prompts = [[rng.randrange(1, vocabulary) for _ in range(n)] for n in lengths]
-    width = max(lengths)  # transformers wants them padded on the left
+    width = max(lengths)  # transformers needs them padded on the left
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=bench.device)
     torch.manual_seed(0)
     ours = build_model(size["generator"], bench.device).eval().to(dtype=DTYPES[dtype])
@@ -663,7 +662,7 @@ def measure_generation(bench: Bench, dtype: str) -> None:
 
     def run_theirs(how: str) -> None:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        if how == COMPILED:  # with a cache of one size it compiles itself
+        if how == COMPILED:  # with a static cache, transformers compiles by itself
             options["cache_implementation"] = "static"
         with torch.no_grad():
             output = theirs.generate(input_ids=ids, attention_mask=(ids > 0).long(), **options)
@@ -680,7 +679,7 @@ def measure_generation(bench: Bench, dtype: str) -> None:
 
 
 def alignment(bench: Bench) -> None:
-    """Exact alignment from token ids to pairs, on one core; at the lengths of the data, and how it grows."""
+    """Exact alignment from token ids to pairs, on one core, at the lengths of the data and at growing ones."""
     student, teacher = (read_tokenizer(bench.text[side]) for side in ("student", "teacher"))
     texts = [example.outputs[0] for example in read_examples(bench.text["data"], 0, 200)]
 
@@ -709,8 +708,8 @@ def alignment(bench: Bench) -> None:
 
 
 def growth(bench: Bench) -> None:
-    """DSKD v2 + ETA on made-up text that fills --max-len: one of batch, length and vocabulary at a time, in float32;
-    beside plain, and beside ours with --recompute."""
+    """DSKD v2 + ETA on generated text that fills --max-len, in float32. Varies one of batch, length and vocabulary at a
+    time; compared with plain, and with ours with --recompute."""
     size = bench.size
     largest = size["growth_teacher"]["vocab_size"]
     base = {"batch": size["batches"][0], "max_len": size["max_len"], "vocabulary": largest}
@@ -734,7 +733,7 @@ CASES = {f.__name__: f for f in (steps, lora_pair, body, generation, alignment, 
 
 
 def machine(device: str) -> str:
-    """What the figures were measured on."""
+    """The machine and the versions that the figures were measured with."""
     installed = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in installed]
@@ -751,20 +750,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
     parser.add_argument("--quick", action="store_true", help="fewer repeats and rivals: 8 minutes on a GPU")
-    parser.add_argument("--tiny", action="store_true", help="what runs on a GPU, at a size for any machine: seconds")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose steps")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: both, on a GPU bf16")
+    parser.add_argument("--tiny", action="store_true", help="the GPU's cases at a size for any machine, in seconds")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(default: both; on a GPU bf16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", help="JSONL file of prompts and responses (default: made-up text)")
+    parser.add_argument("--data", help="JSONL file of prompts and responses (default: generated text)")
     parser.add_argument("--student-tokenizer", help="directory with tokenizer.json, for --data")
-    parser.add_argument("--teacher-tokenizer", help="the same of the teacher")
-    parser.add_argument("--profile", action="store_true", help="also print what the operations of each step take")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--minutes", type=float, help="after which no step is begun (default: 7 on a GPU with --quick)")
+    parser.add_argument("--teacher-tokenizer", help="the same for the teacher")
+    parser.add_argument("--profile", action="store_true", help="also print the time of the operations of each step")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--minutes", type=float, help="start no step after that time (default: 7 with --quick on a GPU)")
     o = parser.parse_args(arguments)
     given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
     if any(given.values()) and not all(given.values()):
-        parser.error("--data, --student-tokenizer and --teacher-tokenizer belong together: give all three or none")
+        parser.error("--data, --student-tokenizer and --teacher-tokenizer go together: give all three or none")
     on_cuda = torch.device(o.device).type == "cuda"
     size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
     minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)

@@ -1,19 +1,19 @@
-"""What a run needs on each device, worked out from the two config.json alone, to choose --shard and the processes by.
+"""The memory that a run needs on each device, calculated from both config.json, to choose --shard and the processes.
 
     python -m experiments.memory                                         the table of docs/multi_gpu.md
     python -m experiments.memory --teacher DIR --student DIR --devices 4 --shard teacher
 
-Of a teacher (bf16, frozen) 2 bytes per parameter. Of a student 16 bytes per trained parameter (weight, gradient, two
-moments of AdamW, all float32), and 2 more of each block's matrices for autocast's copy in bf16, which the backward pass
-needs. A model sharded over N devices has 1/N of its blocks' matrices on each, and two blocks whole at a time in bf16:
-the one being computed and the one fetched ahead. Then the projectors, what the student's blocks keep of each token for
-the backward pass (counted on one block, see `kept_per_token`; with --recompute of one block, and the float32 inputs of
-all), and what the logits of one chunk of tokens take beyond the gradients, which come when they are gone.
+A teacher (bf16, frozen) needs 2 bytes per parameter. A student needs 16 bytes per trained parameter (weight, gradient,
+two moments of AdamW, all float32), and 2 more in the blocks' matrices for autocast's copy in bf16, which the backward
+pass needs. A model sharded over N devices has 1/N of its blocks' matrices on each, and two whole blocks at a time in
+bf16: the one being computed and the one being prefetched. Added to this are the projectors; what the student's blocks
+keep per token for the backward pass (counted on one block, see `kept_per_token`; with --recompute, that of one block
+and the float32 inputs of all); and the part of a chunk's logits that exceeds the gradients, which are created later.
 
-Not in it: the start (the projectors' solution takes V x D numbers in float64 for a moment), sampling's key-value cache,
-what the allocator cannot use, CUDA graphs, CUDA itself; allow a few GB. On an H100, in updates of 556 and 4,731 tokens
-of the first pair, the largest sum of all tensors, without graphs, was 6.4 and 8.9 GB, and with graphs PyTorch reserved
-7.4 and 10.4; the formulas give 6.9 and 8.6.
+Not included: the start (for a moment, the projectors' solution takes V x D numbers in float64), the key-value cache of
+sampling, what the allocator cannot use, CUDA graphs, CUDA itself; allow a few GB. On an H100, in updates of 556 and
+4,731 tokens of the first pair, the largest sum of all tensors, without graphs, was 6.4 and 8.9 GB, and with graphs
+PyTorch reserved 7.4 and 10.4; the formulas give 6.9 and 8.6.
 """
 
 import argparse
@@ -31,13 +31,13 @@ GB = 1e9
 
 
 def gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257) -> dict:
-    """The fields that matter here of a config.json."""
+    """The fields of a config.json that matter here."""
     return {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": 1024, "n_embd": width, "n_layer": layers,
             "n_head": heads}  # fmt: skip
 
 
 def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary=32000, kind="llama") -> dict:
-    """The same; `inner`: the width of the MLP's layers. No parameter depends on the number of positions."""
+    """The same for LLaMA; `inner`: the width of the MLP. No parameter depends on the number of positions."""
     return {"model_type": kind, "vocab_size": vocabulary, "max_position_embeddings": 2048, "hidden_size": width,
             "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
             "num_key_value_heads": kv_heads, "tie_word_embeddings": False}  # fmt: skip
@@ -68,7 +68,7 @@ TABLE = [  # teacher, student, LoRA's rank, examples per forward pass, --shard, 
 
 
 def decoder(config: dict, rank: int, targets, dropout: float = 0.0, device: str = "meta") -> Decoder:
-    """Without weights. rank, targets: of LoRA, as `lora.attach` has them; rank 0 for none."""
+    """A decoder without weights. rank, targets: LoRA's, as in `lora.attach`; rank 0 for none."""
     with torch.device(device):
         m = Decoder(config)
         if rank:
@@ -77,8 +77,8 @@ def decoder(config: dict, rank: int, targets, dropout: float = 0.0, device: str 
 
 
 def counts(config: dict, rank: int = 0, targets=None) -> SimpleNamespace:
-    """Numbers of parameters: in the `matrices` of all blocks, of one `block`, in the `rest`, in the `head`; and of the
-    trained ones."""
+    """Numbers of parameters: in the `matrices` of all blocks and of one `block`, in the `rest`, in the `head`; and of
+    the trained ones among them."""
     m = decoder(config, rank, targets)
     sharded = {p for p in m.blocks.parameters() if p.dim() >= 2}  # as in parallel.shard
     rest = set(m.parameters()) - sharded
@@ -91,26 +91,26 @@ def counts(config: dict, rank: int = 0, targets=None) -> SimpleNamespace:
 
 
 def teacher_bytes(c: SimpleNamespace, devices: int) -> float:
-    """Weights in bf16, their blocks over `devices`."""
+    """Weights in bf16, with the blocks sharded over `devices`."""
     return 2 * (c.rest + c.matrices / devices + (2 * c.block if devices > 1 else 0))
 
 
 def student_bytes(c: SimpleNamespace, devices: int) -> float:
-    """Weights in float32, gradients and moments of what is trained, and bf16 copies."""
+    """Weights in float32, gradients and moments of the trained ones, and bf16 copies."""
     here = 4 * (c.rest + c.matrices / devices) + 12 * (c.trained_rest + c.trained_matrices / devices)
     return here + 2 * (2 * c.block if devices > 1 else c.matrices)
 
 
 def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float:
-    """v2: t2s trained, s2t solved anew in every update by the (D, V) pseudo-inverse of the shared vocabulary."""
+    """v2: t2s is trained; s2t is solved in every update with the (D, V) pseudo-inverse over the shared vocabulary."""
     inverse = teacher.width * min(student.vocabulary, teacher.vocabulary)
     return (16 + 4) * student.width * teacher.width + 4 * inverse
 
 
 def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
-    """Bytes that one block keeps of each token for the backward pass under bf16 autocast: counted on tensors that are
-    shapes alone, as a CPU would compute them, for two lengths, since the difference is without the weights; and without
-    attention's dropout, for which a CPU keeps what CUDA's fused kernel makes again."""
+    """Bytes that one block keeps per token for the backward pass under bf16 autocast. Counted on fake tensors, as on a
+    CPU, for two lengths, so that the weights cancel out; and without attention's dropout, for which a CPU keeps what
+    CUDA's fused kernel computes again."""
     gpt2 = config["model_type"] == "gpt2"
     one = {**config, "vocab_size": 8, "n_layer" if gpt2 else "num_hidden_layers": 1}
     one["attn_pdrop" if gpt2 else "attention_dropout"] = 0.0
@@ -129,21 +129,21 @@ def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
 
     with FakeTensorMode():
         m = decoder(one, rank, targets, dropout=0.1, device="cpu").train()
-        put_on(m)  # dropout that keeps a byte per element, as CUDA's does; PyTorch's on a CPU keeps numbers
-        m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as that of all but the first
+        put_on(m)  # its dropout keeps a byte per element, like CUDA's; PyTorch's on a CPU keeps floats
+        m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as in all blocks but the first
         return (kept(32) - kept(16)) / 16
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
           recompute: bool = False, targets=None, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
-    """Bytes on each device, by what they are for; without a teacher, for supervised fine-tuning. teacher and student:
-    their config.json; rank and targets: LoRA's, 0 for none; the rest as the options of train.py."""
+    """Bytes on each device, by purpose; without a teacher, for supervised fine-tuning. teacher and student: their
+    config.json; rank and targets: LoRA's, rank 0 for none; the rest as in train.py's options."""
     t, s = counts(teacher) if teacher else None, counts(student, rank, targets)
     of_block, of_input = kept_per_token(student, rank, targets), 4 * s.width
     student_devices = devices if shard in ("student", "both") else 1
-    # of each token and row of the larger head two logits in bf16 and two float32 numbers (fast/losses.py)
+    # per token and row of the larger head, two logits in bf16 and two float32 numbers (fast/losses.py)
     logits = 12 * min(chunk, batch_size * max_len) * max(s.vocabulary, t.vocabulary if t else 0)
-    gradients = 4 * (s.trained_rest + s.trained_matrices / student_devices)  # of the student's, not there yet
+    gradients = 4 * (s.trained_rest + s.trained_matrices / student_devices)  # they do not exist yet
     return {
         "teacher": teacher_bytes(t, devices if shard in ("teacher", "both") else 1) if t else 0.0,
         "student": student_bytes(s, student_devices),
@@ -161,12 +161,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="preset, hub repository or directory; without it: the table")
     parser.add_argument("--student", help="the same for the student")
-    parser.add_argument("--devices", type=int, default=1, help="over which a model is sharded")
-    parser.add_argument("--shard", choices=["teacher", "student", "both"], help="as of train.py")
-    parser.add_argument("--lora", type=int, default=0, help="as of train.py")
+    parser.add_argument("--devices", type=int, default=1, help="number of devices that a model is sharded over")
+    parser.add_argument("--shard", choices=["teacher", "student", "both"], help="as in train.py")
+    parser.add_argument("--lora", type=int, default=0, help="as in train.py")
     parser.add_argument("--lora-targets", nargs="+", help="names of linear layers, or all-linear")
-    parser.add_argument("--batch-size", type=int, default=32, help="as of train.py")
-    parser.add_argument("--recompute", action="store_true", help="as of train.py")
+    parser.add_argument("--batch-size", type=int, default=32, help="as in train.py")
+    parser.add_argument("--recompute", action="store_true", help="as in train.py")
     o = parser.parse_args(arguments)
     if (o.teacher is None) != (o.student is None):
         parser.error("give both --teacher and --student, or neither of them")
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         models = config_of(teacher), config_of(student)
         try:
             parts = needs(*models, rank, batch_size, shard, devices, recompute, o.lora_targets)
-        except ValueError as error:  # of LoRA's rank or targets
+        except ValueError as error:  # about LoRA's rank or targets
             parser.error(str(error))
         pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0) + ", `--recompute`" * recompute
         figures = " | ".join(f"{value / GB:.1f}" for value in [*parts.values(), sum(parts.values())])

@@ -1,7 +1,7 @@
-"""The papers' own runs as commands, with the memory and the time they need, worked out from the models' configurations.
+"""The papers' own runs as commands, with estimates of memory and time, calculated from the models' configurations.
 
-`python -m experiments.reproduce --scale paper` prints them, `--run` starts them. Nothing
-of this has been measured on a GPU.
+`python -m experiments.reproduce --scale paper` prints them, `--run` starts them. None of the estimates has been
+measured on a GPU.
 """
 
 import shlex
@@ -22,38 +22,38 @@ PAIRS = {  # name: (teacher, how it is fine-tuned, student, how it is trained)
     "llama2-tinyllama": ("llama2", LORA, "tinyllama", LORA),
     "mistral-tinyllama": ("mistral", LORA, "tinyllama", LORA),
 }
-# Dolly: training examples; tokens of one and of its response (means over 2,996 lines, GPT-2). Padding costs nothing:
-# layers see the tokens of a batch one after another.
+# Dolly: training examples; tokens of an example and of its response (means over 2,996 lines, GPT-2). Padding costs
+# nothing, since layers work on the tokens of a batch without it.
 EXAMPLES, TOKENS, RESPONSE = 11000, 148, 81
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 operations a second, dense, by NVIDIA
-GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # of an A100; the share of its peak is an assumption
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 operations per second, according to NVIDIA
+GPU_BYTES, PEAK, UTILISATION = 80e9, PEAKS["A100"], 0.3  # an A100; the share of its peak is an assumption
 HEAD = f"# one GPU of {GPU_BYTES / 1e9:.0f} GB; hours assume {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s; bf16"
 
 
 def operations(s, t, tokens: int, teacher_tokens: int, responses: int, rank=0, recipe="v2", pairs=None) -> float:
-    """Of training on so many tokens, of which the student predicts `responses` and compares `pairs` with the teacher's
-    (default: all). s, t: memory.counts of the student and of the teacher or None; recipe: of DSKD, "" for vanilla KD.
-    Two per weight and token forward, four backward (two where the weight is frozen); of the heads, products with
-    response tokens only, as fast/losses.py makes them; without attention's products."""
+    """Operations of training on this many tokens, of which the student predicts `responses` and compares `pairs` with
+    the teacher (default: all). s, t: memory.counts of the student and of the teacher or None; recipe: of DSKD, "" for
+    vanilla KD. Two per weight and token forward, four backward (two if the weight is frozen); for the heads, only
+    products with response tokens, as in fast/losses.py; without attention's products."""
     work = tokens * s.matrices * (4 if rank else 6)
     if rank:
-        work += 2 * tokens * s.trained_matrices  # beside the four
-    work += (4 if rank else 6) * responses * s.head  # its logits, the gradient of the states and, if trained, its own
+        work += 2 * tokens * s.trained_matrices  # in addition to the four
+    work += (4 if rank else 6) * responses * s.head  # logits, gradient of the states and, if trained, of the head
     if t:
         pairs = responses if pairs is None else pairs
         work += 2 * teacher_tokens * t.matrices + 2 * pairs * t.head  # the teacher's logits
     if t and recipe:
-        work += 4 * pairs * (s.head + t.head)  # t2s and s2t under these heads: their logits, and their gradients
+        work += 4 * pairs * (s.head + t.head)  # t2s and s2t under these heads: logits and gradients
     if t and recipe == "v2":
-        work += 2 * pairs * (s.head + t.head)  # to count who agrees, and for the teacher's predictions
+        work += 2 * pairs * (s.head + t.head)  # to count the agreeing pairs, and for the teacher's predictions
     return work
 
 
 def estimate(student: str, teacher: str | None, rank: int, epochs: int, recipe="v2") -> tuple[int, float, float]:
     """(examples at a time, bytes of memory, hours) on one GPU; --max-len 512, batch 32, --chunk 512.
 
-    Memory as in memory.py. Of all batches that divide 32 the largest that leaves a tenth of the GPU's free. Without the
-    scores on the dev set after each epoch.
+    Memory as in memory.py, for the largest batch that divides 32 and leaves a tenth of the GPU's memory free. The time
+    does not include the scores on the dev set after each epoch.
     """
     config, taught_by = memory.CONFIGS[CONFIGURED[student]], teacher and memory.CONFIGS[CONFIGURED[teacher]]
     parts = memory.needs(taught_by, config, rank, 1, None, 1)
@@ -67,7 +67,7 @@ def estimate(student: str, teacher: str | None, rank: int, epochs: int, recipe="
 
 
 def commands_of(name: str) -> list[str]:
-    """For the teacher, SFT, each recipe, and the evaluation of all, with what each needs as a comment."""
+    """Commands for the teacher, SFT, each recipe, and the evaluation of all, with the estimates as comments."""
     teacher, teacher_recipe, student, recipe = PAIRS[name]
     home, data = f"runs/paper/{name}", "--data dolly --valid dolly --keep-best rouge"
     jobs = [("teacher", teacher, None, teacher_recipe, "--method sft"), ("sft", student, None, recipe, "--method sft")]
@@ -88,12 +88,12 @@ def commands_of(name: str) -> list[str]:
 
 
 def follow(commands: list[str], run: bool) -> None:
-    """Print the commands, which may end in a comment; with `run`, run each before the next is printed. A training run
-    that is there already goes on or, if it is done, ends at once."""
+    """Print the commands, which may end with a comment; with `run`, run each before the next is printed. A training run
+    that already exists is resumed or, if it is finished, ends immediately."""
     for command in commands:
         print(f"python {command}", flush=True)
         words = shlex.split(command, comments=True)
         if words[0] == "train.py" and Path(words[words.index("--out") + 1], "args.json").is_file():
             words.append("--resume")
         if run and subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent).returncode:
-            sys.exit(1)  # it has said why
+            sys.exit(1)  # the command has printed the reason

@@ -1,8 +1,8 @@
-"""The update of each method, written as anyone would write it first; `bench.py` measures ours against it.
+"""The update of each method, written in the obvious way; `bench.py` compares ours with it.
 
-Examples padded to the longest, hidden states and logits at all positions, every term over (B, T, V), gradients by
-autograd: slow, large, and plain to read. It specifies `train.distil` with all that it calls: the same loss and the same
-gradients (`tests/test_method.py`). It runs on this repository's decoders, or on transformers'.
+Examples are padded to the longest, states and logits are computed at all positions, every term is over (B, T, V), and
+autograd computes the gradients: slow, large, and easy to read. It specifies `train.distil` and all that it calls: same
+loss, same gradients (`tests/test_method.py`). It runs on this repository's decoders, or on transformers'.
 
 Shapes: B batch, T the longest example's tokens, d student width, D teacher width, V vocabulary.
 """
@@ -31,7 +31,7 @@ METHODS = {
 
 @dataclass
 class Padded:
-    """One model's side of a batch, all (B, T): labels are −100 but at response positions."""
+    """One model's side of a batch, all (B, T); labels are −100 except at response positions."""
 
     ids: Tensor
     mask: Tensor
@@ -39,7 +39,7 @@ class Padded:
 
 
 def pad(sides: list[Side], pad_id: int, device) -> Padded:
-    """Padded on the right to the longest, labels shifted by one."""
+    """Pad on the right to the longest, and shift the labels by one."""
     ids = torch.full((len(sides), max(map(len, sides)) - 1), pad_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, side in enumerate(sides):
@@ -54,7 +54,7 @@ def pair_positions(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor]:
     """(example, teacher position, student position) of all aligned pairs, each (A,)."""
     columns = []
     for example, row in enumerate(rows):
-        i, j = row.pairs  # in the responses, whose first token is predicted by the last one of the prompt
+        i, j = row.pairs  # indices into the responses; a response's first token is predicted by the prompt's last
         columns.append((0 * i + example, i + len(row.teacher.prompt) - 1, j + len(row.student.prompt) - 1))
     return tuple(torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*columns, strict=True))
 
@@ -153,7 +153,7 @@ def attend(projectors, models, sides, student_hidden: Tensor, teacher_hidden: Te
 
 
 def as_transformers(ours: Decoder):
-    """The same model in transformers, by way of its files."""
+    """The same model in transformers, loaded from files that we write."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:

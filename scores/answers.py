@@ -1,13 +1,13 @@
-r"""Graders of calculations: the final answer of a response, and whether it is the reference's.
+r"""Grading of calculations: the final answer of a response, and whether it equals the reference's.
 
 A response ends where the model's turn ends. What follows (the next turn of a chat, the template's next instruction, a
-question that the model made up) is not looked at, and neither is what stands in <think>...</think>.
+question that the model made up) is ignored, and so is the text in <think>...</think>.
 
-A final answer is looked for in four places, in this order: after the first `####`, as GSM8K's own grader does; in the
-last `\boxed{...}`, as MATH's does; after "the answer is"; and else the last number of the text, but not of a response
-that was cut at its budget. Two answers that are numbers are compared exactly, as fractions: 1,200.50 = 1\,200.5 =
-\frac{2401}{2}; what is no number is compared as text. Currency, units and the per cent sign are ignored, as GSM8K's own
-answers omit them.
+A final answer is searched in four places, in this order: after the first `####`, as in GSM8K's own grader; in the last
+`\boxed{...}`, as in MATH's; after "the answer is"; otherwise it is the last number of the text, but not of a response
+that was cut at its length limit. Two numbers are compared exactly, as fractions: 1,200.50 = 1\,200.5 = \frac{2401}{2};
+other answers are compared as text. Currency, units and the per cent sign are ignored, because GSM8K's own answers omit
+them.
 
 >>> [final_answer(text) for text in ("She has 5 - 2 = 3.\n#### 3", r"Thus \boxed{\frac{1}{2}}.", "It is 7.")]
 ['3', '\\frac{1}{2}', '7']
@@ -22,12 +22,12 @@ answers omit them.
 import re
 from fractions import Fraction
 
-TAG = r"(?<![\"'`])<{}(?:think(?:ing)?|thought|reasoning)>(?![\"'`])"  # in quotes it would be a string of a program
+TAG = r"(?<![\"'`])<{}(?:think(?:ing)?|thought|reasoning)>(?![\"'`])"  # in quotes it is a string in a program
 THINK, THOUGHT = TAG.format(""), TAG.format("/")
-THINKING = re.compile(  # up to its end, or to the text's; before the first tag, if that is an end, all is thought
+THINKING = re.compile(  # up to its end tag, or the text's end; if the first tag is an end tag, all before it is thought
     rf"(?:{THINK}|\A(?=(?:(?!{THINK}).)*{THOUGHT})).*?(?:{THOUGHT}|\Z)|{THOUGHT}", re.I | re.S
 )
-OWN_TURN = re.compile(  # the mark that the prompt ended with, once more
+OWN_TURN = re.compile(  # a repetition of the mark that the prompt ended with
     r"(?:\s*(?:(?:#{2,3} ?)?(?:Response|Assistant|assistant)[ \t]*(?::|\n)|\[BEGIN\]|\[/INST\]|<s>"
     r"|<\|(?:im_start|start_header_id|end_header_id|assistant)\|>))+"
 )
@@ -36,7 +36,7 @@ NEXT_TURN = re.compile(
     r"|(?<!#)#{2,3} ?(?:(?:Instruction|Response|Human|User|Assistant)[ \t]*(?::|$)|Input:)"
     r"|^(?:Below is an instruction that|You are an expert Python programmer|\[DONE\]|\[BEGIN\])"
     r"|^(?:Instruction|Human|User|Assistant|USER|ASSISTANT) ?:"
-    r"|^(?:user|assistant|system)$",  # between special tokens, which were dropped
+    r"|^(?:user|assistant|system)$",  # was between special tokens, which have been removed
     re.M,
 )
 NEXT_QUESTION = re.compile(
@@ -47,8 +47,8 @@ NEXT_QUESTION = re.compile(
 
 
 def answer_part(response: str, ended: bool = True, to_question: bool = False) -> tuple[str, bool]:
-    """The part of a response that answers, and whether that has an end: a next turn, or the response's own (`ended`).
-    An answer `to_question` ends at a next question too; one with which it begins is the prompt's, said again."""
+    """The part of a response that answers, and whether it has an end: a next turn, or the response's own (`ended`).
+    With `to_question` the answer also ends at the next question; one at its beginning only repeats the prompt's."""
     text = THINKING.sub("", response)
     own = OWN_TURN.match(text)
     text = text[own.end() :] if own else text
@@ -59,7 +59,7 @@ def answer_part(response: str, ended: bool = True, to_question: bool = False) ->
     return text[: min(ends, default=None)], ended or bool(ends)
 
 
-# Between thousands, all of one kind: commas, LaTeX's and typography's spaces, blanks; 1 234/567 is a mixed number
+# Separators of thousands, all of one kind: commas, LaTeX and typographic spaces, blanks; 1 234/567 is a mixed number
 COMMA, BLANK = r",(?:\\!)?|(?:\\[a-z]+)?\{,\}", r" (?!\d+\s*/)"
 SPACE = r"\{?\\[,;:! ]\}?|\\thinspace\s*|[~\u00a0\u2007\u2009\u202f]"
 GROUPS = "|".join(rf"(?:(?:{mark})\d{{3}})+" for mark in (COMMA, SPACE, BLANK))
@@ -67,7 +67,7 @@ GROUPED = rf"(?<![\d.,])[1-9]\d{{0,2}}(?:{GROUPS})(?!,?\d)"  # 1,234  1{,}234  1
 PLAIN = r"(?:\d+(?:\.\d+)?|\.\d+)"  # 1200.50  12  .5
 EXPONENT = r"(?:[eE][+-]?\d{1,3})?"
 FRACTION = r"\\[dt]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)"
-# A minus right behind a digit, a letter or a bracket is a subtraction: "10-3" ends in 3, "x = -3" in -3
+# A minus right after a digit, a letter or a bracket is a subtraction: "10-3" ends in 3, "x = -3" in -3
 SIGN = r"(?:(?<![\w)\]}.])[-\u2212])?(?:\\?[$€£][-\u2212]?)?"
 NUMBER = rf"({SIGN}(?:{FRACTION}|(?:{GROUPED}(?:\.\d+)?|{PLAIN}){EXPONENT}(?:/\d+)?))"
 # A per cent sign, or words: square feet, km/h, m^2. 5x and 3ab are products, 18 million and 5 and a half other numbers.
@@ -83,11 +83,11 @@ VALUE = re.compile(  # 3/4  1 3/4  1\frac{3}{4}, or 12  .5  1e3  1.5 \times 10^{
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a text that is one number with or without currency and unit, exactly; None for any other text.
+    """The exact value of a text that is one number with or without currency and unit; None for any other text.
 
     Reads 1,234.50, 1\\,234.50, 1 234.50, .5, 1e3, 1.5 \\times 10^{3}, 3/4, 1 3/4, \\frac{3}{4}, \\frac34, -$5, 25%,
-    12 apples, x = 3. A unit may be stripped, for the answers to be compared have none or the same; a per cent sign does
-    not divide by 100.
+    12 apples, x = 3. Units are dropped, because the answers that are compared have none or the same one; a per cent
+    sign does not divide by 100.
     """
     text = without_marks(re.sub(GROUPED, lambda match: re.sub(r"\D", "", match[0]), text))
     text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text)
@@ -106,7 +106,7 @@ def number(text: str) -> Fraction | None:
 
 
 def without_marks(text: str) -> str:
-    """Without the marks of LaTeX and Markdown that carry no value."""
+    """The text without the marks of LaTeX and Markdown that do not change its value."""
     text = re.sub(r"(?:\{,\}|,\\!)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
     text = re.sub(r"\\left|\\right|\\thinspace|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)  # \\ ends a matrix's row
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", "", text)
@@ -124,21 +124,21 @@ ANSWER_IS = re.compile(
     re.I,
 )
 NOT_SAID = {"if", "whether", "unless", "think", "thought", "say", "says", "said", "suppose", "assume", "guess"}
-# A number at the beginning, unless it is only the beginning of another number or of a calculation
+# A number at the beginning, unless it is only the first part of another number or of a calculation
 LEADING = re.compile(
     rf"[\s*]*(?:\\[(\[]\s*)?{NUMBER}"
     rf"(?![\w^?(]|[.,:]\d|\s*(?:[-+/=^×÷<>]|\*(?!\*)|\\(?!text|[)\]%,;! ]))|\s+{OTHER_NUMBER})"
 )
-# Of what follows that number in a line `#### 12, since 3 * 4 = 12`; not of a list, `#### 1, -2`, or a term, `#### 2 x`
+# Words after that number in a line `#### 12, since 3 * 4 = 12`; not in a list, `#### 1, -2`, or a term, `#### 2 x`
 PROSE = re.compile(r"(?<![\\\w])(?!and\b)(?:[^\W\d_]{3,}|[\u3040-\u9fff]|(?:as|so|is|it|in|of|if)\b)|^\W*$", re.I)
 REMARK = re.compile(r"(?:\s\(|\((?=[^\W\d_]{3}))[^()]*\)[\s.]*$")  # 12 (twelve)
 TAKEN_BACK = re.compile(r"\W*(?:(?:but|oh|hmm)\W+)?(?:no[,.!:]|(?:wait|sorry|oops|actually|correction)\b)", re.I)
 
 
 def final_answer(text: str, ended: bool = True) -> str | None:
-    """The answer that a response or a reference ends with, as written; None if there is none. The first `#### x` counts
-    whose x is a number and that is not taken back, and in the last line whatever x is: elsewhere it is a heading.
-    ended: False for a response that was cut at its budget; its last number says nothing."""
+    """The final answer of a response or a reference, as written; None if there is none. The first `#### x` counts whose
+    x is a number and is not taken back; in the last line x may be anything, but elsewhere that is a heading.
+    ended: False for a response that was cut at its length limit; its last number is not an answer."""
     text, ended = answer_part(text, ended, to_question=True)
     for match in re.finditer(r"####[ \t]*([^#\n]*[^#\s])", text):
         answer = ANSWER_IS.sub("", match[1])
@@ -153,7 +153,7 @@ def final_answer(text: str, ended: bool = True) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} with balanced braces, or in \fbox{...}; None without one."""
+    r"""The content of the last \boxed{...} with balanced braces, or \fbox{...}; None without one."""
     boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
     opened: list[int] = []  # one pass with a stack: a model that got stuck writes \boxed{\boxed{\boxed{...
     closed: list[tuple[int, int]] = []
@@ -162,13 +162,13 @@ def boxed(text: str) -> str | None:
             opened.append(brace.end())
         elif opened and (start := opened.pop()) in boxes:
             closed.append((start, brace.start()))
-    if not closed and (bare := re.findall(r"\\boxed\s+([^\s${][^$\n]*)", text)):  # MATH has `$\boxed 2$` too
+    if not closed and (bare := re.findall(r"\\boxed\s+([^\s${][^$\n]*)", text)):  # MATH also has `$\boxed 2$`
         return bare[-1].strip()
     return text[slice(*max(closed))].strip() if closed else None
 
 
 def said(text: str) -> str | None:
-    """The number after the last "the answer is" that a number follows; None without one."""
+    """The number after the last "the answer is" with a number; None without one."""
     for match in reversed(list(ANSWER_IS.finditer(text))):
         leading = LEADING.match(text, match.end())
         if leading and (match[1] or "").lower() not in NOT_SAID:
@@ -177,14 +177,14 @@ def said(text: str) -> str | None:
 
 
 def answers_equal(answer: str, reference: str) -> bool:
-    """Equal as numbers if either is one, else as texts but for case, white space, LaTeX's marks and spare braces."""
+    """Equal as numbers if either is one, else as texts, ignoring case, white space, LaTeX's marks and spare braces."""
     value, wanted = number(answer), number(reference)
     if value is not None or wanted is not None:
         return value == wanted
 
     def normalise(text: str) -> str:
         text = re.sub(r"(?<=\S)\s*\\(?:text|mbox)\s*\{\s[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*\Z", "", text)  # a unit
-        token = r"(\\(?!frac|sqrt|text|math)[A-Za-z]+|[^\W_])"  # what TeX takes for an argument without braces
+        token = r"(\\(?!frac|sqrt|text|math)[A-Za-z]+|[^\W_])"  # what TeX reads as an argument without braces
         text = re.sub(rf"([_^])\s*(?:(-?\d+)|{token})", r"\1{\2\3}", without_marks(text))
         text = re.sub(rf"(\\sqrt(?:\[\w+\])?|\\frac)\s*{token}", r"\1{\2}", text)
         text = re.sub(rf"(\\frac\{{[^{{}}]*\}})\s*{token}", r"\1{\2}", text)
@@ -197,13 +197,13 @@ def is_correct(response: str, references: list[str], ended: bool = True) -> bool
     """Whether the response's final answer equals that of any reference. Raises ValueError for one without an answer."""
     if not all(map(str.strip, references)):
         raise ValueError("a reference has no final answer")
-    # a reference may be nothing but its answer, x^2+1
+    # a reference may consist of its answer alone: x^2+1
     wanted = [text for reference in references for text in (final_answer(reference), reference.strip()) if text]
     answer = final_answer(response, ended)
     return answer is not None and any(answers_equal(answer, reference) for reference in wanted)
 
 
 def grade(response: str, references: list[str], ended: bool = True) -> dict:
-    """What was taken as the response's answer, and whether it is right."""
+    """What was read as the response's answer, and whether it is correct."""
     passed = is_correct(response, references, ended)
     return {"answer": final_answer(response, ended), "passed": passed, "ended": ended}

@@ -1,8 +1,8 @@
-r"""The program in a response, to be run with its task's tests (sandbox.py does that; nothing here runs any code).
+r"""Extract the program from a response, to be run with its task's tests (in sandbox.py; nothing here runs any code).
 
-A program is made of all the code blocks of a response that are Python, in their order: the last complete definition of
-a function wins, and its helpers stay with it. HumanEval's continues the prompt, or has the whole function; MBPP's
-stands alone.
+A program consists of all code blocks of a response that are Python, in their order: the last complete definition of a
+function wins, and its helpers are kept. For HumanEval, the response continues the prompt or has the whole function; for
+MBPP, it is a complete program.
 
 >>> humaneval_program("def one():\n    '''1'''\n", "one", "    return 1\n\nprint(one())")
 "def one():\n    '''1'''\n    return 1\n"
@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from scores.answers import answer_part
 
-FENCE = re.compile(  # up to its end, the next fence, or the end of the text; in a list or a quotation it has a margin
+FENCE = re.compile(  # up to its end, the next fence, or the end of the text; indented in a list or a quotation
     r"^(?P<margin>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<mark>`{3,}|~{3,})[^`\n]*\n(?P<code>.*?)"
     r"(?:(?P=mark)[ \t]*$|(?=^[ \t>]*(?P=mark))|\Z)",
     re.M | re.S,
 )
-# A line that is not indented and does not only close a bracket or a string ends the function before it
+# A line without indentation ends the function before it, unless it only closes a bracket or a string
 END_OF_BODY = re.compile(r"^(?=[^\s)\]}'\"])", re.M)
-# Where a body without its margin ends and its demonstration begins
+# Where a body without indentation ends and its demonstration begins
 END_OF_PROGRAM = re.compile(r"^(?:print\b|if\s+__name__\b|assert\b|```|>>>)", re.M)
 NAME = r"[A-Za-z_]\w*"
-STATEMENT = re.compile(  # a line of code at the left margin, by its looks; prose like "For example, this:" may pass
+STATEMENT = re.compile(  # what looks like code at the left margin; some prose, like "For example, this:", also matches
     rf"(?:(?:async )?def {NAME}\s*\(.*"
     rf"|class {NAME}\s*[:(].*|@{NAME}.*|#.*|[)\]}}'\"].*"
     rf"|import {NAME}(?:\.{NAME})*(?:,.*| as .*|\s*(?:#.*)?)|from [\w.]+ import .*"
@@ -40,13 +40,13 @@ STATEMENT = re.compile(  # a line of code at the left margin, by its looks; pros
     rf"|{NAME}(?:\.{NAME})*\(.*\)\s*(?:#.*)?)$"
 )
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # what a block without a definition may bring for a later one
-SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # what may be a demonstration, by its names
+SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # for these, a block without a definition may be needed later
+SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # may be demonstrations: their names decide
 
 
 def run_programs(programs: list[str], tests: list[str], ended: list[bool]) -> list[dict]:
-    """What became of each program when it ran with its tests, in the sandbox."""
-    from scores.sandbox import run_python  # here, for it needs a Unix
+    """The result of each program with its tests, run in the sandbox."""
+    from scores.sandbox import run_python  # here, because it needs Unix
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(run_python, programs, tests)
@@ -63,11 +63,11 @@ def program_of(response: str, prompt: str, entry_point: str, ended: bool = True)
 
 
 def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool = True) -> str:
-    """The program that a response to a HumanEval prompt makes: prompt and continuation, or a whole function.
+    """The program from a response to a HumanEval prompt: the prompt with a continuation, or with a whole function.
 
-    A continuation ends at the first line that is not indented (as with the stop words of Chen et al., arXiv 2107.03374:
-    class, def, #, if, print). A whole function, fenced or not, follows the prompt, which brings imports and helpers and
-    whose own function, docstring only, it replaces. ended: False for a response that was cut at its budget.
+    A continuation ends at the first line without indentation (as with the stop words of Chen et al., arXiv 2107.03374:
+    class, def, #, if, print). A whole function, fenced or not, is put after the prompt, which has imports and helpers,
+    and replaces the prompt's function without a body. ended: False for a response that was cut at its length limit.
     """
     text = complete_part(response, ended)
     before = re.split(r"^[ \t]*(?:```|~~~)", text, maxsplit=1, flags=re.M)[0]
@@ -78,7 +78,7 @@ def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool 
         program, defined = combine(parts)
         if entry_point in defined:
             return prompt + "\n" + program
-    # Nothing defines it: the last part that is Python only as a function's body, and blocks that may be its helpers
+    # No part defines it: take the last one that is Python only as a function's body, and blocks that may be helpers
     parts = [before, *blocks]
     bodies = [part for part in parts if not parse(textwrap.dedent(part)) and parse(continue_prompt(prompt, part))]
     body = bodies[-1] if bodies else parts[:2][-1]
@@ -87,7 +87,7 @@ def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool 
 
 
 def mbpp_program(response: str, ended: bool = True) -> str:
-    """The program in a response to an MBPP prompt: its fenced blocks, else what looks like code; "" without any."""
+    """The program in a response to an MBPP prompt: its fenced blocks, or else what looks like code; "" without any."""
     text = complete_part(response, ended)
     blocks, runs = code_blocks(text), code_runs(text)
     programs = sorted([combine(blocks), combine(runs)], key=lambda program: not program[1])  # first what defines
@@ -95,7 +95,7 @@ def mbpp_program(response: str, ended: bool = True) -> str:
 
 
 def complete_part(response: str, ended: bool) -> str:
-    """`answer_part`, less a last definition in whose midst the budget ended, if an earlier one has the same name."""
+    """`answer_part` without a last definition that was cut off, if an earlier definition has the same name."""
     text, ended = answer_part(response, ended)
     names = set()
     for match in re.finditer(rf"^([ \t]*)(?:async )?def ({NAME})", text, re.M) if not ended else ():
@@ -106,10 +106,10 @@ def complete_part(response: str, ended: bool) -> str:
 
 
 def continue_prompt(prompt: str, body: str) -> str:
-    """The prompt with a function's body, four columns from the margin also where a response left out that indentation.
+    """The prompt with a function's body, which is indented by four columns if the response left out the indentation.
 
-    Of the first line alone (decoding a SentencePiece text drops its first space, stripping a text all of them), or of
-    all lines: whichever Python takes.
+    It may be missing in the first line (decoding a SentencePiece text drops the first space, stripping a text drops all
+    of them) or in all lines: whichever gives valid Python.
     """
     all_lines = textwrap.indent(textwrap.dedent(cut(body, END_OF_PROGRAM)), "    ")
     first_line = re.sub(r"\A(?:\s*\n)? {0,3}(?=\S)", "    ", body)
@@ -128,12 +128,12 @@ def cut(code: str, end: re.Pattern) -> str:
 
 
 def code_blocks(text: str) -> list[str]:
-    """The fenced blocks of a text, each without its fence's margin; the last may lack its end."""
+    """The fenced blocks of a text, each without its fence's indentation; the end of the last may be missing."""
     return [re.sub(rf"^[ \t>]{{0,{len(m['margin'])}}}", "", m["code"], flags=re.M) for m in FENCE.finditer(text)]
 
 
 def code_runs(text: str) -> list[str]:
-    """The stretches of a text whose lines look like code: statements, and whatever is indented under them."""
+    """The parts of a text whose lines look like code: statements, and everything indented under them."""
     runs: list[list[str]] = [[]]
     for line in text.split("\n"):
         if STATEMENT.match(line) or (runs[-1] and re.match(r"$|\s(?!\s*(?:```|~~~))", line)):
@@ -144,13 +144,13 @@ def code_runs(text: str) -> list[str]:
 
 
 def combine(blocks: list[str]) -> tuple[str, set[str]]:
-    """One program of all blocks that are Python, in their order and without demonstrations; the names it defines.
+    """One program from all blocks that are Python, in their order and without demonstrations; and the names it defines.
 
-    A function without a body (a docstring, `pass` or `...`) gives way to one of its name that has it. A block that
-    defines nothing stays if it imports or assigns something for a later one.
+    A function without a body (only a docstring, `pass` or `...`) is replaced by one of the same name with a body. A
+    block that defines nothing is kept if it imports or assigns something before a later one.
     """
     codes = [textwrap.dedent(block) for block in blocks]
-    if codes and not parse(codes[-1]):  # cut off, perhaps: without its last statement
+    if codes and not parse(codes[-1]):  # perhaps cut off: try it without its last statement
         codes[-1] = codes[-1][: max((match.start() for match in END_OF_BODY.finditer(codes[-1])), default=0)]
     trees = [(code, tree) for code in codes if (tree := parse(code))]
     defining = [any(isinstance(node, DEFINITION) for node in tree.body) for _, tree in trees]
@@ -170,10 +170,10 @@ def combine(blocks: list[str]) -> tuple[str, set[str]]:
 
 
 def parse(code: str) -> ast.Module | None:
-    """The program's syntax tree; None if Python does not take it, for one as it is the body of a function."""
+    """The program's syntax tree; None if it is not valid Python, for instance because it is a function's body."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in strings
+            warnings.simplefilter("ignore")  # warnings about escapes in strings
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -183,8 +183,8 @@ def parse(code: str) -> ast.Module | None:
 
 
 def is_idle(node: ast.stmt, defined: set[str], last: bool) -> bool:
-    """Whether a program is the same without this statement: a test, a demonstration, or a function without a body.
-    last: no definition follows; before one, a call of what is defined may fill a table that the next function needs."""
+    """Whether a program works without this statement: a test, a demonstration, or a function without a body.
+    last: no definition follows. Before a definition, a call may fill a table that the next function needs."""
     if isinstance(node, SHOWING):
         return uses(node, (defined if last else set()) | {"print", "__name__", "unittest", "doctest"})
     return isinstance(node, ast.Assert) or (is_stub(node) and node.name in defined)

@@ -13,12 +13,12 @@ rouge-score stems with NLTK's `PorterStemmer`, whose default is not quite Porter
              words of one or two letters are left alone: Porter's own later rule
     step 1a  ies -> ie in words of four letters (dies -> die; the paper: di): NLTK's
     step 1b  ied -> ie in words of four letters (died -> die; the paper: di): NLTK's
-    step 1c  y -> i right after a consonant that is not the first letter (cry -> cri, enjoy -> enjoy): NLTK's;
+    step 1c  y -> i directly after a consonant that is not the first letter (cry -> cri, enjoy -> enjoy): NLTK's;
              the paper: after any stem with a vowel (cry -> cry, enjoy -> enjoi)
     step 2   bli -> ble (the paper: abli -> able) and logi -> log: Porter's own later rules;
-             that the l of logi counts towards m, fulli -> ful, and a second pass after alli -> al: NLTK's
-    *o       a stem that is one vowel and one consonant is short too (using -> us -> use; the paper: us): NLTK's
-Steps 3 and 4 are the paper's, and so is step 5 but for its use of *o.
+             the l of logi counts towards m, fulli -> ful, and there is a second pass after alli -> al: NLTK's
+    *o       a stem of one vowel and one consonant is short too (using -> us -> use; the paper: us): NLTK's
+Steps 3 and 4 are the paper's, and so is step 5 except for its use of *o.
 
 >>> [stem(word) for word in ("relational", "hopping", "flies", "dying")]
 ['relat', 'hop', 'fli', 'die']
@@ -41,8 +41,8 @@ IRREGULAR = {
     "proceed": "proceed", "exceed": "exceed", "succeed": "succeed",
 }  # fmt: skip
 
-# In each table the first suffix that fits decides, even if its condition then fails, so longer ones stand before the
-# shorter ones that they end in (ement, ment, ent). A letter in (?<=...) stays, and counts towards the measure.
+# In each table the first suffix that fits decides, even if its condition then fails. So longer ones come before the
+# shorter ones that they end in (ement, ment, ent). A letter in (?<=...) is kept, and counts towards the measure.
 STEP1A = {"sses": "ss", "(?<=^.)ies": "ie", "ies": "i", "ss": "ss", "s": ""}
 STEP2 = {
     "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble", "entli": "ent",
@@ -78,7 +78,7 @@ def ends_short(stem: str) -> bool:
 
 
 def replace_suffix(word: str, rules: dict[str, str], above: int) -> str:
-    """Apply the first rule whose suffix the word has, if what stands before the suffix has measure > `above`."""
+    """Apply the first rule whose suffix the word has, if the part before the suffix has measure > `above`."""
     for suffix, replacement in rules.items():
         if found := re.search(f"{suffix}$", word):
             rest = word[: found.start()]
@@ -95,7 +95,7 @@ def step1b(word: str) -> str:
     rest = word[:-2] if word.endswith("ed") else word.removesuffix("ing")
     if rest == word or "v" not in letter_kinds(rest):  # bled and sing keep their ending
         return word
-    # Give the stem back what the ending took (e) or take what the ending doubled.
+    # Restore the e that the ending replaced, or remove the letter that it doubled.
     if rest.endswith(("at", "bl", "iz")):
         return rest + "e"
     if rest[-1] == rest[-2:-1] and letter_kinds(rest)[-1] == "c":
@@ -142,7 +142,7 @@ def stem(word: str) -> str:
 def lcs_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence of `a` and `b`.
 
-    row[j] = LCS(a[:i], b[:j]), a whole row at a time: neighbours in a row differ by 0 or 1, so that a row fits in bits.
+    row[j] = LCS(a[:i], b[:j]), a whole row at a time: neighbours in a row differ by 0 or 1, so each takes one bit.
     Bit j of `flat` is 0 where row[j + 1] = row[j] + 1. For the next token x of `a`, each block of ones with the zero
     above it holds one rise at that zero; if x occurs in `b` within the block, the rise moves down to the lowest such
     place. The carry of the addition does that for all blocks at once.
@@ -161,7 +161,7 @@ def lcs_length(a: list[str], b: list[str]) -> int:
 def tokenize(text: str) -> list[str]:
     """Runs of a-z and 0-9 in the lower-cased text, stemmed where longer than three characters.
 
-    Letters outside ASCII split words and are lost, as in rouge-score: a text in Cyrillic or Chinese has no tokens.
+    Letters outside ASCII split words and are dropped, as in rouge-score: a text in Cyrillic or Chinese has no tokens.
     """
     return [stem(token) if len(token) > 3 else token for token in re.findall("[a-z0-9]+", text.lower())]
 
@@ -181,7 +181,7 @@ def rouge_l(prediction: str, reference: str | list[str]) -> float:
 
 
 def exact_match(prediction: str, reference: str | list[str]) -> bool:
-    """Whether the prediction equals any reference, but for case, ASCII punctuation and the amount of white space."""
+    """Whether the prediction equals any reference, ignoring case, ASCII punctuation and the amount of white space."""
 
     def normalise(text: str) -> str:
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())

@@ -1,38 +1,38 @@
 """Run generated Python against its tests, in a process that can do little else.
 
     run_python("def double(x): return 2 * x", "assert double(2) == 4").status     "passed"
-    python sandbox.py                                                             which guards hold on this machine
+    python sandbox.py                                                             which guards work on this machine
 
     run_python -> launcher (namespaces) -> supervisor (clock) -> worker (limits, no privileges): the program
 
-What holds everywhere: a time limit on the wall clock; per process, limits on the address space, CPU time, the size of a
-file and the number of open files; an empty environment, an empty working directory that is removed afterwards, no
-descriptor but /dev/null and an output of which only the beginning is kept; the standard library alone. A program that
-leaves before the end of its tests, however politely, has not passed.
+Guards that work everywhere: a limit on wall-clock time; per process, limits on address space, CPU time, file size and
+the number of open files; an empty environment; an empty working directory that is removed afterwards; no descriptors
+except /dev/null and an output of which only the beginning is kept; only the standard library. A program that exits
+before the end of its tests, even with status 0, has not passed.
 
-What holds where Linux lets this process make namespaces (`Outcome.guards`):
+Guards that work if Linux lets this process create namespaces (`Outcome.guards`):
     network     no interface at all, not even loopback
-    processes   a process namespace of its own: it sees no other process, and all of it dies with the run
-    files       the file system is read-only but for a working directory of limited bytes and files; home directories,
+    processes   its own process namespace: it sees no other process, and all its processes die with the run
+    files       the file system is read-only, except a working directory with limited bytes and files; home directories,
                 /tmp, /run, /proc and /sys are empty
 
-As root the program runs as the user 65534 (nobody), for root is above the limit on the number of processes, and may
-write anywhere. As another user, without a user namespace, that limit counts all the processes that this user has.
+Started by root, the program runs as the user 65534 (nobody), because root is exempt from the limit on processes and may
+write anywhere. Started by another user, without a user namespace, that limit counts all processes of this user.
 
-What it does NOT cover:
-    - an exploit of the kernel or of the interpreter: for code from somebody who wants in, use a virtual machine;
+What the sandbox does NOT prevent:
+    - an exploit of the kernel or of the interpreter: for code from an attacker, use a virtual machine;
     - reading: all files outside the hidden directories that everybody (without root: this user) may read;
-    - memory in total: the limit is for each process, so `processes` times as much, and files in memory (memfd) are not
-      in it, only in `open_files` times `file_bytes`; CPU time, while the clock runs;
-    - sockets in the file system, outside the hidden directories, of servers that listen to everybody; devices in /dev
-      that everybody may open;
+    - use of memory in total: the limit is per process, so the total is `processes` times as much; files in memory
+      (memfd) do not count, but are limited to `open_files` times `file_bytes`; use of the CPU until the time is up;
+    - use of sockets in the file system, outside the hidden directories, if the server accepts everybody; use of devices
+      in /dev that everybody may open;
     - cheating: the tests run in the process that they test. An object that equals everything passes them, and code that
       searches the interpreter's frames for the secret of the verdict can forge it;
     - without `processes`: killing other processes of this user, this one included (as root: those of nobody), reading
-      their environment, descendants that outlive the run where there is no /proc to find them in, and System V shared
-      memory, which stays;
-    - without `files`: writing wherever this user (as root: nobody) may write, any number of files;
-    - without `network`: all of it. On macOS none of the three holds, nor does the limit on memory. Not for Windows.
+      their environment, descendants that outlive the run if there is no /proc in which to find them, and System V
+      shared memory, which remains;
+    - without `files`: writing any number of files wherever this user (as root: nobody) may write;
+    - without `network`: all use of it. On macOS none of the three works, nor does the limit on memory. Not for Windows.
 """
 
 import ctypes
@@ -83,17 +83,17 @@ class Outcome:
 
 
 def run_python(code: str, tests: str = "", limits: Limits | None = None) -> Outcome:
-    """Run `code`, then `tests` in the same namespace; it has passed if neither raises and the end is reached. Raises
+    """Run `code`, then `tests` in the same namespace; passed if neither raises and the end is reached. Raises
     RuntimeError if the sandbox itself does not work here."""
     limits = limits or Limits()
     job = json.dumps({"code": code, "tests": tests, "limits": asdict(limits)}).encode()
-    # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, so the score, would change
+    # -I would also ignore PYTHONHASHSEED, and then the order of a set of strings, and so the score, could change
     launcher = [sys.executable, "-s", "-S", "-B", "-X", "utf8", os.path.abspath(__file__), "launch"]
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
         try:
             done = subprocess.run(
                 launcher, input=job, capture_output=True, cwd=folder, env={"PYTHONHASHSEED": "0"},
-                start_new_session=True, timeout=limits.seconds + 60,  # the supervisor keeps the time, unless it fails
+                start_new_session=True, timeout=limits.seconds + 60,  # in case the supervisor, which keeps time, fails
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise RuntimeError("the sandbox does not work here: the supervisor did not answer in time") from error
@@ -115,7 +115,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def launch() -> None:
-    """Read a job from standard input, have it done, and print what became of it: the fields of Outcome, in JSON."""
+    """Read a job from standard input, run it, and print the result: the fields of Outcome, in JSON."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != here]
     job = json.load(sys.stdin)
@@ -123,7 +123,7 @@ def launch() -> None:
     guards = isolate(limits) if LINUX else dict.fromkeys(GUARDS, False)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if guards["processes"]:
-        if child := os.fork():  # the first process of the namespace; with it all others die
+        if child := os.fork():  # the first process of the namespace: when it dies, all others die too
             os.waitpid(child, 0)
             os._exit(0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -137,7 +137,7 @@ def launch() -> None:
 
 
 def isolate(limits: Limits) -> dict[str, bool]:
-    """Enter as many new namespaces as are allowed; which of GUARDS hold."""
+    """Enter as many new namespaces as are allowed; returns which of GUARDS work."""
     user, group = os.getuid(), os.getgid()
     if user != 0 and LIBC.unshare(CLONE_NEWUSER) == 0:
         for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
@@ -152,7 +152,7 @@ def isolate(limits: Limits) -> dict[str, bool]:
 
 
 def restrict_files(limits: Limits) -> bool:
-    """Hide HIDDEN and the home directory, make all the rest read-only, and mount the working directory anew."""
+    """Hide HIDDEN and the home directory, make everything else read-only, and mount a new working directory."""
     folder, python = os.getcwd(), os.open(sys.base_prefix, os.O_RDONLY | os.O_DIRECTORY)
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> bool:
@@ -160,7 +160,7 @@ def restrict_files(limits: Limits) -> bool:
         return LIBC.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]) == 0
 
     def expose_python(hidden: str) -> bool:
-        """The interpreter may live in a hidden directory; its path may also lead there by a link."""
+        """Make the interpreter visible if it is in a hidden directory, perhaps by a link in its path."""
         for place in {sys.base_prefix, os.path.realpath(sys.base_prefix)}:
             if os.path.commonpath([place, hidden]) == hidden:
                 os.makedirs(place, exist_ok=True)
@@ -196,7 +196,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def supervise(job: dict) -> dict:
-    """Start the worker and wait for it, at most the allowed time: {"status", "reason", "output"}."""
+    """Start the worker and wait for it, at most for the allowed time; returns {"status", "reason", "output"}."""
     limits, secret = job["limits"], os.urandom(16).hex()
     verdict_end, verdict_fd = os.pipe()
     output_end, output_fd = os.pipe()  # its other end stays open here too, so that reading never meets its end
@@ -205,7 +205,7 @@ def supervise(job: dict) -> dict:
     worker = os.fork()
     if worker == 0:
         work(job, secret, verdict_fd, output_fd)
-    os.set_blocking(verdict_end, False)  # whoever holds the other ends, and for how long
+    os.set_blocking(verdict_end, False)  # reading must not wait for whoever holds the other ends
     os.set_blocking(output_end, False)
     deadline, ended, output = time.monotonic() + limits.seconds, None, b""
     while ended is None and time.monotonic() < deadline:
@@ -217,7 +217,7 @@ def supervise(job: dict) -> dict:
     if ended is None:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
-    with suppress(ProcessLookupError, PermissionError):  # it left nobody in its group
+    with suppress(ProcessLookupError, PermissionError):  # if no process is left in its group
         os.killpg(worker, signal.SIGKILL)
     output = (output + read_now(output_end))[: limits.output]
     message = read_now(verdict_end).decode("utf-8", "replace")
@@ -241,7 +241,7 @@ def read_now(fd: int) -> bytes:
 
 
 def kill_descendants() -> None:
-    """What the worker left behind, where no namespace ends with it: its orphans are this process's children."""
+    """Kill what the worker left behind, if no namespace ends with it: its orphans are this process's children."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and (children := find_children()):
         for child in children:
@@ -252,7 +252,7 @@ def kill_descendants() -> None:
 def find_children() -> list[int]:
     children = []
     for file in glob.glob("/proc/[0-9]*/stat"):  # process (name) state parent ...
-        with suppress(OSError), open(file, encoding="utf-8", errors="replace") as stream:  # it may have just gone
+        with suppress(OSError), open(file, encoding="utf-8", errors="replace") as stream:  # it may have just ended
             if stream.read().rsplit(")", 1)[1].split()[1] == str(os.getpid()):
                 children.append(int(file.split("/")[2]))
     return children
@@ -278,14 +278,14 @@ def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
             os.setuid(NOBODY)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        if LINUX and LIBC.capset(header, none) != 0:  # those that a user namespace brings
-            raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+        if LINUX and LIBC.capset(header, none) != 0:  # drop the capabilities that a user namespace gives
+            raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if not os.access(os.__file__, os.R_OK):
             raise OSError(f"the user {os.getuid()} may not read Python's library in {os.path.dirname(os.__file__)}; do "
                           "not evaluate as root, or use a Python that everybody can read")  # fmt: skip
         os.environ.clear()
-    except Exception as error:  # the program has not run yet: this is about the sandbox
+    except Exception as error:  # the program has not run yet: the sandbox itself failed
         write(3, (secret + dumps({"status": "broken", "reason": str(error)})).encode())
         leave(1)
 
@@ -298,11 +298,11 @@ def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
             verdict = {"status": "passed", "reason": ""}
         except BaseException as error:  # SystemExit too: the end of the tests was not reached
             verdict = {"status": "failed", "reason": describe(error, job["tests"])}
-        if process_id() == this:  # else a forked copy of the program came this far; it has no say
+        if process_id() == this:  # else this is a forked copy of the program, whose verdict does not count
             write(3, (secret + dumps(verdict) + "\n").encode())
             sys.stdout.flush()
             leave(0)
-    finally:  # whatever the program made of the exception's text or of sys.stdout, it does not get out of here
+    finally:  # exit here, whatever the program did to the exception's text or to sys.stdout
         leave(1)
 
 
@@ -311,7 +311,7 @@ def set_limits(limits: Limits) -> None:
         "CPU": int(limits.seconds) + 2, "FSIZE": limits.file_bytes, "NOFILE": limits.open_files,
         "NPROC": limits.processes, "CORE": 0,
     }  # fmt: skip
-    if sys.platform != "darwin":  # which knows the limit's name only
+    if sys.platform != "darwin":  # macOS has this limit only in name
         values["AS"] = limits.memory
     for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
@@ -321,7 +321,7 @@ def set_limits(limits: Limits) -> None:
 
 
 def describe(error: BaseException, tests: str) -> str:
-    """One line: the exception, and the line of the tests that it passed through."""
+    """One line: the exception, and the line of the tests that led to it."""
     text, where = f"{type(error).__name__}: {error}".removesuffix(": ")[:300], ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == "<tests>":
@@ -332,7 +332,7 @@ def describe(error: BaseException, tests: str) -> str:
 
 
 def check() -> dict[str, bool]:
-    """Which of GUARDS hold here. Raises RuntimeError unless a right program passes and a wrong one does not."""
+    """Which of GUARDS work here. Raises RuntimeError unless a correct program passes and a wrong one fails."""
     good, bad = run_python("x = 1", "assert x == 1"), run_python("x = 1", "assert x == 2")
     if not good.passed or bad.passed:
         raise RuntimeError(f"the sandbox does not work here: {good.reason or 'a failing test has passed'}")
@@ -340,7 +340,7 @@ def check() -> dict[str, bool]:
 
 
 def describe_guards(guards: dict[str, bool]) -> str:
-    """The line that says what holds here, and what does not."""
+    """One line: which guards work here, and which do not."""
     held = ", ".join(text for name, text in GUARDS.items() if guards[name]) or "none of the kernel's guards"
     lacking = ", ".join(text for name, text in GUARDS.items() if not guards[name])
     return f"sandbox: {held}" + (f"; NOT: {lacking} (sandbox.py says what that means)" if lacking else "")

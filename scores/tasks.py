@@ -25,7 +25,7 @@ def task_of(examples: list, name: str, asked: str | None = None) -> str:
     """rouge, math or code: as asked, or as all the examples require. Raises ValueError if the examples do not fit."""
     with_tests = sum(example.code is not None for example in examples)
     if 0 < with_tests < len(examples) and asked != "rouge":
-        raise ValueError(f"{name}: only {with_tests} of {len(examples)} examples have tests; split them into two files")
+        raise ValueError(f"{name}: {with_tests} of {len(examples)} examples have tests; split them into two files")
     if asked == "code" and not with_tests:
         raise ValueError(f"{name}: --task code needs tests (as in HumanEval or MBPP), but these examples have none")
     for example in examples if asked == "math" else ():

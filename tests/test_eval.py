@@ -198,7 +198,7 @@ def test_lengths_shrink_for_a_model_with_fewer_positions(tiny_task, tmp_path, ca
     run, data = run_directory(tiny_task, tmp_path), write_lines(tmp_path / "set.jsonl", {"prompt": "x", "output": "y"})
     evaluation.main([run, "--data", data, "--greedy", "--device", "cpu", *options])
     assert replies_of(run, "set")[0]["new_tokens"] == new_tokens
-    note = f"the model's 128 positions are {128 - new_tokens} tokens of a prompt, and the response's {new_tokens}"
+    note = f"the model has 128 positions: {128 - new_tokens} tokens for the prompt and {new_tokens} for the response"
     assert (note in capsys.readouterr().err) == ("100" not in options)
 
 

@@ -55,7 +55,7 @@ def test_compare_averages_over_sets_for_each_seed():
 
 @pytest.mark.parametrize("tests, message", [("import numpy as np\nassert one() == 1", "import numpy, but"),
                                             ("from numpy.linalg import norm", "import numpy, but"),
-                                            ("assert one( == 1", "not Python")])  # fmt: skip
+                                            ("assert one( == 1", "not valid Python")])  # fmt: skip
 def test_tests_that_no_program_could_pass_are_an_error(tests, message):
     example = Example("set.jsonl, line 3", ["x"], prompt="p", code=CodeTask(tests))
     with pytest.raises(ValueError, match=f"set.jsonl, line 3: the tests.*{message}"):
