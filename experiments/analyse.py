@@ -1,36 +1,36 @@
 """The papers' analyses as pictures, each with its numbers as a markdown table: python -m experiments.analyse ...
 
     simulate                                                     why the two models should share a head
-    structure --teacher DIR --student DIR [DIR ...] --data FILE   how alike their hidden states are
+    structure --teacher DIR --student DIR [DIR ...] --data FILE   how similar their hidden states are
     alignment --teacher DIR --student DIR --data FILE --line N    which tokens of a response align
         [--projectors FILE]                     and, after a run with --recipe v1 --align cma, where attention looks
     knowledge --teacher DIR --student DIR [DIR ...] --data FILE   what the projected teacher knows
     curves RUN [RUN ...]                                         losses and held-out scores of runs over their updates
 
-All but `knowledge` need matplotlib (requirements-dev.txt). A DIR is a run, whose student/ is taken, or a model, by name
-or directory.
+All but `knowledge` need matplotlib (requirements-dev.txt). A DIR is a run, which stands for its student/, or a model,
+by name or directory.
 
-The simulation is v1's (arXiv 2406.17328 §2.2): points in the plane stand for hidden states, the teacher's are fixed,
-and the student's, and they alone, move down the gradient of a divergence between the two softmax distributions. That
-is done once with a head for each (vanilla KD) and once with the teacher's head for both (DSKD). The paper's exact
-constants are not known here; these are ours, so that curves can be compared in shape and order, not in value:
+The simulation is v1's (arXiv 2406.17328 §2.2). Points in the plane represent hidden states. The teacher's are fixed;
+only the student's move, down the gradient of a divergence between the two softmax distributions. This is done once with
+a head for each (vanilla KD) and once with the teacher's head for both (DSKD). We do not know the paper's constants and
+chose these, so curves can be compared in shape and order, but not in value:
 
-- per repetition 32 states, teacher N((2, 2), 1), student N((−2, −2), 0.5²); both settings start from the same ones
-- two heads with entries N(0, 1/2), never trained; a vocabulary of 16, so that a head of rank 2 cannot produce any
-  distribution it likes (at 3 tokens it can: `--vocabulary 3`); temperature 1
-- 1000 steps of Adam at 0.02, on the sum over states, which are independent of each other and so are the repetitions
+- per repetition 32 states, teacher N((2, 2), 1), student N((−2, −2), 0.5²); both settings start from the same states
+- two heads with entries N(0, 1/2), never trained; a vocabulary of 16, so that a head of rank 2 cannot produce every
+  distribution (with 3 tokens it can: `--vocabulary 3`); temperature 1
+- 1000 steps of Adam at 0.02, on the sum over the states; states and repetitions do not influence each other
 
 The representation structure (v1's analysis) of n hidden states h_1 ... h_n is two matrices that do not change when the
-space is rotated, so that models of different widths can be compared by the mean absolute difference of the entries:
+space is rotated. So models of different widths can be compared, by the mean absolute difference of the entries:
 
     cosine         C_ij = h_i·h_j / (|h_i| |h_j|)
     inner product  P_ij = h_i·h_j / mean_k |h_i·h_k|    each row relative to its mean size, so that scale drops out too
 
-(The paper, as far as we know it, divides a row by its sum; without |·| a row that sums to nearly 0 would outweigh all
-others, and with the mean instead of the sum the distance does not shrink as 1/n with the length of a response.)
+(The paper, as far as we know, divides a row by its sum. Without |·| a row that sums to nearly 0 would outweigh all
+others; with the mean instead of the sum, the distance does not shrink as 1/n with the length of a response.)
 
-A response's states are those of its exactly aligned positions (ETA, before the filter on the teacher's predictions),
-which are all of them where the vocabularies are equal.
+A response's states are those at its exactly aligned positions (ETA, before the filter on the teacher's predictions); if
+the vocabularies are equal, these are all positions.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from runtime.strict import read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
-# Okabe and Ito's colours, told apart with any kind of colour vision
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 CURVES = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio accuracy valid_ce valid_rouge_l".split()
 COLOURS = {"before": INK, "different heads": ORANGE, "shared head": BLUE}
@@ -73,10 +73,10 @@ COLOURS = {"before": INK, "different heads": ORANGE, "shared head": BLUE}
 def simulate(
     divergence: str, vocabulary: int = 16, states: int = 32, repetitions: int = 100, steps: int = 1000, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Student states moved towards a teacher's distribution; setting 0 is a head for each, setting 1 the shared head.
+    """Move student states towards a teacher's distribution; setting 0 has a head for each, setting 1 a shared head.
 
-    Returns {losses (steps + 1, 2, R) means over P states, teacher (R, P, 2), start (R, P, 2), student (2, R, P, 2),
-    heads (2, R, V, 2) the student's in each setting; the second is also the teacher's}. One seed draws the same points
+    Returns {losses (steps + 1, 2, R): means over P states, teacher (R, P, 2), start (R, P, 2), student (2, R, P, 2),
+    heads (2, R, V, 2): the student's in each setting; the second is also the teacher's}. A seed gives the same points
     for every divergence.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -118,18 +118,18 @@ def structure_distance(teacher: Tensor, student: Tensor) -> Tensor:
 
 @dataclass
 class Pair:
-    """A teacher, a student, and examples that are tokenised for both with align="eta"."""
+    """A teacher, a student, and examples tokenised for both with align="eta"."""
 
     teacher: Decoder
     student: Decoder
     rows: list[Row]
-    ends: tuple[int, int]  # end-of-text of the student and of the teacher, to pad with
+    ends: tuple[int, int]  # end-of-text of the student and of the teacher, for padding
     device: str = "cpu"
 
     @torch.no_grad()
     def aligned_states(self, size: int) -> Iterator[tuple[list[Tensor], list[Tensor], list[int]]]:
-        """Of `size` examples at a time, at the A aligned positions: the states of teacher and student (A, D), (A, d),
-        their gold tokens (A,), and how many of the A are each example's."""
+        """For `size` examples at a time, at the A aligned positions: states of teacher and student (A, D), (A, d),
+        their gold tokens (A,), and how many of the A each example has."""
         for first in range(0, len(self.rows), size):
             rows = self.rows[first : first + size]
             batch = collate(rows, *self.ends).to(self.device)
@@ -173,8 +173,8 @@ def knowledge(pair: Pair, t2s: dict[str, Tensor], size: int = 16) -> dict[str, T
 def attention(teacher: Decoder, student: Decoder, batch: Batch, query: Callable) -> Tensor:
     """CMA's teacher-to-student weights (N, M) of one example, each row a distribution over the teacher's positions.
 
-    query: the run's projector, 2d -> 2D. The weighted states are the rows of an identity matrix, so that the weights
-    themselves come out. The keys' standard deviation is that of this example; in training that of the whole update.
+    query: the run's projector, 2d -> 2D. The values are the rows of an identity matrix, so that the result is the
+    weights themselves. The keys' standard deviation is this example's; in training it is the whole update's.
     """
     models = (student, batch.student), (teacher, batch.teacher)
     ours, theirs = (
@@ -189,7 +189,7 @@ def attention(teacher: Decoder, student: Decoder, batch: Batch, query: Callable)
 
 
 def new_figure(width: float, height: float):
-    """An empty figure, in inches, with small plain type."""
+    """An empty figure of this size in inches, with small plain type."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -208,8 +208,8 @@ def save(figure, out: str, name: str) -> None:
 
 
 def draw_simulation(runs: dict[str, dict[str, Tensor]]):
-    """Above, one repetition's states before and after (the first divergence); below, every divergence's loss, mean and
-    standard deviation of the repetitions."""
+    """Top row: the states of one repetition before and after, for the first divergence. Below: the loss with every
+    divergence, mean and standard deviation over the repetitions."""
     figure = new_figure(8.4, 7.2)
     axes = figure.subplots(3, 3)
     first, run = next(iter(runs.items()))
@@ -231,7 +231,7 @@ def draw_simulation(runs: dict[str, dict[str, Tensor]]):
 
 
 def draw_curves(logs: dict[str, list[dict]], keys: list[str]):
-    """A panel for each key, a line in it for each run that has it; below them what each colour is."""
+    """A panel for each key, with a line for each run that has it; the legend is below."""
     rows = -(-len(keys) // 3)
     figure = new_figure(9, 0.3 * len(logs) + 2 * rows)
     axes = figure.subplots(rows, 3, squeeze=False).flat
@@ -246,7 +246,7 @@ def draw_curves(logs: dict[str, list[dict]], keys: list[str]):
 
 
 def draw_structure(distances: dict[str, Tensor]):
-    """Per student, how the distances of the examples are spread: median, quartiles, 5th and 95th percentile."""
+    """For each student, the distribution of the examples' distances: median, quartiles, 5th and 95th percentile."""
     figure = new_figure(8, 1.1 + 0.4 * len(distances))
     axes = figure.subplots(1, 2, sharey=True)
     for measure, (axis, name) in enumerate(zip(axes, ["cosine", "inner product"], strict=True)):
@@ -283,7 +283,7 @@ def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
 
 
 def projectors_of(file: Path, student: Decoder, teacher: Decoder) -> dict[str, Tensor]:
-    """Those of a run between these two. Raises ValueError for a file of another teacher or of another kind."""
+    """The projectors of a run with these two models. Raises ValueError for a file of another teacher or kind."""
     try:
         given = read_projectors(file, student.head_weight.shape[1], teacher.head_weight.shape[1], "cma")
     except SafetensorError as error:
@@ -342,7 +342,7 @@ def run_knowledge(o: argparse.Namespace) -> None:
     for name, pair in pairs(o):
         file = Path(name) / "projectors.safetensors"
         t2s = projectors_of(file, pair.student, pair.teacher) if file.is_file() else {}
-        if "query.weight" in t2s:  # CMA's t2s is for mixtures of states, not for single ones
+        if "query.weight" in t2s:  # CMA's t2s is trained on mixtures of states, not on single ones
             t2s = {}
         for who, (entropy, nats, right) in knowledge(pair, t2s).items():
             lines.append([f"{name}: {who}", f"{entropy:.3f}", f"{nats:.3f}", f"{100 * right:.1f}"])
@@ -381,16 +381,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="simulate | structure | alignment | knowledge | curves")
 
-    simulation = commands.add_parser("simulate", help="different heads against a shared head (v1 §2.2)")
+    simulation = commands.add_parser("simulate", help="different heads compared with a shared head (v1 §2.2)")
     simulation.set_defaults(run=run_simulation)
-    simulation.add_argument("--vocabulary", type=int, default=16, help="tokens that the heads predict")
+    simulation.add_argument("--vocabulary", type=int, default=16, help="number of tokens that the heads predict")
     simulation.add_argument("--repetitions", type=int, default=100)
     simulation.add_argument("--steps", type=int, default=1000)
     simulation.add_argument("--seed", type=int, default=0)
 
     structures = commands.add_parser("structure", help="distance of the hidden states' structure from the teacher's")
     structures.set_defaults(run=run_structure)
-    known = commands.add_parser("knowledge", help="how sure and how right teacher, projected teacher and student are")
+    known = commands.add_parser("knowledge", help="entropy and accuracy of teacher, projected teacher and student")
     known.set_defaults(run=run_knowledge)
     alignment = commands.add_parser("alignment", help="one response's exact alignment, and attention")
     alignment.set_defaults(run=run_alignment)
@@ -406,7 +406,7 @@ def make_parser() -> argparse.ArgumentParser:
         several = None if command is alignment else "+"
         command.add_argument("--student", nargs=several, required=True, help="run or model")
         command.add_argument("--data", required=True, help="named set (its test split) or JSONL file")
-        command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response, half for prompts")
+        command.add_argument("--max-len", type=int, default=512, help="tokens of prompt and response; half for prompts")
     for command in (structures, known):
         command.add_argument("--limit", type=int, help="only the first LIMIT examples")
         command.add_argument("--device", default=choose_device()[0])
@@ -419,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = make_parser().parse_args(arguments)
     try:
         if o.run is not run_knowledge:
-            new_figure(1, 1)  # a missing matplotlib is told before the work, not after it
+            new_figure(1, 1)  # report a missing matplotlib before the work, not after it
         o.run(o)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -759,7 +759,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher-tokenizer", help="the same for the teacher")
     parser.add_argument("--profile", action="store_true", help="also print the time of the operations of each step")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--minutes", type=float, help="start no step after that time (default: 7 with --quick on a GPU)")
+    parser.add_argument("--minutes", type=float, help="no step starts after this (default: 7 with --quick on a GPU)")
     o = parser.parse_args(arguments)
     given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
     if any(given.values()) and not all(given.values()):

@@ -1,20 +1,20 @@
-"""The methods on real text with pre-trained models: for each pair, who teaches the same student best.
+"""The methods on real text with pre-trained models: for each pair, which method teaches the same student best.
 
     python -m experiments.realtext --small DIR --large DIR --judge DIR --data DIR
     python -m experiments.realtext ... --run [--pairs weaker] [--rows sft v2] [--seeds 0 1 2]
     python -m experiments.realtext --tables [--picture FILE]
 
-prints the commands; with --run runs them one after the other. What is finished stays, and a command that was stopped
-goes on. The tables show whatever is finished.
+The first line prints the commands; the second runs them one after the other. Finished commands are skipped, and an
+interrupted one is resumed. The third line prints tables of everything that is finished.
 
-    weaker   SmolLM2-135M-Instruct without six of its layers learns from the whole one: one vocabulary, Dolly
+    weaker   SmolLM2-135M-Instruct without six of its layers learns from the whole model: one vocabulary, Dolly
     other    the same student learns from Qwen2.5-Coder-0.5B-Instruct: another vocabulary, Dolly
     math     the whole SmolLM2-135M-Instruct learns from Qwen2.5-Coder-0.5B-Instruct, GSM8K
     code     the same two, MBPP and Code Alpaca
 
-`--small`, `--large` and `--judge` are these two models and a larger one that teaches nobody; `--data` holds the files
-named in FILES. Each teacher is first fine-tuned on the pair's data, as in the papers. All rows of a pair start from the
-same student and see the same examples in the same order.
+`--small`, `--large` and `--judge` are these two models and a larger one that is not a teacher; `--data` is the folder
+of the files named in FILES. Each teacher is first fine-tuned on the pair's data, as in the papers. All rows of a pair
+start from the same student and see the same examples in the same order.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from runtime.run import tokenizer_of, write_text
 from scores.rouge import rouge_l
 from scores.tables import spread, table
 
-LEFT_OUT = (10, 13, 16, 19, 22, 25)  # layers of the weaker student
+LEFT_OUT = (10, 13, 16, 19, 22, 25)  # layers that the weaker student lacks
 FILES = {  # set: the files of --data that hold it
     "dolly": ["dolly_3k.jsonl"], "gsm8k": ["gsm8k_train.jsonl"], "code": ["mbpp.jsonl", "code_alpaca_2k.jsonl"],
     "self_instruct": ["self_instruct_eval.jsonl"],
@@ -60,7 +60,7 @@ class Pair:
     teacher: str  # small, large
     data: str  # the set that it is trained and tested on
     others: tuple[str, ...]  # sets out of domain
-    temperature: float = 2.0  # of all rows with a teacher, as in the papers
+    temperature: float = 2.0  # for all rows with a teacher, as in the papers
 
 
 PAIRS = {
@@ -69,7 +69,7 @@ PAIRS = {
     "math": Pair("small", "large", "gsm8k", ("dolly", "code"), 1.0),
     "code": Pair("small", "large", "code", ("dolly", "gsm8k"), 1.0),
 }
-ROWS = {  # how the student is trained; the first is what the others are compared with
+ROWS = {  # how the student is trained; the others are compared with the first one
     "sft": "--method sft",
     "seqkd": "--method seqkd",
     "kd": "--method kd",
@@ -79,7 +79,7 @@ ROWS = {  # how the student is trained; the first is what the others are compare
     "v2": "--recipe v2",
     "v2-random": "--recipe v2 --projectors {home}/random.safetensors",
     "v2-slow": "--recipe v2 --projector-lr 5e-5",
-    "sft-as-v2": "",  # not trained: sft, sampled at the temperature at which it is as confident as v2
+    "sft-as-v2": "",  # not trained: sft's student, sampled at the temperature where it is as confident as v2's
 }
 ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "sft-as-v2"]
 TWO = [row for row in ROWS if row != "kd"]
@@ -91,11 +91,11 @@ STUDENT = "--epochs 1 --batch-size 8 --lr 1e-4 --warmup 10"
 NEW_TOKENS = 96
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the commands need
+# Preparation
 
 
 def prepare(o: argparse.Namespace, name: str) -> None:
-    """The pair's student, its data and its random projectors, unless they are there."""
+    """Create the pair's student, its data and its random projectors, if they are missing."""
     pair, home = PAIRS[name], o.out / name
     tokenizers = [tokenizer_of(directory) for directory in (o.small, o.large)]
     for part in (pair.data, *pair.others):
@@ -113,7 +113,7 @@ def directory_of(o: argparse.Namespace, model: str) -> Path:
 
 
 def leave_out_layers(source: Path, out: Path, layers: Iterable[int]) -> None:
-    """A model directory of `source`'s other layers, with its tokenizer."""
+    """Write a model directory without these layers of `source`, with its tokenizer."""
     model = load_model(source)
     model.blocks = torch.nn.ModuleList(block for i, block in enumerate(model.blocks) if i not in layers)
     model.config["num_hidden_layers"] = len(model.blocks)
@@ -123,8 +123,8 @@ def leave_out_layers(source: Path, out: Path, layers: Iterable[int]) -> None:
 
 
 def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
-    """{part}-train, -valid and -test.jsonl: a fixed draw of the examples that are short enough for all tokenizers; one
-    prompt is in one of them alone. Kept if they are there. Raises ValueError if they are too few to test on."""
+    """Write {part}-train, -valid and -test.jsonl, if they are missing: a fixed draw of the examples that are short
+    enough for all tokenizers; each prompt is in only one file. Raises ValueError if there are too few for the test."""
     if (out / f"{part}-train.jsonl").is_file():
         return
     groups: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
 
 
 def commands_of(o: argparse.Namespace, name: str) -> list[str]:
-    """The pair's commands that are left, in order; row by row within a seed, so that whole seeds are finished first."""
+    """The pair's remaining commands in order: all rows of a seed, then the next seed, so that seeds are completed."""
     pair, home, data = PAIRS[name], o.out / name, o.out / "data"
     quote = [shlex.quote(str(path)) for path in (directory_of(o, pair.student), directory_of(o, pair.teacher), home)]
     student, teacher, home = quote
@@ -179,7 +179,7 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
 
 
 def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
-    """Of the first outputs and, where they end, their end: comparable between tokenizers."""
+    """Bits per byte of the first outputs, including their end if they have one: comparable between tokenizers."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
     tokens, size = (sum(len(row.student.response) for row in rows), sum(len(e.outputs[0].encode()) for e in examples))
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +188,7 @@ def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
 
 @torch.no_grad()
 def predictions(model, tokenizer, examples: list[Example]) -> torch.Tensor:
-    """(N, V) logits of the tokens of the first outputs."""
+    """(N, V) logits at the tokens of the first outputs."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
     with torch.autocast("cpu", torch.bfloat16):
         sides = (collate_side([row.student], pad_id=0) for row in rows)
@@ -196,13 +196,13 @@ def predictions(model, tokenizer, examples: list[Example]) -> torch.Tensor:
 
 
 def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
-    """Mean over the tokens, in nats."""
+    """Mean entropy over the tokens, in nats."""
     parts = (Categorical(logits=part.float() / temperature).entropy() for part in logits.split(256))
     return torch.cat(list(parts)).mean().item()
 
 
 def matching_temperature(run: Path, other: Path, file: Path) -> float:
-    """At which the entropy of a run's student on the answers in a file is that of the other's at 1: to 0.01."""
+    """The temperature at which the entropy of a run's student on a file's answers equals the other's at 1; to 0.01."""
     examples = read_examples(file)
     students = (model_directory(str(directory)) for directory in (run, other))
     logits, others = (predictions(load_model(student), tokenizer_of(student), examples) for student in students)
@@ -214,9 +214,9 @@ def matching_temperature(run: Path, other: Path, file: Path) -> float:
 
 
 def score(run: Path, out: Path, tests: list[Path], judge: Path, sampling_temperature: float = 1.0) -> None:
-    """scores.json: per set, of the gold answers, with the entropy of the predictions in nats, and of the model's own,
-    greedy and sampled once; the latter also read by the judge, a model that taught nobody. What only a continuation
-    would need is removed."""
+    """Write scores.json: for each set, scores of the gold answers, with the entropy of the predictions in nats, and of
+    the model's own answers, greedy and sampled once; the judge, which is not a teacher, also reads the sampled ones.
+    Removes resume/, which only a continuation would need."""
     student = model_directory(str(run))
     scores: dict[str, dict] = {}
     model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
@@ -250,7 +250,7 @@ MEASURES = {  # of scores.json: its title, and the digits that are shown
 
 
 def scores_of(out: Path, name: str) -> dict[str, dict[str, dict]]:
-    """{row: {seed: its scores}} of what is finished of a pair."""
+    """{row: {seed: its scores}} of a pair's finished runs."""
     rows: dict[str, dict[str, dict]] = {}
     for file in sorted((out / name).glob("*/scores.json")):
         row, _, seed = file.parent.name.rpartition("-")
@@ -259,14 +259,14 @@ def scores_of(out: Path, name: str) -> dict[str, dict[str, dict]]:
 
 
 def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str) -> list[float]:
-    """From `sft`, seed by seed."""
+    """Differences from `sft`, seed by seed."""
     first = rows.get("sft", {}) if row != "sft" else {}
     return [scores[part][key] - first[seed][part][key] for seed, scores in rows.get(row, {}).items() if seed in first]
 
 
 def tables(out: Path) -> str:
-    """A table for each pair and set of what is scored: the mean over the seeds and, below `sft`, the difference from
-    it, seed by seed, ± its standard deviation."""
+    """A table for each pair and set: the mean over the seeds and, below `sft`, the difference from it, seed by seed, ±
+    its standard deviation."""
     parts = []
     for name, pair in PAIRS.items():
         rows = scores_of(out, name)
@@ -321,13 +321,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that the pair's vocabularies allow)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
-    parser.add_argument("--run", action="store_true", help="run the commands, too")
-    parser.add_argument("--tables", action="store_true", help="print what is finished")
+    parser.add_argument("--run", action="store_true", help="also run the commands")
+    parser.add_argument("--tables", action="store_true", help="print tables of what is finished")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
-    parser.add_argument("--score", type=Path, metavar="RUN", help="one of the commands: score a run on --tests")
+    parser.add_argument("--score", type=Path, metavar="RUN", help="used by the commands: score a run on --tests")
     parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE", help="with --score: the test sets")
     parser.add_argument("--as-confident-as", nargs=2, type=Path, metavar=("RUN", "FILE"), help="with --score: sample "
-                        "at the temperature at which the entropy in FILE is that of RUN")  # fmt: skip
+                        "at the temperature where the entropy on FILE equals RUN's")  # fmt: skip
     o = parser.parse_args(arguments)
     try:
         if o.tables:

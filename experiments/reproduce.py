@@ -1,19 +1,19 @@
 """The papers' claims in miniature: methods trained side by side on the embedded task, over several seeds.
 
-    python -m experiments.reproduce             every table: hours; finished cells are kept, so stop and go on at will
+    python -m experiments.reproduce             every table, in hours; finished cells are kept, so it can be interrupted
     python -m experiments.reproduce different ablations   some of them: same different ablations why on-policy map
     python -m experiments.reproduce --search    hyper-parameters of every method, on the validation split
     python -m experiments.reproduce --scale paper   the papers' own runs as commands, with their memory and time
     python -m experiments.reproduce --cell "v2-fkl seed=3" --keep DIR   one run, whose directory is kept, for analyse.py
 
-A *cell* is one training run, named by what it is: `v2-fkl+random labels=1000 seed=3` is DSKD v2 with the forward KL,
-from random projectors, with 1000 labels; what is not named is as in `Cell`. Each cell is a process with one thread,
-and leaves one small JSON file. `--list` prints the cells that are left as commands, one a line, for other machines.
+A *cell* is one training run, and its name describes it: `v2-fkl+random labels=1000 seed=3` is DSKD v2 with the forward
+KL, from random projectors, with 1000 labels; other fields have the defaults of `Cell`. Each cell is a process with one
+thread, and leaves one small JSON file. `--list` prints the remaining cells as commands, one a line, for other machines.
 
-The task has the grammar of `python train.py`'s, and settings of its own: labels of every family, another split, smaller
-vocabularies. The papers' students have read much before they see an instruction; ours has read answers to the training
-prompts of which half are true and half have the words' tastes wiped out (`untasted`). So it speaks the language, and
-half believes what the teacher knows.
+The task has the same grammar as `python train.py`'s, but its own settings: labels of every family, another split,
+smaller vocabularies. The papers' students have been pre-trained on much text; ours has read answers to the training
+prompts: half are true, and half ignore the words' tastes (`untasted`). So it speaks the language, and half believes
+what the teacher knows.
 """
 
 import argparse
@@ -65,21 +65,21 @@ from scores.tables import spread, table
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. The fields after `method` are its `name=value` words; None: from SETTINGS."""
+    """One run. The fields after `method` are written as `name=value`; None: taken from SETTINGS."""
 
     method: str  # METHOD[-DIVERGENCE][+CHANGE]: sft, seqkd, uld, mined, kd-rkl, v1-fkl, v2-akl+random; teacher, start
     seed: int = 0  # of the data, the split, both models and the order of batches
-    split: str = "test"  # what it is scored on; the search's cells say valid
-    teacher: str = "different"  # vocabulary from the student's, or "same"
+    split: str = "test"  # the split that it is scored on; "valid" in the search's cells
+    teacher: str = "different"  # its vocabulary: different from the student's, or "same"
     text: str = "plain"  # or "accents"
-    vocabulary: int = 900  # tokens of the student's; the teacher has tiny.TEACHER_VOCABULARY
+    vocabulary: int = 900  # size of the student's; the teacher's is tiny.TEACHER_VOCABULARY
     labels: int = 500
     width: int = 128
-    student: str = "noisy"  # what it has read before: "noisy", "untasted" (see `make_world`), or "nothing"
+    student: str = "noisy"  # what it was pre-trained on: "noisy", "untasted" (see `make_world`), or "nothing"
     updates: int = 300  # of 32 examples: with 500 labels 19 epochs; the papers train for 10 or 20
     on_policy: float = 0.0
     lr: float | None = None
-    temperature: float | None = None  # of the divergence; of seqkd the sampling's
+    temperature: float | None = None  # of the divergence; for seqkd, of sampling
     rate: float | None = None  # --kd-rate
 
     def __str__(self) -> str:
@@ -92,24 +92,24 @@ class Cell:
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """(family, divergence, change) of the method, "" for what it does not name."""
+        """(family, divergence, change) of the method; "" for a part that is missing."""
         return re.fullmatch(r"([^-+]*)-?([^+]*)\+?(.*)", self.method).groups()
 
     @property
     def settings(self) -> str:
-        """Its key of SETTINGS."""
+        """The cell's key in SETTINGS."""
         return f"{self.parts[0]} same" if self.teacher == "same" else self.parts[0]
 
 
 def parse(text: str) -> Cell:
-    """`v2-fkl seed=3` -> Cell. Raises ValueError saying what is wrong."""
+    """`v2-fkl seed=3` -> Cell. Raises ValueError, saying what is wrong."""
     method, *words = text.split()
     types = {f.name: float if f.default is None else type(f.default) for f in fields(Cell)[1:]}
     try:
         pairs = [word.split("=") for word in words]
         cell = Cell(method, **{name: types[name](value) for name, value in pairs})
     except (KeyError, ValueError) as error:
-        raise ValueError(f"cell {text!r}: {error}; after the method come NAME=VALUE, of {', '.join(types)}") from None
+        raise ValueError(f"cell {text!r}: {error}; after the method give NAME=VALUE, of {', '.join(types)}") from None
     family, divergence, change = cell.parts
     if cell.settings not in SETTINGS and family not in MODELS:
         raise ValueError(f"cell {text!r}: no method {family!r} with teacher={cell.teacher}")
@@ -118,11 +118,11 @@ def parse(text: str) -> Cell:
     return cell
 
 
-# What `--search` found on the validation split: of LRS the best with the first of SECOND's values, and then the best of
-# SECOND with that one, by mean Rouge-L over SEARCH_SEEDS, with the forward KL and all else at its default. Other
-# divergences, changes and regimes take the settings over.
+# What `--search` found on the validation split: first the best of LRS with the first of SECOND's values, then the best
+# of SECOND with that rate, by mean Rouge-L over SEARCH_SEEDS, with the forward KL and defaults for everything else.
+# Other divergences, changes and regimes use the same settings.
 LRS, SEARCH_SEEDS = (2.5e-4, 5e-4, 1e-3, 2e-3), (0, 1, 2)
-SECOND = {  # the second thing that is searched, by method; of all others the temperature of the divergence
+SECOND = {  # the second setting that is searched, by method; for all others, the temperature of the divergence
     "sft": [{}], "seqkd": [{"temperature": 0.0}, {"temperature": 1.0}], "uld": [{"rate": 0.5}, {"rate": 0.9}],
 }  # fmt: skip
 SETTINGS = {
@@ -132,11 +132,11 @@ SETTINGS = {
     "kd same": {"lr": 5e-4, "temperature": 1.0}, "v1 same": {"lr": 2e-3, "temperature": 1.0},
     "v2 same": {"lr": 1e-3, "temperature": 1.0},
 }  # fmt: skip
-MODELS = ("teacher", "start")  # "methods" that score what the others begin with
+MODELS = ("teacher", "start")  # "methods" that only score the models that the others start from
 
 
 def resolve(cell: Cell) -> Cell:
-    """With what it leaves open filled in, so that a result always says what it was made with."""
+    """The cell with its open fields filled in, so that a result always names its settings."""
     if cell.parts[0] in MODELS:
         return cell
     settings = {} if cell.parts[0] == "sft" else {"temperature": 2.0, "rate": 0.5}
@@ -145,11 +145,11 @@ def resolve(cell: Cell) -> Cell:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cells share: data and tokenizers, teachers, pre-trained students. Each is made once, by whoever needs it first.
+# Shared by cells: data and tokenizers, teachers, pre-trained students. The first cell that needs one creates it.
 
 
 def shared(path: Path, make) -> Path:
-    """The directory `path`, made by `make(new directory)` if it is not there; other processes wait meanwhile."""
+    """The directory `path`, created by `make(new directory)` if it is missing; meanwhile other processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -163,7 +163,7 @@ def shared(path: Path, make) -> Path:
 
 
 def accented(text: str) -> str:
-    """The text with accents and newlines, spelt in two ways by the two kinds of tokenizer."""
+    """The text with accents and newlines, which the two kinds of tokenizer spell differently."""
     return text.replace("ee", "é").replace("oo", "ô").replace(", ", ",\n")
 
 
@@ -172,12 +172,12 @@ def plain(text: str) -> str:
 
 
 def untasted(prompt: str, generator: random.Random) -> str:
-    """An answer to the prompt as somebody would give who knows all words and no tastes: any option of a pool."""
+    """An answer to the prompt that uses all words but ignores tastes: any option of a pool."""
     slots = generator.choice(tiny.answer_slots(prompt, tasted=False))
     return "".join((generator.choice(slot) if len(slot) > 1 else slot[0])[0] for slot in slots)
 
 
-NOISE = 0.5  # share of the noisy texts that have no taste
+NOISE = 0.5  # share of the noisy texts that ignore tastes
 SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
 
 
@@ -209,7 +209,7 @@ TEACHER_STEPS, START_STEPS = 800, 500  # of 64 examples
 
 
 def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates: int) -> None:
-    """`new`/student: a model of this configuration, trained on the file's labels unless `updates` is 0: then it is the
+    """Create `new`/student: a model of this configuration, trained on the file's labels. If `updates` is 0, only the
     tokenizer's files and a config.json for its vocabulary."""
     start = new / "student"
     shutil.copytree(tokenizer, start)
@@ -226,7 +226,7 @@ def fit(new: Path, tokenizer: Path, config: dict, file: Path, seed: int, updates
 
 
 def teacher(root: Path, cell: Cell) -> Path:
-    """The teacher of a seed, with a tokenizer of its own or with the student's."""
+    """The teacher of a seed, with its own tokenizer or the student's."""
     where, same = world(root, cell), cell.teacher == "same"
     model = where / ("student" if same else "teacher"), tiny.TEACHER
     what = *model, where / "teacher_train.jsonl", cell.seed, TEACHER_STEPS
@@ -235,7 +235,7 @@ def teacher(root: Path, cell: Cell) -> Path:
 
 
 def start(root: Path, cell: Cell) -> Path:
-    """The student before distillation: untrained, or pre-trained on the language without tastes."""
+    """The student before distillation: untrained, or pre-trained on noisy or untasted text."""
     where, updates = world(root, cell), 0 if cell.student == "nothing" else START_STEPS
     model = where / "student", {**tiny.STUDENT, "n_embd": cell.width}
     what = *model, where / f"{cell.student}.jsonl", cell.seed, updates
@@ -257,19 +257,19 @@ def answers(root: Path, cell: Cell) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Changes to a method that no option of train.py makes. Each is a list of patches around one run.
+# Changes to a method for which train.py has no option. Each is a list of patches around one run.
 
 
 def without(*terms: str) -> list:
-    """DSKD without some terms of L_kd, and without their gradients: L_tea's goes through s2t_hidden and L_ce's through
-    t2s_hidden, which has no other; L_stu is divided by infinity."""
+    """DSKD without some terms of L_kd, and without their gradients: L_tea's goes through s2t_hidden, and L_ce's is the
+    only one through t2s_hidden; L_stu is divided by infinity."""
 
     def change(whole):
         def dskd_loss(*arguments, **options):
             given = inspect.signature(whole).bind(*arguments, **options)
             values = given.arguments
             for name, term in (("s2t_hidden", "s2t_kd"), ("t2s_hidden", "t2s_ce")):
-                if term in terms:  # a gradient of 0, since weight decay goes on
+                if term in terms:  # a gradient of 0, so that weight decay still applies
                     values[name] = values[name].detach() + 0 * values[name]
             if "t2s_kd" in terms:
                 values["counts"] = replace(values["counts"], agreeing=math.inf)
@@ -284,7 +284,7 @@ def without(*terms: str) -> list:
 
 
 def without_mask() -> list:
-    """L_stu over all tokens or pairs, and their mean, whether or not they agree."""
+    """L_stu as the mean over all tokens or pairs, whether or not they agree."""
     recipes = losses.RECIPES.items()
     return [patch.dict(losses.RECIPES, {
         key: replace(recipe, only_agreeing=False, average_stu=recipe.average) for key, recipe in recipes
@@ -292,7 +292,7 @@ def without_mask() -> list:
 
 
 def without_leak() -> list:
-    """CMA whose values hold the teacher's states alone, not the embedding of the gold token that they shall predict."""
+    """CMA whose values are only the teacher's states, without the embedding of the gold token to be predicted."""
     return [patch.object(train, "deviations", lambda moments: align.deviations(moments)._replace(label=math.inf))]
 
 
@@ -303,9 +303,9 @@ def token_strings(tokenizer: TextTokenizer, ids: list[int]) -> list[str | None]:
 
 
 def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarray]:
-    """The official rule: walk through both token lists, pair equal tokens after equal histories (None: end-of-text).
+    """The official rule: walk through both token lists and pair equal tokens after equal histories (None: end-of-text).
 
-    It compares vocabulary strings; once one spells "é" and the other "Ã©", the histories never are equal again.
+    It compares vocabulary strings; once one side has "é" and the other "Ã©", the histories are never equal again.
     """
     i = j = 0
     teacher_history = student_history = ""
@@ -314,7 +314,7 @@ def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarr
         if teacher_history == student_history and teacher[i] == student[j]:
             pairs.append((i, j))
         ahead = len(teacher_history) - len(student_history)
-        if ahead <= 0:  # the shorter history catches up, equally long ones both go on
+        if ahead <= 0:  # the shorter history catches up; if both are equally long, both advance
             teacher_history += teacher[i] or ""
             i += 1
         if ahead >= 0:
@@ -325,14 +325,14 @@ def string_alignment(teacher: list, student: list) -> tuple[np.ndarray, np.ndarr
 
 
 def by_strings() -> list:
-    """ETA by vocabulary strings."""
+    """ETA that compares vocabulary strings."""
     return [patch.object(data, "exact_token_alignment", string_alignment),
             patch.object(TextTokenizer, "spell", token_strings)]  # fmt: skip
 
 
 def by_strings_throughout() -> list:
-    """Also the teacher's predictions are looked up by their strings, with the marker; a missing one is the unknown
-    token, which in GPT-2's tokenizer and in our student's is end-of-text."""
+    """The same, and the teacher's predictions are looked up by their strings, with the marker; a missing one becomes
+    the unknown token, which in GPT-2's tokenizer and in our student's is end-of-text."""
 
     def prediction_map(teacher, student, teacher_eos, student_eos, size):
         mapped = np.full(size, student_eos, dtype=np.int64)
@@ -345,8 +345,8 @@ def by_strings_throughout() -> list:
 
 
 def with_ends() -> list:
-    """MinED with the two end-of-text tokens mapped to each other, as they are where their names are equal (as in the
-    papers' pairs). Ours are `</s>` and `<|endoftext|>`: by edit distance the teacher's end is the student's `/`."""
+    """MinED with the two end-of-text tokens mapped to each other, as happens if their names are equal (as in the
+    papers' pairs). Ours are `</s>` and `<|endoftext|>`: by edit distance, the teacher's maps to the student's `/`."""
     whole = mined.edit_distance_ids
 
     def edit_distance_ids(teacher, student):
@@ -360,20 +360,20 @@ def with_ends() -> list:
 CHANGES = {
     "student-space": lambda: without("s2t_kd"),
     "teacher-space": lambda: without("t2s_ce", "t2s_kd"),
-    "solved": lambda: without("t2s_ce"),  # t2s has nothing to learn from, and stays the solution but for weight decay
+    "solved": lambda: without("t2s_ce"),  # t2s has no loss, so it stays the solution except for weight decay
     "no-mask": without_mask,
     "no-leak": without_leak,
     "strings": by_strings,
     "strings-throughout": by_strings_throughout,
     "ends": with_ends,
-    "answers": list,  # the labels are the teacher's greedy answers, as SeqKD's are
+    "answers": list,  # the labels are the teacher's greedy answers, as in SeqKD
     "random": list,  # both projectors start at random and are trained (--projectors)
-    "random-t2s": list,  # t2s does; s2t is solved
+    "random-t2s": list,  # only t2s; s2t is solved
 }
 
 
 def write_random_projectors(file: Path, teacher_width: int, width: int, seed: int, both: bool = True) -> None:
-    """t2s and, for `both`, s2t, from which training with --projectors starts."""
+    """Write t2s and, for `both`, s2t, from which training with --projectors starts."""
     torch.manual_seed(seed)
     shapes = {"t2s.weight": (teacher_width, width)} | ({"s2t.weight": (width, teacher_width)} if both else {})
     save_file({name: torch.nn.Linear(*shape).weight.detach() for name, shape in shapes.items()}, file)
@@ -384,7 +384,7 @@ def write_random_projectors(file: Path, teacher_width: int, width: int, seed: in
 
 
 def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
-    """train.py's options for a cell; `scratch` takes its files."""
+    """train.py's options for a cell; its files go into `scratch`."""
     family, divergence, change = cell.parts
     labels = answers(root, cell) if change == "answers" else world(root, cell) / "student_train.jsonl"
     lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)[: cell.labels]
@@ -409,12 +409,12 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
 
 
 def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
-    """Train, score, keep the figures alone; or read them, if that was done before. `seconds` are of one core. With
-    `keep` it is always done, and the run's directory goes there."""
+    """Train, score, and keep only the figures; or read them, if the cell is finished. `seconds` are of one core. With
+    `keep` the cell always runs, and the run's directory is copied there."""
     cell, file = resolve(cell), file_of(cell, root)
     family, _, change = cell.parts
     if keep and (keep.exists() or family in MODELS):
-        raise ValueError(f"--keep {keep}: " + ("is there already" if keep.exists() else f"{cell.method} is no run"))
+        raise ValueError(f"--keep {keep}: " + ("already exists" if keep.exists() else f"{cell.method} is not a run"))
     if file.is_file() and not keep:
         return json.loads(file.read_text())
     held_out = world(root, cell) / f"{cell.split}.jsonl"
@@ -454,14 +454,14 @@ def score_on(model_directory: Path, file: Path, text: str) -> dict[str, float]:
 
 
 def lr_of(method: str) -> str:
-    """For rows whose method takes another's learning rate: those with SeqKD's labels, for one."""
+    """For rows whose method uses another method's learning rate, such as those with SeqKD's labels."""
     return f"lr={SETTINGS[method]['lr']:g}"
 
 
 ALL = list(DIVERGENCES)
 REGIMES = ["student=nothing updates=600 lr=3e-3", "student=untasted", "", "labels=250", "labels=1000", "labels=2000",
            "labels=4000", "labels=4000 lr=1e-3", "width=64", "width=64 lr=1e-3", "vocabulary=450"]  # fmt: skip
-TABLES = {  # name: (title, rows); a row is a cell without its seed, the first is what the others are compared with
+TABLES = {  # name: (title, rows); a row is a cell without its seed; the others are compared with the first one
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
         ["sft", "seqkd", "uld", "mined", "mined+ends", *(f"v1-{d}" for d in ("fkl", "rkl", "akl")),
@@ -499,18 +499,18 @@ TABLES = {  # name: (title, rows); a row is a cell without its seed, the first i
          for method in ("sft", "uld", "mined+ends", "v1-fkl", "v2-fkl")],
     ),
 }  # fmt: skip
-COMPARED = "rouge_l"  # whose differences are shown, seed by seed: the papers' measure, and the search's
+COMPARED = "rouge_l"  # the measure whose differences are shown, seed by seed: the papers' and the search's
 MEASURES = {"valid": "valid answers, %", "rouge_l": "Rouge-L", "exact_match": "exact match, %",
             "cross_entropy": "cross-entropy"}  # fmt: skip
 
 
 def differences(results: dict[int, dict], first: dict[int, dict]) -> list[float]:
-    """Of the measure that is compared, for each seed that both have."""
+    """Differences of the compared measure, for each seed that both have."""
     return [results[seed][COMPARED] - first[seed][COMPARED] for seed in results if seed in first]
 
 
 def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -> str:
-    """{row: {seed: result}} as markdown; differences are taken seed by seed from the row `against`, or the first."""
+    """{row: {seed: result}} as Markdown; differences are taken seed by seed from the row `against`, or the first."""
     lines = [["", *MEASURES.values(), f"{MEASURES[COMPARED]}, difference", "seconds", "seeds"]]
     first = rows.get(against) or next(iter(rows.values()), {})
     for name, results in rows.items():
@@ -542,7 +542,7 @@ def format_map(rows: dict[str, dict[int, dict]]) -> str:
 
 
 def report(names: list[str], seeds: int, root: Path, against: str | None = None) -> str:
-    """The tables of the cells that are finished."""
+    """The tables of the finished cells."""
     parts = []
     for name in names:
         title, specs = TABLES[name]
@@ -565,7 +565,7 @@ def file_of(cell: Cell, root: Path) -> Path:
 
 
 def pending(cells: list[Cell], root: Path) -> list[Cell]:
-    """Those that are not finished, each once."""
+    """The unfinished cells, each once."""
     return list(dict.fromkeys(cell for cell in map(resolve, cells) if not file_of(cell, root).is_file()))
 
 
@@ -574,7 +574,7 @@ def command(cell: Cell, root: Path) -> list[str]:
 
 
 def run_all(cells: list[Cell], root: Path, workers: int) -> None:
-    """A process with one thread for each cell, `workers` at a time; what is finished stays, whatever comes after."""
+    """Run each cell in a process with one thread, `workers` at a time; finished cells are kept, whatever follows."""
     left = pending(cells, root)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are finished", file=sys.stderr)
     (root / "logs").mkdir(parents=True, exist_ok=True)
@@ -592,7 +592,7 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
 
 
 def search(root: Path, run) -> dict[str, dict[str, float]]:
-    """SETTINGS, one thing after the other: the learning rate first. `run(cells)` has to finish these cells."""
+    """Search SETTINGS, one after the other: the learning rate first. `run(cells)` must finish these cells."""
 
     def mean_score(cell: Cell) -> float:
         files = [file_of(replace(cell, seed=seed), root) for seed in SEARCH_SEEDS]
@@ -616,9 +616,9 @@ def search(root: Path, run) -> dict[str, dict[str, float]]:
 
 
 def run(o: argparse.Namespace) -> None:
-    """What a command line asks for. Raises ValueError for names that do not exist."""
+    """Do what the command line asks for. Raises ValueError for names that do not exist."""
     if o.keep and not o.cell:
-        raise ValueError("--keep is for one run: say which, by --cell")
+        raise ValueError("--keep is for one run: name it with --cell")
     if o.cell:
         print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
         return
@@ -631,7 +631,7 @@ def run(o: argparse.Namespace) -> None:
         paper.follow([command for name in names for command in paper.commands_of(name)], o.run)
         return
     if o.against and not any(o.against in TABLES[name][1] for name in names):
-        raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; give it as the tables do")
+        raise ValueError(f"--against: no row {o.against!r} in {', '.join(names)}; write it as in the tables")
     if o.search:
         print("SETTINGS =", search(o.out, lambda cells: run_all(cells, o.out, o.workers)))
         return
@@ -649,18 +649,18 @@ def run(o: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help=f"which tables (default: all): {', '.join(TABLES)}")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... of each row")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cells at a time, one core each")
+    parser.add_argument("tables", nargs="*", help=f"tables to make (default: all): {', '.join(TABLES)}")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds 0, 1, ... of each row")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cells at a time, each on one core")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--list", action="store_true", help="print the unfinished cells as commands, run nothing")
-    parser.add_argument("--print", action="store_true", help="print the tables of what is finished, run nothing")
+    parser.add_argument("--list", action="store_true", help="print the unfinished cells as commands; run nothing")
+    parser.add_argument("--print", action="store_true", help="print the tables of the finished cells; run nothing")
     parser.add_argument("--against", help="the row to take differences from (default, and in the map: the first)")
     parser.add_argument("--search", action="store_true", help="hyper-parameters on the validation split")
     parser.add_argument("--scale", choices=["tiny", "paper"], default="tiny", help="paper: commands for real models")
-    parser.add_argument("--run", action="store_true", help="with --scale paper: run them, too, one after the other")
-    parser.add_argument("--cell", help="run this one cell, and print its result")
-    parser.add_argument("--keep", type=Path, help="with --cell: run it anyway, and put the run's directory here")
+    parser.add_argument("--run", action="store_true", help="with --scale paper: also run the commands, in order")
+    parser.add_argument("--cell", help="run this one cell and print its result")
+    parser.add_argument("--keep", type=Path, help="with --cell: run it even if finished, and keep its directory here")
     torch.set_num_threads(1)
     try:
         run(parser.parse_args(arguments))

@@ -1,16 +1,16 @@
-"""The embedded tiny task: a generated English instruction data set, and the two tokenizers that go with it.
+"""The embedded tiny task: a generated English instruction data set, and the two tokenizers for it.
 
     python -m experiments.tiny      what `python train.py` does, over eight seeds; finished seeds are kept
 
-Why the task is open-ended. Distillation pays where the teacher knows more than the labels say. Here most prompts have
-hundreds of equally proper answers, and the gold answer is *one random draw* from a small slot grammar in which every
-word has tastes of its own: a fox mostly sniffs the flowers, sometimes dances and never hides, a wolf does. A teacher
-that reads 16,000 draws learns those conditional distributions; the 500 single draws of the student do not show them,
-but the teacher's soft predictions do. Test prompts combine words that training only shows apart.
+Why the task is open-ended: distillation helps if the teacher knows more than the labels say. Here most prompts have
+hundreds of valid answers, and the gold answer is *one random draw* from a small slot grammar in which every word has
+its own tastes: a fox mostly sniffs the flowers, sometimes dances and never hides, but a wolf does. A teacher that reads
+16,000 draws learns these conditional distributions. The student's 500 single draws do not show them, but the teacher's
+soft predictions do. Test prompts combine words that never occur together in training.
 
-The student is pre-trained, as the papers' are: of the answers it has read, half were given without any taste. So it
-speaks the language, and half believes what the teacher knows. The tastes of a word are seeded by the word itself, so
-that all data seeds share one language.
+The student is pre-trained, like the papers' students: half of the answers that it has read ignore tastes. So it speaks
+the language, and half believes what the teacher knows. The tastes of a word are seeded by the word itself, so that all
+data seeds share one language.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The words. A group has its words and, for every property, the pool in which each word has favourites of its own;
-# "shared" are pools of more than one group, "members" and "opposites" words whose options are all their own.
+# The words. A group has its words and, for every property, the pool in which each word has its own favourites; "shared"
+# are pools of several groups, "members" and "opposites" are words that each have their own pool.
 
 WORDS = json.loads(Path(__file__).with_name("tiny_words.json").read_text())
 GROUPS, MEMBERS, OPPOSITES = WORDS["groups"], WORDS["members"], WORDS["opposites"]
@@ -81,7 +81,7 @@ FAMILIES = {
 }
 # fmt: on
 
-UNSEEN = ("find", "plural", "story")  # no label is of these families, but all words and tastes are in other families
+UNSEEN = ("find", "plural", "story")  # no label is of these families, but all words and tastes occur in others
 
 FIELDS = {  # the groups that a {field} of a prompt runs through
     "noun": ("animal", "person", "thing"),
@@ -94,8 +94,8 @@ POOLS = {word: group | WORDS["shared"] for group in GROUPS.values() for word in 
 POOLS |= {word: {"member": pool} for word, pool in MEMBERS.items()}
 POOLS |= {word: {"opposite": pool} for word, pool in OPPOSITES.items()}
 
-WEIGHTS = (6, 4, 3, 2, 1)  # a word's taste in its five favourites of a pool; the other options it never takes
-MARKER = "\n"  # ends every prompt: prompt and answer are tokenised apart, the answer starts without a space
+WEIGHTS = (6, 4, 3, 2, 1)  # a word's taste for its five favourites in a pool; it never takes the other options
+MARKER = "\n"  # ends every prompt: prompt and answer are tokenised separately, and the answer starts without a space
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ MARKER = "\n"  # ends every prompt: prompt and answer are tokenised apart, the a
 @cache
 def favourites(word: str, name: str, tasted: bool = True) -> tuple[tuple[str, int], ...]:
     """The options of one property of a word with their weights: (("shy", 6), ("muddy", 4), ...) for ("fox", "look").
-    Not `tasted`: every option of the pool, each as likely."""
+    Not `tasted`: every option of the pool, equally likely."""
     if name == "plural":
         return ((WORDS["plurals"].get(word, word + "s"), 1),)
     if name == "capital":
@@ -115,7 +115,7 @@ def favourites(word: str, name: str, tasted: bool = True) -> tuple[tuple[str, in
     pool = POOLS[word][name].split(", ")
     if not tasted:
         return tuple((option, 1) for option in pool)
-    # Seeding with a string does not depend on the process, and random() is the one method that Python promises to keep.
+    # A string seed does not depend on the process, and random() is the only method whose results Python guarantees.
     taste = random.Random(f"taste of {word} in {name}")
     return tuple(zip(sorted(pool, key=lambda _: taste.random()), WEIGHTS, strict=False))
 
@@ -164,19 +164,19 @@ def draw_answer(prompt: str, generator: random.Random, tasted: bool = True) -> s
 
 @cache
 def answer_pattern(prompt: str) -> re.Pattern:
-    """Of all answers that are possible."""
+    """A pattern that matches all possible answers."""
     forms = [[[re.escape(option) for option, _ in slot] for slot in form] for form in answer_slots(prompt)]
     return re.compile("|".join("".join(f"(?:{'|'.join(slot)})" for slot in form) for form in forms))
 
 
 def is_valid(prompt: str, answer: str) -> bool:
-    """Whether the whole answer, from its capital letter to its full stop, is possible under the prompt's grammar."""
+    """Whether the whole answer, from its capital letter to its full stop, fits the prompt's grammar."""
     return answer_pattern(prompt).fullmatch(answer) is not None
 
 
 def score_answers(model, tokenizer: TextTokenizer, examples: list[Example], spelt=str) -> dict[str, float]:
-    """{valid, rouge_l, exact_match} of greedy answers, in per cent. `valid`: what the grammar allows, of the texts as
-    `spelt` spells them."""
+    """{valid, rouge_l, exact_match} of greedy answers, in per cent. `valid`: the share that the grammar allows, after
+    `spelt` is applied to the texts."""
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
     valid = [is_valid(spelt(e.prompt), spelt(answer)) for e, answer in zip(examples, answers, strict=True)]
     return {"valid": 100 * statistics.fmean(valid), **score(answers, examples)}
@@ -192,12 +192,12 @@ def make_data(
 ) -> dict[str, list[dict]]:
     """The parts of the data set, each a list of {"prompt", "output"}.
 
-    The seed parts the prompts of every family once: 10% for validation, `test_share`% for the test, the rest for
-    training. teacher_train, student_train and reading are single draws for random training prompts, every family
-    equally often (a prompt may come back with another answer); student_train is without the `unseen` families, and in
-    reading every second answer is without tastes. valid and test have distinct prompts without the unseen families,
-    test_unseen half as many of these alone, each with five reference draws as "output". A part does not change with the
-    size of another. Raises ValueError where a test asks for more prompts than exist.
+    The seed splits the prompts of every family once: 10% for validation, `test_share`% for the test, the rest for
+    training. teacher_train, student_train and reading have single draws for random training prompts, with every family
+    equally often (a prompt may be repeated with another answer); student_train has none of the `unseen` families, and
+    in reading every second answer ignores tastes. valid and test have distinct prompts without the unseen families,
+    test_unseen half as many of only these; each has five reference draws as "output". A part does not change with the
+    size of another. Raises ValueError if a test needs more prompts than exist.
     """
     groups: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
     for family in FAMILIES:
@@ -217,7 +217,7 @@ def make_data(
     held_out = {"valid": (valid, seen), "test": (test, seen), "test_unseen": (test // 2 if unseen else 0, unseen)}
     for name, (size, families) in held_out.items():
         generator = random.Random(f"{seed} {name}")
-        # one prompt of each family in turn, as long as the family has any
+        # one prompt of each family in turn, as long as it has any
         turns = zip_longest(*(groups[name.removesuffix("_unseen")][family] for family in families))
         in_turn = [prompt for turn in turns for prompt in turn if prompt is not None]
         if size > len(in_turn):
@@ -233,7 +233,7 @@ def write_jsonl(file: Path, examples: list[dict]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tokenizers: two kinds that share no convention, as a Llama teacher and a GPT-2 student do.
+# The tokenizers: two kinds with nothing in common, like those of a Llama teacher and a GPT-2 student.
 
 
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 1000, 900
@@ -248,9 +248,9 @@ def train_tokenizers(
 ) -> None:
     """Train both tokenizers on the texts and write tokenizer.json and tokenizer_config.json into the two directories.
 
-    Give prompts and outputs as separate texts, since that is how they are tokenised. Same texts, same files.
-    Teacher: SentencePiece-style BPE as Llama's ("▁" for a space and before the text, 256 byte tokens to fall back on).
-    Student: byte-level BPE as GPT-2's.
+    Give prompts and outputs as separate texts, since they are tokenised separately. Equal texts give equal files.
+    Teacher: SentencePiece-style BPE like Llama's ("▁" for a space and before the text, 256 byte-fallback tokens).
+    Student: byte-level BPE like GPT-2's.
     """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     teacher = train_sentencepiece_style(texts, teacher_vocabulary, list(special.values()))
@@ -264,12 +264,12 @@ def train_sentencepiece_style(texts: list[str], size: int, special: list[str]) -
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizer
-    # Only learning needs the cut into words: merges learned inside words never join two words later.
+    # Only training needs the split into words: merges learned inside words never join two words later.
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\w+|▁?[^\w▁]|▁"), "isolated")
     size -= len(byte_tokens) + len(special)
     learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
-    # The byte tokens join afterwards, because the trainer would make them special and then find "<0x41>" in plain text.
+    # The byte tokens are added afterwards, because the trainer would make them special, and match "<0x41>" in a text.
     pieces = special + byte_tokens + sorted(learned["vocab"], key=learned["vocab"].get)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [tuple(pair) for pair in learned["merges"]]
@@ -307,7 +307,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, config: dict) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stages: teacher, pre-trained student, its supervised twins, the distilled student, scores.
+# The stages: teacher, pre-trained student, the supervised twins, the distilled student, scores.
 
 ROOT = "runs/tiny"
 TEACHER = {
@@ -322,29 +322,29 @@ STUDENT = {
     "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02, "bos_token_id": 0,
     "eos_token_id": 0,
 }  # fmt: skip
-DEFAULTS = {  # of options; what is not named here is as on the command line
+DEFAULTS = {  # of options; all others have the defaults of the command line
     "lr": 3e-3, "projector_lr": 1e-2, "temperature": 1.0, "max_len": 96, "max_prompt_len": 48, "weight_decay": 0.1,
     "warmup": 20, "chunk": 4096, "log_every": 20, "from_scratch": True, "seed": 0,
 }  # fmt: skip
-DISTILLATION = (  # options that say nothing about supervised fine-tuning
+DISTILLATION = (  # options that do not matter to supervised fine-tuning
     "teacher teacher_chat recipe align divergence kd_rate temperature on_policy on_policy_after seqkd_temperature "
     "projectors projector_lr cache_teacher"
 ).split()
 TEACHER_STAGE = {"max_steps": 800, "batch_size": 64, "lr": 3e-3}
 READING_STAGE = {"max_steps": 300, "batch_size": 64, "lr": 3e-3}
 STUDENT_STAGE = {"max_steps": 300, "batch_size": 32, "lr": 2e-3, "from_scratch": False}
-TWINS = {"sft": {}, "sft-early": {"max_steps": 100, "lr": 1e-3}}  # as long as DSKD, and what is best on valid.jsonl
-SEEDS = Path(__file__).with_suffix(".json")  # a list of what `run` returns, for seed 0, 1, ...
+TWINS = {"sft": {}, "sft-early": {"max_steps": 100, "lr": 1e-3}}  # as long as DSKD; the best settings on valid.jsonl
+SEEDS = Path(__file__).with_suffix(".json")  # a list of the results of `run` for seed 0, 1, ...
 COLUMNS = {
     "valid": "valid answers, %", "rouge_l": "Rouge-L",
     "valid_unseen": "valid, families without labels", "rouge_l_unseen": "Rouge-L, families without labels",
 }  # fmt: skip
 MEANING = """\
-All students go on from `pretrained`, on 500 labels: sft on these alone, with as many updates as the distilled one;
-sft-early too, with the updates and the learning rate that are best for labels alone on validation prompts; the
-distilled one with the teacher. The differences are what the teacher adds. An answer is valid if the grammar allows all
-of it. The labels never show the families of the last two columns; the teacher's labels do. Greedy answers to 2,000 and
-1,000 test prompts; Rouge-L is the best of five references."""
+All students start from `pretrained` and train on 500 labels. sft uses only these, with as many updates as the distilled
+student; sft-early too, with the updates and the learning rate that are best for labels alone on validation prompts. The
+distilled student also learns from the teacher. The differences show what the teacher adds. An answer is valid if the
+grammar allows all of it. The families of the last two columns are in the teacher's labels only. Answers are greedy, to
+2,000 and 1,000 test prompts; Rouge-L is the best of five references."""
 
 
 def find(role: str) -> Path:
@@ -352,31 +352,31 @@ def find(role: str) -> Path:
     files = {"student": "pretrained/student", "teacher": "teacher/student", "data": "student_train.jsonl"}
     path = Path(ROOT) / files[role]
     if not path.exists():
-        raise FileNotFoundError(f"{role} 'tiny': {path} is not there yet; `python train.py` makes it")
+        raise FileNotFoundError(f"{role} 'tiny': {path} does not exist yet; `python train.py` creates it")
     return path
 
 
 def run(given: dict) -> dict[str, dict[str, float]]:
-    """`python train.py` without a model: teacher, pre-trained student, and from that the supervised twins and the
-    distilled student (same batches). Prints and returns their scores on the test splits. Finished stages in the
-    directory are kept and reused.
+    """`python train.py` without a model: train a teacher, a pre-trained student and, from that one, the supervised
+    twins and the distilled student (same batches). Prints and returns their scores on the test splits. Finished stages
+    in the directory are kept and reused.
 
-    given: the options that were given on the command line.
+    given: the options of the command line.
     """
     if "epochs" in given:
         raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
-    train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is made
+    train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is written
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed)
-    if o.method not in ("sft", "seqkd"):  # a combination that cannot be is told before the teacher is trained
+    if o.method not in ("sft", "seqkd"):  # report an impossible combination before the teacher is trained
         tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
 
     def stage(name: str, **changes) -> None:
         options = {**asdict(o), "out": str(root / name), "checkpoint_every": 10**6, **changes}
         options |= {key: given[key] for key in ("max_steps", "batch_size", "lr", "checkpoint_every") if key in given}
-        if options["method"] == "sft":  # one teacher, start and twin serve every way to distil
+        if options["method"] == "sft":  # the same teacher, start and twins serve all methods
             options = {key: value for key, value in options.items() if key not in DISTILLATION}
         train.run_stage(train.Options(**options), f"{name} {stages.index(name) + 1}/{len(stages)}")
 
@@ -393,10 +393,10 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         stage(name, method="sft", **learned | settings)
     if o.method != "sft":
         stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
-    names = dict.fromkeys([*stages, *finished_runs(root)])  # also those of earlier calls
+    names = dict.fromkeys([*stages, *finished_runs(root)])  # also the stages of earlier calls
     scores = {name: score_stage(root, name, o.device or "cpu") for name in names}
     print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores], distilled)}\n\n{MEANING}")
-    if given.keys() <= {"seed", "out", "device", "resume"}:  # the settings that these are about
+    if given.keys() <= {"seed", "out", "device", "resume"}:  # the stored seeds have the default settings
         seeds = json.loads(SEEDS.read_text())
         print(f"\nover {len(seeds)} seeds (python -m experiments.tiny), mean ± standard deviation\n")
         print(tabulate(seeds, distilled))
@@ -404,7 +404,7 @@ def run(given: dict) -> dict[str, dict[str, float]]:
 
 
 def score_stage(root: Path, name: str, device: str) -> dict[str, float]:
-    """The scores of a finished stage on both test splits, kept in its scores.json."""
+    """The scores of a finished stage on both test splits, stored in its scores.json."""
     file, directory = root / name / "scores.json", root / name / "student"
     if not file.is_file():
         scores, model, tokenizer = {}, load_model(directory, device=device), tokenizer_of(directory)
@@ -416,7 +416,7 @@ def score_stage(root: Path, name: str, device: str) -> dict[str, float]:
 
 
 def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
-    """The scores of every model with each seed as a table; it ends with the distilled one's lead over its twins."""
+    """A table of the scores of every model over the seeds, and the distilled student's differences from its twins."""
     rows = {name: [[scores[name][key] for scores in seeds] for key in COLUMNS] for name in seeds[0]}
     lines = [["", *COLUMNS.values()], *([name, *(spread(values, 1) for values in row)] for name, row in rows.items())]
     for twin in TWINS if distilled != "sft" else ():
@@ -426,12 +426,12 @@ def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
 
 
 def prepare(root: Path, seed: int) -> None:
-    """The data as JSONL files, both tokenizers, and a config.json for each model, in `root`; kept if they are there."""
+    """Write the data as JSONL files, both tokenizers, and a config.json for each model into `root`, if missing."""
     asked = {"seed": seed, "version": 2}  # 1: without pre-training
     others = [root / name for name in ("args.json", "teacher/args.json") if (root / name).is_file()]
     if others and not (root / "prepared.json").is_file():
-        raise ValueError(f"{root} holds another run ({others[0]}), not the embedded task: give another --out or, to go "
-                         "on with that run, its whole command")  # fmt: skip
+        raise ValueError(f"{root} holds another run ({others[0]}), not the embedded task: give another --out or, to "
+                         "continue that run, its whole command")  # fmt: skip
     if (root / "prepared.json").is_file():
         if (made := json.loads((root / "prepared.json").read_text())) != asked:
             raise ValueError(f"--seed {seed}: {root} was made with {made}, not with {asked}; give another --out")
@@ -451,8 +451,8 @@ def prepare(root: Path, seed: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The embedded task over several seeds.")
-    parser.add_argument("--seeds", type=int, default=8, help="seeds 0, 1, ...: each another data set, split and models")
-    parser.add_argument("--out", default="runs/tiny-seeds", help="a directory for each; finished stages are kept")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds; each has its own data, split and models")
+    parser.add_argument("--out", default="runs/tiny-seeds", help="a folder for each seed; finished stages are kept")
     parser.add_argument("--scores", type=Path, default=SEEDS, help="the file that `python train.py` shows")
     o = parser.parse_args(arguments)
     seeds = [run({"seed": seed, "out": f"{o.out}/{seed}"}) for seed in range(o.seeds)]

@@ -170,7 +170,7 @@ def test_the_step_has_the_attention_of_training(text):
 
 
 def test_unknown_cases_and_half_of_the_data_options(capsys):
-    for arguments, message in ((["step"], "invalid choice: 'step'"), (["--data", "x.jsonl"], "belong together")):
+    for arguments, message in ((["step"], "invalid choice: 'step'"), (["--data", "x.jsonl"], "go together")):
         with pytest.raises(SystemExit):
             bench.main(arguments)
         assert message in capsys.readouterr().err

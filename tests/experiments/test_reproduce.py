@@ -141,11 +141,11 @@ def test_a_run_is_kept_on_request(root, tmp_path, capsys):
     assert (kept / "student" / "model.safetensors").is_file() and (kept / "projectors.safetensors").is_file()
     result = run_cell(parse(f"v2-fkl {SETTING}"), root)
     assert json.loads(capsys.readouterr().out)["rouge_l"] == result["rouge_l"]
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         reproduce.main([*command, str(kept)])
-    with pytest.raises(SystemExit, match="teacher is no run"):
+    with pytest.raises(SystemExit, match="teacher is not a run"):
         reproduce.main(["--out", str(root), "--cell", "teacher", "--keep", str(tmp_path / "other")])
-    with pytest.raises(SystemExit, match="by --cell"):
+    with pytest.raises(SystemExit, match="with --cell"):
         reproduce.main(["--out", str(root), "--keep", str(tmp_path / "other"), "same"])
 
 

@@ -262,4 +262,4 @@ def test_refused_input_can_be_mended_with_the_same_out(command, tmp_path, copy):
 
 def test_tiny_names_before_the_tiny_task_was_made(command, nothing_loaded):
     for role in ("student", "teacher", "data"):
-        assert contains(command(**{role: "tiny"}), f"{role} 'tiny': {tiny.ROOT}", "`python train.py` makes it")
+        assert contains(command(**{role: "tiny"}), f"{role} 'tiny': {tiny.ROOT}", "`python train.py` creates it")

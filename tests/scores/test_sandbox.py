@@ -464,7 +464,7 @@ def test_without_namespaces_the_rest_holds(tmp_path, monkeypatch):
         assert run_python("import os\nassert os.getuid() == 65534").passed
 
 
-@pytest.mark.parametrize("words, code, said", [(["--help"], 0, "What it does NOT cover"), (["x"], 2, "unrecognized")])
+@pytest.mark.parametrize("words, code, said", [(["--help"], 0, "sandbox does NOT prevent"), (["x"], 2, "unrecognized")])
 def test_the_command_line(monkeypatch, capsys, words, code, said):
     monkeypatch.setattr(sys, "argv", ["sandbox", *words])
     with pytest.raises(SystemExit) as end:
