@@ -141,7 +141,7 @@ class Counts:
         """The divisor of a term; 1 if the count is 0, because the term is then 0 too."""
         count = getattr(self, what)
         if count is None:
-            raise ValueError(f"counts.{what} is None, but the recipe averages over it: count the whole update's")
+            raise ValueError(f"counts.{what} is None, but the recipe averages over it: count it over the whole update")
         return count or 1
 
 

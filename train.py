@@ -505,7 +505,7 @@ def run(given: dict) -> None:
         if given.get("dry_run"):
             raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own models")
         if given.keys() & {"task", "teacher_sft"}:
-            raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its teacher")
+            raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its own teacher")
         if parallel.by_torchrun():
             raise ValueError("torchrun needs --student and --data: the embedded task runs in one process")
         from experiments import tiny  # which imports this file

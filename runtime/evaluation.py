@@ -23,11 +23,10 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     add("--run-code", action="store_true", help=help)
 
     add = parser.add_argument_group("prompts").add_argument
-    help = "chat template of the prompts: own (the model's; the same as --chat alone), thinking (own, with thinking on)"
-    help += ", a path, or none (default: as in the run that trained the model, else none)"
-    add("--chat", nargs="?", const="own", help=help)
-    help = "begin each prompt with what the model's tokenizer puts before a text, such as <s> (default: as in the run "
-    add("--bos", action=argparse.BooleanOptionalAction, help=help + "that trained the model, else without)")
+    help = "chat template: own (the model's; also --chat alone), thinking (own, with thinking on), a path, or none"
+    add("--chat", nargs="?", const="own", help=f"{help} (default: as in the model's training here, else none)")
+    help = "begin each prompt with what the model's tokenizer puts before a text, such as <s>"
+    add("--bos", action=argparse.BooleanOptionalAction, help=f"{help} (default: as in training here, else without)")
     help = "most tokens of the prompt; a longer one is cut (default: half of --max-len)"
     add("--max-prompt-len", type=int, help=help)
 

@@ -110,7 +110,7 @@ def read_record(record: object, where: str) -> Example:
         example.history = turns if system == turns[:1] else system + turns
         example.ends = record.get("end_of_text", True)
     except ValueError as error:
-        looks = f"it looks like {looks}" if looks else f"known are {', '.join(form for _, form in FORMS.values())}"
+        looks = f"it looks like {looks}" if looks else f"known formats: {', '.join(form for _, form in FORMS.values())}"
         raise ValueError(f"{where}: {error}; {looks}") from None
     return example
 
@@ -184,13 +184,13 @@ def read_turns(turns: object) -> list[dict[str, str]]:
 
 FORMS = {  # the key that identifies a format: the function that reads it, and its name and fields
     "messages": (read_conversation, "chat messages (messages: a list of role, content)"),
-    "conversations": (read_conversation, "ShareGPT's form (conversations: a list of from, value)"),
-    "test_list": (read_mbpp, "MBPP's form (text or prompt, code, test_list, test_setup_code or test_imports)"),
-    "entry_point": (read_humaneval, "HumanEval's form (prompt, entry_point, canonical_solution, test)"),
-    "context": (read_pair, "Dolly's form (instruction, context, response)"),
-    "question": (read_pair, "GSM8K's form (question, answer)"),
-    "problem": (read_pair, "MATH's form (problem, solution, answer)"),
-    "instruction": (read_pair, "Alpaca's form (instruction, input, output) or Dolly's (with response for output)"),
+    "conversations": (read_conversation, "ShareGPT's format (conversations: a list of from, value)"),
+    "test_list": (read_mbpp, "MBPP's format (text or prompt, code, test_list, test_setup_code or test_imports)"),
+    "entry_point": (read_humaneval, "HumanEval's format (prompt, entry_point, canonical_solution, test)"),
+    "context": (read_pair, "Dolly's format (instruction, context, response)"),
+    "question": (read_pair, "GSM8K's format (question, answer)"),
+    "problem": (read_pair, "MATH's format (problem, solution, answer)"),
+    "instruction": (read_pair, "Alpaca's format (instruction, input, output) or Dolly's (with response for output)"),
     "prompt": (read_pair, "a pair (prompt, and output or completion)"),
 }
 

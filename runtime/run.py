@@ -460,7 +460,7 @@ def note_signals() -> Iterator[list[int]]:
     def note(number: int, frame) -> None:
         restore()
         noted.append(number)
-        once_more = "once more: stop at once"
+        once_more = "a second signal stops it at once"
         if parallel.by_torchrun():  # it then kills the process, even in the middle of saving
             once_more = "torchrun allows 30 seconds for that, or its --shutdown-timeout"
         text = f"\nstopping: this update is finished and saved first ({once_more})\n"

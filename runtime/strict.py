@@ -380,7 +380,7 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")
     if 0 < o.tokens_per_batch < o.max_len:
-        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: one example may have {o.max_len} (--max-len)")
+        raise ValueError(f"--tokens-per-batch {o.tokens_per_batch}: an example may have {o.max_len} tokens (--max-len)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

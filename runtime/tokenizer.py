@@ -40,8 +40,8 @@ class TextTokenizer:
         begin = self.names(self.prefix)
         if begin and text.startswith(begin):
             raise ValueError(
-                f"{example.where}: the prompt begins with {begin}, which would come twice, since {self.directory} adds "
-                "it to each prompt; remove it from the data, or use --no-bos"
+                f"{example.where}: the prompt begins with {begin}, which would appear twice, since {self.directory} "
+                "adds it to each prompt; remove it from the data, or use --no-bos"
             )
         return text
 

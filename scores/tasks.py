@@ -50,8 +50,8 @@ def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, pos
     max_prompt_len = max_prompt_len or max_len // 2
     if max_prompt_len >= max_len:
         raise ValueError(
-            f"--max-prompt-len {max_prompt_len} leaves no token of --max-len {max_len} for the response; make the "
-            "former smaller or the latter larger"
+            f"--max-prompt-len {max_prompt_len} leaves no token of --max-len {max_len} for the response; lower "
+            "--max-prompt-len or raise --max-len"
         )
     if positions < max_len:
         max_len, max_prompt_len = positions, max(1, max_prompt_len * positions // max_len)

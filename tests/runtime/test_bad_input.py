@@ -139,7 +139,7 @@ TOGETHER = [
     ({"dry_run": True, "on_policy": 1}, "--dry-run uses the gold responses"),
     ({"on_policy_after": 3}, "--on-policy-after 3 needs --on-policy, which is not given"),
     ({"on_policy": 1, "on_policy_after": 4, "epochs": 4, "max_steps": 0}, "--epochs 4, so no update would be"),
-    ({"tokens_per_batch": 95}, "--tokens-per-batch 95: one example may have 96 (--max-len)"),
+    ({"tokens_per_batch": 95}, "--tokens-per-batch 95: an example may have 96 tokens (--max-len)"),
     ({"keep_best": "rouge"}, "--keep-best rouge needs scores on held-out examples: give them with --valid"),
     ({"teacher_sft": True, "method": "sft"}, "--teacher-sft is for training with a teacher"),
     ({"teacher_sft": True, "dry_run": True}, "--teacher-sft is for training with a teacher"),
@@ -175,8 +175,8 @@ def test_layers_that_the_student_does_not_have(command):
 @pytest.mark.parametrize("words, message", [
     (["--lora", "4"], "--lora 4 adapts a trained student"),
     (["--keep-best", "ce"], "--keep-best ce needs scores on held-out examples"),
-    (["--task", "math"], "the embedded task has its own settings and trains its teacher"),
-    (["--teacher-sft"], "the embedded task has its own settings and trains its teacher"),
+    (["--task", "math"], "the embedded task has its own settings and trains its own teacher"),
+    (["--teacher-sft"], "the embedded task has its own settings and trains its own teacher"),
     (["--dry-run"], "--dry-run needs --teacher, --student and --data"),
 ])  # fmt: skip
 def test_what_the_embedded_task_does_not_know(tmp_path, monkeypatch, words, message):

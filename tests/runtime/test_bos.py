@@ -172,7 +172,7 @@ def test_a_chat_format_that_begins_so_by_itself_gets_no_second_one(tiny_task, tm
 def test_a_prompt_that_begins_so_already_is_an_error(kinds, tmp_path, tiny_task):
     (tmp_path / "marked.jsonl").write_text('{"prompt": "Who?", "output": "I"}\n{"prompt": "<s> Who?", "output": "I"}\n')
     options = {"method": "sft", "teacher": None, "student": kinds["llama"], "data": tmp_path / "marked.jsonl"}
-    with pytest.raises(SystemExit, match="line 2: the prompt begins with <s>, which would come twice, .* --no-bos"):
+    with pytest.raises(SystemExit, match="line 2: the prompt begins with <s>, which would appear twice, .* --no-bos"):
         train.main(arguments(tiny_task, tmp_path / "run", bos=True, **options))
     train.main(arguments(tiny_task, tmp_path / "run", **options))
 

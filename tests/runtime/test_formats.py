@@ -174,7 +174,7 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({**MBPP, "test_list": []}, "'test_list' must be a string, found list", "MBPP's"),
         ({**MBPP, "test_setup_code": 3}, "'test_setup_code' must be a string, found int", "MBPP's"),
         ({**SANITISED, "test_imports": [3]}, "'test_imports' must be a string, found int", "MBPP's"),
-        (without(DOLLY, "response"), "the response is missing", "Dolly's form (instruction, context, response)"),
+        (without(DOLLY, "response"), "the response is missing", "Dolly's format (instruction, context, response)"),
         ({**DOLLY, "tools": [{"name": "f"}]}, "'tools' would change the text, but is not supported", "Dolly's"),
         ({**GSM8K, "choices": ["a"]}, "'choices' would change the text", "GSM8K's"),
         ({**DOLLY, "system": "a", "system_prompt": "b"}, "system and system_prompt differ", "Dolly's"),
@@ -192,7 +192,7 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "content": None}]}, "'content' must be a string, found", "chat"),
         ({"messages": [{**MESSAGES[2], "content": [{"type": "image"}]}, MESSAGES[3]]}, "'content' must be a", "chat"),
         ({"conversations": [{"from": "human", "value": 3}]}, "'content' must be a string, found int", "ShareGPT's"),
-        ({"text": "t"}, "neither 'prompt' nor 'instruction'", "known are chat messages"),
+        ({"text": "t"}, "neither 'prompt' nor 'instruction'", "known formats: chat messages"),
     ],
 )  # fmt: skip
 def test_what_a_record_lacks_is_named_with_what_it_looks_like(tmp_path, record, message, form):
