@@ -285,9 +285,9 @@ def cross_model_attention(
     Q = W_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ    V = t2s(h_t/σ + E_t(y)/σ)    x is read, y predicted
     A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
 
-    projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. All is in float32, even under
-    autocast, because the scores decide which positions count. So the projectors stay in float32; without autocast, the
-    states and heads of half-precision models must be converted to float32 for `dskd_loss` too.
+    projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. Computed in float32, even
+    under autocast, because the scores decide which positions count. So the projectors stay in float32; without
+    autocast, convert the states and heads of half-precision models to float32 for `dskd_loss` too.
     """
     with torch.autocast(student.hidden.device.type, enabled=False):
         teacher_inputs, teacher_labels = teacher.embeddings()

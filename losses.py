@@ -174,7 +174,7 @@ def sft_loss(student_hidden: Tensor, gold: Tensor, student_head: Tensor, counts:
     """Supervised fine-tuning: L_gold, cross-entropy with the gold tokens. {ce, correct, loss}
 
     student_hidden (N, d), gold (N,), student_head (V_s, d). If this is only the gold part of a loss with a `kd_rate`,
-    give that rate: the weight is 1 − kd_rate.
+    give that rate: its weight is then 1 − kd_rate.
     """
     return add_gold({}, logits_under(student_hidden, student_head), gold, counts.over("tokens"), kd_rate)
 

@@ -247,7 +247,7 @@ def autocast(o: Options) -> torch.autocast:
 
 @contextmanager
 def gather_parameters(o: Options, pieces: Pieces) -> Iterator[None]:
-    """For scores and samples: the student as it is, in float32; a sharded one in the dtype it is trained in."""
+    """For scores and samples: the student with its float32 weights, or a sharded one in the dtype of its training."""
     sharded = parallel.is_sharded(pieces.student)
     with parallel.gather_parameters(pieces.student), autocast(o) if sharded else nullcontext():
         yield
@@ -373,7 +373,7 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 
 def train(o: Options, description: str = "train") -> dict[str, float]:
-    """One run, from options to a run directory; returns the last logged line. docs/log.md says what is logged.
+    """Do one run, from options to a run directory; returns the last logged line. docs/log.md explains the log.
 
     Raises Stopped when Ctrl-C or SIGTERM ended it early, FloatingPointError when a number was not finite.
     """
@@ -400,7 +400,7 @@ def add_method(o: Options, pieces: Pieces) -> None:
 
 
 def run_updates(o: Options, pieces: Pieces, student, description: str = "train") -> dict[str, float]:
-    """The updates that are still to be done; returns the last logged line. `student`: compiled, or the same."""
+    """Do the remaining updates; returns the last logged line. `student`: the compiled model, or the plain one."""
     optimizer = make_optimizer(o, pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     per_epoch = pieces.updates_per_epoch(o)
@@ -413,7 +413,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str = "train")
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, total, o.warmup)
 
-            # One update: forward and backward pass of every batch. The loss is a mean over the tokens of them all.
+            # One update: forward and backward pass of every batch. The loss is a mean over the tokens of all batches.
             with run.save_state_on_failure(step, indices):  # and name the examples of a term that is not finite
                 sampled, sampled_batches = [], []
                 if is_on_policy(o, step, per_epoch):

@@ -1,11 +1,11 @@
 #!/bin/sh
-# The tests and the benchmark on one GPU, in two calls. What they print is left in $OUT (default: runs/gpu), and the
-# results of the benchmark as JSON, written anew with every result.
+# The tests and the benchmark on one GPU, in two calls. Output goes to $OUT (default: runs/gpu), and the results of
+# the benchmark also as JSON, which is written again with every result.
 #
-#     sh experiments/on_gpu.sh tests    what the GPU computes is what the CPU computes (-n 8, with pytest-xdist, is faster)
-#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs: eight minutes, and what is left is left out
+#     sh experiments/on_gpu.sh tests    compare the GPU's results with the CPU's (faster with -n 8 and pytest-xdist)
+#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs in eight minutes; what remains is skipped
 #
-# Further words are options of pytest or of experiments.bench.
+# Further arguments are options of pytest or of experiments.bench.
 cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-runs/gpu}
 what=$1
