@@ -1,1 +1,1 @@
-"""What DSKD is compared with, each method whole in its file."""
+"""The methods that DSKD is compared with, one in each file."""
