@@ -65,6 +65,10 @@ class Inputs:
         for name in LEARN:
             getattr(self, name).requires_grad_()
 
+    def arrays(self) -> dict:
+        """Its tensors, for loops."""
+        return {name: value.detach().numpy() for name, value in vars(self).items() if torch.is_tensor(value)}
+
     def aligned_teacher(self):
         return self.teacher_hidden[self.teacher_rows]
 
@@ -119,6 +123,14 @@ def softmax(logits, temperature=1.0) -> list[float]:
 
 def cross_entropy(logits, label) -> float:
     return -math.log(softmax(logits)[int(label)])
+
+
+def add_gold_by_loops(i: Inputs, logits: list, kd_rate: float, **terms: float) -> dict[str, float]:
+    """`losses.add_gold`, token by token. logits: the student's, of each of the N."""
+    ce = sum(cross_entropy(logits[n], i.gold[n]) for n in range(N)) / TOKENS
+    correct = sum(int(logits[n].argmax()) == int(i.gold[n]) for n in range(N))
+    assert 0 < correct < N  # so that it matters which
+    return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0)}
 
 
 def divergence_by_loops(name, student_logits, teacher_logits, temperature=TEMPERATURE) -> float:
