@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import losses
+import train
 from baselines.mined import mined_loss
 from baselines.uld import uld_loss
 from fast import losses as fast_losses
@@ -308,6 +309,14 @@ def arguments(task, out, **changed):
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [] if value is None else [flag, str(value)]
     return words
+
+
+def load_run(words):
+    """(options, pieces): a command line up to its first update."""
+    o = train.check_options(train.Options(**train.settings(train.parse(words))))
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    return o, pieces
 
 
 def log_of(out) -> list[dict]:
