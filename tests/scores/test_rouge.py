@@ -1,6 +1,5 @@
 """rouge.py: Rouge-L and exact match against measured scores, and against NLTK and rouge-score where installed."""
 
-import doctest
 import random
 
 import pytest
@@ -104,11 +103,6 @@ def test_exact_match_by_hand():
     assert not rouge.exact_match("cafe", ["café", ""])
 
 
-def test_the_docstring_example_runs():
-    result = doctest.testmod(rouge)
-    assert result.attempted >= 4 and result.failed == 0
-
-
 def test_stems_equal_nltk():
     oracle = pytest.importorskip("nltk.stem.porter").PorterStemmer()
     rng = random.Random(0)
@@ -132,8 +126,9 @@ def test_rouge_l_equals_rouge_score():
     scores = set()
     for _ in range(300):
         prediction, *references = (sentence(rng, longest=25) for _ in range(rng.randint(2, 4)))
-        # One reference shares most of its words with the prediction, so that scores are spread over [0, 1].
-        references.append(" ".join(word for word in prediction.split() if rng.random() < 0.8))
+        # One reference, in any place, shares most of its words with the prediction: scores are spread over [0, 1].
+        shared = " ".join(word for word in prediction.split() if rng.random() < 0.8)
+        references.insert(rng.randrange(len(references) + 1), shared)
         singles = [oracle.score(reference, prediction)["rougeL"].fmeasure for reference in references]
         assert [rouge.rouge_l(prediction, reference) for reference in references] == singles
         assert rouge.rouge_l(prediction, references) == max(singles)
