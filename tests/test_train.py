@@ -180,16 +180,18 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, d
     assert "align_ratio" in dry_run(teacher=twin)[0]
 
 
-def with_more_tokens(source, directory, *names, special=True):
-    """A fine-tune of the model: more tokens behind its vocabulary, with embeddings that are larger than all others."""
+def with_more_tokens(source, directory, *names, special=True, padding=0):
+    """A fine-tune of the model: more tokens behind its vocabulary, and padding behind them, with embeddings that are
+    larger than all others."""
     shutil.copytree(source, directory)
     tokenizer, before = Tokenizer.from_file(str(source / "tokenizer.json")), model.load_model(source)
     tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
     tokenizer.save(str(directory / "tokenizer.json"))
-    after = model.build_model({**before.config, "vocab_size": len(before.embed.weight) + len(names)})
+    rows = len(before.embed.weight)
+    after = model.build_model({**before.config, "vocab_size": rows + len(names) + padding})
     after.load_state_dict({**before.state_dict(), "embed.weight": after.embed.weight}, strict=False)
     with torch.no_grad():
-        after.embed.weight.normal_()[: -len(names)] = before.embed.weight
+        after.embed.weight.normal_()[:rows] = before.embed.weight
     model.save_model(after, directory)
     return directory
 
@@ -216,6 +218,8 @@ def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, d
     assert "left out: the teacher's <think>, the teacher's [PAD], the student's <pad>" in notes
     if "method" in options:
         assert found["kd"] == pytest.approx(expected["kd"], rel=1e-5)
+        padded = with_more_tokens(student, tmp_path / "padded", padding=3)  # as many rows as the teacher has, and more
+        assert dry_run(teacher=pad, student=padded, **options)[0]["kd"] == pytest.approx(expected["kd"], rel=1e-5)
     elif not options:  # v2 asks for the teacher's predictions, which are among these ids
         _, pieces = load_run(arguments(tiny_task, None, dry_run=True, teacher=pad, student=other))
         batch = pieces.collate(pieces.rows, "cpu")
