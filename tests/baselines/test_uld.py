@@ -1,11 +1,10 @@
-"""baselines/uld.py by hand, by loops, by finite differences; and the fast path against the plain one."""
+"""baselines/uld.py by hand and by loops; and the fast path, whose gradient is a formula, against the plain one."""
 
 import math
 
 import pytest
 import torch
 from helpers import LEARN, TOKENS, Inputs, N, add_gold_by_loops, softmax, values
-from torch.autograd import gradcheck
 
 from baselines.uld import pair_by_position, uld_loss
 from data import Row, Side
@@ -40,15 +39,9 @@ def test_by_loops(chunk):
     assert values(i.terms(chunk=chunk, kd_rate=0.3)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_gradients_by_finite_differences():
+def test_a_teacher_that_could_learn_has_no_gradient():
     i = Inputs("uld")
-
-    def kd(student_hidden, student_head):
-        i.student_hidden, i.student_head = student_hidden, student_head
-        return i.terms()["kd"]
-
-    assert gradcheck(kd, (i.student_hidden, i.student_head))
-    i.teacher_head.requires_grad_()  # it has none, even if it could learn
+    i.teacher_head.requires_grad_()
     assert torch.autograd.grad(i.terms()["kd"], i.teacher_head, allow_unused=True) == (None,)
 
 
