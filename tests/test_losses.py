@@ -147,12 +147,7 @@ def test_which_term_teaches_what(case, name):
     }
     for term, taught in teaches.items():
         assert i.gradients(terms[term]).keys() == taught, term
-    i.teacher_hidden.requires_grad_(), i.teacher_head.requires_grad_()  # even if they could learn
-    terms = i.terms(name)
-    assert torch.autograd.grad(terms["t2s_kd"], i.teacher_hidden, retain_graph=True, allow_unused=True) == (None,)
-    hidden = i.teacher_hidden.detach().requires_grad_()
-    found = losses.dskd_loss(**{**i.arguments(), "teacher_hidden": hidden[i.teacher_rows]}, divergence=name)
-    assert torch.autograd.grad(found["s2t_kd"], hidden, allow_unused=True) == (None,)  # the teacher is the target
+    # that a teacher which could learn is not taught either: test_fast_losses.py
 
 
 # -- parts of an update, and what may be missing -----------------------------------------------------------------------
