@@ -323,9 +323,10 @@ def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_pa
 
 def test_how_many_responses_did_not_end_is_counted_over_the_seeds(tiny_task, tmp_path, capsys):
     data = write_lines(tmp_path / "talk.jsonl", *[{"prompt": "Hello", "output": "you"}] * 3)
+    options = "--seeds 1 2 --batch-size 2 --max-len 20 --max-prompt-len 18".split()  # two tokens: the text and its end
     for name, ends, counts in (("ends", True, [0, 0]), ("goes-on", False, [3, 3])):
         directory = says(tiny_task, tmp_path / name, "you", ends)
-        row, report = scores_of(directory, data, capsys, "--seeds", "1", "2", "--max-len", "20", "--batch-size", "2")
+        row, report = scores_of(directory, data, capsys, *options)
         assert row["not ended"] == f"{sum(counts)} of 6" and report["not_ended"] == counts
 
 
