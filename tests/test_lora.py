@@ -251,7 +251,7 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
-def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, capsys):
+def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, own_folder, capsys):
     """For every command: it is merged once, and has the base's tokenizer unless it has one of its own."""
     import transformers
 
