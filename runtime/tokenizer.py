@@ -1,5 +1,6 @@
 """A model's tokenizer: what training asks of it, and how it is read from its files and checked."""
 
+import io
 import json
 import re
 import sys
@@ -270,6 +271,13 @@ def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: 
                   "code); --bos adds it"]  # fmt: skip
     for note in notes:
         print(f"note: {directory}: {note}", file=sys.stderr)
+
+
+def escape_what_cannot_be_printed() -> None:
+    """What standard output's encoding lacks (cp1252 on Windows) is printed as on standard error, \\u6771, instead of an
+    error after long work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not, and is UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @cache

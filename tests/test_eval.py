@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import report_of, speaker
+from helpers import arguments, report_of, speaker
 
 import eval as evaluation
 import model
+import train
 from data import CodeTask, Example, tokenise
 from runtime import show
 from runtime.formats import read_examples
@@ -222,6 +223,27 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
     sampled = capsys.readouterr().out.splitlines()
     assert sampled != [expected[0]] * len(sampled)
+
+
+@pytest.mark.parametrize(
+    "encoding, written",
+    [("utf-8", ("東京", "±", "␣", "café")), ("ascii", (r"\u6771\u4eac", r"\xb1", r"\u2423", r"caf\xe9"))],
+)
+def test_what_the_terminal_lacks_is_escaped_and_nothing_lost(tiny_task, tmp_path, monkeypatch, encoding, written):
+    directory = str(says(tiny_task, tmp_path / "model", "東京"))
+    data = write_lines(tmp_path / "set.jsonl", {"prompt": "Capital?", "output": "東京"})
+    both = ["--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
+    commands = [
+        lambda: evaluation.main([directory, "--device", "cpu", "--prompt", "Capital?"]),
+        lambda: evaluation.main([directory, "--data", data, "--seeds", "1", "2", *SHORT]),
+        lambda: show.main("", ["A fox", *both]),
+        lambda: train.main(arguments(tiny_task, tmp_path / "café", max_steps=1)),
+    ]
+    for command, text in zip(commands, written, strict=True):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        command()
+        evaluation.sys.stdout.seek(0)
+        assert text in evaluation.sys.stdout.read()
 
 
 def test_prompts_and_sets_are_either_or(tiny_task, capsys):
