@@ -246,8 +246,8 @@ def test_what_the_terminal_lacks_is_escaped_and_nothing_lost(tiny_task, tmp_path
         assert text in evaluation.sys.stdout.read()
 
 
-def test_prompts_and_sets_are_either_or(tiny_task, capsys):
-    for words in ([], ["--data", "x", "--prompt", "y"]):
+def test_prompts_and_sets_are_either_or_and_so_are_seeds_and_greedy(tiny_task, capsys):
+    for words in ([], ["--data", "x", "--prompt", "y"], ["--data", "x", "--greedy", "--seeds", "1"]):
         with pytest.raises(SystemExit, match="2"):
             evaluation.main([str(tiny_task / "student"), *words])
 
