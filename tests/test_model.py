@@ -84,6 +84,19 @@ def test_transformers_checkpoint_loads(transformers, name, tmp_path):
     assert torch.equal(ours.head_weight, theirs.get_output_embeddings().weight)
 
 
+def test_a_mistral_that_names_its_layers_slides_where_it_says_so(transformers, tmp_path):
+    """Ministral's config.json; transformers 5 makes another class of it."""
+    pytest.importorskip("transformers", minversion="5")
+    layers = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ours = random_model({**CONFIGS["mistral-window"], **layers})
+    save_model(ours, tmp_path)
+    check_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids, _ = random_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
