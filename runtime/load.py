@@ -29,7 +29,7 @@ from runtime.report import base_model, prompt_form
 from runtime.run import chat_of, run_of, tokenizer_of, write_text
 from runtime.show import describe_alignment, measure_alignment
 from runtime.strict import check_model, choose_alignment, fit_lengths
-from runtime.tokenizer import TextTokenizer, say_if_forgotten
+from runtime.tokenizer import TextTokenizer, say_if_forgotten, say_once
 
 PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
 
@@ -122,6 +122,10 @@ def find_model(name: str, role: str, weights: bool = True) -> Path:
             directory = merge_into(directory, Path(name)) if weights else directory
     else:
         directory = model_directory(name, weights)
+    if (directory / "adapter_config.json").is_file():
+        say_once(f"{directory} holds a whole model, and the adapter beside it is left out; if the weights lack it, "
+                 "move the adapter's files into a directory of their own, with this one as base_model_name_or_path, "
+                 "and give that")  # fmt: skip
     check_model(directory, weights)
     return directory
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -274,6 +275,12 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     assert find_model(str(adapter), "teacher") == merged == next(merged.parent.glob("merged-*"))
     assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
     assert find_model(str(adapter), "student", weights=False) == base
+
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert find_model(str(both), "teacher") == both
+    assert f"note: {both} holds a whole model, and the adapter beside it is left out" in capsys.readouterr().err
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     for base in ("/nowhere/else", None):
