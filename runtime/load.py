@@ -121,6 +121,7 @@ def find_model(name: str, role: str, weights: bool = True) -> Path:
         with parallel.main_first():
             directory = merge_into(directory, Path(name)) if weights else directory
     else:
+        check_model(model_directory(name, weights=False), weights=False)  # before gigabytes of weights are downloaded
         directory = model_directory(name, weights)
     if (directory / "adapter_config.json").is_file():
         say_once(f"{directory} holds a whole model, and the adapter beside it is left out; if the weights lack it, "
