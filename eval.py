@@ -43,7 +43,7 @@ from runtime.hub import data_file
 from runtime.load import find_model
 from runtime.report import write_card
 from runtime.run import chat_of, run_of, tokenizer_of, write_text
-from runtime.tokenizer import TextTokenizer, say_if_forgotten
+from runtime.tokenizer import TextTokenizer, escape_what_cannot_be_printed, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
 from scores.rouge import exact_match, rouge_l, tokenize
@@ -164,6 +164,7 @@ def evaluate(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    escape_what_cannot_be_printed()
     try:
         run(parse(arguments, __doc__))
     except (ValueError, OSError, RuntimeError) as error:

@@ -357,7 +357,7 @@ FIELDS = {
              "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "tie_word_embeddings": True,
              "initializer_range": 0.02},
     "llama": {**_LLAMA, "attention_bias": False, "mlp_bias": False},
-    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
     "qwen2": {**_LLAMA, "num_key_value_heads": 32, **_WINDOWS},
     "qwen3": {**_LLAMA, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_WINDOWS},
 }  # fmt: skip
@@ -399,9 +399,10 @@ def read_config(config: dict) -> SimpleNamespace:
 
 def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
     """How many tokens a query of each layer sees, itself included; None for all."""
-    if family in ("llama", "mistral"):
-        return [f.sliding_window if family == "mistral" else None] * f.num_hidden_layers
-    slides = [f.use_sliding_window and layer >= f.max_window_layers for layer in range(f.num_hidden_layers)]
+    if family == "llama":
+        return [None] * f.num_hidden_layers
+    begin = 0 if family == "mistral" else f.max_window_layers if f.use_sliding_window else f.num_hidden_layers
+    slides = [layer >= begin for layer in range(f.num_hidden_layers)]
     kinds = f.layer_types or ["sliding_attention" if sliding else "full_attention" for sliding in slides]
     return [f.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 

@@ -64,7 +64,7 @@ from runtime.run import (
     write_text,
 )
 from runtime.strict import check_options, choose_alignment, read_projectors
-from runtime.tokenizer import TextTokenizer, count_shared
+from runtime.tokenizer import TextTokenizer, count_shared, escape_what_cannot_be_printed
 
 SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
 
@@ -487,6 +487,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    escape_what_cannot_be_printed()
     with parallel.session():
         given = parse(arguments, __doc__.partition("\nIn this file")[0])
         try:

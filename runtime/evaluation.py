@@ -30,10 +30,11 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     help = "most tokens of the prompt; a longer one is cut (default: half of --max-len)"
     add("--max-prompt-len", type=int, help=help)
 
-    add = parser.add_argument_group("responses").add_argument
+    group = parser.add_argument_group("responses")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     help = "sampling seeds; each gives one response per prompt (default: 10 20 30 40 50)"
-    add("--seeds", type=int, nargs="+", help=help)
-    add("--greedy", action="store_true", help="one greedy response instead of sampling (default: sample)")
+    either("--seeds", type=int, nargs="+", help=help)
+    either("--greedy", action="store_true", help="one greedy response instead of sampling (default: sample)")
     add("--max-len", type=int, help="most tokens of prompt and response together (default: 512; math and code: 1024)")
 
     add = parser.add_argument_group("how it is computed").add_argument

@@ -29,7 +29,7 @@ from runtime.report import base_model, prompt_form
 from runtime.run import chat_of, run_of, tokenizer_of, write_text
 from runtime.show import describe_alignment, measure_alignment
 from runtime.strict import check_model, choose_alignment, fit_lengths
-from runtime.tokenizer import TextTokenizer, say_if_forgotten
+from runtime.tokenizer import TextTokenizer, say_if_forgotten, say_once
 
 PAIRINGS = {"uld": uld.pair_by_position, "mined": mined.pair_by_edit_distance}  # methods that pair tokens themselves
 
@@ -121,7 +121,12 @@ def find_model(name: str, role: str, weights: bool = True) -> Path:
         with parallel.main_first():
             directory = merge_into(directory, Path(name)) if weights else directory
     else:
+        check_model(model_directory(name, weights=False), weights=False)  # before gigabytes of weights are downloaded
         directory = model_directory(name, weights)
+    if (directory / "adapter_config.json").is_file():
+        say_once(f"{directory} holds a whole model, so the adapter beside it is not used; if it is not merged into the "
+                 "weights, move its files into another directory, write this one into base_model_name_or_path there, "
+                 "and give that directory")  # fmt: skip
     check_model(directory, weights)
     return directory
 

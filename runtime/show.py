@@ -18,7 +18,7 @@ import numpy as np
 from align import exact_token_alignment
 from runtime.formats import read_examples
 from runtime.hub import data_file, model_directory
-from runtime.tokenizer import TextTokenizer, read_tokenizer
+from runtime.tokenizer import TextTokenizer, escape_what_cannot_be_printed, read_tokenizer
 
 KINDS = {  # kind of token: the bytes that make it one; the first that fits
     "non-ASCII": rb"[\x80-\xff]",
@@ -104,6 +104,7 @@ def find_tokenizer(name: str) -> TextTokenizer:
 
 def main(description: str, arguments: list[str] | None = None) -> None:
     """The command line of align.py."""
+    escape_what_cannot_be_printed()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="align.py", description=description, formatter_class=form)
     parser.add_argument("text", metavar="TEXT", help="a response, or a data file (its first 1,000 responses are read)")

@@ -247,7 +247,7 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
         check_rope(f, where)
     elif f.n_embd % f.n_head:
         raise ValueError(f"{where}: n_embd {f.n_embd} is not divisible by {f.n_head} heads")
-    if family in ("qwen2", "qwen3"):
+    if family in ("mistral", "qwen2", "qwen3"):
         check_windows(f, where)
     c = model.read_config(config)
     if c.activation not in model.ACTIVATIONS:
@@ -272,7 +272,8 @@ def check_windows(f: SimpleNamespace, where: str) -> None:
     types = ["full_attention"] * f.num_hidden_layers if f.layer_types is None else f.layer_types
     if len(types) != f.num_hidden_layers or any(t not in ("full_attention", "sliding_attention") for t in types):
         raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention per layer, got {types}")
-    if "sliding_attention" in types and not (f.use_sliding_window and f.sliding_window):
+    slides = f.sliding_window and (f.model_type == "mistral" or f.use_sliding_window)
+    if "sliding_attention" in types and not slides:
         raise ValueError(f"{where}: layer_types has sliding_attention, but use_sliding_window or sliding_window is off")
 
 

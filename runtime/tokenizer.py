@@ -1,5 +1,6 @@
 """A model's tokenizer: the interface that training uses, and how it is read from its files and checked."""
 
+import io
 import json
 import re
 import sys
@@ -271,6 +272,13 @@ def say_if_forgotten(tokenizer: TextTokenizer, chat_option: str, chat_is_known: 
                   "papers' code); add it with --bos"]  # fmt: skip
     for note in notes:
         print(f"note: {directory}: {note}", file=sys.stderr)
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Print characters that the encoding of standard output lacks (cp1252 on Windows) as standard error does, \\u6771,
+    instead of failing after long work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not, and is UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @cache

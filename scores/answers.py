@@ -145,7 +145,7 @@ def final_answer(text: str, ended: bool = True) -> str | None:
         short = REMARK.sub("", answer)
         if number(short) is not None and not TAKEN_BACK.match(text, match.end()):
             return short
-        if ended and answer and not text[match.end() :].strip():
+        if ended and answer and not boxed(answer) and not text[match.end() :].strip():
             leading = LEADING.match(answer)
             return leading[1] if leading and PROSE.search(answer[leading.end() :]) else answer
     numbers = [match[0] for match in re.finditer(NUMBER, text)] if ended else []

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import losses
+import train
 from baselines.mined import mined_loss
 from baselines.uld import uld_loss
 from fast import losses as fast_losses
@@ -64,6 +65,10 @@ class Inputs:
             self.gold = self.label if self.recipe.labels == "gold" else self.gold
         for name in LEARN:
             getattr(self, name).requires_grad_()
+
+    def arrays(self) -> dict:
+        """Its tensors, for loops."""
+        return {name: value.detach().numpy() for name, value in vars(self).items() if torch.is_tensor(value)}
 
     def aligned_teacher(self):
         return self.teacher_hidden[self.teacher_rows]
@@ -119,6 +124,14 @@ def softmax(logits, temperature=1.0) -> list[float]:
 
 def cross_entropy(logits, label) -> float:
     return -math.log(softmax(logits)[int(label)])
+
+
+def add_gold_by_loops(i: Inputs, logits: list, kd_rate: float, **terms: float) -> dict[str, float]:
+    """`losses.add_gold`, token by token. logits: the student's, of each of the N."""
+    ce = sum(cross_entropy(logits[n], i.gold[n]) for n in range(N)) / TOKENS
+    correct = sum(int(logits[n].argmax()) == int(i.gold[n]) for n in range(N))
+    assert 0 < correct < N  # so that it matters which
+    return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0)}
 
 
 def divergence_by_loops(name, student_logits, teacher_logits, temperature=TEMPERATURE) -> float:
@@ -203,16 +216,6 @@ def wordpiece() -> Tokenizer:
     """One that cannot be aligned."""
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    return tokenizer
-
-
-def train_byte_level(texts, normalizer) -> Tokenizer:
-    """A byte-level tokenizer of these texts, which it changes first."""
-    tokenizer = byte_level({})
-    tokenizer.normalizer = normalizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -306,6 +309,14 @@ def arguments(task, out, **changed):
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [] if value is None else [flag, str(value)]
     return words
+
+
+def load_run(words):
+    """(options, pieces): a command line up to its first update."""
+    o = train.check_options(train.Options(**train.settings(train.parse(words))))
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    return o, pieces
 
 
 def log_of(out) -> list[dict]:

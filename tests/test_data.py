@@ -128,7 +128,7 @@ def test_find_longest():
 
 
 def lengths(row):
-    return [len(side.prompt) + len(side.response) for side in (row.student, row.teacher)]
+    return [len(side) for side in (row.student, row.teacher)]
 
 
 def test_nothing_is_cut_when_it_fits_exactly(student, teacher):
@@ -149,13 +149,9 @@ def test_nothing_is_cut_when_it_fits_exactly(student, teacher):
 def test_only_end_of_text_may_be_what_does_not_fit(student):
     example = raw("p", "the fox")
     [row], _ = tokenise([example], student)
-    [cut], report = tokenise([example], student, max_len=lengths_of(row) - 1)
+    [cut], report = tokenise([example], student, max_len=len(row.student) - 1)
     assert cut.student.response == row.student.response[:-1]
     assert (report.responses_cut, report.response_characters) == (1, 0)
-
-
-def lengths_of(row):
-    return len(row.student.prompt) + len(row.student.response)
 
 
 def random_text(rng, most):
@@ -441,15 +437,12 @@ def test_training_takes_the_first_of_several_outputs(student):
     assert student.decode(row.student.response) == "first"
 
 
-def test_rows_have_pairs_only_on_request(student, teacher):
-    example = [raw("p", "the fox")]
-    assert tokenise(example, student, teacher)[0][0].pairs is None
-    assert len(tokenise(example, student, teacher, align="eta")[0][0].pairs[0]) >= 1
-
-
-def test_collate_against_a_loop(rows, student, teacher):
-    batch = collate(rows, student.eos_id, teacher.eos_id)
-    for name, padding in (("student", student.eos_id), ("teacher", teacher.eos_id)):
+@pytest.mark.parametrize("token", [-1, 0])
+def test_collate_against_a_loop(rows, token):
+    """Padded with end-of-text, and with a token that is read too."""
+    pads = rows[0].student.response[token], rows[0].teacher.response[token]
+    batch = collate(rows, *pads)
+    for name, padding in zip(("student", "teacher"), pads, strict=True):
         side, k, real = getattr(batch, name), 0, []
         width = max(len(getattr(row, name).prompt + getattr(row, name).response) for row in rows) - 1
         assert side.input_ids.shape == (len(rows), width) and side.input_ids.dtype == torch.int64
@@ -485,15 +478,6 @@ def test_collate_to_few_shapes(rows, width):
         for found, wanted in zip((side.real, side.positions), of_other, strict=True):
             assert torch.equal(found[torch.isin(found, wanted)], wanted)
         assert len(side.positions) == len(other.positions) and torch.equal(side.labels, other.labels)
-
-
-def test_padding_is_in_the_ids_alone(rows):
-    one, other = collate(rows, 0, 0), collate(rows, 5, 7)
-    for name in ("student", "teacher"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert not torch.equal(a.input_ids, b.input_ids)
-        for part in ("real", "positions", "labels", "inputs"):
-            assert torch.equal(getattr(a, part), getattr(b, part))
 
 
 def test_pairs_are_offset_by_the_examples_before(rows, student, teacher):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CONFIGS, arguments, log_of, random_model, stopped_by_ctrl_c
+from helpers import CONFIGS, arguments, load_run, log_of, random_model, stopped_by_ctrl_c
 from pretended import pretended_cuda
 from test_train import EVERY_KIND
 
@@ -37,9 +37,7 @@ def words(task, out, device, **options) -> list[str]:
 
 def update(arguments: list[str]) -> dict[str, float]:
     """The terms of one update of train.py and the gradient's norm."""
-    o = train.check_options(train.Options(**train.settings(train.parse(arguments))))
-    pieces = train.load(o)
-    train.add_method(o, pieces)
+    o, pieces = load_run(arguments)
     optimizer = train.make_optimizer(o, pieces)
     indices, rows, batches = next(pieces.updates(o, 0, 1))
     sampled = train.sample_batches(o, pieces, rows, 0, train.Meter())[1] if o.on_policy else None

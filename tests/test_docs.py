@@ -12,7 +12,9 @@ The first line of a fenced block says what the block is:
 
 import ast
 import contextlib
+import doctest
 import functools
+import importlib
 import io
 import re
 import runpy
@@ -235,6 +237,12 @@ for name in sys.argv[1:]:
     assert result.attempted and not result.failed, f"{name}: no example, or it failed"
     del sys.modules[name]
 """
+
+
+@pytest.mark.parametrize("name", ["fast.losses", "baselines.mined", "baselines.uld", "scores.programs"])
+def test_examples_of_the_other_files_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
 
 
 def test_concept_files_work_alone(tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import report_of, speaker
+from helpers import arguments, report_of, speaker
 
 import eval as evaluation
 import model
+import train
 from data import CodeTask, Example, tokenise
 from runtime import show
 from runtime.formats import read_examples
@@ -24,19 +25,14 @@ def student(tiny_task):
     return model.load_model(tiny_task / "student"), read_tokenizer(tiny_task / "student")
 
 
-def test_responses_come_back_in_order_and_do_not_depend_on_the_batch(tiny_task, student):
+def test_responses_come_back_in_order_in_any_batch_and_are_sampled_by_the_seed(tiny_task, student):
     m, tokenizer = student
     prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
     together = evaluation.respond(m, tokenizer, prompts, max_new_tokens=6, batch_size=4)
     alone = [evaluation.respond(m, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone and len(set(together)) > 1
-
-
-def test_sampling_is_seeded(tiny_task, student):
-    m, tokenizer = student
-    prompts = [example.prompt_text() for example in read_examples(tiny_task / "test.jsonl")]
-    runs = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2]
+    sampled = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
@@ -100,12 +96,9 @@ def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
     assert score(responses)[0] == 50.0
 
 
-def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys):
     for name in ("one", "two"):
-        model.save_model(model.load_model(tiny_task / "student"), tmp_path / name / "student")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (tmp_path / name / "student" / file).write_bytes((tiny_task / "student" / file).read_bytes())
+        run_directory(tiny_task, tmp_path, name)
     data = str(tiny_task / "test.jsonl")
     short = ["--max-len", "40", "--device", "cpu"]
     evaluation.main(["one", "two", "--data", data, "--seeds", "1", "2", "--limit", "3", *short])
@@ -134,10 +127,10 @@ EXERCISE = {"task_id": "0", "prompt": "def one():\n    'one'\n", "entry_point": 
             "canonical_solution": "    return 1", "test": "def check(f):\n    assert f() == 1"}  # fmt: skip
 
 
-def run_directory(tiny_task, path):
-    (path / "run").mkdir()
-    (path / "run" / "student").symlink_to(tiny_task / "student")
-    return str(path / "run")
+def run_directory(tiny_task, path, name="run"):
+    (path / name).mkdir()
+    (path / name / "student").symlink_to(tiny_task / "student")
+    return str(path / name)
 
 
 def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, monkeypatch, working_sandbox):
@@ -232,8 +225,29 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     assert sampled != [expected[0]] * len(sampled)
 
 
-def test_prompts_and_sets_are_either_or(tiny_task, capsys):
-    for words in ([], ["--data", "x", "--prompt", "y"]):
+@pytest.mark.parametrize(
+    "encoding, written",
+    [("utf-8", ("東京", "±", "␣", "café")), ("ascii", (r"\u6771\u4eac", r"\xb1", r"\u2423", r"caf\xe9"))],
+)
+def test_what_the_terminal_lacks_is_escaped_and_nothing_lost(tiny_task, tmp_path, monkeypatch, encoding, written):
+    directory = str(says(tiny_task, tmp_path / "model", "東京"))
+    data = write_lines(tmp_path / "set.jsonl", {"prompt": "Capital?", "output": "東京"})
+    both = ["--teacher", str(tiny_task / "teacher"), "--student", str(tiny_task / "student")]
+    commands = [
+        lambda: evaluation.main([directory, "--device", "cpu", "--prompt", "Capital?"]),
+        lambda: evaluation.main([directory, "--data", data, "--seeds", "1", "2", *SHORT]),
+        lambda: show.main("", ["A fox", *both]),
+        lambda: train.main(arguments(tiny_task, tmp_path / "café", max_steps=1)),
+    ]
+    for command, text in zip(commands, written, strict=True):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        command()
+        evaluation.sys.stdout.seek(0)
+        assert text in evaluation.sys.stdout.read()
+
+
+def test_prompts_and_sets_are_either_or_and_so_are_seeds_and_greedy(tiny_task, capsys):
+    for words in ([], ["--data", "x", "--prompt", "y"], ["--data", "x", "--greedy", "--seeds", "1"]):
         with pytest.raises(SystemExit, match="2"):
             evaluation.main([str(tiny_task / "student"), *words])
 
@@ -242,7 +256,6 @@ def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     run = run_directory(tiny_task, tmp_path)
     write_lines(tmp_path / "raw.jsonl", *({"prompt": f"{n}?", "output": "dev"} for n in range(1003)))
     write_lines(tmp_path / "valid.jsonl", {"prompt": "a", "output": "test"}, {"prompt": "b", "output": "test"})
@@ -291,7 +304,6 @@ def test_models_that_would_write_the_same_file_are_refused(tiny_task, tmp_path, 
     (tmp_path / "a").mkdir()
     for path in ("a-b", "a/b"):
         (tmp_path / path).symlink_to(tiny_task / "student")
-    monkeypatch.chdir(tmp_path)
     sums = write_lines(tmp_path / "sums.jsonl", SUMS)
     with pytest.raises(SystemExit, match="two of the models would write the same file eval-a-b-sums.json"):
         evaluation.main(["a-b", "a/b", "--data", sums, *SHORT])
@@ -333,27 +345,11 @@ def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_pa
 
 def test_how_many_responses_did_not_end_is_counted_over_the_seeds(tiny_task, tmp_path, capsys):
     data = write_lines(tmp_path / "talk.jsonl", *[{"prompt": "Hello", "output": "you"}] * 3)
+    options = "--seeds 1 2 --batch-size 2 --max-len 20 --max-prompt-len 18".split()  # two tokens: the text and its end
     for name, ends, counts in (("ends", True, [0, 0]), ("goes-on", False, [3, 3])):
         directory = says(tiny_task, tmp_path / name, "you", ends)
-        row, report = scores_of(directory, data, capsys, "--seeds", "1", "2", "--max-len", "20", "--batch-size", "2")
+        row, report = scores_of(directory, data, capsys, *options)
         assert row["not ended"] == f"{sum(counts)} of 6" and report["not_ended"] == counts
-
-
-DRAFT, RIGHT = "```python\ndef one():\n    return 0\n```\n", "```python\ndef one():\n    return 1\n```\n"
-
-
-@pytest.mark.parametrize(
-    "response, passed",
-    [
-        (f"My first try was\n{DRAFT}but that is wrong:\n{RIGHT}", "100.00"),
-        (f"<think>\n{RIGHT}", "0.00"),
-    ],
-)
-def test_the_last_program_outside_of_thoughts_is_run(tiny_task, tmp_path, capsys, working_sandbox, response, passed):
-    data = write_lines(tmp_path / "exercises.jsonl", EXERCISE)
-    directory = says(tiny_task, tmp_path / "model", response)
-    row, report = scores_of(directory, data, capsys, "--greedy", "--run-code")
-    assert (row["pass@1"], row["not ended"], report["pass_at_1"]) == (passed, "0 of 1", [float(passed)])
 
 
 def test_a_note_stands_by_a_rouge_l_that_counts_no_token(tiny_task, tmp_path, capsys):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import arguments
+from helpers import arguments, load_run
 
 import train
 
@@ -125,9 +125,7 @@ def entered_functions():
 def test_what_one_step_enters(tiny_task, tmp_path, chunk):
     """Forward and backward pass of one update, from tokenised rows to gradients; with the fast and the plain losses."""
     words = arguments(tiny_task, tmp_path / "run", recipe="v2", align="eta", max_steps=1, chunk=chunk)
-    o = train.check_options(train.Options(**train.settings(train.parse(words))))
-    pieces = train.load(o)
-    train.add_method(o, pieces)
+    o, pieces = load_run(words)
     with entered_functions() as codes:
         train.distil(o, pieces, pieces.student.train(), pieces.batches(pieces.rows[:4], o))
     assert "dskd_loss" in {code.co_name for code in codes}

@@ -2,10 +2,11 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import GPT2, LLAMA, QWEN, arguments, random_batch, random_model, same, weights_of
+from helpers import CONFIGS, GPT2, LLAMA, arguments, random_batch, random_model, same, weights_of
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -16,12 +17,9 @@ from runtime import run as checkpoint
 from runtime.load import find_model
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
 
-CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 10}}
-EVERY_CONFIG = {**CONFIGS, "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
-                "qwen2": {**QWEN, "model_type": "qwen2"}}  # fmt: skip
 GPT2_LAYERS = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 LLAMA_LAYERS = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
-every_family = pytest.mark.parametrize("family", CONFIGS)
+every_family = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,7 @@ def test_a_rank_above_the_width_and_a_second_adapter():
     assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
 
 
-@pytest.mark.parametrize("family", model.FIELDS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral-no-window", "qwen2", "qwen3"])
 @pytest.mark.parametrize("targets", [None, "all-linear", "some"])
 def test_peft_reads_our_adapter_and_means_the_same(peft, recwarn, family, targets, tmp_path):
     """Its names, logits, gradients and merged weights."""
@@ -173,7 +171,7 @@ def test_peft_reads_our_adapter_and_means_the_same(peft, recwarn, family, target
         targets = ["transformer.h.1.attn.c_proj", "c_attn"]
     elif targets == "some":
         targets = ["model.layers.1.self_attn.q_proj", "down_proj"]
-    m = random_model(EVERY_CONFIG[family])
+    m = random_model(CONFIGS[family])
     base = in_transformers(m, tmp_path / "base")
     config = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=targets, task_type="CAUSAL_LM")
     names = peft.get_peft_model_state_dict(peft.get_peft_model(copy.deepcopy(base), config)).keys()
@@ -254,7 +252,7 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
-def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, capsys):
+def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, own_folder, capsys):
     """For every command: it is merged once, and has the base's tokenizer unless it has one of its own."""
     import transformers
 
@@ -277,6 +275,12 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     assert find_model(str(adapter), "teacher") == merged == next(merged.parent.glob("merged-*"))
     assert (merged / "model.safetensors").stat().st_mtime_ns == stamp
     assert find_model(str(adapter), "student", weights=False) == base
+
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert find_model(str(both), "teacher") == both
+    assert f"note: {both} holds a whole model, and the adapter beside it is left out" in capsys.readouterr().err
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     for base in ("/nowhere/else", None):

@@ -20,6 +20,7 @@ from helpers import (
     K,
     M,
     N,
+    add_gold_by_loops,
     cross_entropy,
     d,
     divergence_by_loops,
@@ -28,12 +29,7 @@ from helpers import (
 
 import losses
 from fast import losses as fast_losses
-from losses import (
-    RECIPES,
-    Counts,
-    adaptive_weight,
-    predict_tokens,
-)
+from losses import RECIPES, Counts, adaptive_weight, predict_tokens
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_dskd = pytest.mark.parametrize("case", DSKD)
@@ -93,17 +89,15 @@ def test_half_precision_logits_are_taken_to_float32_first(name):
 
 def by_loops(i: Inputs, divergence: str, kd_rate: float) -> dict[str, float]:
     """Every term of the case, token by token."""
-    f = {name: value.detach().numpy() for name, value in vars(i).items() if torch.is_tensor(value)}
+    f = i.arrays()
     W_s, W_t = f["student_head"], f["teacher_head"]
     logits = [W_s @ state for state in f["student_hidden"]]
-    ce = sum(cross_entropy(logits[n], i.gold[n]) for n in range(N)) / TOKENS
-    terms = {"ce": ce, "correct": sum(int(np.argmax(logits[n])) == int(i.gold[n]) for n in range(N))}
     if i.case == "sft":
-        return {**terms, "loss": (1 - kd_rate) * ce}
+        return add_gold_by_loops(i, logits, kd_rate)
     if i.case == "kd":  # the rows that both heads have
         pairs = zip(logits, (W_t[:V_S] @ state for state in f["teacher_hidden"]), strict=True)
         kd = sum(divergence_by_loops(divergence, *pair) for pair in pairs) / TOKENS
-        return {**terms, "kd": kd, "loss": (1 - kd_rate) * ce + kd_rate * kd}
+        return add_gold_by_loops(i, logits, kd_rate, kd=kd)
 
     t2s, s2t = [f["t2s"] @ g for g in f["teacher_hidden"]], [f["s2t"] @ h for h in f["student_hidden"]]
     # (student token, projected teacher state) and (projected student state, teacher token)
@@ -126,8 +120,7 @@ def by_loops(i: Inputs, divergence: str, kd_rate: float) -> dict[str, float]:
     over = K if i.case == "v2 eta" else TOKENS
     parts = {"t2s_ce": t2s_ce / over, "s2t_kd": s2t_kd / over}
     parts["t2s_kd"] = t2s_kd / (agreeing if i.case.startswith("v2") else TOKENS)
-    kd = sum(parts.values())
-    return {**terms, **parts, "kd": kd, "agreeing": agreeing, "loss": (1 - kd_rate) * ce + kd_rate * kd}
+    return add_gold_by_loops(i, logits, kd_rate, **parts, kd=sum(parts.values()), agreeing=agreeing)
 
 
 @pytest.mark.parametrize("case", ["sft", "kd", *DSKD])
@@ -136,8 +129,7 @@ def by_loops(i: Inputs, divergence: str, kd_rate: float) -> dict[str, float]:
 def test_every_term_by_loops(case, name, chunk):
     i = Inputs(case)
     expected = by_loops(i, name, kd_rate=0.3)
-    assert 0 < expected["correct"] < N  # so that the masks matter
-    if i.recipe:
+    if i.recipe:  # so that the mask matters
         assert 0 < expected["agreeing"] < len(i.label) and expected["agreeing"] == i.counts.agreeing
     assert values(i.terms(name, chunk, kd_rate=0.3)) == pytest.approx(expected, rel=1e-10)
 
@@ -155,12 +147,7 @@ def test_which_term_teaches_what(case, name):
     }
     for term, taught in teaches.items():
         assert i.gradients(terms[term]).keys() == taught, term
-    i.teacher_hidden.requires_grad_(), i.teacher_head.requires_grad_()  # even if they could learn
-    terms = i.terms(name)
-    assert torch.autograd.grad(terms["t2s_kd"], i.teacher_hidden, retain_graph=True, allow_unused=True) == (None,)
-    hidden = i.teacher_hidden.detach().requires_grad_()
-    found = losses.dskd_loss(**{**i.arguments(), "teacher_hidden": hidden[i.teacher_rows]}, divergence=name)
-    assert torch.autograd.grad(found["s2t_kd"], hidden, allow_unused=True) == (None,)  # the teacher is the target
+    # that a teacher which could learn is not taught either: test_fast_losses.py
 
 
 # -- parts of an update, and what may be missing -----------------------------------------------------------------------

@@ -275,15 +275,12 @@ def test_mined_by_its_definition(tokenizers):
 
 # -- on-policy ---------------------------------------------------------------------------------------------------------
 
-SAMPLED = ["kd", "dskd v2", "dskd v2 eta"]  # what --on-policy goes with
-every_distillation = pytest.mark.parametrize("name", SAMPLED)
-
 
 def splits(setting, rows):
     return [setting.batch(rows)], [setting.batch(rows[:2]), setting.batch(rows[2:])], [setting.batch([r]) for r in rows]
 
 
-@every_distillation
+@pytest.mark.parametrize("name", ["kd", "dskd v2", "dskd v2 eta"])  # what --on-policy goes with
 def test_on_policy_is_gold_cross_entropy_and_distillation_on_the_samples(tokenizers, name):
     """loss = (1 − r)·ce(gold) + r·kd(sampled), each a mean over its own tokens, however the update is split."""
     setting = Setting(tokenizers, name, kd_rate=0.3)

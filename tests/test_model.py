@@ -84,6 +84,19 @@ def test_transformers_checkpoint_loads(transformers, name, tmp_path):
     assert torch.equal(ours.head_weight, theirs.get_output_embeddings().weight)
 
 
+def test_a_mistral_that_names_its_layers_slides_where_it_says_so(transformers, tmp_path):
+    """Ministral's config.json; transformers 5 makes another class of it."""
+    pytest.importorskip("transformers", minversion="5")
+    layers = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ours = random_model({**CONFIGS["mistral-window"], **layers})
+    save_model(ours, tmp_path)
+    check_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids, _ = random_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
@@ -169,8 +182,6 @@ def test_position_limit():
     outputs = generate(m, [[1] * 38, [2] * 40, [3] * 5, [4], [5], [6]], 10, None, temperature=0)
     assert [len(new) for new in outputs] == [2, 0, 10, 10, 10, 10]
     assert outputs[2] == generate(m, [[3] * 5], 10, None, temperature=0)[0]
-    with pytest.raises(ValueError, match="prompt 1 has 41 tokens; it needs 1 to 40"):
-        generate(m, [[1], [1] * 41], 1, None)
     with pytest.raises(ValueError, match="41 tokens is longer than the model's 40 positions"):
         m(torch.ones(1, 41, dtype=torch.long))
 
@@ -181,10 +192,6 @@ def test_a_budget_for_each_prompt():
     budgets = [max(12 - 6 * i, 0) for i in range(len(PROMPTS))]  # 12, 6, 0, ...
     expected = [new[:budget] for new, budget in zip(whole, budgets, strict=True)]
     assert generate(m, PROMPTS, budgets, None, temperature=0) == expected
-    with pytest.raises(ValueError, match="one per prompt"):
-        generate(m, [[1]], [1, 2], None)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        generate(m, [[1], [2]], [1, -1], None)
 
 
 def test_rows_beyond_the_vocabulary_are_never_drawn():
@@ -213,12 +220,15 @@ def test_generate_restores_the_mode_and_refuses_nonsense():
     assert generate(m, [], 3, None) == [] and generate(m, [[1]], 0, None) == [[]]
     for arguments, message in (
         ({"prompts": [[1], []]}, "prompt 1 has 0 tokens"),
+        ({"prompts": [[1], [1] * 41]}, "prompt 1 has 41 tokens; it needs 1 to 40"),
         ({"prompts": [[61]]}, "prompt 0 has 1 tokens; .* below the vocabulary's 61"),
         ({"prompts": [[-1]]}, "below the vocabulary"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": [1, 2]}, "one per prompt"),
+        ({"prompts": [[1], [2]], "max_new_tokens": [1, -1]}, "max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(m, **{"prompts": [[1]], "max_new_tokens": 2, "eos_id": None, **arguments})

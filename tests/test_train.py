@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
+from helpers import arguments, load_run, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from torch.utils.checkpoint import checkpoint
@@ -150,7 +150,19 @@ def test_a_response_that_cannot_be_used_leaves_the_gold_one(tiny_task, tmp_path,
     assert line["on_policy"] == 0.5 and line["student_tokens"] > 2 * len(word)
 
 
-def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, capsys):
+@pytest.fixture
+def dry_run(tiny_task, capsys):
+    """dry_run(option=value, ...): its terms, and the notes beside them."""
+
+    def run(**options) -> tuple[dict, str]:
+        train.main(arguments(tiny_task, None, dry_run=True, **options))
+        output, notes = capsys.readouterr()
+        return json.loads(output.splitlines()[-1]), notes
+
+    return run
+
+
+def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, dry_run):
     """Another end-of-text makes two vocabularies different; other merges under the same vocabulary are an error."""
     twin = tmp_path / "twin"
     shutil.copytree(tiny_task / "twin", twin)
@@ -159,82 +171,74 @@ def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, c
     fewer = {**tokenizer["model"], "merges": merges[:9]}
     (twin / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": fewer}))
     with pytest.raises(SystemExit, match="train.jsonl, line 1: the tokenizers split this response differently"):
-        train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin, align="eta"))
-    assert json.loads(capsys.readouterr().out)["align_ratio"] < 1
+        dry_run(teacher=twin)
+    assert dry_run(teacher=twin, align="eta")[0]["align_ratio"] < 1
 
     (twin / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((twin / "tokenizer_config.json").read_text())
     (twin / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
-    assert "align_ratio" in json.loads(capsys.readouterr().out)
+    assert "align_ratio" in dry_run(teacher=twin)[0]
 
 
-def with_more_tokens(source, directory, *names, special=True):
-    """A fine-tune of the model: more tokens behind its vocabulary, with embeddings that are larger than all others."""
+def with_more_tokens(source, directory, *names, special=True, padding=0):
+    """A fine-tune of the model: more tokens behind its vocabulary, and padding behind them, with embeddings that are
+    larger than all others."""
     shutil.copytree(source, directory)
     tokenizer, before = Tokenizer.from_file(str(source / "tokenizer.json")), model.load_model(source)
     tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
     tokenizer.save(str(directory / "tokenizer.json"))
-    after = model.build_model({**before.config, "vocab_size": len(before.embed.weight) + len(names)})
+    rows = len(before.embed.weight)
+    after = model.build_model({**before.config, "vocab_size": rows + len(names) + padding})
     after.load_state_dict({**before.state_dict(), "embed.weight": after.embed.weight}, strict=False)
     with torch.no_grad():
-        after.embed.weight.normal_()[: -len(names)] = before.embed.weight
+        after.embed.weight.normal_()[:rows] = before.embed.weight
     model.save_model(after, directory)
     return directory
 
 
 @pytest.mark.parametrize("options", [{"method": "kd"}, {"method": "kd", "divergence": "js", "chunk": 0}, {},
                                      {"recipe": "v1"}], ids=str)  # fmt: skip
-def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, capsys, options):
+def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, dry_run, options):
     """The terms that compare the models are those without these tokens; labels alone are among all of the student's."""
     teacher, student = tiny_task / "twin", tiny_task / "student"
     pad = with_more_tokens(teacher, tmp_path / "teacher", "<think>", "[PAD]")
     other = with_more_tokens(student, tmp_path / "student", "<pad>")
-
-    def terms(**models):
-        train.main(arguments(tiny_task, None, dry_run=True, **options, **models))
-        output, notes = capsys.readouterr()
-        return json.loads(output), notes
-
-    expected, notes = terms(teacher=teacher, student=student)
+    expected, notes = dry_run(teacher=teacher, student=student, **options)
     assert "left out" not in notes and "kd" in expected and "align_ratio" not in expected
-    found, notes = terms(teacher=pad, student=student)
+    found, notes = dry_run(teacher=pad, student=student, **options)
     assert f"{student}: compared on their 900 common ids; left out: the teacher's <think>, the teacher's" in notes
     same = expected.keys() - ({"loss", "kd", "s2t_kd", "grad_norm"} if "method" not in options else set())
     for name in same:  # DSKD has the teacher's whole head in the teacher's space
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    found, notes = terms(teacher=teacher, student=other)
+    found, notes = dry_run(teacher=teacher, student=other, **options)
     assert "left out: the student's <pad>" in notes and found["ce"] > expected["ce"] + 1e-4
     if "method" in options:
         assert found["kd"] == pytest.approx(expected["kd"], rel=1e-5)
-    found, notes = terms(teacher=pad, student=other)
+    found, notes = dry_run(teacher=pad, student=other, **options)
     assert "left out: the teacher's <think>, the teacher's [PAD], the student's <pad>" in notes
     if "method" in options:
         assert found["kd"] == pytest.approx(expected["kd"], rel=1e-5)
+        padded = with_more_tokens(student, tmp_path / "padded", padding=3)  # as many rows as the teacher has, and more
+        assert dry_run(teacher=pad, student=padded, **options)[0]["kd"] == pytest.approx(expected["kd"], rel=1e-5)
     elif not options:  # v2 asks for the teacher's predictions, which are among these ids
-        words = arguments(tiny_task, None, dry_run=True, teacher=pad, student=other)
-        o = train.check_options(train.Options(**train.settings(train.parse(words))))
-        pieces = train.load(o)
-        train.add_method(o, pieces)
+        _, pieces = load_run(arguments(tiny_task, None, dry_run=True, teacher=pad, student=other))
         batch = pieces.collate(pieces.rows, "cpu")
         said = pieces.method.ask_teacher(batch)
         assert said.label.max() < 900 <= train.predict_tokens(said.hidden, pieces.teacher.head_weight).max()
 
 
-def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, monkeypatch, capsys):
+def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, monkeypatch, dry_run):
     """A gold one is refused without --align eta; one that the student sampled leaves the gold one. A label that both
     have, but behind the first that differs, is one among all of the student's."""
     student = with_more_tokens(tiny_task / "student", tmp_path / "student", "the", special=False)
     with pytest.raises(SystemExit, match="or one lacks a token of it that the other has; use --align eta"):
-        train.main(arguments(tiny_task, None, dry_run=True, teacher=tiny_task / "twin", student=student))
+        dry_run(teacher=tiny_task / "twin", student=student)
     both = [with_more_tokens(tiny_task / name, tmp_path / f"more-{name}", f"<{name}>") for name in ("twin", "student")]
     both = [with_more_tokens(source, tmp_path / f"both-{source.name}", "the", special=False) for source in both]
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=both[0], student=both[1], method="kd"))
-    output, notes = capsys.readouterr()
+    terms, notes = dry_run(teacher=both[0], student=both[1], method="kd")
     assert "left out: the teacher's <twin>, the teacher's the, the student's <student>" in notes
     outputs = [json.loads(line)["output"] for line in (tiny_task / "train.jsonl").read_text().splitlines()[:4]]
-    assert 901 in read_tokenizer(both[1]).encode(" ".join(outputs)) and json.loads(output)["ce"] > 0
+    assert 901 in read_tokenizer(both[1]).encode(" ".join(outputs)) and terms["ce"] > 0
 
     tokenizer = read_tokenizer(student)
     word, more = [*tokenizer.encode("fox"), tokenizer.eos_id], [900, tokenizer.eos_id]
@@ -246,37 +250,18 @@ def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, mon
     assert log_of(tmp_path / "run")[0]["on_policy"] == 0.5
 
 
-def test_vocabularies_that_are_not_of_one_family(tiny_task, tmp_path, capsys):
+def test_vocabularies_that_are_not_of_one_family(tiny_task, tmp_path, dry_run):
     """Two ordinary tokens have changed places, or end-of-text itself is among those that differ: aligned."""
     twin = shutil.copytree(tiny_task / "twin", tmp_path / "twin")
     tokenizer = json.loads((twin / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["y"], vocabulary["z"] = vocabulary["z"], vocabulary["y"]
     (twin / "tokenizer.json").write_text(json.dumps(tokenizer))
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=twin))
-    assert "align_ratio" in json.loads(capsys.readouterr().out)
+    assert "align_ratio" in dry_run(teacher=twin)[0]
     ends = [with_more_tokens(tiny_task / name, tmp_path / f"{name}-ends", "<end>") for name in ("twin", "student")]
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=ends[0], student=ends[1]))
-    assert "align_ratio" not in json.loads(capsys.readouterr().out)
+    assert "align_ratio" not in dry_run(teacher=ends[0], student=ends[1])[0]
     (ends[0] / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    train.main(arguments(tiny_task, None, dry_run=True, teacher=ends[0], student=ends[1]))
-    assert "align_ratio" in json.loads(capsys.readouterr().out)
-
-
-def test_the_student_directory_is_read_by_transformers_and_says_the_same(tiny_task, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    train.main(arguments(tiny_task, tmp_path / "run", max_steps=5, lr=1e-2))
-    directory = tmp_path / "run" / "student"
-    ours, tokenizer = model.load_model(directory), read_tokenizer(directory)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    for example in json.loads("[" + ",".join((tiny_task / "test.jsonl").read_text().splitlines()) + "]")[:2]:
-        ids = tokenizer.encode(example["prompt"])
-        assert their_tokenizer(example["prompt"])["input_ids"] == ids
-        new = model.generate(ours, [ids], 20, tokenizer.eos_id, temperature=0)[0]
-        output = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
-        assert output[len(ids) :].tolist() == new
-        assert their_tokenizer.decode(new, skip_special_tokens=True) == tokenizer.decode(new)
+    assert "align_ratio" in dry_run(teacher=ends[0], student=ends[1])[0]
 
 
 def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path):
@@ -297,7 +282,7 @@ def test_dry_run_adds_up_the_norm_of_many_numbers(monkeypatch):
     assert found == {"grad_norm": pytest.approx(200, rel=1e-6)}
 
 
-def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, capsys):
+def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, dry_run):
     train.main(arguments(tiny_task, tmp_path / "run"))
     state = load_file(tmp_path / "run" / "resume" / "state.safetensors")
     projectors = {name for name in state if name.startswith("projectors.")}
@@ -308,19 +293,8 @@ def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_
     assert saved.keys() == {"t2s.weight"} and torch.equal(saved["t2s.weight"], state["projectors.t2s.weight"])
 
     # what one run saved, another starts from
-    train.main(arguments(tiny_task, None, projectors=tmp_path / "run" / "projectors.safetensors", dry_run=True))
-    given = json.loads(capsys.readouterr().out.splitlines()[-1])
-    train.main(arguments(tiny_task, None, dry_run=True))
-    own = json.loads(capsys.readouterr().out)
+    given, own = dry_run(projectors=tmp_path / "run" / "projectors.safetensors")[0], dry_run()[0]
     assert given["t2s_ce"] != own["t2s_ce"] and given["s2t_kd"] == pytest.approx(own["s2t_kd"], rel=1e-6)
-
-
-def test_held_out_scores_samples_and_arguments_are_written(tiny_task, tmp_path):
-    train.main(arguments(tiny_task, tmp_path / "run", valid=tiny_task / "valid.jsonl"))
-    assert log_of(tmp_path / "run")[-1].keys() == {"step", "valid_ce"}
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert record["method"] == "dskd" and record["projector_lr"] == 5e-4 and record["dtype"] == "fp32"
-    assert (tmp_path / "run" / "samples.txt").read_text().count("### prompt") == 5
 
 
 def test_schedule_warms_up_and_decays():
@@ -367,9 +341,7 @@ def test_the_embedded_task_runs_to_its_table_and_keeps_finished_stages(small_tas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"lora": 4}], ids=str)
-def test_compiled_equals_eager(tiny_task, capsys, more):
-    results = []
-    for options in ({}, {"compile": True}, {"compile": True, "recompute": True}):
-        train.main(arguments(tiny_task, None, dry_run=True, **more, **options))
-        results.append(json.loads(capsys.readouterr().out))
-    assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)
+def test_compiled_equals_eager(dry_run, more):
+    expected, _ = dry_run(**more)
+    for options in ({"compile": True}, {"compile": True, "recompute": True}):
+        assert dry_run(**more, **options)[0] == pytest.approx(expected, rel=1e-4)

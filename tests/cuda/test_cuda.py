@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from helpers import CONFIGS, arguments, log_of, random_batch, random_model, same, stopped_by_ctrl_c
+from helpers import CONFIGS, arguments, load_run, log_of, random_batch, random_model, same, stopped_by_ctrl_c
 from safetensors.torch import load_file
 from test_train import EVERY_KIND
 
@@ -253,9 +253,7 @@ def memory_in_use() -> int:
 def test_memory_does_not_grow(tiny_task, tmp_path, recipe):
     """Over 300 updates."""
     words = arguments(tiny_task, tmp_path / "run", recipe=recipe, device=DEVICE, max_steps=0)
-    o = train.check_options(train.Options(**train.settings(train.parse([*words, "--no-compile"]))))
-    pieces = train.load(o)
-    train.add_method(o, pieces)
+    o, pieces = load_run([*words, "--no-compile"])
     optimizer, used = train.make_optimizer(o, pieces), {}
     for step, (_, _, batches) in enumerate(train.prefetch(pieces.updates(o, 0, 300)), 1):
         terms = train.distil(o, pieces, pieces.student.train(), batches)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import arguments, log_of
+from helpers import GPT2, LLAMA, arguments, log_of
 
 import lora
 from fast import cpu
@@ -147,13 +147,8 @@ def test_the_faster_product_is_found_by_measuring(monkeypatch, slow, faster):
 
 # -- weights laid out for generation -----------------------------------------------------------------------------------
 
-GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 70}
-LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 70,
-         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True}  # fmt: skip
 
-
-@pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.fixture(params=[GPT2, {**LLAMA, "attention_bias": True}], ids=["gpt2", "llama"])
 def decoder(request):
     torch.manual_seed(0)
     return build_model({**request.param, "initializer_range": 0.2}).eval()
@@ -276,8 +271,7 @@ def test_a_model_with_that_attention_is_the_same_model():
     """Where hardly anything is dropped: states and gradients in training, packed and under autocast too; generation."""
     dropout = {"attn_pdrop": 1e-5, "resid_pdrop": 1e-5, "embd_pdrop": 1e-5}
     torch.manual_seed(0)
-    m = build_model({"model_type": "gpt2", "vocab_size": 61, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3,
-                     **dropout})  # fmt: skip
+    m = build_model({**GPT2, **dropout})
     ids, real = torch.randint(61, (2, 9)), torch.tensor([*range(9), *range(9, 13)])
     expected, text = m.eval()(ids, real=real), generate(m, [[1, 2, 3], [4]], 9, None, seed=0)
     expected.sum().backward()

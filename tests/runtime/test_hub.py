@@ -148,6 +148,14 @@ def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
     assert repr(name) in str(caught.value) and str(caught.value).endswith(f"on the hub){hint}")
 
 
+def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    directory = put(tmp_path, "config.json", "tokenizer.json")  # all that is there yet
+    (directory / "config.json").write_text('{"model_type": "gemma2"}')
+    monkeypatch.setattr(hub, "find_snapshot", lambda repository, kind, files, name: directory)
+    with pytest.raises(ValueError, match="'gemma2' is not supported"):
+        find_model("google/gemma-2-9b", "teacher")
+
+
 UNKNOWN = [(model_directory, ("gpt3",), ["tiny", *MODELS])]
 UNKNOWN += [(data_file, (name, "train"), DATASETS) for name in ("dolly2", "absent.jsonl", "a/b")]
 

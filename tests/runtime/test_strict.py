@@ -143,6 +143,7 @@ def test_shards(tmp_path):
         ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({**QWEN, "model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types must"),
         ({**QWEN, "model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
+        ({**LLAMA, "model_type": "mistral", "layer_types": ["sliding_attention"]}, "layer_types must name"),
     ],
 )
 def test_configs_not_understood(config, message):

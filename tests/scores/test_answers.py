@@ -89,6 +89,8 @@ def test_thoughts_are_not_looked_at():
         ("#### Answer: 18 dollars", "18 dollars"),
         ("#### 12, so it is 12", "12"),
         ("#### 12 \u2713", "12"),
+        (r"#### $\boxed{18}$", "18"),
+        (r"#### The answer is \boxed{x^2}.", "x^2"),
         ("#### 1, -2", "1, -2"),
         (r"#### 0, \frac{1}{2}", r"0, \frac{1}{2}"),
         (r"#### 3 \text{ and } 5", r"3 \text{ and } 5"),

@@ -131,6 +131,7 @@ def test_a_definition_in_whose_midst_the_budget_ended_is_not_complete(area, mark
         ([3.14, 0], response, False),
         ([1, -1], response, True),
         ([1, -1], response + ("\n```\n" if mark else "\n") + "This is simpler, for it", False),  # cut in the prose
+        ([1, -1], mark + DRAFT.rstrip(), False),  # there is no other
     ]:
         assert area(humaneval_program(PROMPT, "area", text, ended)) == values
         assert area(mbpp_program(text, ended)) == values

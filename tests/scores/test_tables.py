@@ -7,10 +7,7 @@ from scores.tables import compare, spread, table
 from scores.tasks import DataSet, check_sets, task_of
 
 SUMS = [Example("s", [answer], prompt="p") for answer in ("2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200")]
-CODE = [
-    Example("h", ["    return 1\n"], prompt="def one():\n    'one'\n", code=CodeTask("assert one() == 1", "one")),
-    Example("m", ["def two():\r\n  return 2"], prompt="Write two.\n", code=CodeTask("assert two() == 2")),
-]
+CODE = [Example("h", ["x = 1"], prompt="p", code=CodeTask("assert x"))] * 2
 
 
 def test_spread_and_table():
