@@ -280,7 +280,7 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     shutil.copytree(adapter, both, dirs_exist_ok=True)
     capsys.readouterr()
     assert find_model(str(both), "teacher") == both
-    assert f"note: {both} holds a whole model, and the adapter beside it is left out" in capsys.readouterr().err
+    assert f"note: {both} holds a whole model, so the adapter beside it is not used" in capsys.readouterr().err
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     for base in ("/nowhere/else", None):
