@@ -1,7 +1,7 @@
 """Run generated Python against its tests, in a process that can do little else.
 
     run_python("def double(x): return 2 * x", "assert double(2) == 4").status     "passed"
-    python -m scores.sandbox                                                     which guards work on this machine
+    python -m scores.sandbox                                                      which guards work on this machine
 
     run_python -> launcher (namespaces) -> supervisor (clock) -> worker (limits, no privileges): the program
 
