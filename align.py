@@ -56,7 +56,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
 
     Byte-level tokens (GPT-2, Llama 3, Qwen) go through GPT-2's byte table; in SentencePiece vocabularies (Llama 2,
     TinyLlama, Mistral) U+2581 is a space and `<0xE9>` that byte. Added tokens that are not special are plain text, with
-    the space that a normaliser puts before them; those made of U+2581 alone are that many spaces.
+    the space that a normaliser puts before them; those made of U+2581 alone are spaces.
     Raises ValueError for other kinds of tokenizers.
     """
     description = json.loads(tokenizer.to_str())

@@ -186,7 +186,7 @@ def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
     if fits(example):
         return example
     for part in ["prompt"] if example.prompt is not None else ["input", "instruction"]:
-        length, example = shorten(example, part)  # if no context fits, the instruction is cut too
+        length, example = shorten(example, part)  # too long even without context: next, the instruction
         if length > 0 or length == 0 and part != "prompt":
             return example
     raise ValueError(f"{example.where}: the prompt does not fit into --max-prompt-len {limit}")

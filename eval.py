@@ -9,11 +9,11 @@
 Each directory is a run (its student/ is scored) or a model. The data decide which score is computed, in per cent:
 
 rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
-math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the share of final answers that are equal
+math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the share of correct final answers
 code    if the examples have tests: pass@1, the share of programs that pass all of them, with one sample per seed
 
 The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). When a
-set is done, all responses are written to eval-<data>.json in the run; for a model that does not belong to a run, to
+set is done, all responses are written to eval-<data>.json in the run; for a directory that is not a run, to
 eval-<model>-<data>.json in the current directory. "Not ended" counts the responses, over all seeds, that reached the
 limit of new tokens before the model ended them.
 
@@ -255,8 +255,8 @@ def read_sets(options) -> list[DataSet]:
 
 
 def report_file(name: str, data: DataSet) -> Path:
-    """eval-<data>.json in the run's directory. For a model that does not belong to a run, eval-<model>-<data>.json in
-    the current directory, because the model's own may be shared or published."""
+    """eval-<data>.json in the run's directory. For a directory that is not a run, eval-<model>-<data>.json in the
+    current directory, because a model's own may be shared or published."""
     if (Path(name) / "student").is_dir():
         return Path(name) / f"eval-{data.name}.json"
     return Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")

@@ -116,8 +116,8 @@ class Packing:
         return torch.cuda.get_device_properties(q.device).major >= 8 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Causal attention within each sequence: (1, N, heads, head_dim), k and v with kv_heads -> as q. Calls what
-        torch.nn.attention.varlen calls, because that has no dropout."""
+        """Causal attention within each sequence: (1, N, heads, head_dim), k and v with kv_heads -> as q. By the
+        operator that torch.nn.attention.varlen calls, since varlen itself has no dropout."""
         T = self.batch.size(1)  # no sequence is longer
         where = self.starts, self.starts, T, T
         return torch.ops.aten._flash_attention_forward(q[0], k[0], v[0], *where, dropout, True, False)[0][None]
@@ -377,7 +377,7 @@ def read_fields(config: dict) -> SimpleNamespace:
 
 
 def read_config(config: dict) -> SimpleNamespace:
-    """What the model needs from a Hugging Face config, which runtime/strict.py has checked."""
+    """What the model needs from a Hugging Face config, which is not checked here (see runtime/strict.py)."""
     f, family = read_fields(config), config["model_type"]
     if family == "gpt2":
         c = SimpleNamespace(width=f.n_embd, layers=f.n_layer, heads=f.n_head, kv_heads=f.n_head, limit=f.n_positions,
@@ -408,7 +408,7 @@ def read_windows(f: SimpleNamespace, family: str) -> list[int | None]:
 
 
 def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
-    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, from the config or from one of its two forms:
+    """{"rope_type", "factor", "rope_theta", ...: all that the kind uses}, from the config or `rope`, one of two forms:
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes both into `rope_parameters`."""
     rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
     given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
@@ -509,7 +509,7 @@ def find_tensors(m: Decoder, path) -> dict[Path, dict[str, str | None]]:
 
 
 def read_tensors(m: Decoder, path):
-    """Yield (our parameter name, tensor in our layout, mapped from the file) for each tensor that m has a parameter for
+    """Yield (our parameter name, tensor in our layout, mapped from the file) for each tensor that is a parameter of m,
     in the order of the checkpoint's files. Raises ValueError for weights that are NaN or infinite."""
     for file, names in find_tensors(m, path).items():
         with safe_open(file, framework="pt") as tensors:

@@ -343,8 +343,8 @@ MEANING = """\
 All students start from `pretrained` and train on 500 labels. sft uses only these, with as many updates as the distilled
 student; sft-early too, with the updates and the learning rate that are best for labels alone on validation prompts. The
 distilled student also learns from the teacher. The differences show what the teacher adds. An answer is valid if the
-grammar allows all of it. The families of the last two columns are in the teacher's labels only. Answers are greedy, to
-2,000 and 1,000 test prompts; Rouge-L is the best of five references."""
+grammar allows all of it. The labels never show the families of the last two columns; the teacher's labels do. Answers
+are greedy, to 2,000 and 1,000 test prompts; Rouge-L is the best of five references."""
 
 
 def find(role: str) -> Path:

@@ -1,4 +1,4 @@
-"""The teacher's hidden states on disk: computed once, then read. A run that finds them loads only the teacher's head.
+"""The teacher's hidden states on disk: computed once, then read. A run that finds them loads no layer of the teacher.
 
 From a frozen teacher, distillation needs the hidden states at the response positions, the head, and the embeddings.
 Head and embeddings are small, and the states never change. So the states are computed before the first update, while

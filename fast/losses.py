@@ -1,7 +1,7 @@
 """losses.py again, a chunk of tokens at a time: the same functions, arguments and results, less memory and less time.
 
 In the plain version, a divergence over a vocabulary of V creates a dozen (tokens, V) tensors and keeps them for the
-backward pass, together with the logits. Here
+backward pass, which also has the products that carry the logits' gradient through the head. Here
 
 - logits exist for `chunk` tokens at a time, and are freed in the forward pass: the gradient is computed together with
   the value, by formulas derived by hand (DIVERGENCES), and immediately propagated through the head. That needs the

@@ -73,7 +73,8 @@ class ChatTemplate:
         """What the model reads before its answer. Raises ValueError for an example that already has a chat format."""
         message = self.message(example)
         if MARKED.match(message):
-            raise ValueError(f"{example.where}: the prompt is in a chat format already; give the message, or no --chat")
+            raise ValueError(f"{example.where}: the prompt is in a chat format already; give only the message, "
+                             "or use --chat none")  # fmt: skip
         try:
             return self.render([*example.history, {"role": "user", "content": message}])
         except ValueError as error:

@@ -90,8 +90,8 @@ def read_parquet(path: str | Path, content: bytes) -> list[dict]:
 
 
 def read_record(record: object, where: str) -> Example:
-    """A record's example. A key whose value is null counts as missing. Raises ValueError for an unknown key that says
-    something about the prompt or the response."""
+    """A record's example. A key whose value is null counts as missing. Raises ValueError for a key that would change
+    the prompt or the response and is not supported."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}

@@ -101,7 +101,7 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
 
 def repository_of(name: str) -> str | None:
     """The hub repository that a preset or `owner/model` stands for; None for a name that can only be a mistyped path:
-    it begins with an existing directory (or runs/, ./, /, ~), has more slashes, or has the suffix of a data file."""
+    it begins with an existing directory (or runs/, ./, /, ~), has more slashes, or ends like weights or data."""
     owner, _, model = name.partition("/")
     is_path = not model or "/" in model or owner == "runs" or name.startswith((".", "/", "~")) or Path(owner).is_dir()
     is_file = Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl")

@@ -221,7 +221,7 @@ def load_student(o: Options, directory: Path) -> nn.Module:
 
 
 def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The frozen teacher: in half precision where the arithmetic is bf16 anyway; with a cache, only its head."""
+    """The frozen teacher: in half precision where the arithmetic is bf16 anyway; with a cache, without its layers."""
     if o.shard in ("teacher", "both"):
         teacher = parallel.load_sharded(directory, dtype, o.device)
     else:
@@ -248,7 +248,7 @@ def load_answers(
     if file.is_file():
         changed = " and ".join(seqkd.compare_recipes(seqkd.read_recipe(file), recipe))
         if changed:
-            raise ValueError(f"{file} was made with other settings ({changed}): give another --out, or remove it")
+            raise ValueError(f"{file} was made with other settings ({changed}): give another --out, or remove the file")
         print(f"seqkd: using the teacher's answers in {file}", file=sys.stderr)
         return read_examples(file)
     model = load_model(directory, torch.bfloat16 if o.dtype == "bf16" else torch.float32, o.device)

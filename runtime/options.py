@@ -44,7 +44,7 @@ class Options:
     on_policy: float = option(0.0, "probability that an update distils on responses sampled from the student")
     on_policy_after: int = option(0, "epochs before the first on-policy update (3 in the official run)")
     seqkd_temperature: float = option(0.0, "sampling temperature of the teacher with --method seqkd; 0 is greedy")
-    projectors: str | None = option(None, "safetensors file with initial projectors: t2s, s2t, query (.weight, .bias)")
+    projectors: str | None = option(None, "safetensors file: t2s, s2t, query (.weight, .bias) to start from and train")
     from_scratch: bool = option(False, "initialise the student at random from its config.json")
     lora: int = option(0, "rank of the student's LoRA adapters; only they are trained (0: train the whole student)")
     lora_targets: list | None = option(  # of str
@@ -65,7 +65,7 @@ class Options:
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
     clip: float = option(1.0, "largest norm of the whole gradient; a larger one is scaled down")
     seed: int = option(42, "seed of initialisation, data order and dropout")
-    max_len: int | None = option(None, "most tokens of an example, per model (default: 512, or fewer if one has fewer)")
+    max_len: int | None = option(None, "most tokens of an example, per model (default: 512, at most its positions)")
     max_prompt_len: int | None = option(None, "most tokens of the prompt, per model (default: half of --max-len, 256)")
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     recompute: bool = option(False, "activation checkpointing of the student's blocks: less memory, more time")

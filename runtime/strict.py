@@ -170,7 +170,7 @@ def check_device(name: str) -> torch.device:
         (device.type not in ("cuda", "cpu"), f"--device {name}: only cuda and cpu are supported (Apple's mps has no "
          "float64, in which projectors are solved)"),
         (device.type == "cuda" and usable != "cuda",
-         f"--device {name}: no usable CUDA device here ({why}); use --device cpu"),
+         f"--device {name}: cannot be used here ({why}); use --device cpu or leave it out"),
     ])  # fmt: skip
     return device
 
@@ -309,7 +309,7 @@ CONSTANTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_fre
 
 def check_model(path: str | Path, weights: bool = True) -> None:
     """Raises FileNotFoundError for a file that a model directory lacks, ValueError for a config, a tensor or a file
-    that is unknown, incomplete or damaged. weights: False if the weights need not be there."""
+    that is not supported, incomplete or damaged. weights: False if the weights need not be there."""
     path, file = Path(path), Path(path) / "config.json"
     config = model.read_json(file)
     check_config(config, file)
@@ -394,7 +394,7 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
     own = {"uld": "pairs tokens itself, position by position", "mined": "pairs tokens itself, by edit distance",
            "kd": "compares position by position"}  # fmt: skip
     if method in own and align != "auto" and (method, align) != ("kd", "none"):
-        raise ValueError(f"--method {method} {own[method]}: --align {align} works only with --method dskd")
+        raise ValueError(f"--method {method} {own[method]}: leave out --align {align}, or use --method dskd")
     if method in ("uld", "mined"):
         return method
     shared = count_shared(teacher, student)

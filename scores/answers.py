@@ -3,7 +3,7 @@ r"""Grading of calculations: the final answer of a response, and whether it equa
 A response ends where the model's turn ends. What follows (the next turn of a chat, the template's next instruction, a
 question that the model made up) is ignored, and so is the text in <think>...</think>.
 
-A final answer is searched in four places, in this order: after the first `####`, as in GSM8K's own grader; in the last
+A final answer is sought in four places, in this order: after the first `####`, as in GSM8K's own grader; in the last
 `\boxed{...}`, as in MATH's; after "the answer is"; otherwise it is the last number of the text, but not of a response
 that was cut at its length limit. Two numbers are compared exactly, as fractions: 1,200.50 = 1\,200.5 = \frac{2401}{2};
 other answers are compared as text. Currency, units and the per cent sign are ignored, because GSM8K's own answers omit
