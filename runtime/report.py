@@ -33,6 +33,8 @@ def read_scores(out: Path, record: dict, weights: str | None) -> list[str]:
     valid = {name: line[name] for line in log for name in KEPT_BY.values() if name in line}
     lines = [f"- {record['valid']}, held out: {name} {value:.4g}" for name, value in valid.items()]
     for report in map(read_json, sorted(out.glob("eval-*.json"))):
+        if "greedy" not in report:  # another tool's file
+            continue
         if weights and report.get("weights", weights) != weights:  # not in older reports
             continue
         scores = {name: report[name] for name in MEASURES if name in report}
