@@ -23,7 +23,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora
-from fast.cpu import put_on
 from model import Decoder, read_json
 from runtime.hub import model_directory
 
@@ -107,6 +106,13 @@ def projector_bytes(student: SimpleNamespace, teacher: SimpleNamespace) -> float
     return (16 + 4) * student.width * teacher.width + 4 * inverse
 
 
+class DropoutOfCuda(torch.nn.Dropout):
+    """nn.Dropout that keeps a byte per element, as CUDA's kernel does; on a CPU, PyTorch's keeps floats."""
+
+    def forward(self, x):
+        return torch.native_dropout(x, self.p, self.training)[0]
+
+
 def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
     """Bytes that one block keeps per token for the backward pass under bf16 autocast. Counted on fake tensors, as on a
     CPU, for two lengths, so that the weights cancel out; and without attention's dropout, for which a CPU keeps what
@@ -129,7 +135,9 @@ def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
 
     with FakeTensorMode():
         m = decoder(one, rank, targets, dropout=0.1, device="cpu").train()
-        put_on(m)  # its dropout keeps a byte per element, like CUDA's; PyTorch's on a CPU keeps floats
+        for module in m.modules():
+            if type(module) is torch.nn.Dropout and module.p:
+                module.__class__ = DropoutOfCuda
         m.embed.weight.requires_grad_()  # so that the block's input has a gradient, as in all blocks but the first
         return (kept(32) - kept(16)) / 16
 

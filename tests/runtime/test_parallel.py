@@ -373,7 +373,7 @@ def test_ctrl_c_while_the_first_process_writes_samples(tiny_task, tmp_path):
     """The others, which have nothing left to do, wait for it, and say nothing of its end."""
     (tmp_path / "sampling.py").write_text(SAMPLING)
     error = torchrun(tmp_path / "sampling.py", *arguments(tiny_task, tmp_path / "run")).stderr
-    assert "stopped after the last update, which is saved" in error
+    assert "stopped after the last update; the state is saved" in error
     assert not any(word in error for word in ("gloo", "KeyboardInterrupt", "rank1"))
 
 
