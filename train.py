@@ -149,7 +149,7 @@ class Method(nn.Module):
 
     def refresh(self, student: nn.Module) -> None:
         """Solve s2t for the current student head (v2 only). To be called once per update, before its losses."""
-        if self.projectors is not None:
+        if self.projectors is not None and self.projectors.teacher_inverse is not None:  # else no copy of the head
             self.projectors.refresh_s2t(self.shared_head(student))
 
     @torch.no_grad()
