@@ -131,18 +131,18 @@ RECIPES = {  # (recipe, alignment)
 class Counts:
     """The normalisers of one update, counted over all its batches, so that the batches' losses add up to the update's
     (accelerate divides each loss by the number of batches: undo that). If processes average their gradients, give the
-    mean of their counts. None: not counted."""
+    mean of their counts. A count may be a tensor, () on the GPU, which nothing has to wait for. None: not counted."""
 
     tokens: float  # student response tokens
     pairs: float | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)
-    agreeing: float | None = None  # pairs or tokens where the projected teacher predicts its label (v2)
+    agreeing: float | Tensor | None = None  # pairs or tokens where the projected teacher predicts its label (v2)
 
-    def over(self, what: str) -> float:
+    def over(self, what: str) -> float | Tensor:
         """The divisor of a term; 1 if the count is 0, because the term is then 0 too."""
         count = getattr(self, what)
         if count is None:
             raise ValueError(f"counts.{what} is None, but the recipe averages over it: count it over the whole update")
-        return count or 1
+        return count + (count == 0)
 
 
 def logits_under(hidden: Tensor, head: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from eval import held_out_cross_entropy, respond, score
 from fast.cache import model_digest
 from fast.cpu import by_onednn, keep_freed_memory, packed
 from fast.cuda import graphed
-from losses import RECIPES, Counts, predict_tokens
+from losses import RECIPES, Counts
 from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
@@ -168,7 +168,8 @@ class Method(nn.Module):
             predicted = None if predicted is None else predicted[batch.teacher_index]
         if self.recipe.labels == "gold":
             return TeacherAnswer(hidden, slice(None), batch.student.labels)
-        predicted = predict_tokens(hidden, self.predicting_head) if predicted is None else predicted
+        if predicted is None:
+            predicted = self.objective.predict_tokens(hidden, self.predicting_head)
         if self.align == "none":
             return TeacherAnswer(hidden, slice(None), predicted)
         label = self.student_token[predicted]
@@ -187,9 +188,8 @@ class Method(nn.Module):
             pairs = sum(len(answer.label) for answer in said)
         if self.recipe is not None and self.recipe.average_stu == "agreeing":
             for answer in said:
-                predicted = predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
-                agreeing += (predicted == answer.label).sum()
-            agreeing = int(agreeing)  # one wait for the device, not one for each batch
+                predicted = self.objective.predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
+                agreeing += (predicted == answer.label).sum()  # a tensor, so that nothing waits for the device
         if self.align == "cma":
             each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, said, strict=True)]
             moments = [sum(column) for column in zip(*each, strict=True)]

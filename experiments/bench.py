@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice, pairwise, product
+from itertools import islice, pairwise, product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from string import ascii_lowercase
@@ -88,18 +88,20 @@ FULL = {
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
     "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
 }  # fmt: skip
-CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teacher is the same except its embeddings
+CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teacher is the same except its embeddings.
+    # against: the batches of a method that are compared with alternatives
     **FULL,
     "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
     "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
-    "batches": [4, 8, 32], "full": list(METHODS), "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
+    "batches": [4, 8, 32], "against": dict.fromkeys(METHODS, [4, 8, 32]), "rounds": 1, "enough": 3.0,
+    "dtypes": ["bf16"], "prompts": 32,
     "lora_pair": {"models": {"student": memory.CONFIGS["TinyLlama 1.1B"], "teacher": memory.CONFIGS["Llama-2 7B"]},
                   "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA, eager"},
 }  # fmt: skip
 TINY = {
     **CARD, "student": gpt2(32, 2, 2, 600), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2"),
     "same_teacher": gpt2(48, 1, 2, 600), "overlap": 400, "batches": [2, 4], "max_len": 64,
-    "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
+    "against": dict.fromkeys(METHODS, [2, 4]), "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
     "repeats": 1, "aligned_lengths": [64, 256], "body_shape": [2, 32], "square": 64,
     "bodies": {"GPT-2 small": gpt2(32, 2, 2, 600), "LLaMA": llama(32, 64, 2, 2, 1, 600)},
     "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
@@ -107,7 +109,7 @@ TINY = {
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
                   "batches": [4], "what": "LoRA"},
 }  # fmt: skip
-QUICK = {"full": ["eta"], "rounds": 1, "enough": 1.0, "repeats": 1}  # changes to any of them; full: with all rivals
+QUICK = {"against": {"eta": [8]}, "rounds": 1, "enough": 1.0, "repeats": 1}  # changes to any of them
 CARD_CASES = ["generation", "lora_pair", "steps"]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,13 +337,13 @@ def measure_step(job: dict) -> dict:
 
 
 @contextlib.contextmanager
-def own_process(in_this_one: bool) -> Iterator[Callable[[dict], dict]]:
-    """`measure_step` in a new process, which is kept for further jobs."""
+def own_process(in_this_one: bool) -> Iterator[Callable]:
+    """`measure_step` in a new process, which is kept for further jobs; returns before that has finished."""
     if in_this_one:
-        yield measure_step
+        yield lambda job: SimpleNamespace(result=partial(measure_step, job))
         return
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        yield lambda job: pool.submit(measure_step, job).result()
+        yield partial(pool.submit, measure_step)
 
 
 def seconds(run: Callable, device: str) -> float:
@@ -490,25 +492,47 @@ def needed_memory(job: dict) -> int:
 def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     """Time and memory of ours against each alternative. On a CPU every step has its own process, and the alternatives
     take turns. On a GPU, an alternative has one process for all jobs of a method, so that it is compiled once and has
-    only its own graphs in memory."""
+    only its own graphs in memory. Ours of all methods, and the first alternative, compile at the same time, which takes
+    minutes; nothing is timed meanwhile."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
+    together = 0
     if bench.size.get("card"):
         hows = "ours", COMPILED, "transformers", "plain"  # the most important first, in case the time runs out
-        names = sorted(bench.methods, key=lambda name: name not in bench.size["full"])
-        each = product(names, hows)
-        groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]] for name, how in each]
-    for group in groups:
-        with own_process(bench.in_this_process) as run_step:
-            for job, how, turn in group:
-                one = measure_one(bench, {**job, "how": how, "check": turn == 0}, run_step)
-                if isinstance(one, dict) and "profile" in one:
+        names = sorted(bench.methods, key=lambda name: name not in bench.size["against"])
+        groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]]
+                  for how, name in product(hows, names)]  # fmt: skip
+        together = len(names) + 1
+    measured = [measure_group(bench, group, found) for group in groups if group]
+    for part in measured[:together]:
+        next(part)
+    for part in measured:
+        list(part)
+
+
+def measure_group(bench: Bench, group: list[tuple], found: dict) -> Iterator[None]:
+    """Measure the steps of a process, as `measure_steps` says. What compiles first runs its steps without timing them
+    (an alternative only its first, because of its memory), and stops until all have begun."""
+    warm_up, how = [job for job, _, _ in group if job["card"]], group[0][1]
+    warm_up = warm_up if how == "ours" else warm_up[:1] if how == COMPILED else []
+    with own_process(bench.in_this_process) as run_step:
+        first = [run_step({**job, "how": how, "check": True, "enough": 0.0, "profile": False}) for job in warm_up]
+        yield
+        first = [measure_one(bench, {**job, "how": how}, lambda _, run=run: run)
+                 for job, run in zip(warm_up, first, strict=True)]  # fmt: skip
+        for (job, how, turn), known in zip_longest(group, first, fillvalue={}):
+            one = known
+            if not isinstance(known, str):
+                one = measure_one(bench, {**job, "how": how, "check": turn == 0 and not known}, run_step)
+            if isinstance(one, dict):
+                one |= known | {"seconds": one["seconds"]}
+                if "profile" in one:
                     print(f"{job['what']}, {how}, {job['dtype']}:\n{one['profile']}")
-                result = found.setdefault((job["what"], job["dtype"], how), one)
-                if result is not one and not isinstance(result, str) and not isinstance(one, str):
-                    result["seconds"] += one["seconds"]
-                if turn == rounds - 1:
-                    compare_step(bench, job, how, found[job["what"], job["dtype"], "ours"], result)
+            result = found.setdefault((job["what"], job["dtype"], how), one)
+            if result is not one and not isinstance(result, str) and not isinstance(one, str):
+                result["seconds"] += one["seconds"]
+            if turn == bench.size["rounds"] - 1:
+                compare_step(bench, job, how, found[job["what"], job["dtype"], "ours"], result)
 
 
 def measure_one(bench: Bench, job: dict, run_step: Callable) -> dict | str:
@@ -519,7 +543,7 @@ def measure_one(bench: Bench, job: dict, run_step: Callable) -> dict | str:
     if time.monotonic() > bench.until:
         return "no time left"
     try:
-        return run_step(job)
+        return run_step(job).result()
     except torch.OutOfMemoryError:
         return "does not fit"
     except Exception as error:  # the other steps continue; `main` exits with an error at the end
@@ -568,8 +592,8 @@ def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict
     size, card = bench.size, bench.size.get("card", False)
     hows = ["ours", *bench.others]
     if card:
-        hows = hows if name in size["full"] or batch == 8 else ["ours"]
-        hows += [COMPILED] * (name in size["full"] and batch > 4 and "transformers" in hows)
+        hows = hows if batch in size["against"].get(name, []) else ["ours"]
+        hows += [COMPILED] * (batch > 4 and "transformers" in hows)
     return {
         "name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device, "text": bench.text,
         "student": size["student"], "teacher": size["teacher" if name in ("eta", "cma") else "same_teacher"],

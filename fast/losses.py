@@ -107,7 +107,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (n, V), with one exponential: the probability of the likeliest token is 1 / Σ exp(logit − its logit)."""
+    """Both (n, V). On a CPU with one exponential: the likeliest token's probability is 1 / Σ exp(logit − its logit)."""
+    if logits.is_cuda:  # where an exponential costs less than another pass over the logits
+        log_p = logits.log_softmax(-1)
+        return log_p.exp(), log_p
     p = logits.softmax(-1)
     log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
     return p, logits - log_sum
@@ -132,6 +135,15 @@ def pad_head(head: Tensor, dtype: torch.dtype) -> Tensor:
     padded = head.new_zeros(len(head) + more, head.shape[1], dtype=dtype)
     padded[: len(head)] = head.detach()
     return padded
+
+
+@torch.no_grad()
+def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
+    """As `losses.predict_tokens`."""
+    dtype, V = product_dtype(hidden), len(head)
+    head = pad_head(head, dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.cat([(part.to(dtype) @ head.T)[:, :V].argmax(-1) for part in hidden.split(chunk)])
 
 
 def cross_entropy(logits: Tensor, vocabulary: int, label: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +219,7 @@ class HeadTerms(torch.autograd.Function):
         head = pad_head(head, dtype)
         target_head = head if shared else pad_head(target_head, dtype)
         if fused:  # as tensors: numbers would be compiled in, but they differ in every update
-            weights = [torch.full((), weight, dtype=exact, device=hidden.device) for weight in weights]
+            weights = [hidden.new_zeros((), dtype=exact) + weight for weight in weights]
         ce_weight, target_ce_weight, kd_weight = weights
         ce_terms, kd_terms = map(fuse, (cross_entropy, add_divergence)) if fused else (cross_entropy, add_divergence)
         ce, correct = hidden.new_zeros(len(hidden), dtype=exact), hidden.new_zeros(len(hidden), dtype=torch.bool)

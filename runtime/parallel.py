@@ -114,7 +114,8 @@ def add_up(numbers: list) -> list:
     """The sums of these numbers over all processes, each with its type; exact for integers below 2^53."""
     if world() == 1:
         return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, through gloo: no wait for the device
+    numbers = [number.item() if isinstance(number, Tensor) else number for number in numbers]
+    sums = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, through gloo
     dist.all_reduce(sums)
     return [type(number)(value) for number, value in zip(numbers, sums.tolist(), strict=True)]
 

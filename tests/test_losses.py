@@ -172,7 +172,8 @@ def test_no_pairs_leave_cross_entropy_alone(name, chunk):
     i = Inputs("v2 eta")
     ce = i.terms(name)["ce"]
     i.rows, i.teacher_rows, i.label = i.rows[:0], i.teacher_rows[:0], i.label[:0]
-    for counts in (i.counts, Counts(TOKENS, pairs=0, agreeing=0)):  # in this batch, in the whole update
+    in_all = Counts(TOKENS, pairs=0, agreeing=0), Counts(TOKENS, pairs=torch.tensor(0), agreeing=torch.tensor(0))
+    for counts in (i.counts, *in_all):  # in this batch, in the whole update
         i.counts = counts
         found = i.terms(name, chunk)
         assert [found[key].item() for key in ("t2s_ce", "t2s_kd", "s2t_kd", "kd", "agreeing")] == [0] * 5
@@ -274,9 +275,10 @@ def test_gold_tokens_are_tokens(chunk):
 
 def test_predictions_by_parts():
     hidden, head = torch.randn(7, 4), torch.randn(9, 4)
-    for chunk in (1, 3, 7, 100):
-        assert torch.equal(predict_tokens(hidden, head, chunk), (hidden @ head.T).argmax(-1))
-    assert predict_tokens(hidden[:0], head).shape == (0,)
+    for predict in (predict_tokens, fast_losses.predict_tokens):
+        for chunk in (1, 3, 7, 100):
+            assert torch.equal(predict(hidden, head, chunk), (hidden @ head.T).argmax(-1))
+        assert predict(hidden[:0], head).shape == (0,)
 
 
 # -- mistakes of whoever calls it --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model
 import train
-from losses import DIVERGENCES
+from losses import DIVERGENCES, predict_tokens
 from runtime.tokenizer import read_tokenizer
 
 KINDS = [("kd", "v2", "none", "twin"), ("dskd", "v1", "none", "twin"), ("dskd", "v2", "none", "twin"),
@@ -224,7 +224,7 @@ def test_tokens_that_one_vocabulary_has_more_are_left_out(tiny_task, tmp_path, d
         _, pieces = load_run(arguments(tiny_task, None, dry_run=True, teacher=pad, student=other))
         batch = pieces.collate(pieces.rows, "cpu")
         said = pieces.method.ask_teacher(batch)
-        assert said.label.max() < 900 <= train.predict_tokens(said.hidden, pieces.teacher.head_weight).max()
+        assert said.label.max() < 900 <= predict_tokens(said.hidden, pieces.teacher.head_weight).max()
 
 
 def test_a_response_with_a_token_that_the_teacher_lacks(tiny_task, tmp_path, monkeypatch, dry_run):

@@ -8,7 +8,9 @@ is slow there; `-k "not compiled"` leaves it out.
 import copy
 import gc
 import os
+import warnings
 from importlib.util import find_spec
+from itertools import islice
 
 import pytest
 import torch
@@ -263,6 +265,33 @@ def test_memory_does_not_grow(tiny_task, tmp_path, recipe):
         if step in (50, 290):  # one batch is made ahead: its size differs by less than this
             used[step] = memory_in_use()
     assert terms["loss"] > 0 and abs(used[290] - used[50]) < 2**16, used
+
+
+@pytest.mark.skipif(not ON_CARD, reason="for a card, which works while the CPU goes on")
+@pytest.mark.parametrize("teacher, expected", [("twin", 1), ("teacher", 2)])
+def test_how_often_an_update_waits(tiny_task, tmp_path, teacher, expected):
+    """For the terms that are logged, and with ETA for the number of pairs."""
+    words = arguments(tiny_task, tmp_path / "run", teacher=tiny_task / teacher, device=DEVICE, dtype="bf16")
+    o, pieces = load_run([*words, "--no-compile"])
+    batches = [batches for _, _, batches in islice(train.prefetch(pieces.updates(o, 0, 2)), 2)]
+    train.distil(o, pieces, pieces.student.train(), batches[0])  # the first update waits more often
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.distil(o, pieces, pieces.student, batches[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing" in str(one.message)]
+    assert len(waits) == expected, waits
+
+
+def test_predictions_are_tokens():
+    """Not the rows that pad the head, even where all logits are negative."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.rand(50, 16, generator=generator), -torch.rand(700, 16, generator=generator)
+    found = fast_losses.predict_tokens(hidden.to(DEVICE), head.to(DEVICE), chunk=32)
+    assert found.tolist() == (hidden @ head.T).argmax(-1).tolist()
 
 
 @pytest.mark.skipif(not ON_CARD, reason="for a card's memory and its large products")

@@ -20,7 +20,7 @@ import model
 import train
 from data import tokenise
 from experiments import tiny
-from fast import cache
+from fast import cache, losses
 from runtime import load as loading
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
@@ -84,8 +84,8 @@ def test_a_later_run_never_runs_or_loads_the_body(tiny_task, tmp_path, monkeypat
 
     for name in ("load_model", "hidden_at", "predict_tokens"):
         monkeypatch.setattr(cache, name, refuse)
-    predict = train.predict_tokens  # whether the projected teacher agrees is asked under the student's head, not frozen
-    monkeypatch.setattr(train, "predict_tokens", lambda *x: predict(*x) if x[1].requires_grad else refuse())
+    predict = losses.predict_tokens  # asked under the student's head, not frozen, whether the projected teacher agrees
+    monkeypatch.setattr(losses, "predict_tokens", lambda *x: predict(*x) if x[1].requires_grad else refuse())
     loaded, load_model = [], loading.load_model
 
     def load_and_note(path, *things, **options):
