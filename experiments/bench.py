@@ -3,7 +3,7 @@
     python -m experiments.bench         everything, at the size of the papers' pair Qwen1.5-1.8B -> GPT-2 120M
     python -m experiments.bench steps alignment   some cases only
     python -m experiments.bench --data FILE.jsonl --student-tokenizer DIR --teacher-tokenizer DIR   real text
-    python -m experiments.bench --device cuda --quick --json FILE   on a GPU: the papers' pairs, in 8 minutes
+    python -m experiments.bench --device cuda --quick --json FILE   on a GPU: the papers' pairs, in 7 minutes
     python -m experiments.bench --tiny   the same at a size for any machine: does it all still work?
 
 Cases: steps (one update of four methods), body (a decoder alone, forward and backward), generation, alignment, growth
@@ -101,7 +101,8 @@ CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teac
 TINY = {
     **CARD, "student": gpt2(32, 2, 2, 600), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2"),
     "same_teacher": gpt2(48, 1, 2, 600), "overlap": 400, "batches": [2, 4], "max_len": 64,
-    "against": dict.fromkeys(METHODS, [2, 4]), "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
+    "against": dict.fromkeys(METHODS, [2, 4]),
+    "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
     "repeats": 1, "aligned_lengths": [64, 256], "body_shape": [2, 32], "square": 64,
     "bodies": {"GPT-2 small": gpt2(32, 2, 2, 600), "LLaMA": llama(32, 64, 2, 2, 1, 600)},
     "growth": {"batch": [1], "max_len": [32], "vocabulary": [800]},
@@ -773,7 +774,7 @@ def machine(device: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=["all", *CASES], default="all")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and rivals: 8 minutes on a GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and alternatives: 7 minutes on a GPU")
     parser.add_argument("--tiny", action="store_true", help="the GPU's cases at a size for any machine, in seconds")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(default: both; on a GPU bf16)")
