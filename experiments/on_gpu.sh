@@ -3,7 +3,7 @@
 # the benchmark also as JSON, which is written again with every result.
 #
 #     sh experiments/on_gpu.sh tests    compare the GPU's results with the CPU's (faster with -n 8 and pytest-xdist)
-#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs in eight minutes; what remains is skipped
+#     sh experiments/on_gpu.sh bench    time and memory of the papers' pairs in seven minutes; what remains is skipped
 #
 # Further arguments are options of pytest or of experiments.bench.
 cd "$(dirname "$0")/.." || exit
