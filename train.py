@@ -439,10 +439,7 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
     """The loss terms and the student's gradient norm on the first batch, without dropout, to compare with others."""
     pieces.student.eval()
     terms = distil(o, pieces, student, [pieces.collate(pieces.rows, o.device)])
-    gradients = [p.grad for p in pieces.student.parameters() if p.grad is not None]
-    # in float64, because on a CPU a float32 sum of 10^8 squares, added one by one, loses 1%
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    terms["grad_norm"] = float(torch.stack(norms).norm())
+    terms["grad_norm"] = parallel.clip_gradients([*pieces.student.parameters()], math.inf)
     names = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio student_tokens teacher_tokens grad_norm".split()
     return {name: terms[name] for name in names if name in terms}
 

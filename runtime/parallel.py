@@ -185,8 +185,13 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     """Scale the gradients, whole and sharded, so that their joint norm is at most `largest`; returns the norm that they
     had. Raises FloatingPointError if it is not finite."""
+
+    def exact(gradient: Tensor) -> Tensor:
+        """A tensor of the same norm. On a CPU a float32 sum of 10^8 squares, added one by one, loses 1%: row by row."""
+        return gradient if gradient.is_cuda else torch.linalg.vector_norm(gradient, dim=-1)
+
     parts = split_by_placement(parameters)
-    norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norms = [get_total_norm([exact(p.grad) for p in part if p.grad is not None]) for part in parts]
     norm = get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
     found = float(norm)
     if not math.isfinite(found):

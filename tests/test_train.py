@@ -272,14 +272,16 @@ def test_sampling_under_autocast_leaves_the_gradient_alone(tiny_task, tmp_path):
     assert all(math.isfinite(value) for line in log_of(tmp_path / "run") for value in line.values())
 
 
-def test_dry_run_adds_up_the_norm_of_many_numbers(monkeypatch):
-    """Four million: in float32, on a CPU, 0.2% of the sum would be lost."""
+def test_the_norm_of_many_numbers(monkeypatch):
+    """Four million: added one by one in float32, as a CPU does, 0.2% of the sum would be lost."""
     student = torch.nn.Linear(2000, 2000)
     student.weight.grad = torch.full((2000, 2000), 0.1)
     monkeypatch.setattr(train, "distil", lambda *_: {})
     pieces = SimpleNamespace(student=student, rows=[], collate=lambda *_: None)
     found = train.dry_run(SimpleNamespace(device="cpu"), pieces, student)
     assert found == {"grad_norm": pytest.approx(200, rel=1e-6)}
+    assert train.parallel.clip_gradients([student.weight], 1.0) == found["grad_norm"]
+    assert student.weight.grad.double().norm().item() == pytest.approx(1, rel=1e-5)
 
 
 def test_projectors_can_be_given_and_solved_ones_are_not_trained(tiny_task, tmp_path, dry_run):
