@@ -13,9 +13,9 @@ math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the s
 code    if the examples have tests: pass@1, the share of programs that pass all of them, with one sample per seed
 
 The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). When a
-set is done, all responses are written to eval-<data>.json in the run; for a directory that is not a run, to
-eval-<model>-<data>.json in the current directory. "Not ended" counts the responses, over all seeds, that reached the
-limit of new tokens before the model ended them.
+set is done, all responses are written to eval-<data>.json in the run (with --greedy, eval-<data>-greedy.json); for a
+directory that is not a run, to eval-<model>-<data>.json in the current directory. "Not ended" counts the responses,
+over all seeds, that reached the limit of new tokens before the model ended them.
 
 A response has at most --max-len minus --max-prompt-len tokens (512 - 256), however long the prompts of a set are.
 Prompts longer than --max-prompt-len are cut and counted; the official runs drop such examples and average over fewer.
@@ -181,7 +181,7 @@ def run(options) -> None:
     if options.prompt:
         return answer(options, models)
     sets = read_sets(options)
-    files = [report_file(name, data) for name in models for data in sets]
+    files = [report_file(name, data, options.greedy) for name in models for data in sets]
     if repeated := [file for file in files if files.count(file) > 1]:
         raise ValueError(f"two of the models would write the same file {repeated[0]}; rename one, or leave it out")
     results: dict[tuple[str, str], dict] = {}
@@ -254,12 +254,13 @@ def read_sets(options) -> list[DataSet]:
     return sets
 
 
-def report_file(name: str, data: DataSet) -> Path:
-    """eval-<data>.json in the run's directory. For a directory that is not a run, eval-<model>-<data>.json in the
-    current directory, because a model's own may be shared or published."""
+def report_file(name: str, data: DataSet, greedy: bool) -> Path:
+    """eval-<data>.json in the run's directory (eval-<data>-greedy.json). For a directory that is not a run,
+    eval-<model>-<data>.json in the current directory, because a model's own may be shared or published."""
+    end = f"{data.name}{'-greedy' * greedy}.json"
     if (Path(name) / "student").is_dir():
-        return Path(name) / f"eval-{data.name}.json"
-    return Path(f"eval-{name.strip('/').replace('/', '-')}-{data.name}.json")
+        return Path(name) / f"eval-{end}"
+    return Path(f"eval-{name.strip('/').replace('/', '-')}-{end}")
 
 
 def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
@@ -267,7 +268,7 @@ def write_report(name: str, directory: Path, data: DataSet, options, scores: dic
     report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
     report["chat"] = options.chat or chat_of(directory) or "none"
     report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
-    path = report_file(name, data)
+    path = report_file(name, data, options.greedy)
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
     if (Path(name) / "args.json").is_file():
         write_card(Path(name), scores["weights"])

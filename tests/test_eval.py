@@ -107,8 +107,9 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
     report = json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text())
     assert report["examples"] == 3 and len(report["rouge_l"]) == 2 and len(report["responses"][1]) == 3
-    evaluation.main(["one", "--data", data, "--greedy", "--limit", "2", *short])
+    evaluation.main(["one", "--data", data, "--greedy", "--limit", "3", *short])
     assert "±" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text()) == report  # is still there
 
 
 def test_a_missing_directory_is_named_before_anything_is_loaded(tiny_task, tmp_path):
@@ -157,8 +158,8 @@ def test_command_line_with_several_sets_and_tasks(tiny_task, tmp_path, capsys, m
 
 
 def replies_of(run, name):
-    """(report, the greedy responses) of eval-<name>.json"""
-    report = json.loads((Path(run) / f"eval-{name}.json").read_text())
+    """(report, the responses) of eval-<name>-greedy.json"""
+    report = json.loads((Path(run) / f"eval-{name}-greedy.json").read_text())
     return report, report["responses"][0]
 
 
@@ -320,7 +321,8 @@ def scores_of(directory, data, capsys, *options):
     out = capsys.readouterr().out
     head, _, row, *notes = out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, row)]
-    return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report_of(directory, Path(data).stem)
+    name = Path(data).stem + "-greedy" * ("--greedy" in options)
+    return {**dict(zip(*cells, strict=True)), "notes": " ".join(notes)}, report_of(directory, name)
 
 
 HENS = {"question": "A hen lays 16 eggs. 7 are eaten, the rest are sold for $2 each. How much is earned?",

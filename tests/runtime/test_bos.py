@@ -182,7 +182,7 @@ def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):
 
     def evaluate(directory, *more):
         evaluation.main([str(directory), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--device", "cpu", *more])
-        report = report_of(directory, "test")
+        report = report_of(directory, "test-greedy")
         tokenizer = read_tokenizer(kinds["llama"], bos=report["bos"] == [1])
         rows, _ = tokenise(read_examples(tiny_task / "test.jsonl"), tokenizer)
         expected = evaluation.held_out_cross_entropy(model.load_model(student), rows, 0)

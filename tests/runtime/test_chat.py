@@ -314,7 +314,7 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
         err = capsys.readouterr().err
         assert ("2 examples in " in err and "student's chat template" in err) == (chat == "own")
         assert ("prompts are not in the model's chat template; use it with --chat own" in err) == (chat == "none")
-        assert report_of(directory, "test-first-2")["chat"] == chat
+        assert report_of(directory, "test-first-2-greedy")["chat"] == chat
 
     train.main(arguments(chatting, tmp_path / "next", teacher=out / "student", **LONG))
     record = json.loads((tmp_path / "next" / "args.json").read_text())
