@@ -573,7 +573,8 @@ def compare_step(bench: Bench, job: dict, how: str, ours: dict | str, other: dic
             return None
         bench.add(what, "", dtype, ours["seconds"], "", "s", remark)
         rank, tokens = job["options"].get("lora", 0), ours["tokens"][0]
-        forecast = sum(memory.needs(job["teacher"], job["student"], rank, 1, None, 1, max_len=tokens).values())
+        size = {"max_len": tokens, "graphs": job["compile"]}
+        forecast = sum(memory.needs(job["teacher"], job["student"], rank, 1, None, 1, **size).values())
         if seen:
             total = ours["peak"] + ours["weights"]
             bench.add(f"{job['what']}, memory in all", "forecast", dtype, [total], [forecast], "B")

@@ -9,11 +9,14 @@ pass needs. A model sharded over N devices has 1/N of its blocks' matrices on ea
 bf16: the one being computed and the one being prefetched. Added to this are the projectors; what the student's blocks
 keep per token for the backward pass (counted on one block, see `kept_per_token`; with --recompute, that of one block
 and the float32 inputs of all); and the part of a chunk's logits that exceeds the gradients, which are created later.
+CUDA graphs, which a run uses unless a model is sharded, keep the gradients, so that the losses need memory of their
+own: for all logits, for the head in bf16 and for its gradient; and 0.5 GB for what graphs and allocator cannot share,
+a number from the measurements below.
 
 Not included: the start (for a moment, the projectors' solution takes V x D numbers in float64), the key-value cache of
-sampling, what the allocator cannot use, CUDA graphs, CUDA itself; allow a few GB. On an H100, in updates of 556 and
-4,731 tokens of the first pair, the largest sum of all tensors, without graphs, was 6.4 and 8.9 GB, and with graphs
-PyTorch reserved 7.4 and 10.4; the formulas give 6.9 and 8.6.
+sampling, CUDA itself; allow a GB. On an H100, for GPT-2 120M with a teacher of Qwen1.5-1.8B's size, with 4, 8 and 32
+examples and each of four methods, PyTorch reserved 0.95 to 1.08 times as much as these formulas give
+(`experiments.bench steps`); without graphs, two updates took 0.93 and 1.04 times as much, all tensors together.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from model import Decoder, read_json
 from runtime.hub import model_directory
 
 GB = 1e9
+UNSHARED = 0.5 * GB
 
 
 def gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257) -> dict:
@@ -143,9 +147,11 @@ def kept_per_token(config: dict, rank: int = 0, targets=None) -> float:
 
 
 def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard: str | None, devices: int,
-          recompute: bool = False, targets=None, max_len: int = 512, chunk: int = 512) -> dict[str, float]:  # fmt: skip
+          recompute: bool = False, targets=None, max_len: int = 512, chunk: int = 512,
+          graphs: bool = True) -> dict[str, float]:  # fmt: skip
     """Bytes on each device, by purpose; without a teacher, for supervised fine-tuning. teacher and student: their
-    config.json; rank and targets: LoRA's, rank 0 for none; the rest as in train.py's options."""
+    config.json; rank and targets: LoRA's, rank 0 for none; graphs: unless a model is sharded; the rest as in train.py's
+    options."""
     t, s = counts(teacher) if teacher else None, counts(student, rank, targets)
     of_block, of_input = kept_per_token(student, rank, targets), 4 * s.width
     student_devices = devices if shard in ("student", "both") else 1
@@ -158,6 +164,7 @@ def needs(teacher: dict | None, student: dict, rank: int, batch_size: int, shard
         "projectors": projector_bytes(s, t) if t else 0.0,
         "activations": (of_block + of_input * s.layers if recompute else of_block * s.layers) * batch_size * max_len,
         "logits": max(0.0, logits - gradients),
+        "graphs": min(logits, gradients) + (2 if rank else 6) * s.head + UNSHARED if graphs and not shard else 0.0,
     }
 
 
@@ -180,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give both --teacher and --student, or neither of them")
     asked = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices, o.recompute)]
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
-          "| logits | GB each |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+          "| logits | graphs | GB each |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for teacher, student, rank, batch_size, shard, devices, recompute in asked if o.teacher else TABLE:
         models = config_of(teacher), config_of(student)
         try:

@@ -18,7 +18,7 @@ import losses
 import train
 from baselines import mined
 from eval import respond
-from experiments import memory, paper, reproduce, tiny
+from experiments import bench, memory, paper, reproduce, tiny
 from experiments.reproduce import Cell, parse, run_cell
 from model import build_model, load_model
 from runtime.tokenizer import read_tokenizer
@@ -385,6 +385,21 @@ def test_sizes_are_those_of_the_published_models():
     for targets, each in [(None, queries_and_values), ("all-linear", every)]:
         adapted = memory.counts(memory.CONFIGS["Llama-2 7B"], 1, targets)
         assert adapted.trained_matrices + adapted.trained_rest == 32 * each
+
+
+RESERVED = {  # teacher, as in bench.CARD: {student tokens of an update: GiB that PyTorch reserved on an H100}
+    "teacher": [{595: 7.38, 1190: 8.10, 4758: 9.39}, {595: 7.27, 1190: 7.87, 4758: 9.93}],  # ETA, CMA
+    "same_teacher": [{595: 6.44, 1190: 6.72, 4758: 8.14}, {595: 6.08, 1190: 6.36, 4758: 7.75}],  # v2, KD
+}
+
+
+def test_memory_is_within_a_tenth_of_what_was_measured():
+    for teacher, methods in RESERVED.items():
+        for tokens, measured in (pair for method in methods for pair in method.items()):
+            parts = memory.needs(bench.CARD[teacher], bench.CARD["student"], 0, 1, None, 1, max_len=tokens)
+            assert sum(parts.values()) == pytest.approx(measured * 2**30, rel=0.1)
+    sharded = memory.needs(bench.CARD["teacher"], bench.CARD["student"], 0, 1, "teacher", 4, max_len=tokens)
+    assert sharded["graphs"] == 0
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
