@@ -133,8 +133,8 @@ class Counts:
     (accelerate divides each loss by the number of batches: undo that). If processes average their gradients, give the
     mean of their counts. A count may be a tensor (), so that nothing waits for a GPU. None: not counted."""
 
-    tokens: float  # student response tokens
-    pairs: float | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)
+    tokens: float | Tensor  # student response tokens
+    pairs: float | Tensor | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)
     agreeing: float | Tensor | None = None  # pairs or tokens where the projected teacher predicts its label (v2)
 
     def over(self, what: str) -> float | Tensor:

@@ -88,20 +88,17 @@ FULL = {
     "growth": {"batch": [1, 2, 4, 8], "max_len": [128, 256, 512, 1024], "vocabulary": [38000, 76000, 151936]},
     "growth_teacher": llama(1024, 2752, 2, 16, 16, 151936, "qwen2"),
 }  # fmt: skip
-CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teacher is the same except its embeddings.
-    # against: the batches of a method that are compared with alternatives
+CARD = {  # nothing is smaller than in the papers; with one vocabulary, the teacher is the same except its embeddings
     **FULL,
     "teacher": memory.CONFIGS["Qwen1.5 1.8B"],
     "same_teacher": {**memory.CONFIGS["Qwen1.5 1.8B"], "vocab_size": 50257}, "card": True,
-    "batches": [4, 8, 32], "against": dict.fromkeys(METHODS, [4, 8, 32]), "rounds": 1, "enough": 3.0,
-    "dtypes": ["bf16"], "prompts": 32,
+    "batches": [4, 8, 32], "rounds": 1, "enough": 3.0, "dtypes": ["bf16"], "prompts": 32,
     "lora_pair": {"models": {"student": memory.CONFIGS["TinyLlama 1.1B"], "teacher": memory.CONFIGS["Llama-2 7B"]},
                   "rank": 256, "batches": [96, 64, 48, 32, 16, 8, 4], "what": "TinyLlama and Llama-2-7B, LoRA, eager"},
 }  # fmt: skip
 TINY = {
     **CARD, "student": gpt2(32, 2, 2, 600), "teacher": llama(48, 64, 1, 2, 2, 900, "qwen2"),
     "same_teacher": gpt2(48, 1, 2, 600), "overlap": 400, "batches": [2, 4], "max_len": 64,
-    "against": dict.fromkeys(METHODS, [2, 4]),
     "enough": 1e-3, "dtypes": ["fp32"], "generator": gpt2(32, 1, 2, 600), "prompts": 4, "new_tokens": 4,
     "repeats": 1, "aligned_lengths": [64, 256], "body_shape": [2, 32], "square": 64,
     "bodies": {"GPT-2 small": gpt2(32, 2, 2, 600), "LLaMA": llama(32, 64, 2, 2, 1, 600)},
@@ -110,7 +107,8 @@ TINY = {
     "lora_pair": {"models": {"student": llama(32, 64, 2, 2, 1, 600), "teacher": llama(48, 64, 1, 2, 2, 600)}, "rank": 4,
                   "batches": [4], "what": "LoRA"},
 }  # fmt: skip
-QUICK = {"against": {"eta": [8]}, "rounds": 1, "enough": 1.0, "repeats": 1}  # changes to any of them
+# Changes to any of them. against: which batches of which methods are compared with alternatives on a GPU; without: all
+QUICK = {"against": {"eta": [4, 8]}, "rounds": 1, "enough": 1.0, "repeats": 1}
 CARD_CASES = ["generation", "lora_pair", "steps"]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,26 +492,27 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     """Time and memory of ours against each alternative. On a CPU every step has its own process, and the alternatives
     take turns. On a GPU, an alternative has one process for all jobs of a method, so that it is compiled once and has
     only its own graphs in memory. Ours of all methods, and the first alternative, compile at the same time, which takes
-    minutes; nothing is timed meanwhile."""
+    minutes; nothing is timed before all have finished."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     together = 0
     if bench.size.get("card"):
         hows = "ours", COMPILED, "transformers", "plain"  # the most important first, in case the time runs out
-        names = sorted(bench.methods, key=lambda name: name not in bench.size["against"])
+        names = sorted(bench.methods, key=lambda name: name not in (bench.size.get("against") or bench.methods))
         groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]]
                   for how, name in product(hows, names)]  # fmt: skip
         together = len(names) + 1
     measured = [measure_group(bench, group, found) for group in groups if group]
-    for part in measured[:together]:
-        next(part)
+    for _ in range(2):  # to the first and to the second `yield` of all
+        for part in measured[:together]:
+            next(part)
     for part in measured:
         list(part)
 
 
 def measure_group(bench: Bench, group: list[tuple], found: dict) -> Iterator[None]:
     """Measure the steps of a process, as `measure_steps` says. What compiles first runs its steps without timing them
-    (an alternative only its first, because of its memory), and stops until all have begun."""
+    (an alternative only its first, because of its memory). It stops until all have begun, and until all are done."""
     warm_up, how = [job for job, _, _ in group if job["card"]], group[0][1]
     warm_up = warm_up if how == "ours" else warm_up[:1] if how == COMPILED else []
     with own_process(bench.in_this_process) as run_step:
@@ -521,7 +520,10 @@ def measure_group(bench: Bench, group: list[tuple], found: dict) -> Iterator[Non
         yield
         first = [measure_one(bench, {**job, "how": how}, lambda _, run=run: run)
                  for job, run in zip(warm_up, first, strict=True)]  # fmt: skip
+        yield
         for (job, how, turn), known in zip_longest(group, first, fillvalue={}):
+            if known == "does not fit":  # beside the other processes
+                known = {}
             one = known
             if not isinstance(known, str):
                 one = measure_one(bench, {**job, "how": how, "check": turn == 0 and not known}, run_step)
@@ -594,7 +596,8 @@ def make_job(bench: Bench, name: str, dtype: str, batch: int, **changes) -> dict
     size, card = bench.size, bench.size.get("card", False)
     hows = ["ours", *bench.others]
     if card:
-        hows = hows if batch in size["against"].get(name, []) else ["ours"]
+        if (against := size.get("against")) and batch not in against.get(name, []):
+            hows = ["ours"]
         hows += [COMPILED] * (batch > 4 and "transformers" in hows)
     return {
         "name": name, "options": METHODS[name][1], "dtype": dtype, "device": bench.device, "text": bench.text,
@@ -620,9 +623,10 @@ def lora_pair(bench: Bench) -> None:
         text = stand_in({**size, "overlap": size["student"]["vocab_size"] * 2 // 3}, 200, Path(folder))
         for batch in pair["batches"]:
             options = METHODS["same"][1] | {"lora": pair["rank"]}
-            job = make_job(bench, "same", bench.dtypes[0], batch, **pair["models"], text=text, options=options)
+            changes = {**pair["models"], "text": text, "options": options, "compile": False}
+            job = make_job(bench, "same", bench.dtypes[0], batch, **changes)
             job["what"] = f"{pair['what']}, {job['what']}"
-            result = measure_one(bench, {**job, "how": "ours", "check": False, "compile": False}, run_step)
+            result = measure_one(bench, {**job, "how": "ours", "check": False}, run_step)
             compare_step(bench, job, "ours", result, result)
             if result != "does not fit":
                 return
@@ -740,7 +744,8 @@ def growth(bench: Bench) -> None:
     largest = size["growth_teacher"]["vocab_size"]
     base = {"batch": size["batches"][0], "max_len": size["max_len"], "vocabulary": largest}
     settings = [base | {name: value} for name, values in size["growth"].items() for value in values]
-    once = replace(bench, size={**size, "rounds": 1}, others=["plain", "--recompute"])  # adds to the same results
+    once = {**size, "rounds": 1, "against": None}
+    once = replace(bench, size=once, others=["plain", "--recompute"])  # adds to the same results
     for batch, max_len, vocabulary in dict.fromkeys(tuple(setting.values()) for setting in settings):  # each once
         teacher = {**size["growth_teacher"], "vocab_size": vocabulary}
         overlap = size["overlap"] * vocabulary // largest

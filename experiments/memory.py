@@ -9,14 +9,14 @@ pass needs. A model sharded over N devices has 1/N of its blocks' matrices on ea
 bf16: the one being computed and the one being prefetched. Added to this are the projectors; what the student's blocks
 keep per token for the backward pass (counted on one block, see `kept_per_token`; with --recompute, that of one block
 and the float32 inputs of all); and the part of a chunk's logits that exceeds the gradients, which are created later.
-CUDA graphs, which a run uses unless a model is sharded, keep the gradients, so that the losses need memory of their
-own: for all logits, for the head in bf16 and for its gradient; and 0.5 GB for what graphs and allocator cannot share,
-a number from the measurements below.
+CUDA graphs, which a run in bf16 uses by default unless a model is sharded, keep the gradients, so that the losses need
+memory of their own: for all logits, for the head in bf16 and for its gradient; and 0.5 GB for what graphs and allocator
+cannot share, a number chosen by the measurements below.
 
 Not included: the start (for a moment, the projectors' solution takes V x D numbers in float64), the key-value cache of
-sampling, CUDA itself; allow a GB. On an H100, for GPT-2 120M with a teacher of Qwen1.5-1.8B's size, with 4, 8 and 32
+sampling, CUDA itself; allow a tenth. On an H100, for GPT-2 120M with a teacher of Qwen1.5-1.8B's size, with 4, 8 and 32
 examples and each of four methods, PyTorch reserved 0.95 to 1.08 times as much as these formulas give
-(`experiments.bench steps`); without graphs, two updates took 0.93 and 1.04 times as much, all tensors together.
+(`experiments.bench steps`); without graphs, two updates took 0.92 and 1.04 times as much, all tensors together.
 """
 
 import argparse

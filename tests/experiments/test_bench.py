@@ -122,6 +122,52 @@ def test_what_does_not_run_is_said(text, monkeypatch, capsys):
     assert failed in capsys.readouterr().out
 
 
+MEASURED = {"tokens": [9, 9, 9], "pairs": 9, "weights": 50, "kept": 20, "loss": 1.0, "gradient": 1.0}
+
+
+def test_everything_has_compiled_before_anything_is_timed(text, monkeypatch):
+    """What does not fit beside the other processes is measured alone; memory is that of the steps that compile."""
+    order = []
+
+    def step(job):
+        compiles = job["enough"] == 0
+        if job["how"] == "ours":
+            order.append("compile" if compiles else "time")
+        if compiles and job["name"] == "kd":
+            raise torch.OutOfMemoryError("too many at once")
+        return MEASURED | {"seconds": [] if compiles else [1.0], "peak": 100 if compiles else 200}
+
+    monkeypatch.setattr(bench, "measure_step", step)
+    setting = make_bench(text, bench.TINY, methods=["eta", "kd"])
+    bench.steps(setting)
+    assert order == ["compile"] * 4 + ["time"] * 4
+    found = {result.what: result.ours for result in setting.results if result.against in ("", "forecast")}
+    for what, total in (("DSKD v2 + ETA", 150), ("KD", 250)):
+        assert found[f"{what}, 4 examples, time"] == [1.0] and found[f"{what}, 4 examples, memory in all"] == [total]
+
+
+def test_what_a_gpu_is_asked_for(text, monkeypatch):
+    """With --quick, two batches are compared with alternatives. The forecast includes graphs where there are any."""
+    monkeypatch.setattr(bench, "machine", lambda device: "NVIDIA H100 80GB HBM3")
+    full = bench.Bench(bench.CARD, text, "cuda", ["bf16"], ["plain", "transformers"])
+    quick = bench.Bench({**bench.CARD, **bench.QUICK}, text, "cuda", ["bf16"], ["plain", "transformers"])
+    every = [(name, batch) for name in bench.METHODS for batch in (4, 8, 32)]
+    compared = {one: bench.make_job(quick, one[0], "bf16", one[1])["hows"][1:] for one in every}
+    assert {one for one, hows in compared.items() if hows} == {("eta", 4), ("eta", 8)}
+    assert [bench.COMPILED in compared["eta", batch] for batch in (4, 8)] == [False, True]
+    assert all(len(bench.make_job(full, name, "bf16", batch)["hows"]) >= 3 for name, batch in every)
+
+    job = bench.make_job(quick, "same", "bf16", 8)
+    monkeypatch.setattr(bench, "measure_one", lambda *_: MEASURED | {"seconds": [1.0], "peak": 100})
+    bench.compare_step(quick, job, "ours", *[bench.measure_one()] * 2)
+    bench.lora_pair(quick)
+    forecasts = [result.other[0] for result in quick.results if result.against == "forecast"]
+    large = bench.CARD["lora_pair"]["models"]
+    pairs = (quick.size["same_teacher"], quick.size["student"], 0), (large["teacher"], large["student"], 256)
+    for forecast, pair, graphs in zip(forecasts, pairs, (True, False), strict=True):
+        assert forecast == sum(bench.memory.needs(*pair, 1, None, 1, max_len=9, graphs=graphs).values())
+
+
 @pytest.mark.parametrize(("name", "of_heads"), [("kd", (6, 2)), ("cma", (10, 6)), ("eta", (12, 8))])
 def test_the_model_flops_utilisation(text, monkeypatch, name, of_heads):
     """Six operations a weight and token of the student, two of the teacher, and the heads' at response tokens: DSKD

@@ -400,6 +400,9 @@ def test_memory_is_within_a_tenth_of_what_was_measured():
             assert sum(parts.values()) == pytest.approx(measured * 2**30, rel=0.1)
     sharded = memory.needs(bench.CARD["teacher"], bench.CARD["student"], 0, 1, "teacher", 4, max_len=tokens)
     assert sharded["graphs"] == 0
+    adapted = memory.needs(memory.CONFIGS["Llama-2 7B"], memory.CONFIGS["TinyLlama 1.1B"], 256, 32, None, 1)
+    trained = 22 * 256 * (2048 + 2048 + 2048 + 256)  # of the queries and values
+    assert adapted["graphs"] == 0.5e9 + 4 * trained + 2 * 32000 * 2048  # the head has no gradient
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
