@@ -145,13 +145,14 @@ def pretended_cuda():
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "get_rng_state": lambda device: state["cuda"],
             "set_rng_state": lambda value, device: state.update(cuda=value),
             "get_device_name": lambda index: "pretended", "get_device_capability": lambda index: (9, 0),
-            "get_arch_list": lambda: ["sm_90"]}  # fmt: skip
+            "get_arch_list": lambda: ["sm_90"], "is_current_stream_capturing": lambda: False}  # fmt: skip
     counted.clear()
     precision = torch.get_float32_matmul_precision()
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # as where a device's tensors differ in kind
     no_graphs = patch("fast.cuda.capture", lambda run, device: run)
-    # PyTorch's optimisers ask it for a stream, which takes a driver where PyTorch is built with CUDA
+    # PyTorch's optimisers ask it (in 2.11, is_current_stream_capturing) for a stream, which takes a driver where PyTorch
+    # is built with CUDA
     no_stream = patch("torch.accelerator.current_accelerator", lambda check_available=False: None)
     patches = patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, no_stream
     with ExitStack() as stack:
