@@ -203,7 +203,7 @@ def test_bf16_generates_on_a_processor_without_instructions_for_it(tiny_task, tm
     assert done.returncode == 0, done.stderr
     assert log_of(tmp_path / "sampled")[-1]["sampled_length"] > 0
     assert (tmp_path / "seqkd" / "seqkd.jsonl").is_file()
-    assert (tmp_path / "sampled" / "eval-test-first-4.json").is_file()
+    assert (tmp_path / "sampled" / "eval-test-first-4-greedy.json").is_file()
 
 
 def test_packed_ends_with_an_error_too(decoder):
