@@ -151,8 +151,8 @@ def pretended_cuda():
     one_thread = patch("train.prefetch", iter)  # a mode is its thread's own
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # as where a device's tensors differ in kind
     no_graphs = patch("fast.cuda.capture", lambda run, device: run)
-    # PyTorch's optimisers ask it (in 2.11, is_current_stream_capturing) for a stream, which takes a driver where PyTorch
-    # is built with CUDA
+    # PyTorch's optimisers ask it for a stream (in 2.11, is_current_stream_capturing above), which takes a driver where
+    # PyTorch is built with CUDA
     no_stream = patch("torch.accelerator.current_accelerator", lambda check_available=False: None)
     patches = patch.multiple(torch.cuda, **cuda), patch("torch.Generator", Generator), one_thread, no_graphs, no_stream
     with ExitStack() as stack:
