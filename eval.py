@@ -255,7 +255,7 @@ def read_sets(options) -> list[DataSet]:
 
 
 def report_file(name: str, data: DataSet, greedy: bool) -> Path:
-    """eval-<data>.json in the run's directory (eval-<data>-greedy.json). For a directory that is not a run,
+    """eval-<data>.json in the run's directory, or eval-<data>-greedy.json. For a directory that is not a run,
     eval-<model>-<data>.json in the current directory, because a model's own may be shared or published."""
     end = f"{data.name}{'-greedy' * greedy}.json"
     if (Path(name) / "student").is_dir():

@@ -439,7 +439,7 @@ def dry_run(o: Options, pieces: Pieces, student) -> dict[str, float]:
     """The loss terms and the student's gradient norm on the first batch, without dropout, to compare with others."""
     pieces.student.eval()
     terms = distil(o, pieces, student, [pieces.collate(pieces.rows, o.device)])
-    terms["grad_norm"] = parallel.clip_gradients([*pieces.student.parameters()], math.inf)
+    terms["grad_norm"] = parallel.clip_gradients([*pieces.student.parameters()], math.inf)  # scales nothing
     names = "loss ce kd t2s_ce t2s_kd s2t_kd t2s_agreement align_ratio student_tokens teacher_tokens grad_norm".split()
     return {name: terms[name] for name in names if name in terms}
 

@@ -337,7 +337,7 @@ def measure_step(job: dict) -> dict:
 
 @contextlib.contextmanager
 def own_process(in_this_one: bool) -> Iterator[Callable]:
-    """`measure_step` in a new process, which is kept for further jobs; returns before that has finished."""
+    """`measure_step` in a new process, which is kept for further jobs. Returns a future, whose `result()` waits."""
     if in_this_one:
         yield lambda job: SimpleNamespace(result=partial(measure_step, job))
         return

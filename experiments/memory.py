@@ -30,7 +30,7 @@ from model import Decoder, read_json
 from runtime.hub import model_directory
 
 GB = 1e9
-UNSHARED = 0.5 * GB
+UNSHARED = 0.5 * GB  # what CUDA graphs and the allocator cannot share; chosen by measurements, see above
 
 
 def gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257) -> dict:

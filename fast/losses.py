@@ -139,7 +139,7 @@ def pad_head(head: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
-    """As `losses.predict_tokens`."""
+    """As `losses.predict_tokens`, (n, d) and (V, d) -> (n,), but the head is padded (`pad_head`)."""
     dtype, V = product_dtype(hidden), len(head)
     head = pad_head(head, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
