@@ -189,10 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
           "| logits | graphs | GB each |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for teacher, student, rank, batch_size, shard, devices, recompute in asked if o.teacher else TABLE:
-        models = config_of(teacher), config_of(student)
         try:
+            models = config_of(teacher), config_of(student)
             parts = needs(*models, rank, batch_size, shard, devices, recompute, o.lora_targets)
-        except ValueError as error:  # about LoRA's rank or targets
+        except (ValueError, OSError) as error:  # about a model, or about LoRA's rank or targets
             parser.error(str(error))
         pair = f"{teacher} → {student}" + f", LoRA {rank}" * (rank > 0) + ", `--recompute`" * recompute
         figures = " | ".join(f"{value / GB:.1f}" for value in [*parts.values(), sum(parts.values())])

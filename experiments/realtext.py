@@ -60,7 +60,7 @@ class Pair:
     teacher: str  # small, large
     data: str  # the set that it is trained and tested on
     others: tuple[str, ...]  # sets out of domain
-    temperature: float = 2.0  # for all rows with a teacher, as in the papers
+    temperature: float = 2.0  # of all rows with a teacher; in v2's paper 1 for mathematics and code
 
 
 PAIRS = {

@@ -405,6 +405,12 @@ def test_memory_is_within_a_tenth_of_what_was_measured():
     assert adapted["graphs"] == 0.5e9 + 4 * trained + 2 * 32000 * 2048  # the head has no gradient
 
 
+def test_memory_names_a_missing_model_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--teacher", str(tmp_path / "nowhere"), "--student", str(tmp_path)])
+    assert "error: model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_what_a_block_with_adapters_keeps_is_that_of_a_block_in_the_middle(targets):
     """Of a frozen embedding the first block's input has no gradient, and the first block keeps less than the others."""
