@@ -65,7 +65,7 @@ def read_rows(
     file: str, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, max_len: int
 ) -> list[dict]:
     """One row per line {"prompt", "output"} of a JSONL file: prompt and response in each model's tokens, and which
-    response tokens are paired. Lines of more than `max_len` tokens are left out."""
+    response tokens are paired. Lines with an empty output, or of more than `max_len` tokens, are left out."""
     tokenizers = {"student": student, "teacher": teacher}
     spelling = {model: token_bytes(tokenizer.backend_tokenizer) for model, tokenizer in tokenizers.items()}
     rows = []
@@ -74,6 +74,8 @@ def read_rows(
         row, spelt = {}, {}
         if not {"prompt", "output"} <= example.keys():
             raise ValueError(f'{file}, line {number}: needs "prompt" and "output"')
+        if not example["output"]:
+            continue
         for model, tokenizer in tokenizers.items():
             # as in train.py without --bos, nothing is put before the prompt; and "</s>" inside a response is text
             prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
@@ -90,7 +92,7 @@ def read_rows(
         if max(len(row[model][0] + row[model][1]) for model in tokenizers) <= max_len:
             rows.append(row)
     if not rows:
-        raise ValueError(f"{file}: no line fits into {max_len} tokens of both models")
+        raise ValueError(f"{file}: no line has an output and fits into {max_len} tokens of both models")
     return rows
 
 

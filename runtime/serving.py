@@ -48,7 +48,7 @@ def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     kept = {field: value for field, value in generation.items() if field not in RULES}
     # without this file, transformers also reads such rules from config.json, where older versions wrote them
     in_model = not path.is_file() and model.keys() & RULES
-    if in_model or tokenizer.eos_id not in (named if isinstance(named, list) else [named]):
+    if in_model or not {*tokenizer.end_ids} <= {*(named if isinstance(named, list) else [named])}:
         kept["eos_token_id"] = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.eos_id
     if kept != generation:
         write_json(path, kept)

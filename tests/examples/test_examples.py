@@ -28,7 +28,8 @@ def task(tiny_task, tmp_path_factory):
     teacher's head has more rows than its tokenizer. The student's head repeats, with noise, the teacher's: then t2s is
     right about a part of the pairs, as with real models."""
     root = tmp_path_factory.mktemp("examples")
-    shutil.copy(tiny_task / "train.jsonl", root / "data.jsonl")
+    lines = (tiny_task / "train.jsonl").read_text()  # and an empty response, which is left out
+    (root / "data.jsonl").write_text('{"prompt": "Yes?", "output": ""}\n' + lines)
     names = "teacher", "student"
     both = [Tokenizer.from_file(str(tiny_task / name / "tokenizer.json")) for name in names]
     teacher, student = (transformers.AutoModelForCausalLM.from_pretrained(tiny_task / name) for name in names)

@@ -23,6 +23,7 @@ WAYS = {  # where the files call STOP an end, beside end-of-text, or TURN
     "config.json": {"config.json": {"eos_token_id": [0, STOP]}},
     "config.json alone": {"config.json": {"eos_token_id": STOP}},
     "one in each": {"generation_config.json": {"eos_token_id": TURN}, "config.json": {"eos_token_id": STOP}},
+    "config.json besides": {"generation_config.json": {"eos_token_id": 0}, "config.json": {"eos_token_id": STOP}},
 }
 
 
