@@ -368,7 +368,7 @@ def run(given: dict) -> dict[str, dict[str, float]]:
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
     train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is written
     root, start = Path(o.out), Path(o.out) / "start"
-    prepare(root, o.seed)
+    prepare(root, o.seed, o.resume)
     if o.method not in ("sft", "seqkd"):  # report an impossible combination before the teacher is trained
         tokenizers = read_tokenizer(start / "teacher"), read_tokenizer(start / "student")
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
@@ -425,7 +425,7 @@ def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
     return table(lines)
 
 
-def prepare(root: Path, seed: int) -> None:
+def prepare(root: Path, seed: int, resume: bool = False) -> None:
     """Write the data as JSONL files, both tokenizers, and a config.json for each model into `root`, if missing."""
     asked = {"seed": seed, "version": 2}  # 1: without pre-training
     others = [root / name for name in ("args.json", "teacher/args.json") if (root / name).is_file()]
@@ -436,6 +436,8 @@ def prepare(root: Path, seed: int) -> None:
         if (made := json.loads((root / "prepared.json").read_text())) != asked:
             raise ValueError(f"--seed {seed}: {root} was made with {made}, not with {asked}; give another --out")
         return
+    if resume:  # a name that was spelt wrong, or a run that was stopped before it wrote args.json
+        raise FileNotFoundError(f"--resume: {root} holds no run; start without --resume")
     data = make_data(seed)
     root.mkdir(parents=True, exist_ok=True)
     for name, examples in data.items():

@@ -643,9 +643,9 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
     words = [*parallel.launcher().split(), sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
     embedded = not given.keys() & {"student", "teacher", "data"}
     out = Path(given.get("out", f"runs/{given.get('method', 'dskd')}"))
-    if embedded or (out / "args.json").is_file():
+    if not embedded and (out / "args.json").is_file():
         return f"continue with: {shlex.join(words + ['--resume'] * ('resume' not in given))}"
-    if given.get("teacher_sft") and (out / "teacher" / "args.json").is_file():
+    if embedded or given.get("teacher_sft") and (out / "teacher" / "args.json").is_file():
         return f"continue with: {shlex.join(words)}"
     return f"there is nothing to resume yet; start again with: {shlex.join(words)}"
 

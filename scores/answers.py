@@ -60,7 +60,7 @@ def answer_part(response: str, ended: bool = True, to_question: bool = False) ->
 
 
 # Separators of thousands, all of one kind: commas, LaTeX and typographic spaces, blanks; 1 234/567 is a mixed number
-COMMA, BLANK = r",(?:\\!)?|(?:\\[a-z]+)?\{,\}", r" (?!\d+\s*/)"
+COMMA, BLANK = r",(?:\\! ?)?|(?:\\[a-z]+)?\{,\}", r" (?!\d+\s*/)"
 SPACE = r"\{?\\[,;:! ]\}?|\\thinspace\s*|[~\u00a0\u2007\u2009\u202f]"
 GROUPS = "|".join(rf"(?:(?:{mark})\d{{3}})+" for mark in (COMMA, SPACE, BLANK))
 GROUPED = rf"(?<![\d.,])[1-9]\d{{0,2}}(?:{GROUPS})(?!,?\d)"  # 1,234  1{,}234  1\,234  1 234; not 1,23
@@ -107,11 +107,12 @@ def number(text: str) -> Fraction | None:
 
 def without_marks(text: str) -> str:
     """The text without the marks of LaTeX and Markdown that do not change its value."""
-    text = re.sub(r"(?:\{,\}|,\\!)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
-    text = re.sub(r"\\left|\\right|\\thinspace|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)  # \\ ends a matrix's row
+    text = re.sub(r"(?:\{,\}|,\\! ?)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
+    # \\ ends a matrix's row
+    text = re.sub(r"\\(?:left|right|thinspace|displaystyle)|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm)|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\([%$])", r"\1", text)
     text = re.sub(r"^\$+(.*?)\$+\Z", r"\1", text, flags=re.S).strip().rstrip(".").strip()
     text = re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()

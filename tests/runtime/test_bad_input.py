@@ -246,8 +246,12 @@ def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_l
         train.main(arguments(tiny_task, run / "below"))
 
 
-def test_resume_without_a_run(command, tmp_path, nothing_loaded):
+def test_resume_without_a_run(command, tmp_path, monkeypatch, nothing_loaded):
+    monkeypatch.setattr("experiments.tiny.make_data", lambda seed: pytest.fail("the embedded task was started"))
     assert contains(command(resume=True), f"--resume: {tmp_path / 'run'} holds no run", "without --resume")
+    with pytest.raises(SystemExit, match=f"--resume: {tmp_path / 'run'} holds no run; start without --resume"):
+        train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_refused_input_can_be_mended_with_the_same_out(command, tmp_path, copy):

@@ -326,6 +326,7 @@ def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_pat
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("there is nothing to resume yet; start again with: python")
     assert "--resume" not in message and not (tmp_path / "run").exists()
+    assert checkpoint.say_how_to_go_on({"seed": 1}, ["--seed", "1"]).endswith(" --seed 1")  # the embedded task
 
 
 # ---------------------------------------------------------------------------------------------------------------------
