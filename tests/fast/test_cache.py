@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import resource
@@ -315,6 +316,23 @@ def test_a_disk_that_becomes_full_is_named_and_the_fill_goes_on_later(setting, m
     assert 0 < json.loads((made.folder / "states.json").read_text())["rows"] < len(made.rows)
     made.attach_states()
     assert (made.folder / "states.bin").stat().st_size == sum(row.states.nbytes for row in made.rows)
+
+
+def test_a_finished_file_that_cannot_be_written_is_used(setting, monkeypatch):
+    def open_read_only(file, mode="r"):
+        assert "r" in mode and "+" not in mode
+        return open(file, mode)
+
+    made = setting.make()
+    made.attach_states()
+    monkeypatch.setattr(cache.os, "access", lambda file, mode: False)
+    monkeypatch.setattr(cache, "open", open_read_only, raising=False)
+    again = setting.make()
+    again.attach_states()
+    assert all(np.array_equal(a.states, b.states) for a, b in zip(made.rows, again.rows, strict=True))
+    (made.folder / "states.json").write_text(json.dumps({"rows": 0, "sha256": hashlib.sha256().hexdigest()}))
+    with pytest.raises(ValueError, match=r"states.bin: .* GB are missing, but the file cannot be written"):
+        setting.make().attach_states()
 
 
 def test_two_runs_do_not_fill_one_file_at_once(setting, capsys):
