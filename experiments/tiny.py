@@ -426,7 +426,8 @@ def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
 
 
 def prepare(root: Path, seed: int, resume: bool = False) -> None:
-    """Write the data as JSONL files, both tokenizers, and a config.json for each model into `root`, if missing."""
+    """Write the data as JSONL files, both tokenizers, and a config.json for each model into `root`, if missing. Raises
+    ValueError if `root` was made with another seed, FileNotFoundError if it is missing and `resume` asks for it."""
     asked = {"seed": seed, "version": 2}  # 1: without pre-training
     others = [root / name for name in ("args.json", "teacher/args.json") if (root / name).is_file()]
     if others and not (root / "prepared.json").is_file():

@@ -99,14 +99,14 @@ class TeacherCache:
         tokens = [0, *accumulate(lengths)]  # the number of tokens before each row, and in all rows
         token_bytes = np.dtype(kind).itemsize * int(np.prod(shape))
         self.folder.mkdir(parents=True, exist_ok=True)
-        reads_only = file.is_file() and not os.access(file, os.W_OK)  # of somebody else, or on a read-only disk
-        with name_in_errors(file), open(file, "rb" if reads_only else "a+b") as stream:
+        read_only = file.is_file() and not os.access(file, os.W_OK)  # of somebody else, or on a read-only disk
+        with name_in_errors(file), open(file, "rb" if read_only else "a+b") as stream:
             wait_for_lock(stream, file)
             done, hasher = self.verify(stream, file, record, [count * token_bytes for count in tokens])
             missing = (tokens[-1] - tokens[done]) * token_bytes
             if missing:
                 about = f"{file}: {tokens[-1]:,} tokens × {token_bytes} bytes = {gigabytes(tokens[-1] * token_bytes)}"
-                if reads_only:
+                if read_only:
                     raise ValueError(f"{about}; {gigabytes(missing)} are missing, but the file cannot be written: give "
                                      "another directory")  # fmt: skip
                 print(about + f", {gigabytes(missing)} to go" * (done > 0), file=sys.stderr)

@@ -108,7 +108,7 @@ def number(text: str) -> Fraction | None:
 def without_marks(text: str) -> str:
     """The text without the marks of LaTeX and Markdown that do not change its value."""
     text = re.sub(r"(?:\{,\}|,\\! ?)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
-    # \\ ends a matrix's row
+    # not the space after \\, which ends a row of a matrix
     text = re.sub(r"\\(?:left|right|thinspace|displaystyle)|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
