@@ -41,6 +41,7 @@ from experiments.reproduce import write_random_projectors
 from fast.cpu import by_onednn
 from losses import logits_under
 from model import hidden_at, load_model, read_json, save_model
+from runtime.device import choose_device
 from runtime.formats import read_examples
 from runtime.hub import model_directory
 from runtime.run import tokenizer_of, write_text
@@ -85,9 +86,9 @@ ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "sft-as-v2"]
 TWO = [row for row in ROWS if row != "kd"]
 TRAIN, VALID, TEST = 960, 60, 100  # examples
 LENGTH = 160  # tokens of prompt and response; longer examples are left out
-COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10"
+COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10 --no-compile"
 TEACHER = "--epochs 1 --batch-size 8 --lr 2e-5"
-STUDENT = "--epochs 1 --batch-size 8 --lr 1e-4 --warmup 10"
+STUDENT = "--batch-size 8 --lr 1e-4 --warmup 10"
 NEW_TOKENS = 96
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
                 like = f"--as-confident-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
                 commands.append(f"{score} {home}/sft-{seed} {like} --out {out}")
                 continue
+            how += f" --epochs {o.epochs}" + " --keep-best rouge" * (o.epochs > 1)
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
     return [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
@@ -182,16 +184,18 @@ def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
     """Bits per byte of the first outputs, including their end if they have one: comparable between tokenizers."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
     tokens, size = (sum(len(row.student.response) for row in rows), sum(len(e.outputs[0].encode()) for e in examples))
-    with torch.autocast("cpu", torch.bfloat16):
-        return eval.held_out_cross_entropy(model, rows, tokenizer.eos_id) * tokens / size / math.log(2)
+    device = model.embed.weight.device.type
+    with torch.autocast(device, torch.bfloat16):
+        return eval.held_out_cross_entropy(model, rows, tokenizer.eos_id, device) * tokens / size / math.log(2)
 
 
 @torch.no_grad()
 def predictions(model, tokenizer, examples: list[Example]) -> torch.Tensor:
     """(N, V) logits at the tokens of the first outputs."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
-    with torch.autocast("cpu", torch.bfloat16):
-        sides = (collate_side([row.student], pad_id=0) for row in rows)
+    device = model.embed.weight.device.type
+    with torch.autocast(device, torch.bfloat16):
+        sides = (collate_side([row.student], pad_id=0).to(device) for row in rows)
         return torch.cat([logits_under(hidden_at(model, side), model.head_weight) for side in sides])
 
 
@@ -201,11 +205,13 @@ def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
     return torch.cat(list(parts)).mean().item()
 
 
-def matching_temperature(run: Path, other: Path, file: Path) -> float:
+def matching_temperature(run: Path, other: Path, file: Path, device="cpu") -> float:
     """The temperature at which the entropy of a run's student on a file's answers equals the other's at 1; to 0.01."""
     examples = read_examples(file)
     students = (model_directory(str(directory)) for directory in (run, other))
-    logits, others = (predictions(load_model(student), tokenizer_of(student), examples) for student in students)
+    logits, others = (
+        predictions(load_model(student, device=device), tokenizer_of(student), examples) for student in students
+    )
     aim, low, high = entropy(others), 0.2, 5.0
     while high - low > 0.01:
         middle = (low + high) / 2
@@ -213,13 +219,13 @@ def matching_temperature(run: Path, other: Path, file: Path) -> float:
     return round((low + high) / 2, 2)
 
 
-def score(run: Path, out: Path, tests: list[Path], judge: Path, sampling_temperature: float = 1.0) -> None:
+def score(run: Path, out: Path, tests: list[Path], judge: Path, device: str, sampling_temperature=1.0) -> None:
     """Write scores.json: for each set, scores of the gold answers, with the entropy of the predictions in nats, and of
     the model's own answers, greedy and sampled once; the judge, which is not a teacher, also reads the sampled ones.
     Removes resume/, which only a continuation would need."""
     student = model_directory(str(run))
     scores: dict[str, dict] = {}
-    model, tokenizer, sampled = load_model(student, torch.bfloat16), tokenizer_of(student), {}
+    model, tokenizer, sampled = load_model(student, torch.bfloat16, device), tokenizer_of(student), {}
     for file in tests:
         examples = read_examples(file)
         found = scores[file.stem.removesuffix("-test")] = {"gold": bits_per_byte(model, tokenizer, examples)}
@@ -235,7 +241,7 @@ def score(run: Path, out: Path, tests: list[Path], judge: Path, sampling_tempera
             replace(example, outputs=[response], ends=i not in unfinished)
             for i, (example, response) in enumerate(zip(examples, responses, strict=True)) if response.strip()
         ]  # fmt: skip
-    model, tokenizer = load_model(judge, torch.bfloat16), tokenizer_of(judge)
+    model, tokenizer = load_model(judge, torch.bfloat16, device), tokenizer_of(judge)
     for found, examples in zip(scores.values(), sampled.values(), strict=True):
         found["judged"] = bits_per_byte(model, tokenizer, examples)
     out.mkdir(parents=True, exist_ok=True)
@@ -320,6 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="(default: all)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that the pair's vocabularies allow)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--epochs", type=int, default=1, help="the student's; after each, the best by Rouge-L on the "
+                        "validation prompts is kept (default: 1)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
     parser.add_argument("--run", action="store_true", help="also run the commands")
     parser.add_argument("--tables", action="store_true", help="print tables of what is finished")
@@ -335,12 +343,13 @@ def main(arguments: list[str] | None = None) -> None:
             if o.picture:
                 save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:
-            with by_onednn("cpu"):
-                temperature = 1.0
+            device, temperature = choose_device()[0], 1.0
+            with by_onednn(device):
                 if o.as_confident_as:
-                    temperature = matching_temperature(o.score, *o.as_confident_as)
+                    temperature = matching_temperature(o.score, *o.as_confident_as, device)
                     print(f"temperature {temperature}")
-                score(o.score, o.out if o.out != parser.get_default("out") else o.score, o.tests, o.judge, temperature)
+                out = o.score if o.out == parser.get_default("out") else o.out
+                score(o.score, out, o.tests, o.judge, device, temperature)
         else:
             follow(o)
     except (ValueError, OSError) as error:
