@@ -500,18 +500,9 @@ def run(given: dict) -> None:
     """Do what the command line asks for."""
     given = {**stored_options(given), **given}
     if not given.keys() & {"student", "teacher", "data"}:
-        if given.get("dry_run"):
-            raise ValueError("--dry-run needs --teacher, --student and --data: the embedded task trains its own models")
-        if given.keys() & {"task", "teacher_sft"}:
-            raise ValueError("--task, --teacher-sft: the embedded task has its own settings and trains its own teacher")
-        if parallel.by_torchrun():
-            raise ValueError("torchrun needs --student and --data: the embedded task runs in one process")
         from experiments import tiny  # which imports this file
 
-        o = check_options(Options(**{"out": tiny.ROOT, **given, "student": "tiny", "teacher": "tiny", "data": "tiny"}))
-        say_device(given.get("device"), o.device)
         tiny.run(given)
-        print(f'talk to a model: python eval.py {o.out}/NAME --prompt "..."', file=sys.stderr)
         return
     o = check_options(Options(**settings(given)))
     say_device(given.get("device"), o.device)

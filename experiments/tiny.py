@@ -18,6 +18,7 @@ import json
 import random
 import re
 import statistics
+import sys
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product, zip_longest
@@ -29,9 +30,11 @@ import train
 from data import Example
 from eval import respond, score
 from model import load_model
+from runtime import parallel
+from runtime.device import say_device
 from runtime.formats import read_examples
 from runtime.run import finished_runs, tokenizer_of, write_text
-from runtime.strict import choose_alignment
+from runtime.strict import check_options, choose_alignment, refuse_first
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
 
@@ -363,10 +366,17 @@ def run(given: dict) -> dict[str, dict[str, float]]:
 
     given: the options of the command line.
     """
-    if "epochs" in given:
-        raise ValueError("--epochs: the embedded task counts updates; use --max-steps")
+    refuse_first([
+        ("dry_run" in given,
+         "--dry-run needs --teacher, --student and --data: the embedded task trains its own models"),
+        (given.keys() & {"task", "teacher_sft"},
+         "--task, --teacher-sft: the embedded task has its own settings and trains its own teacher"),
+        (parallel.by_torchrun(), "torchrun needs --student and --data: the embedded task runs in one process"),
+        ("epochs" in given, "--epochs: the embedded task counts updates; use --max-steps"),
+    ])  # fmt: skip
     o = train.Options(**{**DEFAULTS, "out": ROOT, **given})
-    train.check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is written
+    checked = check_options(replace(o, student="tiny", teacher="tiny", data="tiny"))  # before anything is written
+    say_device(given.get("device"), checked.device)
     root, start = Path(o.out), Path(o.out) / "start"
     prepare(root, o.seed, o.resume)
     if o.method not in ("sft", "seqkd"):  # report an impossible combination before the teacher is trained
@@ -400,6 +410,7 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         seeds = json.loads(SEEDS.read_text())
         print(f"\nover {len(seeds)} seeds (python -m experiments.tiny), mean ± standard deviation\n")
         print(tabulate(seeds, distilled))
+    print(f'talk to a model: python eval.py {root}/NAME --prompt "..."', file=sys.stderr)
     return scores
 
 
