@@ -15,8 +15,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,16 +239,8 @@ class Method(nn.Module):
 # One update
 
 
-def autocast(o: Options) -> torch.autocast:
-    return torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=o.dtype == "bf16")
-
-
-@contextmanager
-def gather_parameters(o: Options, pieces: Pieces) -> Iterator[None]:
-    """For scores and samples: the student with its float32 weights, or a sharded one in the dtype of its training."""
-    sharded = parallel.is_sharded(pieces.student)
-    with parallel.gather_parameters(pieces.student), autocast(o) if sharded else nullcontext():
-        yield
+def autocast(o: Options, wanted: bool = True) -> torch.autocast:
+    return torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=wanted and o.dtype == "bf16")
 
 
 def is_on_policy(o: Options, step: int, updates_per_epoch: int) -> bool:
@@ -452,7 +442,8 @@ def held_out_scores(o: Options, pieces: Pieces) -> dict[str, float]:
     student, tokenizer = pieces.student, pieces.student_tokenizer
     rows, examples = (parallel.share(held_out, parallel.rank()) for held_out in (pieces.valid_rows, pieces.valid))
     tokens, ce, rouge_l = sum(len(row.student.response) for row in rows), 0.0, 0.0
-    with gather_parameters(o, pieces):
+    # computed with the float32 weights; those of a sharded student are gathered in the dtype of its training
+    with parallel.gather_parameters(student), autocast(o, parallel.is_sharded(student)):
         if rows:  # one for each example; a process may have none
             ce = tokens * held_out_cross_entropy(student, rows, tokenizer.eos_id, o.device)
         if rows and o.keep_best == "rouge":
@@ -469,7 +460,7 @@ def write_samples(o: Options, pieces: Pieces) -> None:
     """samples.txt: greedy responses of student/ to a few held-out (else training) prompts."""
     tokenizer, room = pieces.student_tokenizer, min(o.max_prompt_len, o.max_len - 1)
     prompts = tokenizer.fit_prompts((pieces.valid or pieces.examples)[:5], room)
-    with gather_parameters(o, pieces):
+    with parallel.gather_parameters(pieces.student), autocast(o, parallel.is_sharded(pieces.student)):
         if parallel.rank() > 0:
             return
         student = load_model(Path(o.out) / "student", device=o.device) if o.keep_best else pieces.student
