@@ -157,10 +157,10 @@ class Method(nn.Module):
             return None
         hidden, predicted = batch.teacher_hidden, batch.teacher_predictions
         hidden = hidden_at(self.teacher, batch.teacher) if hidden is None else hidden.to(self.teacher.head_weight.dtype)
-        if self.name != "dskd":
-            if self.name in PAIRINGS:
-                return TeacherAnswer(hidden[batch.teacher_index], batch.student_index)
+        if self.name == "kd":
             return TeacherAnswer(hidden, slice(None))
+        if self.name in PAIRINGS:
+            return TeacherAnswer(hidden[batch.teacher_index], batch.student_index)
         if self.align == "eta":
             hidden = hidden[batch.teacher_index]
             predicted = None if predicted is None else predicted[batch.teacher_index]
