@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,10 +43,10 @@ from model import generate, hidden_at, load_model
 from projector import Projectors
 from runtime import parallel
 from runtime.device import say_device
-from runtime.load import PAIRINGS, Pieces, find_model, load
+from runtime.load import PAIRINGS, Pieces, find_model, load, plan_teacher_stage
 from runtime.options import Options, parse
 from runtime.order import prefetch, split_update
-from runtime.presets import flags, say_settings, say_teacher, settings, teacher_stage
+from runtime.presets import say_settings, say_teacher, settings
 from runtime.report import say_next, write_card
 from runtime.run import (
     Meter,
@@ -58,7 +58,6 @@ from runtime.run import (
     say_how_to_go_on,
     seconds_of_finished_stage,
     stored_options,
-    tokenizer_of,
     write_text,
 )
 from runtime.strict import check_options, choose_alignment, read_projectors
@@ -499,7 +498,8 @@ def run(given: dict) -> None:
     say_device(given.get("device"), o.device)
     say_settings(given)
     if given.get("teacher_sft"):
-        o = run_teacher_stage(given, o)
+        stage, o = plan_teacher_stage(given, o)
+        run_stage(stage, "teacher 1/2")
     elif o.method != "sft":
         teacher = find_model(o.teacher, "teacher")
         say_teacher(given, o, teacher, run_of(teacher))
@@ -511,23 +511,6 @@ def run(given: dict) -> None:
         line = train(o, description="student 2/2" if given.get("teacher_sft") else "train")
         print(f"student: {Path(o.out) / 'student'}")
         say_next(given, o, line)
-
-
-def run_teacher_stage(given: dict, o: Options) -> Options:
-    """Fine-tune the teacher, or keep a finished one; returns the options with that teacher. Raises before this stage
-    begins if the run after it could not start."""
-    if o.method == "sft" or o.dry_run:
-        raise ValueError("--teacher-sft is for training with a teacher, not for --method sft or --dry-run")
-    stage = teacher_stage(given, o.out)
-    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
-    check_directory(after)
-    base, student = find_model(o.teacher, "teacher"), find_model(o.student, "student", weights=not o.from_scratch)
-    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
-    if o.method != "seqkd":
-        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
-    print(f"teacher: {base}, fine-tuned first:\n    {parallel.launcher()} train.py {flags(stage)}", file=sys.stderr)
-    run_stage(Options(**stage), "teacher 1/2")
-    return after
 
 
 def run_stage(o: Options, name: str) -> float:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,9 @@ from runtime.hub import data_file, model_directory
 from runtime.options import Options
 from runtime.order import count_tokens, drop_responses, measure_padding, order_updates, split_update
 from runtime.peft import base_of, is_adapter, merge_into
+from runtime.presets import flags, teacher_stage
 from runtime.report import base_model, prompt_form
-from runtime.run import chat_of, run_of, tokenizer_of, write_text
+from runtime.run import chat_of, check_directory, run_of, tokenizer_of, write_text
 from runtime.show import describe_alignment, measure_alignment
 from runtime.strict import check_model, choose_alignment, fit_lengths
 from runtime.tokenizer import TextTokenizer, say_if_forgotten, say_once
@@ -129,6 +130,22 @@ def find_model(name: str, role: str, weights: bool = True) -> Path:
                  "and give that directory")  # fmt: skip
     check_model(directory, weights)
     return directory
+
+
+def plan_teacher_stage(given: dict, o: Options) -> tuple[Options, Options]:
+    """For --teacher-sft: the options of the stage that fine-tunes the teacher, and of the run after it, which has that
+    teacher. Raises ValueError or OSError if one of them could not start."""
+    if o.method == "sft" or o.dry_run:
+        raise ValueError("--teacher-sft is for training with a teacher, not for --method sft or --dry-run")
+    stage = teacher_stage(given, o.out)
+    after = replace(o, teacher=str(Path(stage["out"]) / "student"), teacher_chat=None)
+    check_directory(after)
+    base, student = find_model(o.teacher, "teacher"), find_model(o.student, "student", weights=not o.from_scratch)
+    tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
+    if o.method != "seqkd":
+        choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    print(f"teacher: {base}, fine-tuned first:\n    {parallel.launcher()} train.py {flags(stage)}", file=sys.stderr)
+    return Options(**stage), after
 
 
 def find_data(name: str, split: str) -> list[Example]:

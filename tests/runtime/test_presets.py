@@ -17,6 +17,7 @@ import model
 import train
 from runtime import load as loading
 from runtime.hub import MODELS
+from runtime.presets import teacher_stage
 
 
 def gpt2(width, layers, heads):
@@ -225,7 +226,7 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
 
 def test_the_teachers_stage_keeps_its_best_checkpoint_too():
     given = train.parse(shlex.split("--teacher qwen --student gpt2 --data dolly --valid dolly --keep-best rouge"))
-    stage = train.teacher_stage(given, "runs/a")
+    stage = teacher_stage(given, "runs/a")
     assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
 
 
