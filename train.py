@@ -54,9 +54,9 @@ from runtime.run import (
     Stopped,
     check_directory,
     finish_stage,
+    is_finished,
     run_of,
     say_how_to_go_on,
-    seconds_of_finished_stage,
     stored_options,
     write_text,
 )
@@ -513,15 +513,12 @@ def run(given: dict) -> None:
         say_next(given, o, line)
 
 
-def run_stage(o: Options, name: str) -> float:
-    """Train one stage: keep a finished one, resume an interrupted one. Returns its training time in seconds."""
-    seconds = seconds_of_finished_stage(o)
-    if seconds is None:
-        o.resume, began = (Path(o.out) / "args.json").is_file(), time.perf_counter()
+def run_stage(o: Options, name: str) -> None:
+    """Train one stage: keep a finished one, resume an interrupted one."""
+    if not is_finished(o):
+        o.resume = (Path(o.out) / "args.json").is_file()
         train(o, description=name)
-        seconds = time.perf_counter() - began
-        finish_stage(o, seconds)
-    return seconds
+        finish_stage(o)
 
 
 if __name__ == "__main__":

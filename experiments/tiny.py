@@ -33,7 +33,7 @@ from model import load_model
 from runtime import parallel
 from runtime.device import say_device
 from runtime.formats import read_examples
-from runtime.run import finished_runs, tokenizer_of, write_text
+from runtime.run import tokenizer_of, write_text
 from runtime.strict import check_options, choose_alignment, refuse_first
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
@@ -403,7 +403,8 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         stage(name, method="sft", **learned | settings)
     if o.method != "sft":
         stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
-    names = dict.fromkeys([*stages, *finished_runs(root)])  # also the stages of earlier calls
+    finished = [file.parent.name for file in sorted(root.glob("*/finished.json"))]
+    names = dict.fromkeys([*stages, *finished])  # also the stages of earlier calls
     scores = {name: score_stage(root, name, o.device or "cpu") for name in names}
     print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores], distilled)}\n\n{MEANING}")
     if given.keys() <= {"seed", "out", "device", "resume"}:  # the stored seeds have the default settings

@@ -650,25 +650,19 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
     return f"there is nothing to resume yet; start again with: {shlex.join(words)}"
 
 
-def seconds_of_finished_stage(o) -> float | None:
-    """How long the training in --out took, if it is finished. Raises ValueError if its options were different."""
+def is_finished(o) -> bool:
+    """Whether the training in --out is finished. Raises ValueError if it is, but with other options."""
     file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
     if not file.is_file():
-        return None
-    finished = read_json(file)
-    before = {**finished["options"], "out": o.out}  # it may have been moved
+        return False
+    before = {**read_json(file)["options"], "out": o.out}  # it may have been moved
     changed = [name for name, value in before.items() if asked.get(name, value) != value]
     if changed:
         was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
         raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train again")
-    return finished["seconds"]
+    return True
 
 
-def finish_stage(o, seconds: float) -> None:
-    content = {"seconds": seconds, "options": asdict(replace(o, resume=False))}
+def finish_stage(o) -> None:
+    content = {"options": asdict(replace(o, resume=False))}
     write_text(Path(o.out) / "finished.json", json.dumps(content) + "\n")
-
-
-def finished_runs(root: Path) -> dict[str, float]:
-    """{name of each finished stage in a directory: its training time in seconds}"""
-    return {file.parent.name: read_json(file)["seconds"] for file in sorted(root.glob("*/finished.json"))}
