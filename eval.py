@@ -21,7 +21,6 @@ A response has at most --max-len minus --max-prompt-len tokens (512 - 256), howe
 Prompts longer than --max-prompt-len are cut and counted; the official runs drop such examples and average over fewer.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +40,8 @@ from runtime.evaluation import parse
 from runtime.formats import read_examples
 from runtime.hub import data_file
 from runtime.load import find_model
-from runtime.report import write_card
-from runtime.run import chat_of, run_of, tokenizer_of, write_text
+from runtime.report import report_file, write_report
+from runtime.run import chat_of, run_of, tokenizer_of
 from runtime.tokenizer import TextTokenizer, escape_what_cannot_be_printed, say_if_forgotten
 from scores.answers import grade
 from scores.programs import program_of, run_programs
@@ -252,27 +251,6 @@ def read_sets(options) -> list[DataSet]:
         share_tokens(sets[-1].task, options.max_len, options.max_prompt_len)
     check_sets(sets, options.run_code)
     return sets
-
-
-def report_file(name: str, data: DataSet, greedy: bool) -> Path:
-    """eval-<data>.json in the run's directory, or eval-<data>-greedy.json. For a directory that is not a run,
-    eval-<model>-<data>.json in the current directory, because a model's own may be shared or published."""
-    end = f"{data.name}{'-greedy' * greedy}.json"
-    if (Path(name) / "student").is_dir():
-        return Path(name) / f"eval-{end}"
-    return Path(f"eval-{name.strip('/').replace('/', '-')}-{end}")
-
-
-def write_report(name: str, directory: Path, data: DataSet, options, scores: dict) -> Path:
-    """Write `report_file`, and update the model card if this is a run."""
-    report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
-    report["chat"] = options.chat or chat_of(directory) or "none"
-    report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
-    path = report_file(name, data, options.greedy)
-    write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
-    if (Path(name) / "args.json").is_file():
-        write_card(Path(name), scores["weights"])
-    return path
 
 
 if __name__ == "__main__":

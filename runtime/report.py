@@ -1,4 +1,4 @@
-"""What a run reports: the model card of its student, and the commands that come next."""
+"""What a run reports: the scores and the model card of its student, and the commands that come next."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from runtime import parallel
 from runtime.hub import DATASETS, MODELS, repository_of
 from runtime.options import Options
 from runtime.presets import RECIPES, flags, recipe_name, shorten
-from runtime.run import KEPT_BY, read_log, run_of, write_text
+from runtime.run import KEPT_BY, chat_of, read_log, run_of, write_text
 
 MARK = "<!-- train.py and eval.py write this file again as long as this line is in it -->"
 MEASURES = ("rouge_l", "exact_match", "accuracy", "pass_at_1", "cross_entropy")  # of eval-NAME.json
@@ -42,6 +42,27 @@ def read_scores(out: Path, record: dict, weights: str | None) -> list[str]:
         how = "greedy" if report["greedy"] else f"sampled with seeds {report['seeds']}"
         lines.append(f"- {report['data']}, {report['examples']} examples, {how}: {', '.join(means)}")
     return lines
+
+
+def report_file(name: str, data, greedy: bool) -> Path:
+    """eval-<data>.json in the run's directory, or eval-<data>-greedy.json. For a directory that is not a run,
+    eval-<model>-<data>.json in the current directory, because a model's own may be shared or published."""
+    end = f"{data.name}{'-greedy' * greedy}.json"
+    if (Path(name) / "student").is_dir():
+        return Path(name) / f"eval-{end}"
+    return Path(f"eval-{name.strip('/').replace('/', '-')}-{end}")
+
+
+def write_report(name: str, directory: Path, data, options, scores: dict) -> Path:
+    """Write `report_file` on a model and a set (DataSet of scores/tasks.py); update the model card if this is a run."""
+    report = {"model": str(directory), "data": data.name, "task": data.task, "examples": len(data.examples)}
+    report["chat"] = options.chat or chat_of(directory) or "none"
+    report |= {"greedy": options.greedy, "seeds": None if options.greedy else options.seeds, **scores}
+    path = report_file(name, data, options.greedy)
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False))
+    if (Path(name) / "args.json").is_file():
+        write_card(Path(name), scores["weights"])
+    return path
 
 
 def write_card(out: Path, weights: str | None = None) -> None:
