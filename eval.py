@@ -22,7 +22,6 @@ Prompts longer than --max-prompt-len are cut and counted; the official runs drop
 """
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -36,7 +35,7 @@ from fast.cpu import by_onednn, packed
 from fast.cuda import graphed
 from losses import logits_under
 from model import generate, hidden_at, load_model
-from runtime.evaluation import parse
+from runtime.evaluation import parse, read_lines
 from runtime.formats import read_examples
 from runtime.hub import data_file
 from runtime.load import find_model
@@ -226,17 +225,6 @@ def answer(options, models: dict[str, Path]) -> None:
             for seed in options.seeds:
                 temperature = 0.0 if seed is None else 1.0
                 print(name + respond(model, tokenizer, prompts, max_len - limit, temperature, seed=seed)[0], flush=True)
-
-
-def read_lines() -> Iterator[str]:
-    """The lines of standard input that are not blank; on a terminal, with a prompt for each."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
 
 
 def read_sets(options) -> list[DataSet]:

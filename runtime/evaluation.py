@@ -1,6 +1,8 @@
-"""The command line of eval.py: every option, and the checks of its value."""
+"""The command line of eval.py: every option with the checks of its value, and the prompts that are typed."""
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 from runtime.device import choose_device, say_device
 from runtime.strict import check_device, check_values
@@ -53,3 +55,14 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
         options.seeds = [None]
     options.seeds = options.seeds or [10, 20, 30, 40, 50]
     return options
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of standard input that are not blank; on a terminal, with a prompt for each."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
