@@ -173,9 +173,7 @@ def exact_token_alignment(teacher: list[bytes | None], student: list[bytes | Non
 
 def spell(tokens: list[bytes | None]) -> str:
     """What the tokens spell, as a string of symbols: one character for each byte, U+0100 for end-of-text."""
-    ends = [i for i, token in enumerate(tokens) if token is None]
-    parts = zip([0, *(i + 1 for i in ends)], [*ends, len(tokens)], strict=True)
-    return "\u0100".join(b"".join(tokens[first:last]).decode("latin-1") for first, last in parts)
+    return "".join("\u0100" if token is None else token.decode("latin-1") for token in tokens)
 
 
 def without_first_byte(tokens: list[bytes | None]) -> tuple[int, list[bytes | None]]:
