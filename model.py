@@ -208,16 +208,13 @@ class LlamaAttention(Attention):
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.eps)
-            self.k_norm = RMSNorm(c.head_dim, c.eps)
-        self.qk_norm = c.qk_norm
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rotation, *where):
         # (B, T, heads, head_dim), k and v with kv_heads
         q, k, v = (project(x).unflatten(2, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
         return self.o_proj(self.attend(q, k, v, *where, self.attn_dropout if self.training else 0.0))
 
