@@ -96,7 +96,7 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    rows = sorted(rows, key=lambda row: len(row.student.prompt) + len(row.student.response))
+    rows = sorted(rows, key=lambda row: len(row.student))
     for start in range(0, len(rows), batch_size):
         side = collate(rows[start : start + batch_size], eos_id).student.to(device)
         hidden = hidden_at(model, side)
@@ -173,9 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options) -> None:
     """Print every model's answers to --prompt; or score every model on every set, write a report each and one table."""
-    models = {}
-    for name in options.directories:  # all must exist before any is loaded
-        models[name] = find_model(name, "student")
+    # all must exist before any is loaded
+    models = {name: find_model(name, "student") for name in options.directories}
     if options.prompt:
         return answer(options, models)
     sets = read_sets(options)
