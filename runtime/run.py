@@ -44,6 +44,7 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja "
     "added_tokens.json vocab.json merges.txt tokenizer.model"
 ).split()  # files that are copied from the initial student's directory to the trained student's
+FREE = {"processes", "shard", "recompute", "tensorboard"}  # options that a run may change: its updates stay the same
 KEPT_BY = {"rouge": "valid_rouge_l", "ce": "valid_ce"}  # --keep-best: the score's name in log.jsonl and args.json
 
 
@@ -218,7 +219,7 @@ def check_resumed(o) -> None:
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
-    free = {"batch_size", "grad_accum", "processes", "shard", "recompute", "tensorboard"}
+    free = FREE | {"batch_size", "grad_accum"}
     free |= {name for name in ("student_chat", "teacher_chat") if before.get(name) in FORMER}  # the tokens are compared
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
@@ -651,12 +652,14 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
 
 
 def is_finished(o) -> bool:
-    """Whether the training in --out is finished. Raises ValueError if it is, but with other options."""
+    """Whether the training in --out is finished. Raises ValueError if it is, but with options that change updates."""
     file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
     if not file.is_file():
         return False
     before = {**read_json(file)["options"], "out": o.out}  # it may have been moved
-    changed = [name for name, value in before.items() if asked.get(name, value) != value]
+    sizes = [x["batch_size"] * x["grad_accum"] * x["processes"] for x in (read_record(o), record_of(o))]
+    free = FREE | ({"batch_size", "grad_accum"} if sizes[0] == sizes[1] else set())
+    changed = [name for name, value in before.items() if name not in free and asked.get(name, value) != value]
     if changed:
         was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
         raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train again")
