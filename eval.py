@@ -58,7 +58,6 @@ def respond(
     prompts: list[str],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 32,
     progress: bool = False,
@@ -76,7 +75,7 @@ def respond(
             chosen = order[start : start + batch_size]
             batch_seed = None if seed is None else seed * 1_000_003 + start
             new = generate(
-                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, 0, top_p, batch_seed,
+                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, 0, 1.0, batch_seed,
                 tokenizer.size,  # not the rows that only pad the head
             )  # fmt: skip
             for i, tokens in zip(chosen, new, strict=True):
