@@ -305,6 +305,48 @@ def test_schedule_warms_up_and_decays():
     assert train.schedule(0, 10, 0) == 1.0
 
 
+def test_an_update_is_adamw_written_out(tiny_task, tmp_path):
+    """From the gradient of each update alone: it is clipped over student and projectors, each has its rate."""
+    options = {"recipe": "v1", "warmup": 1, "lr": 0.01, "projector_lr": 0.04, "weight_decay": 0.1, "clip": 0.3}
+    train.main(arguments(tiny_task, tmp_path / "run", max_steps=3, **options))
+    o, pieces = load_run(arguments(tiny_task, tmp_path / "again", max_steps=3, **options))
+    kinds = ("student", pieces.student), ("projectors", pieces.method.projectors)
+    named = {f"{kind}.{name}": p for kind, module in kinds for name, p in module.named_parameters()}
+    start = {name: p.detach().clone() for name, p in named.items()}
+    mean, square = ({name: torch.zeros_like(p) for name, p in named.items()} for _ in range(2))
+    updates = zip(log_of(tmp_path / "run"), pieces.updates(o, 0, 3), strict=True)
+    for t, (line, (_, _, batches)) in enumerate(updates, start=1):
+        for p in named.values():
+            p.grad = None
+        train.distil(o, pieces, pieces.student, batches)
+        norm = torch.cat([p.grad.flatten() for p in named.values()]).norm()
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3) and norm > 0.3
+        with torch.no_grad():
+            for name, p in named.items():
+                gradient = p.grad * 0.3 / norm
+                mean[name].mul_(0.9).add_(0.1 * gradient)
+                square[name].mul_(0.999).add_(0.001 * gradient**2)
+                is_projectors = name.startswith("projectors")
+                rate = (0.5, 1.0, 0.5)[t - 1] * (0.04 if is_projectors else 0.01)  # warm-up, peak, half-way down
+                decay = 0.1 if is_projectors or p.dim() == 2 else 0.0
+                step = mean[name] / (1 - 0.9**t) / ((square[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+                p.sub_(rate * (decay * p + step))
+    found = load_file(tmp_path / "run" / "resume" / "state.safetensors")
+    for name, p in named.items():
+        if "c_attn.bias" not in name:  # the keys' has no gradient, only what rounding leaves
+            assert (found[name] - p).norm() < 0.01 * (p - start[name]).norm(), name
+
+
+def test_dropout_is_for_training_alone(tiny_task, tmp_path, dry_run):
+    """Also that of a student that begins at random, which no file puts into evaluation mode."""
+    without, dropout = ({"method": "sft", "student": tiny_task / name} for name in ("student", "dropout"))
+    assert dry_run(**dropout, from_scratch=True)[0] == dry_run(**without, from_scratch=True)[0]
+    for name, options in (("without", without), ("dropout", dropout)):
+        train.main(arguments(tiny_task, tmp_path / name, max_steps=1, **options))
+    first = [log_of(tmp_path / name)[0]["ce"] for name in ("without", "dropout")]
+    assert first[0] != pytest.approx(first[1], rel=1e-4)
+
+
 def test_training_learns(tiny_task, tmp_path):
     """The loss on 40 examples, seen many times, falls far below that of guessing (log 900 = 6.8)."""
     options = {"method": "sft", "max_steps": 60, "lr": 2e-2, "batch_size": 20, "log_every": 20}
