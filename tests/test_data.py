@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers import byte_level
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from align import exact_token_alignment
@@ -252,6 +253,14 @@ def test_a_shorter_text_with_more_tokens_does_not_fit(tmp_path):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     [row], _ = tokenise([raw("f", "abcdef")], TextTokenizer(tmp_path, tokenizer, [9]), max_len=3, max_prompt_len=1)
     assert row.student == Side([5], [0, 1])
+
+
+def test_other_tokens_of_the_same_number_are_not_the_same(tmp_path):
+    """Without alignment."""
+    both = [TextTokenizer(tmp_path, byte_level({"a": a, "b": 1 - a, "<eos>": 2}), [2]) for a in (0, 1)]
+    assert len(tokenise([raw("a", "ab")], *both, align="cma")[0][0].teacher.response) == 3
+    with pytest.raises(ValueError, match="or one lacks a token of it that the other has"):
+        tokenise([raw("a", "ab")], *both, align="none")
 
 
 def test_report_adds_up(student, teacher):

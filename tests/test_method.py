@@ -240,6 +240,16 @@ def test_eta_compares_the_vocabularies_by_bytes(tokenizers):
     assert setting.made.student_token.tolist() == expected and -1 in expected
 
 
+def test_a_predicted_end_is_a_label_as_any_other(tokenizers, monkeypatch):
+    """The student's is id 0 here."""
+    setting = Setting(tokenizers, "dskd v2 eta")
+    ends = [tokenizer.eos_id for tokenizer in tokenizers]
+    monkeypatch.setattr(setting.made.objective, "predict_tokens", lambda hidden, _: torch.full((len(hidden),), ends[0]))
+    batch = setting.batch()
+    said = setting.made.ask_teacher(batch)
+    assert ends[1] == 0 and torch.equal(said.rows, batch.student_index) and (said.label == 0).all()
+
+
 def test_mined_by_its_definition(tokenizers):
     """Dense targets with the official code's sentinels: −1e5 for no probability, 100 for the gold token."""
     teacher_tokenizer, tokenizer = tokenizers

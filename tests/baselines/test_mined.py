@@ -127,11 +127,11 @@ def test_the_map_against_the_definition(trained, teacher, student):
 
 def test_the_map_by_hand():
     pieces = ["</s>", "<0x41>", "A", "▁he", "hens", "q" * 70, "he"]
-    student_pieces = ["<eos>", "A", "<0x41>", "▁he", "hen", "q" * 66, "pens", "he", "</s>"]
-    teacher, student = (sentencepiece(dict(zip(p, range(9), strict=False))) for p in (pieces, student_pieces))
+    student_pieces = ["<eos>", "A", "<0x41>", "▁he", "hen", "q" * 66, "pens", "he", "</s>", " he"]
+    teacher, student = (sentencepiece(dict(zip(p, range(10), strict=False))) for p in (pieces, student_pieces))
     teacher.add_special_tokens(["</s>"]), student.add_special_tokens(["<eos>"])
     mapped = edit_distance_map(teacher, student)
-    # special tokens by their names, each A to its own kind, of two ids one edit away the smaller one
+    # special tokens by their names, each A to its own kind, of two ids that are equal or one edit away the smaller one
     assert mapped.tolist() == [8, 2, 1, 3, 4, 5, 7]
     teacher_ids, student_ids = mapped_columns(mapped, teacher)
     assert (teacher_ids.tolist(), student_ids.tolist()) == ([2, 1, 3, 4, 5, 6, 0], [1, 2, 3, 4, 5, 7, 8])

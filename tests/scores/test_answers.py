@@ -111,6 +111,7 @@ def test_thoughts_are_not_looked_at():
         (r"\boxed{x^{2}+\{1\}} and 7 more", r"x^{2}+\{1\}"),
         (r"$\boxed{ \text{even} }$ for 4", r"\text{even}"),
         (r"\boxed{12} but \boxed{unclosed 5", "12"),
+        (r"\boxed{12}. The answer is 13.", "12"),
         (r"\fbox{3x}", "3x"),
         (r"so $x = \boxed 3$ for 2 of them", "3"),
         (r"\boxed{3} in \boxed form", "3"),
