@@ -33,11 +33,11 @@ def test_responses_come_back_in_order_in_any_batch_and_are_sampled_by_the_seed(t
     assert together == alone and len(set(together)) > 1
     sampled = [evaluation.respond(m, tokenizer, prompts, 6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    assert len(set(evaluation.respond(m, tokenizer, prompts[:1] * 4, 6, temperature=1.0, seed=1, batch_size=2))) == 4
 
 
 def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
-    m, tokenizer = student
-    m.train()
+    m, tokenizer = model.load_model(tiny_task / "dropout"), student[1]
     rows, _ = tokenise(read_examples(tiny_task / "valid.jsonl"), tokenizer)
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -47,6 +47,7 @@ def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
             for position in range(len(row.student.prompt) - 1, ids.shape[1] - 1):
                 total -= float(log_probabilities[position, ids[0, position + 1]])
                 tokens += 1
+    m.train()  # whose dropout is not to count
     for batch_size in (1, 3, 16):
         found = evaluation.held_out_cross_entropy(m, rows, tokenizer.eos_id, batch_size=batch_size)
         assert found == pytest.approx(total / tokens, rel=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import model
 import train
 from baselines import seqkd
+from data import Example
 from runtime.formats import read_examples
 from runtime.load import load_answers
 from runtime.options import Options
@@ -164,6 +165,15 @@ def test_sampled_answers_depend_on_the_seed(tiny_task, tmp_path):
         train.main(words(tiny_task, tmp_path / name, **options))
         texts[name] = [example.outputs[0] for example in read_examples(tmp_path / name / "seqkd.jsonl")]
     assert texts["a"] == texts["b"] != texts["c"]
+
+
+def test_the_same_prompt_in_two_batches_is_sampled_anew(tiny_task):
+    teacher, student = (read_tokenizer(tiny_task / name) for name in ("teacher", "student"))
+    how = {"max_len": 20, "temperature": 1.0, "seed": 1, "batch_size": 1}
+    lines = seqkd.answer_prompts(
+        [Example("", [""], prompt="Who?")] * 2, model.load_model(tiny_task / "teacher"), teacher, student, **how
+    )
+    assert len({line["output"] for line in lines}) == 2
 
 
 def test_answers_are_no_prompts_for_more_answers(tiny_task, finished, tmp_path):
