@@ -268,10 +268,10 @@ def is_value(value, entry: Field) -> bool:
 
 def stored_options(given: dict) -> dict:
     """The options of the run in --out, as if they were given, for --resume and --out without models; otherwise {}."""
-    models = given.keys() & {"student", "teacher", "data"}
-    if not given.get("resume") or models or not (Path(given.get("out", "")) / "args.json").is_file():
+    models, out = given.keys() & {"student", "teacher", "data"}, given.get("out")
+    if not given.get("resume") or models or out is None or not (Path(out) / "args.json").is_file():
         return {}
-    record = read_record(Options(out=given["out"]))
+    record = read_record(Options(out=out))
     return shorten({entry.name: record.get(entry.name, entry.default) for entry in fields(Options)})
 
 

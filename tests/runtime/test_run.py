@@ -123,9 +123,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_task, tmp_path, name):
         assert {0, 1} == set(kinds[2:]) and 1 in kinds[:2]
 
 
-def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys):
+def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys, monkeypatch):
     """`--resume --out` alone goes on with the run that is there, not with the embedded task inside it; also if it was
-    moved there, or --out is spelt in another way."""
+    moved there, or --out is spelt in another way. --resume alone is about the embedded task, even inside a run."""
     train.main(command(tiny_task, tmp_path / "whole", max_steps=6, lr=1e-3))
     with stopped_by_ctrl_c():
         train.main(command(tiny_task, tmp_path / "parts", max_steps=6, lr=1e-3))
@@ -134,6 +134,9 @@ def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys):
     with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.001"):
         train.main(["--out", str(tmp_path / "parts"), "--resume", "--lr", "0.1"])
     (tmp_path / "parts").rename(tmp_path / "moved")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume: runs/tiny holds no run"):
+        patch.chdir(tmp_path / "moved")
+        train.main(["--resume"])
     train.main(["--out", f"{tmp_path}/moved/", "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     again = train.parse(shlex.split(capsys.readouterr().err.splitlines()[-1].partition(" train.py ")[2]))
