@@ -108,6 +108,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": None}, "rope_theta": 1e6},
     {"rope_scaling": {**YARN, "mscale": 0.7, "beta_fast": 1, "original_max_position_embeddings": 4}},
     {"rope_scaling": {**YARN, "factor": 0.5}},
+    {"rope_scaling": YARN, "rope_theta": 2.0},
     {"rope_scaling": {"type": "dynamic", "factor": 2.0}},  # our sequences end where it begins
     {"rope_scaling": {"rope_type": "linear", "factor": 3, "original_max_position_embeddings": 5, "beta_fast": 1}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4}},
