@@ -170,6 +170,9 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
                 like = f"--as-confident-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
                 commands.append(f"{score} {home}/sft-{seed} {like} --out {out}")
                 continue
+            before = o.out / name / f"{row}-{seed}" / "args.json"
+            if before.is_file() and read_json(before)["epochs"] != o.epochs:
+                raise ValueError(f"{before.parent}: not trained with --epochs {o.epochs}; give another --out")
             how += f" --epochs {o.epochs}" + " --keep-best rouge" * (o.epochs > 1)
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
@@ -327,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that the pair's vocabularies allow)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--epochs", type=int, default=1, help="the student's; after each, the best by Rouge-L on the "
-                        "validation prompts is kept (default: 1)")  # fmt: skip
+                        "validation prompts is kept; each number needs its own --out (default: 1)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
     parser.add_argument("--run", action="store_true", help="also run the commands")
     parser.add_argument("--tables", action="store_true", help="print tables of what is finished")

@@ -50,6 +50,8 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
         capsys.readouterr()
         realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])  # all of it is there
     again = capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit, match="sft-0: not trained with --epochs 4; give another --out"):
+        realtext.main([*arguments, "--epochs", "4", "--rows", *rows])
     assert [line for line in again if "--score" in line] == [] and len(again) <= 1
     parts = {}
     for part in ("train", "valid", "test"):
