@@ -1,1 +1,1 @@
-"""The evidence: runs, tables, pictures and measurements; nothing else imports these files."""
+"""The evidence: runs, tables, pictures and measurements. Other files import only `tiny`, when it is asked for."""

@@ -6,7 +6,7 @@ Why the task is open-ended: distillation helps if the teacher knows more than th
 hundreds of valid answers, and the gold answer is *one random draw* from a small slot grammar in which every word has
 its own tastes: a fox mostly sniffs the flowers, sometimes dances and never hides, but a wolf does. A teacher that reads
 16,000 draws learns these conditional distributions. The student's 500 single draws do not show them, but the teacher's
-soft predictions do. Test prompts combine words that never occur together in training.
+soft predictions do. No test prompt occurs in training.
 
 The student is pre-trained, like the papers' students: half of the answers that it has read ignore tastes. So it speaks
 the language, and half believes what the teacher knows. The tastes of a word are seeded by the word itself, so that all
