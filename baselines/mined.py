@@ -1,8 +1,8 @@
 """Minimum edit distance alignment (MinED, arXiv 2401.10491): tokens that look alike stand for each other.
 
 Positions are paired by dynamic time warping over edit distances (`edit_distance_alignment`); a teacher token maps to
-the student token with the most similar spelling (`edit_distance_map`). If the partner of a student position maps to its
-token, the student learns the teacher's distribution there, translated by the map; elsewhere it learns the gold token.
+the student token with the most similar spelling (`edit_distance_map`). Where a student's token is paired with a teacher
+token that maps to it, the student learns the teacher's distribution, translated by the map; elsewhere the gold token.
 
 >>> teacher_index, student_index = edit_distance_alignment([b"sun", b" flower"], [b" sun", b"flow", b"er"])
 >>> list(zip(teacher_index.tolist(), student_index.tolist()))
