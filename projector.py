@@ -54,6 +54,8 @@ class Projectors(nn.Module):
     """t2s (D -> d), s2t (d -> D) and CMA's query (2d -> 2D), all linear; `query` is None without CMA.
 
     student_head (V, d) and teacher_head (V, D) list the shared vocabulary in the same order, in float32.
+    If the heads of one vocabulary are padded to different lengths, give the rows that both have, here and to
+    `refresh_s2t`, and take the teacher's predictions over these rows of its head alone.
     v1: all start at random, as `nn.Linear` does, with biases, and all are trained.
     v2: no biases. t2s starts where it preserves the teacher's logits, and is trained; s2t is solved for the current
     student head by `refresh_s2t`, before every update, and no optimiser touches it.

@@ -296,9 +296,15 @@ def head_terms(
     chunk: int = 512,
     fused: bool = False,
 ) -> SimpleNamespace:
-    """Sums of `HeadTerms` over all tokens: loss, with a gradient; ce, correct, target_ce, agrees and kd, without."""
+    """Sums of `HeadTerms` over all tokens: loss, with a gradient; ce, correct, target_ce, agrees and kd, without.
+    Raises ValueError if the numbers of tokens do not fit together: in chunks, they would still give a number."""
+    pairs = len(hidden) if isinstance(rows, slice) else len(rows)
+    if gold is not None and len(gold) != len(hidden):
+        raise ValueError(f"student_hidden has {len(hidden)} states, but gold {len(gold)} tokens")
     if target_hidden is None:
         target_hidden, target_head = hidden[:0].detach(), head
+    elif len(target_hidden) != pairs:
+        raise ValueError(f"{pairs} student states are compared, but teacher_hidden has {len(target_hidden)} states")
     if not isinstance(rows, slice):  # HeadTerms needs the tokens that have a target first
         order = rows
         if gold is not None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import DIVERGENCES, DSKD, LEARN, V_S, D, Inputs, Largest, N, d
+from helpers import DIVERGENCES, DSKD, LEARN, V_S, V_T, D, Inputs, K, Largest, N, d
 
+from baselines.uld import uld_loss
 from fast import losses as fast_losses
 from losses import RECIPES, Counts
 
@@ -111,3 +112,16 @@ def test_float16_is_refused():
     hidden, head = torch.randn(2, d, requires_grad=True), torch.randn(V_S, d)
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
         fast_losses.sft_loss(hidden, torch.tensor([0, 1]), head, Counts(2))
+
+
+@pytest.mark.parametrize("count", [K - 1, K + 1])
+def test_numbers_of_tokens_that_do_not_fit_are_refused(count):
+    """A chunk would take those that are there. The plain losses refuse them because the shapes do not fit."""
+    hidden, teacher_hidden, heads = torch.randn(K, d), torch.randn(count, D), (torch.randn(V_S, d), torch.randn(V_T, D))
+    gold, wrong = torch.zeros(K, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"gold {count}"):
+        fast_losses.sft_loss(hidden, wrong, heads[0], Counts(K), chunk=2)
+    with pytest.raises(ValueError, match=f"teacher_hidden has {count}"):
+        fast_losses.kd_loss(hidden, gold, teacher_hidden, *heads, Counts(K), chunk=2)
+    with pytest.raises(ValueError, match=f"teacher_hidden has {count}"):
+        uld_loss(hidden, gold, torch.arange(K), teacher_hidden, *heads, Counts(K), chunk=2)
