@@ -92,7 +92,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     Does nothing on other devices, for dtypes other than float32 and bfloat16, above LARGEST, and in bfloat16 on a
     processor without instructions for it (AVX512 or AVX-NE-CONVERT), where oneDNN fails but PyTorch's products work.
     """
-    put_on(model)
+    if model.head_weight.device.type == "cpu":  # elsewhere, a compiled model would be compiled again
+        put_on(model)
     layers = [(m, "forward", m.weight, m.bias) for m in model.blocks.modules() if type(m) is nn.Linear]
     layers.append((model, "logits", model.head_weight, None))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.head_weight.dtype
