@@ -405,7 +405,7 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         stage(distilled, teacher=str(root / "teacher" / "student"), **learned)
     finished = [file.parent.name for file in sorted(root.glob("*/finished.json"))]
     names = dict.fromkeys([*stages, *finished])  # also the stages of earlier calls
-    scores = {name: score_stage(root, name, o.device or "cpu") for name in names}
+    scores = {name: score_stage(root, name, checked.device) for name in names}
     print(f"\nseed {o.seed}; everything is in {root}\n\n{tabulate([scores], distilled)}\n\n{MEANING}")
     if given.keys() <= {"seed", "out", "device", "resume"}:  # the stored seeds have the default settings
         seeds = json.loads(SEEDS.read_text())

@@ -173,6 +173,20 @@ def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.endswith(tiny.tabulate(seeds, "dskd-v2") + "\n")
 
 
+def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypatch):
+    devices = []
+
+    def score_stage(root, name, device):
+        devices.append(device)
+        return dict.fromkeys(tiny.COLUMNS, 0.0)
+
+    monkeypatch.setattr("runtime.strict.choose_device", lambda index=0: ("cuda", "pretended"))
+    monkeypatch.setattr("train.run_stage", lambda options, name: None)
+    monkeypatch.setattr(tiny, "score_stage", score_stage)
+    tiny.run({"out": str(tmp_path / "runs")})
+    assert devices == ["cuda"] * 5
+
+
 def test_the_lead_is_taken_seed_by_seed():
     def scores(*values):
         names = [*tiny.TWINS, "dskd-v2"]
