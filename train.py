@@ -481,6 +481,9 @@ def main(arguments: list[str] | None = None) -> None:
             run(given)
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"error: {error}\n--recompute, or a smaller --batch-size with a larger --grad-accum, needs less "
+                     "memory, also with --resume; docs/guide.md, When memory is short, has more")  # fmt: skip
         except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
             print(f"\n{str(stopped) or 'stopped at once'}\n{say_how_to_go_on(given, arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(stopped, "number", signal.SIGINT))

@@ -494,6 +494,21 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_task, tmp_path, at_call)
     assert step_of(run) == 2 and all(tensor.isfinite().all() for tensor in weights_of(run).values())
 
 
+def test_a_gpu_without_enough_memory_is_one_error(tiny_task, tmp_path, at_call):
+    """Which says what to do; and that can be done."""
+    run = tmp_path / "run"
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_call("distil", 4, fail)
+    with pytest.raises(SystemExit, match="error: CUDA out of memory. Tried .* GiB\n--recompute, .* also with --resume"):
+        train.main(command(tiny_task, run, max_steps=5))
+    assert step_of(run) == 2
+    train.main([*command(tiny_task, run, max_steps=5, recompute=True), "--resume"])
+    assert step_of(run) == 5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Long runs
 
