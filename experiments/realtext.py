@@ -150,12 +150,12 @@ def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
 
 def commands_of(o: argparse.Namespace, name: str) -> list[str]:
     """The pair's remaining commands in order: all rows of a seed, then the next seed, so that seeds are completed."""
-    pair, home, data = PAIRS[name], o.out / name, o.out / "data"
-    quote = [shlex.quote(str(path)) for path in (directory_of(o, pair.student), directory_of(o, pair.teacher), home)]
-    student, teacher, home = quote
+    pair = PAIRS[name]
+    paths = directory_of(o, pair.student), directory_of(o, pair.teacher), o.judge, o.out / name, o.out / "data"
+    student, teacher, judge, home, data = (shlex.quote(str(path)) for path in paths)
     given = f"--data {data}/{pair.data}-train.jsonl --valid {data}/{pair.data}-valid.jsonl {COMMON}"
     tests = " ".join(f"{data}/{part}-test.jsonl" for part in (pair.data, *pair.others))
-    score = f"-m experiments.realtext --judge {o.judge} --tests {tests} --score"
+    score = f"-m experiments.realtext --judge {judge} --tests {tests} --score"
     commands = [f"train.py --method sft --student {teacher} {given} {TEACHER} --out {home}/teacher",
                 f"{score} {home}/teacher", f"{score} {student} --out {home}/start"]  # fmt: skip
     for seed in o.seeds:

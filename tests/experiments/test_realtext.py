@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ from runtime.formats import read_examples
 
 @pytest.fixture
 def arguments(tiny_task, tmp_path, monkeypatch):
-    """The experiment's, on models of the tests: the same sequence, in seconds."""
+    """The experiment's, on models of the tests: the same sequence, in seconds. There are paths with a space."""
     for name, value in {
         "VALID": 2, "TEST": 3, "TRAIN": 4, "LENGTH": 96, "NEW_TOKENS": 4, "LEFT_OUT": (), "TEACHER": "--max-steps 1",
         "STUDENT": "--max-steps 2", "COMMON": "--max-len 96 --max-prompt-len 48 --batch-size 2 --device cpu",
@@ -25,8 +26,9 @@ def arguments(tiny_task, tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(realtext, name, value)
     monkeypatch.setitem(realtext.PAIRS, "other", realtext.Pair("small", "large", "dolly", ("self_instruct",)))
-    models = {"small": tiny_task / "twin", "large": tiny_task / "teacher", "judge": tiny_task / "teacher"}
-    words = {**models, "data": tiny_task, "out": tmp_path / "out"}
+    shutil.copytree(tiny_task / "teacher", tmp_path / "a judge")
+    models = {"small": tiny_task / "twin", "large": tiny_task / "teacher", "judge": tmp_path / "a judge"}
+    words = {**models, "data": tiny_task, "out": tmp_path / "my runs"}
     return [*(str(word) for name, value in words.items() for word in (f"--{name}", value)), "--pairs", "other"]
 
 
@@ -44,7 +46,7 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     rows = ["sft", "uld", "v2", "v2-random", "sft-as-v2"]
     realtext.main([*arguments, "--seeds", "0", "--rows", *rows])
     printed = capsys.readouterr().out.splitlines()
-    assert not (tmp_path / "out").exists() and len(printed) == 3 + 2 * len(rows) - 1
+    assert not (tmp_path / "my runs").exists() and len(printed) == 3 + 2 * len(rows) - 1
     with patch.object(subprocess, "run", in_process):
         realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
         capsys.readouterr()
@@ -55,14 +57,14 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     assert [line for line in again if "--score" in line] == [] and len(again) <= 1
     parts = {}
     for part in ("train", "valid", "test"):
-        parts[part] = {example.prompt for example in read_examples(tmp_path / "out" / "data" / f"dolly-{part}.jsonl")}
+        parts[part] = {example.prompt for example in read_examples(tmp_path / "my runs/data" / f"dolly-{part}.jsonl")}
     assert not parts["train"] & parts["test"] and not parts["valid"] & (parts["train"] | parts["test"])
 
-    realtext.main(["--out", str(tmp_path / "out"), "--tables"])
+    realtext.main(["--out", str(tmp_path / "my runs"), "--tables"])
     shown = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if "(" in line]
     assert [(row.strip(), int(seeds)) for row, seeds in shown] == [(row, 2) for row in rows[1:]] * 2  # in both sets
     pytest.importorskip("matplotlib")
-    realtext.main(["--out", str(tmp_path / "out"), "--tables", "--picture", str(tmp_path / "picture.png")])
+    realtext.main(["--out", str(tmp_path / "my runs"), "--tables", "--picture", str(tmp_path / "picture.png")])
     assert capsys.readouterr().out.endswith("picture.png\n") and (tmp_path / "picture.png").stat().st_size > 5000
 
 
