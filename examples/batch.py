@@ -47,8 +47,8 @@ def check_head(directory: str, model: nn.Module) -> None:
     output = model(input_ids=torch.arange(8)[None], output_hidden_states=True)
     logits = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits, output.logits, rtol=0, atol=1e-3 * logits.abs().max()):
-        raise ValueError(f"{directory}: its logits are not just states times head (there is a bias, a scale or "
-                         "soft-capping), and the losses do not support that")  # fmt: skip
+        raise ValueError(f"{directory}: its logits are not just states times head: there is a scale (then scale the "
+                         "states instead), or a bias or soft-capping (which the losses do not support)")  # fmt: skip
 
 
 def compare_vocabularies(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_rows: int):

@@ -48,6 +48,7 @@ def distil(student, teacher, tokenizers, rows: list[dict], steps: int, batch_siz
     projectors = Projectors(student_head[student_shared].float(), teacher_head[teacher_shared].float())
     trained = [*student.parameters(), *projectors.t2s.parameters()]  # s2t is solved, and the teacher is frozen
     optimizer = torch.optim.AdamW(trained, lr=lr)
+    student.train()  # `from_pretrained` leaves dropout and gradient checkpointing off
     for step in range(steps):
         first = step * batch_size % len(rows)
         batch = collate(rows[first : first + batch_size], student.device)
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = parse_options(__doc__, arguments, out="runs/transformers_loop")
     student, teacher, tokenizers, rows = load(o)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student.to(device).train()
+    student.to(device)
     teacher.to(device)
     distil(student, teacher, tokenizers, rows, o.steps, batch_size=4, lr=5e-4)
     student.save_pretrained(o.out)
