@@ -125,7 +125,8 @@ def leave_out_layers(source: Path, out: Path, layers: Iterable[int]) -> None:
 
 def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
     """Write {part}-train, -valid and -test.jsonl, if they are missing: a fixed draw of the examples that are short
-    enough for all tokenizers; each prompt is in only one file. Raises ValueError if there are too few for the test."""
+    enough for all tokenizers, and {part}-more.jsonl, one example of each prompt that is left over. Each prompt is in
+    only one file. Raises ValueError if there are too few for the test."""
     if (out / f"{part}-train.jsonl").is_file():
         return
     groups: dict[str, list[str]] = {}
@@ -142,10 +143,12 @@ def write_split(folder: Path, part: str, tokenizers: list, out: Path) -> None:
         files = " and ".join(FILES[part])
         raise ValueError(f"{folder}: {len(prompts)} short prompts in {files}, but {TEST} are needed for the test alone")
     parts = {"test": prompts[:TEST], "valid": prompts[TEST : TEST + VALID], "train": prompts[TEST + VALID :]}
+    lines = {split: [line for prompt in chosen for line in groups[prompt]][:TRAIN] for split, chosen in parts.items()}
+    firsts = [groups[prompt][0] for prompt in sorted(parts["train"])]
+    lines["more"] = [line for line in firsts if line not in lines["train"]]
     out.mkdir(parents=True, exist_ok=True)
-    for split, chosen in parts.items():
-        lines = [line for prompt in chosen for line in groups[prompt]]
-        write_text(out / f"{part}-{split}.jsonl", "".join(lines[:TRAIN]))
+    for split in ("more", *parts):
+        write_text(out / f"{part}-{split}.jsonl", "".join(lines[split]))
 
 
 def commands_of(o: argparse.Namespace, name: str) -> list[str]:
