@@ -1,7 +1,7 @@
 """Distil a teacher into a student.
 
     python train.py                                                the embedded tiny task, to the end
-    python train.py --teacher qwen --student gpt2 --data dolly     the papers' pair
+    python train.py --teacher qwen --student gpt2                  the papers' pair, on Dolly
     python train.py --teacher DIR --student DIR --data FILE.jsonl  your own
     torchrun --nproc_per_node=N train.py --teacher ...             on N devices, see docs/multi_gpu.md
 

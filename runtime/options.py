@@ -18,7 +18,7 @@ class Options:
 
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
-    data: str | None = option(None, "named set or file to train on")
+    data: str | None = option(None, "named set or file to train on (default: dolly for a preset that the papers train)")
     valid: str | None = option(None, "held-out named set or file, for valid_ce and samples.txt")
     keep_best: str | None = option(
         None, "keep in student/ the checkpoint with the best score on --valid instead of the last one. The score is "

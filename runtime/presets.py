@@ -8,10 +8,10 @@ from runtime import parallel
 from runtime.hub import MODELS
 from runtime.options import Options
 
-_LORA = {"epochs": 10, "batch_size": 32, "lr": 1e-3, "lora": 256, "lora_alpha": 8.0, "lora_dropout": 0.1}
-_TEACHER = {"epochs": 10, "batch_size": 32, "lr": 2e-5}  # fine-tuned as a whole
+_TEACHER = {"data": "dolly", "epochs": 10, "batch_size": 32, "lr": 2e-5}  # fine-tuned as a whole
+_LORA = {**_TEACHER, "lr": 1e-3, "lora": 256, "lora_alpha": 8.0, "lora_dropout": 0.1}
 RECIPES = {  # {model that is trained (by any method), or task: its settings}; all other options keep their defaults
-    "gpt2": {"epochs": 20, "batch_size": 32, "lr": 5e-4},
+    "gpt2": {"data": "dolly", "epochs": 20, "batch_size": 32, "lr": 5e-4},
     "tinyllama": _LORA,
     "qwen": _TEACHER,
     "llama2": _LORA,
@@ -67,8 +67,8 @@ def say_settings(given: dict) -> None:
     """One line on standard error: which settings come from the papers' recipe, and which were given instead."""
     name = recipe_name(given)
     recipe = divided(RECIPES.get(name, {}))
-    taken = flags({option: value for option, value in recipe.items() if option not in given})
-    instead = flags({option: given[option] for option in recipe if option in given})
+    taken = flags({option: value for option, value in recipe.items() if given.get(option, value) == value})
+    instead = flags({option: given[option] for option, value in recipe.items() if given.get(option, value) != value})
     line = f"{taken or 'none'} from the papers' for {name}" if name else f"none are published for {given['student']}"
     line += f", replaced by the command line: {instead}" if instead else ""
     print(f"settings: {line}; all others as given, else the defaults", file=sys.stderr)

@@ -116,6 +116,20 @@ def test_settings_of_a_pair(line, expected):
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("student", ["gpt2", "tinyllama", "openai-community/gpt2"])
+def test_the_papers_models_are_trained_on_dolly(student):
+    line = f"--teacher qwen --student {student}"
+    assert resolved(line).data == "dolly" and resolved(line + " --data x").data == "x"
+    for teacher in ("qwen", "a/directory"):  # also in the teacher's stage
+        assert teacher_stage(train.parse(["--teacher", teacher, "--student", student]), "runs/a")["data"] == "dolly"
+
+
+@pytest.mark.parametrize("line", ["qwen3-0.6b", "gpt2 --task math", "gpt2 --from-scratch", "a/directory"])
+def test_other_runs_have_to_name_their_data(line):
+    with pytest.raises(ValueError, match="--data is missing"):
+        resolved("--teacher qwen --student " + line)
+
+
 def test_a_directory_of_a_presets_name_is_no_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tinyllama").mkdir()
@@ -127,7 +141,9 @@ def test_where_the_settings_come_from_is_said(capsys):
         train.say_settings(train.parse(shlex.split(line)))
         return capsys.readouterr().err.strip()
 
-    assert "settings: --epochs 20 --batch-size 32 --lr 0.0005 from the papers' for gpt2;" in said("--student gpt2")
+    whole = "settings: --data dolly --epochs 20 --batch-size 32 --lr 0.0005 from the papers' for gpt2;"
+    assert whole in said("--student gpt2") and whole in said("--student gpt2 --data dolly --epochs 20")
+    assert "from the papers' for gpt2, replaced by the command line: --data x;" in said("--student gpt2 --data x")
     line = said("--student tinyllama --lr 0.5 --lora 8")
     assert "--epochs 10 --batch-size 32 --lora-alpha 8.0 --lora-dropout 0.1 from the papers' for tinyllama" in line
     assert "replaced by the command line: --lr 0.5 --lora 8;" in line
