@@ -175,7 +175,8 @@ def find_snapshot(repository: str, kind: str, files: list[str], name: str) -> Pa
             why = "the hub cannot be reached" if offline else f"downloading failed ({type(error).__name__}: {error})"
             why = f" is not a {'file' if kind == 'dataset' else 'directory'}, is not in the local cache, and {why}."
         option = "--data FILE.jsonl" if kind == "dataset" else "its path instead of the name"
-        by_hand = f"Download {', '.join(files)} of {repository} on a machine that can, and give {option}."
+        wanted = ", ".join(files) + " (to train or score, also the weights)" * (files == list(MODEL_FILES))
+        by_hand = f"Download {wanted} of {repository} on a machine that can, and give {option}."
         raise FileNotFoundError(f"{name!r}{why} {by_hand}") from error
     verify_checksums(downloaded)
     return downloaded
