@@ -120,7 +120,12 @@ def merge_into(base: Path, adapter: Path) -> Path:
         for file in (directory / name for directory in (base, adapter) for name in MODEL_FILES[1:]):
             if file.is_file():
                 shutil.copy(file, new)
-        os.rename(new, merged)
+        try:
+            os.rename(new, merged)
+        except OSError:
+            if not merged.is_dir():
+                raise
+            shutil.rmtree(new)  # another run has made the same meanwhile
     say_once(f"{adapter} is an adapter; merged with its base {base}, the model is in {merged}")
     return merged
 

@@ -13,6 +13,7 @@ import eval as evaluation
 import lora
 import model
 import train
+from runtime import peft as peft_files
 from runtime import run as checkpoint
 from runtime.load import find_model
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
@@ -287,6 +288,24 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         with pytest.raises(FileNotFoundError, match=f"is an adapter whose base model is missing: model '{base}'"):
             find_model(str(adapter), "teacher")
+
+
+def test_two_runs_may_merge_the_same_adapter_at_once(tmp_path, monkeypatch):
+    m = random_model(GPT2)
+    save_model, folders = peft_files.save_model, [tmp_path / "base", tmp_path / "adapter"]
+    save_model(m, folders[0])
+    save_adapter(trained(m), folders[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def save_after_another_run(m, path):
+        monkeypatch.setattr(peft_files, "save_model", save_model)
+        peft_files.merge_into(*folders)
+        save_model(m, path)
+
+    monkeypatch.setattr(peft_files, "save_model", save_after_another_run)
+    merged = peft_files.merge_into(*folders)
+    assert list(merged.parent.iterdir()) == [merged]  # no second copy is left
+    assert close(logits_of(model.load_model(merged)), logits_of(m))
 
 
 @pytest.fixture
