@@ -184,11 +184,12 @@ def wait_for_lock(stream, file: Path) -> None:
     """Lock the open file until it is closed, or the process ends."""
     import fcntl  # here, because it exists only on Unix, and eval.py also runs elsewhere
 
+    kind = fcntl.LOCK_EX if stream.writable() else fcntl.LOCK_SH  # NFS has no exclusive lock for who only reads
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"{file}: waiting for another run that uses it", file=sys.stderr)
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        fcntl.flock(stream, kind)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """cache.py: the same numbers as with the teacher beside the student, never its body, and never a file half-trusted."""
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
 import threading
@@ -324,8 +326,14 @@ def test_a_finished_file_that_cannot_be_written_is_used(setting, monkeypatch):
         assert "r" in mode and "+" not in mode
         return open(file, mode)
 
+    def flock_as_nfs(stream, kind, flock=fcntl.flock):
+        if kind & fcntl.LOCK_EX and not stream.writable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(stream, kind)
+
     made = setting.make()
     made.attach_states()
+    monkeypatch.setattr(fcntl, "flock", flock_as_nfs)
     monkeypatch.setattr(cache.os, "access", lambda file, mode: False)
     monkeypatch.setattr(cache, "open", open_read_only, raising=False)
     again = setting.make()
