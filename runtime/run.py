@@ -161,6 +161,8 @@ def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
             changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
         else:
             return take_up(o, pieces, optimizer, tensors, metadata)
+    except torch.OutOfMemoryError:  # a RuntimeError, but the file is sound
+        raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
     raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; restore the original ones, "

@@ -502,9 +502,13 @@ def test_a_gpu_without_enough_memory_is_one_error(tiny_task, tmp_path, at_call):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     at_call("distil", 4, fail)
-    with pytest.raises(SystemExit, match="error: CUDA out of memory. Tried .* GiB\n--recompute, .* also with --resume"):
+    told = "error: CUDA out of memory. Tried .* GiB\n--recompute, .* also with --resume"
+    with pytest.raises(SystemExit, match=told):
         train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2
+    at_call("copy_into", 1, fail)  # the checkpoint is sound: nothing says to give it up
+    with pytest.raises(SystemExit, match=told):
+        train.main([*command(tiny_task, run, max_steps=5), "--resume"])
     train.main([*command(tiny_task, run, max_steps=5, recompute=True), "--resume"])
     assert step_of(run) == 5
 
