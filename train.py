@@ -518,6 +518,7 @@ def run(given: dict) -> None:
 
 def run_stage(o: Options, name: str) -> None:
     """Train one stage: keep a finished one, resume an interrupted one."""
+    o = check_options(o)
     if not is_finished(o):
         o.resume = (Path(o.out) / "args.json").is_file()
         train(o, description=name)

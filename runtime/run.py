@@ -221,7 +221,7 @@ def check_resumed(o) -> None:
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
-    free = FREE | {"batch_size", "grad_accum"}
+    free = free_options(asked, before)
     free |= {name for name in ("student_chat", "teacher_chat") if before.get(name) in FORMER}  # the tokens are compared
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
@@ -257,6 +257,14 @@ def record_of(o) -> dict:
     """The options as args.json records them."""
     device = o.device if not parallel.by_torchrun() else o.device and torch.device(o.device).type
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
+
+
+def free_options(asked: dict, before: dict) -> set[str]:
+    """The options that may differ between these two records of a run, because its updates stay the same."""
+    sizes = [x["batch_size"] * x["grad_accum"] * x["processes"] for x in (asked, before)]
+    kinds = [str(x.get("device")).partition(":")[0] for x in (asked, before)]  # it may be another card
+    free = FREE | ({"batch_size", "grad_accum"} if sizes[0] == sizes[1] else set())
+    return free | ({"device"} if kinds[0] == kinds[1] else set())
 
 
 def is_value(value, entry: Field) -> bool:
@@ -655,15 +663,15 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
 
 def is_finished(o) -> bool:
     """Whether the training in --out is finished. Raises ValueError if it is, but with options that change updates."""
-    file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
+    file, asked = Path(o.out) / "finished.json", record_of(o)
     if not file.is_file():
         return False
     before = {**read_json(file)["options"], "out": o.out}  # it may have been moved
-    sizes = [x["batch_size"] * x["grad_accum"] * x["processes"] for x in (read_record(o), record_of(o))]
-    free = FREE | ({"batch_size", "grad_accum"} if sizes[0] == sizes[1] else set())
-    changed = [name for name, value in before.items() if name not in free and asked.get(name, value) != value]
+    record = read_record(o)  # also has the values of options that were left open
+    changed = [name for name, value in before.items() if asked.get(name, value) not in (value, record.get(name))]
+    changed = [name for name in changed if name not in free_options(asked, record)]
     if changed:
-        was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
+        was = f"--{changed[0].replace('_', '-')} {record.get(changed[0])!r}"
         raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train again")
     return True
 

@@ -226,8 +226,9 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
 
     log = (out / "teacher" / "log.jsonl").read_bytes()
     out = out.rename(tmp_path / "moved")
-    split = {"batch_size": 2, "grad_accum": 2, "recompute": True}  # what a resumed run may change; all is done
-    train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True, **split))
+    # What a resumed run may change, and a default that is given now; all is done.
+    other = {"batch_size": 2, "grad_accum": 2, "recompute": True, "device": "cpu:0", "dtype": "fp32"}
+    train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True, **other))
     out = out.rename(tmp_path / "moved again")
     train.main(["--out", str(out), "--resume"])
     assert json.loads((out / "args.json").read_text())["teacher"] == f"{out}/teacher/student"
