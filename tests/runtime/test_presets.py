@@ -231,6 +231,7 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
     train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True, **other))
     out = out.rename(tmp_path / "moved again")
     train.main(["--out", str(out), "--resume"])
+    train.main(["--out", str(out), "--resume", "--teacher-sft"])
     assert json.loads((out / "args.json").read_text())["teacher"] == f"{out}/teacher/student"
     assert (out / "teacher" / "log.jsonl").read_bytes() == log
     again = tmp_path / "again"
