@@ -282,6 +282,8 @@ def stored_options(given: dict) -> dict:
     if not given.get("resume") or models or out is None or not (Path(out) / "args.json").is_file():
         return {}
     record = read_record(Options(out=out))
+    if not parallel.by_torchrun():  # one process has nothing to split
+        record["shard"] = None
     return shorten({entry.name: record.get(entry.name, entry.default) for entry in fields(Options)})
 
 

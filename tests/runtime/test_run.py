@@ -133,6 +133,8 @@ def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys, monkeypatc
         train.main(["--out", str(tmp_path / "parts")])
     with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.001"):
         train.main(["--out", str(tmp_path / "parts"), "--resume", "--lr", "0.1"])
+    record = json.loads((tmp_path / "parts" / "args.json").read_text())
+    (tmp_path / "parts" / "args.json").write_text(json.dumps({**record, "shard": "both"}))  # as if by torchrun
     (tmp_path / "parts").rename(tmp_path / "moved")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume: runs/tiny holds no run"):
         patch.chdir(tmp_path / "moved")
