@@ -362,8 +362,8 @@ def lock_directory(out: Path) -> Iterator[None]:
         except OSError as error:
             print(f"{out} cannot be locked ({error}): make sure that no other run writes there", file=sys.stderr)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with name_file_in_errors(Path(file.name)):  # at once: what a buffer still holds would fail again in closing
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

@@ -369,15 +369,18 @@ def test_a_full_disk_leaves_the_text_that_was_there(tmp_path, monkeypatch):
     file = tmp_path / "args.json"
     checkpoint.write_text(file, "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    (tmp_path / "resume").mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         with pytest.raises(OSError, match=f"{file} could not be written .*File too large.* make room"):
-            checkpoint.write_text(file, "new" * 100)
+            checkpoint.write_text(file, "new")
+        with pytest.raises(OSError, match="resume/lock could not be written"), checkpoint.lock_directory(tmp_path):
+            pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert snapshot(tmp_path) == {"args.json": b"old"}
+    assert snapshot(tmp_path) == {"args.json": b"old", "resume/lock": b""}
     checkpoint.write_text(file, "new")
-    assert snapshot(tmp_path) == {"args.json": b"new"}
+    assert file.read_text() == "new"
 
 
 def test_the_first_checkpoint_appears_with_all_its_files(tiny_task, tmp_path, monkeypatch):
