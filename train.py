@@ -500,7 +500,7 @@ def run(given: dict) -> None:
     o = check_options(Options(**settings(given)))
     say_device(given.get("device"), o.device)
     say_settings(given)
-    if given.get("teacher_sft"):
+    if given.get("teacher_sft") and o.teacher != str(Path(o.out) / "teacher" / "student"):  # else it is done (--resume)
         stage, o = plan_teacher_stage(given, o)
         run_stage(stage, "teacher 1/2")
     elif o.method != "sft":
@@ -518,6 +518,7 @@ def run(given: dict) -> None:
 
 def run_stage(o: Options, name: str) -> None:
     """Train one stage: keep a finished one, resume an interrupted one."""
+    o = check_options(o)
     if not is_finished(o):
         o.resume = (Path(o.out) / "args.json").is_file()
         train(o, description=name)

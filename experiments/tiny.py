@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import re
+import shlex
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -411,7 +412,7 @@ def run(given: dict) -> dict[str, dict[str, float]]:
         seeds = json.loads(SEEDS.read_text())
         print(f"\nover {len(seeds)} seeds (python -m experiments.tiny), mean ± standard deviation\n")
         print(tabulate(seeds, distilled))
-    print(f'talk to a model: python eval.py {root}/NAME --prompt "..."', file=sys.stderr)
+    print(f'talk to a model: python eval.py {shlex.quote(f"{root}/NAME")} --prompt "..."', file=sys.stderr)
     return scores
 
 

@@ -18,7 +18,7 @@ from baselines import mined, seqkd, uld
 from data import Batch, Example, Row, collate, cut_prompt, tokenise
 from fast.cache import TeacherCache, model_digest
 from fast.cpu import put_on
-from model import build_model, load_model, read_json
+from model import Decoder, build_model, load_model, read_json
 from runtime import parallel
 from runtime.formats import read_examples, read_record
 from runtime.hub import data_file, model_directory
@@ -144,6 +144,10 @@ def plan_teacher_stage(given: dict, o: Options) -> tuple[Options, Options]:
     tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    fit_lengths(replace(after), {"student": student, "teacher": base})
+    if o.lora:
+        with torch.device("meta"):
+            attach_adapters(replace(after), Decoder(read_json(student / "config.json")))
     print(f"teacher: {base}, fine-tuned first:\n    {parallel.launcher()} train.py {flags(stage)}", file=sys.stderr)
     return Options(**stage), after
 
@@ -224,17 +228,21 @@ def load_student(o: Options, directory: Path) -> nn.Module:
     except RuntimeError as error:  # from the memory allocator
         raise ValueError(f"{directory}: the model does not fit into memory ({error!s:.200})") from error
     if o.lora:
-        o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
-        try:
-            lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
-        except ValueError as error:  # the other arguments have been checked: only the targets can be wrong
-            raise ValueError(f"--lora-targets: {error}") from None
+        attach_adapters(o, student)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         print(f"LoRA on {', '.join(o.lora_targets)}: {trained:,} parameters are trained", file=sys.stderr)
     student.recompute = o.recompute
     if torch.device(o.device).type == "cpu":
         put_on(student)
     return student
+
+
+def attach_adapters(o: Options, student: nn.Module) -> None:
+    o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
+    try:
+        lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
+    except ValueError as error:  # the other arguments have been checked: only the targets can be wrong
+        raise ValueError(f"--lora-targets: {error}") from None
 
 
 def load_teacher(o: Options, directory: Path, dtype: torch.dtype) -> nn.Module:

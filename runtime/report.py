@@ -12,7 +12,7 @@ from model import read_json
 from runtime import parallel
 from runtime.hub import DATASETS, MODELS, repository_of
 from runtime.options import Options
-from runtime.presets import RECIPES, flags, recipe_name, shorten
+from runtime.presets import flags, settings, shorten
 from runtime.run import KEPT_BY, chat_of, read_log, run_of, write_text
 
 MARK = "<!-- train.py and eval.py write this file again as long as this line is in it -->"
@@ -124,8 +124,8 @@ def say_next(given: dict, o: Options, line: dict) -> None:
     """After a run, print on standard error its last losses and scores, and the commands for its student."""
     losses = ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "ce", "kd", *KEPT_BY.values()) if name in line)
     test = o.data if o.data in DATASETS else "TEST.jsonl"
-    further = {**RECIPES.get(recipe_name(given), {}), **given}  # a directory as student has no recipe
-    for name in ("resume", "from_scratch", "teacher_sft", "task"):
+    further = settings(given)  # a directory as student has no recipe
+    for name in ("resume", "from_scratch"):
         further.pop(name, None)
     further |= {"student": f"{o.out}/student", "out": f"{o.out}-2"} | ({"teacher": o.teacher} if o.teacher else {})
     if (projectors := Path(o.out) / "projectors.safetensors").is_file():

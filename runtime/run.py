@@ -161,6 +161,8 @@ def restore_checkpoint(o, pieces, optimizer) -> tuple[int, dict[str, float]]:
             changed = f"weights of {' or '.join(models + [f'--student {o.student}'] * bool(o.lora))}"
         else:
             return take_up(o, pieces, optimizer, tensors, metadata)
+    except torch.OutOfMemoryError:  # a RuntimeError, but the file is sound
+        raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable ({error!r:.200}); start again with another --out") from error
     raise ValueError(f"--resume: the {changed} are not those that {o.out} was started with; restore the original ones, "
@@ -219,7 +221,7 @@ def check_resumed(o) -> None:
         if value is None and name != "shard":
             setattr(o, name, before.get(name))
     check_update_size(o, before)
-    free = FREE | {"batch_size", "grad_accum"}
+    free = free_options(asked, before)
     free |= {name for name in ("student_chat", "teacher_chat") if before.get(name) in FORMER}  # the tokens are compared
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
@@ -257,6 +259,14 @@ def record_of(o) -> dict:
     return {**asdict(replace(o, resume=False)), "device": device, "processes": parallel.world()}
 
 
+def free_options(asked: dict, before: dict) -> set[str]:
+    """The options that may differ between these two records of a run, because its updates stay the same."""
+    sizes = [x["batch_size"] * x["grad_accum"] * x["processes"] for x in (asked, before)]
+    kinds = [str(x.get("device")).partition(":")[0] for x in (asked, before)]  # it may be another card
+    free = FREE | ({"batch_size", "grad_accum"} if sizes[0] == sizes[1] else set())
+    return free | ({"device"} if kinds[0] == kinds[1] else set())
+
+
 def is_value(value, entry: Field) -> bool:
     """Whether an option may have this value, or None. Here a bool is not a number, but an int is a float."""
     kinds = get_args(entry.type) or (entry.type,)
@@ -272,6 +282,8 @@ def stored_options(given: dict) -> dict:
     if not given.get("resume") or models or out is None or not (Path(out) / "args.json").is_file():
         return {}
     record = read_record(Options(out=out))
+    if not parallel.by_torchrun():  # one process has nothing to split
+        record["shard"] = None
     return shorten({entry.name: record.get(entry.name, entry.default) for entry in fields(Options)})
 
 
@@ -350,8 +362,8 @@ def lock_directory(out: Path) -> Iterator[None]:
         except OSError as error:
             print(f"{out} cannot be locked ({error}): make sure that no other run writes there", file=sys.stderr)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with name_file_in_errors(Path(file.name)):  # at once: what a buffer still holds would fail again in closing
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
@@ -653,15 +665,15 @@ def say_how_to_go_on(given: dict, arguments: list[str] | None) -> str:
 
 def is_finished(o) -> bool:
     """Whether the training in --out is finished. Raises ValueError if it is, but with options that change updates."""
-    file, asked = Path(o.out) / "finished.json", asdict(replace(o, resume=False))
+    file, asked = Path(o.out) / "finished.json", record_of(o)
     if not file.is_file():
         return False
     before = {**read_json(file)["options"], "out": o.out}  # it may have been moved
-    sizes = [x["batch_size"] * x["grad_accum"] * x["processes"] for x in (read_record(o), record_of(o))]
-    free = FREE | ({"batch_size", "grad_accum"} if sizes[0] == sizes[1] else set())
-    changed = [name for name, value in before.items() if name not in free and asked.get(name, value) != value]
+    record = read_record(o)  # also has the values of options that were left open
+    changed = [name for name, value in before.items() if asked.get(name, value) not in (value, record.get(name))]
+    changed = [name for name in changed if name not in free_options(asked, record)]
     if changed:
-        was = f"--{changed[0].replace('_', '-')} {before[changed[0]]!r}"
+        was = f"--{changed[0].replace('_', '-')} {record.get(changed[0])!r}"
         raise ValueError(f"{o.out} was trained with {was}; give another --out, or remove it to train again")
     return True
 

@@ -173,7 +173,7 @@ def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.endswith(tiny.tabulate(seeds, "dskd-v2") + "\n")
 
 
-def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypatch):
+def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypatch, capsys):
     devices = []
 
     def score_stage(root, name, device):
@@ -183,8 +183,9 @@ def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypa
     monkeypatch.setattr("runtime.strict.choose_device", lambda index=0: ("cuda", "pretended"))
     monkeypatch.setattr("train.run_stage", lambda options, name: None)
     monkeypatch.setattr(tiny, "score_stage", score_stage)
-    tiny.run({"out": str(tmp_path / "runs")})
+    tiny.run({"out": str(tmp_path / "my runs")})
     assert devices == ["cuda"] * 5
+    assert capsys.readouterr().err.endswith(f"python eval.py '{tmp_path}/my runs/NAME' --prompt \"...\"\n")
 
 
 def test_the_lead_is_taken_seed_by_seed():

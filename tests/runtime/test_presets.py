@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
+from helpers import arguments, log_of, make_model, same, stopped_by_ctrl_c, weights_of
 
 import model
 import train
@@ -226,10 +226,12 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
 
     log = (out / "teacher" / "log.jsonl").read_bytes()
     out = out.rename(tmp_path / "moved")
-    split = {"batch_size": 2, "grad_accum": 2, "recompute": True}  # what a resumed run may change; all is done
-    train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True, **split))
+    # What a resumed run may change, and a default that is given now; all is done.
+    other = {"batch_size": 2, "grad_accum": 2, "recompute": True, "device": "cpu:0", "dtype": "fp32"}
+    train.main(arguments(tiny_task, out, **options, lr=1e-2, teacher_sft=True, resume=True, **other))
     out = out.rename(tmp_path / "moved again")
     train.main(["--out", str(out), "--resume"])
+    train.main(["--out", str(out), "--resume", "--teacher-sft"])
     assert json.loads((out / "args.json").read_text())["teacher"] == f"{out}/teacher/student"
     assert (out / "teacher" / "log.jsonl").read_bytes() == log
     again = tmp_path / "again"
@@ -239,6 +241,20 @@ def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, pres
     assert not (out / "teacher").exists()  # told before the stage
     with pytest.raises(SystemExit, match="teacher was trained with --seed 42"):
         train.main(arguments(tiny_task, again, **options, seed=1, teacher_sft=True))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "--max-len 96: the student has only 64 positions"),
+        ({"max_len": 60, "lora": 2, "lora_targets": "q_prj"}, "--lora-targets: .* no linear layer called 'q_prj'"),
+    ],
+)
+def test_what_stops_the_student_is_found_before_the_teachers_stage(tiny_task, tmp_path, options, message):
+    options["student"] = make_model(tiny_task / "student", tmp_path / "short", n_positions=64)
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(tiny_task, tmp_path / "run", **options, teacher_sft=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_teachers_stage_keeps_its_best_checkpoint_too():

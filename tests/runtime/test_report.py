@@ -12,7 +12,7 @@ from helpers import arguments, stopped_by_ctrl_c
 
 import eval as evaluation
 import train
-from runtime import device, hub, report
+from runtime import device, hub, parallel, report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The device
@@ -100,12 +100,15 @@ def test_commands_under_torchrun_begin_with_it(tiny_task, monkeypatch, capsys):
     assert len(lines) == 2 and all("  torchrun --nproc_per_node=4 train.py " in line for line in lines)
 
 
+@pytest.mark.parametrize("processes", [1, 4])
 @pytest.mark.parametrize("words", [
     "--student qwen --method sft --epochs 20", "--student tinyllama --teacher llama2",
     "--student tinyllama --teacher llama2 --lora 0", "--student gpt2 --teacher qwen --lr 5e-4 --task math",
 ])  # fmt: skip
-def test_commands_that_are_printed_have_the_same_settings(tmp_path, capsys, words):
-    """Of "train further" and of the card: a recipe of the papers' belongs to a preset's name or a task."""
+def test_commands_that_are_printed_have_the_same_settings(tmp_path, capsys, monkeypatch, words, processes):
+    """Of "train further" and of the card: a recipe of the papers' belongs to a preset's name or a task, and its batch
+    size is divided among the processes."""
+    monkeypatch.setattr(parallel, "world", lambda: processes)
     given = train.parse([*words.split(), "--data", "dolly", "--out", str(tmp_path / "a run")])
     settings = train.settings(given)
     report.say_next(given, train.Options(**settings), {})

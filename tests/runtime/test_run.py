@@ -133,6 +133,8 @@ def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys, monkeypatc
         train.main(["--out", str(tmp_path / "parts")])
     with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.001"):
         train.main(["--out", str(tmp_path / "parts"), "--resume", "--lr", "0.1"])
+    record = json.loads((tmp_path / "parts" / "args.json").read_text())
+    (tmp_path / "parts" / "args.json").write_text(json.dumps({**record, "shard": "both"}))  # as if by torchrun
     (tmp_path / "parts").rename(tmp_path / "moved")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume: runs/tiny holds no run"):
         patch.chdir(tmp_path / "moved")
@@ -367,15 +369,18 @@ def test_a_full_disk_leaves_the_text_that_was_there(tmp_path, monkeypatch):
     file = tmp_path / "args.json"
     checkpoint.write_text(file, "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    (tmp_path / "resume").mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         with pytest.raises(OSError, match=f"{file} could not be written .*File too large.* make room"):
-            checkpoint.write_text(file, "new" * 100)
+            checkpoint.write_text(file, "new")
+        with pytest.raises(OSError, match="resume/lock could not be written"), checkpoint.lock_directory(tmp_path):
+            pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert snapshot(tmp_path) == {"args.json": b"old"}
+    assert snapshot(tmp_path) == {"args.json": b"old", "resume/lock": b""}
     checkpoint.write_text(file, "new")
-    assert snapshot(tmp_path) == {"args.json": b"new"}
+    assert file.read_text() == "new"
 
 
 def test_the_first_checkpoint_appears_with_all_its_files(tiny_task, tmp_path, monkeypatch):
@@ -502,9 +507,13 @@ def test_a_gpu_without_enough_memory_is_one_error(tiny_task, tmp_path, at_call):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     at_call("distil", 4, fail)
-    with pytest.raises(SystemExit, match="error: CUDA out of memory. Tried .* GiB\n--recompute, .* also with --resume"):
+    told = "error: CUDA out of memory. Tried .* GiB\n--recompute, .* also with --resume"
+    with pytest.raises(SystemExit, match=told):
         train.main(command(tiny_task, run, max_steps=5))
     assert step_of(run) == 2
+    at_call("copy_into", 1, fail)  # the checkpoint is sound: nothing says to give it up
+    with pytest.raises(SystemExit, match=told):
+        train.main([*command(tiny_task, run, max_steps=5), "--resume"])
     train.main([*command(tiny_task, run, max_steps=5, recompute=True), "--resume"])
     assert step_of(run) == 5
 
