@@ -16,6 +16,7 @@ Errors raised here are about a single example that does not fit.
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def cut_prompt(example: Example, tokenizers: list, limit: int) -> Example:
         length = find_longest(len(getattr(example, part)), lambda n: fits(keep(example, part, n)))
         return length, keep(example, part, max(length, 0))
 
-    system = [turn for turn in example.history[:1] if turn["role"] == "system"]
+    system = list(takewhile(lambda turn: turn["role"] == "system", example.history))
     while len(example.history) > len(system) and not fits(example):  # drop the oldest question with its answer
         later = [i for i, turn in enumerate(example.history) if i > len(system) and turn["role"] == "user"]
         example = replace(example, history=system + example.history[later[0] :] if later else system)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -244,6 +245,19 @@ def test_cutting_of_random_template_prompts(student, teacher):
             longer = Example("", ["x"], instruction=example.instruction[: len(kept) + 1])
             assert context == "" and not fits(both, longer.prompt_text(), limit)
     assert min(cuts.values()) > 15, cuts
+
+
+def test_of_several_system_messages_none_is_cut(tmp_path, student, teacher):
+    """A system's and a developer's, or the record's own and that of its turns."""
+    said = [("system", "Be brief."), ("developer", "No list."), ("user", "a " * 90), ("assistant", "b"), ("user", "c ")]
+    record = {"messages": [{"role": role, "content": text} for role, text in [*said, ("assistant", "d")]]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    [example] = read_examples(tmp_path / "d.jsonl")
+    without = replace(example, history=example.history[:2])
+    assert [turn["content"] for turn in without.history] == ["Be brief.", "No list."]
+    limit = max(len(t.encode(without.prompt_text())) for t in (student, teacher))
+    assert cut_prompt(example, [student, teacher], limit) == without
+    assert cut_prompt(example, [student, teacher], limit - 1) == replace(without, instruction="c")
 
 
 def test_a_shorter_text_with_more_tokens_does_not_fit(tmp_path):
