@@ -94,6 +94,9 @@ def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
     passed, details = score(responses, unfinished={1})
     assert passed == 100.0 and [detail["ended"] for detail in details] == [True, False]
     assert score(responses)[0] == 50.0
+    future = "```python\nfrom __future__ import annotations\n{}```\n"
+    one, two = future.format("def one() -> Later:\n    return 1\n"), future.format("def two(): return 2\n")
+    assert score([one, "```python\ndef half(): return 1\n```\n" + two])[0] == 100.0
 
 
 def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys):
