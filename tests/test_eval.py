@@ -270,6 +270,16 @@ def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
         evaluation.main([run, "--data", "dolly", "--greedy", *SHORT])
 
 
+def test_logits_that_are_not_finite_are_an_error_not_a_traceback(tiny_task, tmp_path):
+    directory = says(tiny_task, tmp_path / "model", "you")
+    m = model.load_model(directory)
+    torch.nn.init.constant_(m.norm.weight, 1e38)  # finite, but its products are not
+    model.save_model(m, directory)
+    data = write_lines(tmp_path / "set.jsonl", {"prompt": "Hello", "output": "you"})
+    with pytest.raises(SystemExit, match="error: .*the logits are not finite"):
+        evaluation.main([str(directory), "--data", data, *SHORT])
+
+
 def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch):
     run = run_directory(tiny_task, tmp_path)
     sets = [write_lines(tmp_path / f"{name}.jsonl", {"prompt": "Hello", "output": "you"}) for name in ("one", "two")]
