@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     escape_what_cannot_be_printed()
     try:
         run(parse(arguments, __doc__))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # the table of the finished sets has been printed
         sys.exit(130)

@@ -277,8 +277,8 @@ def draw_attention(weights: Tensor, teacher: list[bytes | None], student: list[b
 # The commands
 
 
-def load(name: str, device: str) -> tuple[Decoder, TextTokenizer]:
-    directory = find_model(name, "student")
+def load(name: str, role: str, device: str) -> tuple[Decoder, TextTokenizer]:
+    directory = find_model(name, role)
     return load_model(directory, device=device).eval(), tokenizer_of(directory)
 
 
@@ -306,9 +306,9 @@ def run_simulation(o: argparse.Namespace) -> None:
 def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
     """Each student of the command line, by its name there, with the teacher and the examples."""
     examples = read_examples(*data_file(o.data, "test"))[: o.limit]
-    teacher, teacher_tokenizer = load(o.teacher, o.device)
+    teacher, teacher_tokenizer = load(o.teacher, "teacher", o.device)
     for name in o.student:
-        student, tokenizer = load(name, o.device)
+        student, tokenizer = load(name, "student", o.device)
         max_len = min(o.max_len, teacher.limit, student.limit)
         rows, _ = tokenise(examples, tokenizer, teacher_tokenizer, max_len, max_len // 2, align="eta")
         yield name, Pair(teacher, student, rows, (tokenizer.eos_id, teacher_tokenizer.eos_id), o.device)
@@ -361,7 +361,7 @@ def run_alignment(o: argparse.Namespace) -> None:
     theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
     if o.projectors:
-        models = [load(name, "cpu")[0] for name in (o.teacher, o.student)]
+        models = [load_model(directory) for directory in directories]  # in eval mode
         given = projectors_of(o.projectors, models[1], models[0])
         if "query.weight" not in given:
             raise ValueError(f"--projectors {o.projectors}: no query.weight; --recipe v1 --align cma trains one")

@@ -30,6 +30,7 @@ FENCE = re.compile(  # up to its end, the next fence, or the end of the text; in
 END_OF_BODY = re.compile(r"^(?=[^\s)\]}'\"])", re.M)
 # Where a body without indentation ends and its demonstration begins
 END_OF_PROGRAM = re.compile(r"^(?:print\b|if\s+__name__\b|assert\b|```|>>>)", re.M)
+FUTURE = re.compile(r"^from __future__ import .*$", re.M)
 NAME = r"[A-Za-z_]\w*"
 STATEMENT = re.compile(  # what looks like code at the left margin; some prose, like "For example, this:", also matches
     rf"(?:(?:async )?def {NAME}\s*\(.*"
@@ -58,8 +59,10 @@ def run_programs(programs: list[str], tests: list[str], ended: list[bool]) -> li
 
 
 def program_of(response: str, prompt: str, entry_point: str, ended: bool = True) -> str:
-    """The program to be tested: HumanEval's, or without an entry point MBPP's."""
-    return humaneval_program(prompt, entry_point, response, ended) if entry_point else mbpp_program(response, ended)
+    """The program to be tested: HumanEval's, or without an entry point MBPP's; with its imports from __future__, which
+    Python accepts only there, at the beginning."""
+    program = humaneval_program(prompt, entry_point, response, ended) if entry_point else mbpp_program(response, ended)
+    return "".join(f"{line}\n" for line in FUTURE.findall(program)) + FUTURE.sub("", program)
 
 
 def humaneval_program(prompt: str, entry_point: str, response: str, ended: bool = True) -> str:

@@ -95,6 +95,9 @@ def test_score_of_programs_on_references_and_corrupted_ones(working_sandbox):
     passed, details = score(responses, unfinished={1})
     assert passed == 100.0 and [detail["ended"] for detail in details] == [True, False]
     assert score(responses)[0] == 50.0
+    future = "```python\nfrom __future__ import annotations\n{}```\n"
+    one, two = future.format("def one() -> Later:\n    return 1\n"), future.format("def two(): return 2\n")
+    assert score([one, "```python\ndef half(): return 1\n```\n" + two])[0] == 100.0
 
 
 def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsys):
@@ -266,6 +269,16 @@ def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
     (tmp_path / "valid.jsonl").unlink()
     with pytest.raises(SystemExit, match="'dolly': .* MiniLLM/dolly has valid.jsonl"):
         evaluation.main([run, "--data", "dolly", "--greedy", *SHORT])
+
+
+def test_logits_that_are_not_finite_are_an_error_not_a_traceback(tiny_task, tmp_path):
+    directory = says(tiny_task, tmp_path / "model", "you")
+    m = model.load_model(directory)
+    torch.nn.init.constant_(m.norm.weight, 1e38)  # finite, but its products are not
+    model.save_model(m, directory)
+    data = write_lines(tmp_path / "set.jsonl", {"prompt": "Hello", "output": "you"})
+    with pytest.raises(SystemExit, match="error: .*the logits are not finite"):
+        evaluation.main([str(directory), "--data", data, *SHORT])
 
 
 def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import model
 import train
 from data import collate, tokenise
-from experiments import analyse
+from experiments import analyse, tiny
 from losses import DIVERGENCES
 from runtime.formats import read_examples
 from runtime.tokenizer import read_tokenizer
@@ -186,15 +186,20 @@ def test_curves_command(tmp_path, capsys):
         analyse.main(["curves", "nowhere", "--out", str(tmp_path)])
 
 
-def test_structure_command(tiny_task, tmp_path, capsys):
+def test_structure_command(tiny_task, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    where = {name: str(tiny_task / name) for name in ("teacher", "student", "twin")}
+    where = {name: str(tiny_task / name) for name in ("teacher", "student")}
     data = ["--data", str(tiny_task / "test.jsonl"), "--limit", "4", "--out", str(tmp_path)]
     analyse.main(["structure", "--teacher", where["teacher"], "--student", where["student"], where["teacher"], *data])
     student, teacher = capsys.readouterr().out.splitlines()[2:4]
     assert "4 of 4" in student and "0.0000" not in student
     assert [cell.strip() for cell in teacher.split("|")[2:5]] == ["4 of 4", "0.0000", "0.0000"]
     assert is_png(tmp_path / "structure.png")
+    for name, place in {"teacher": "teacher/student", "student": "pretrained/student"}.items():
+        shutil.copytree(where[name], tmp_path / place)
+    monkeypatch.setattr(tiny, "ROOT", str(tmp_path))
+    analyse.main(["structure", "--teacher", "tiny", "--student", "tiny", *data])  # the embedded task's two models
+    assert capsys.readouterr().out.splitlines()[2].split("|")[2:] == student.split("|")[2:]
 
 
 def test_knowledge_command(tiny_task, tmp_path, capsys, monkeypatch):
