@@ -144,6 +144,7 @@ def plan_teacher_stage(given: dict, o: Options) -> tuple[Options, Options]:
     tokenizers = tokenizer_of(base, o.teacher_chat), tokenizer_of(student, o.student_chat)
     if o.method != "seqkd":
         choose_alignment(o.align, o.method, o.recipe, *tokenizers)
+    # what would stop the run after the stage; on copies, because both fill in options that were left open
     fit_lengths(replace(after), {"student": student, "teacher": base})
     if o.lora:
         with torch.device("meta"):
@@ -238,6 +239,7 @@ def load_student(o: Options, directory: Path) -> nn.Module:
 
 
 def attach_adapters(o: Options, student: nn.Module) -> None:
+    """Put the adapters on the student and fill in --lora-targets, both in place. Raises ValueError for unknown ones."""
     o.lora_targets = lora.default_targets(student) if o.lora_targets is None else o.lora_targets
     try:
         lora.attach(student, o.lora, o.lora_alpha, o.lora_dropout, o.lora_targets)
