@@ -2,7 +2,7 @@
 
     python -m experiments.realtext --small DIR --large DIR --judge DIR --data DIR
     python -m experiments.realtext ... --run [--pairs weaker] [--rows sft v2] [--seeds 0 1 2]
-    python -m experiments.realtext --tables [--picture FILE]
+    python -m experiments.realtext --tables [--against v2] [--picture FILE]
 
 The first line prints the commands; the second runs them one after the other. Finished commands are skipped, and an
 interrupted one is resumed. The third line prints tables of everything that is finished.
@@ -256,8 +256,8 @@ def score(run: Path, out: Path, tests: list[Path], judge: Path, device: str, sam
 
 
 MEASURES = {  # of scores.json: its title, and the digits that are shown
-    "gold": ("bits per byte of the answers", 3), "greedy": ("Rouge-L greedy", 1), "sampled": ("Rouge-L sampled", 1),
-    "judged": ("bits per byte of its own under the judge", 3),
+    "gold": ("gold bits per byte", 3), "greedy": ("greedy Rouge-L", 1), "sampled": ("sampled Rouge-L", 1),
+    "judged": ("judged bits per byte", 3),
 }  # fmt: skip
 
 
@@ -270,27 +270,26 @@ def scores_of(out: Path, name: str) -> dict[str, dict[str, dict]]:
     return rows
 
 
-def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str) -> list[float]:
-    """Differences from `sft`, seed by seed."""
-    first = rows.get("sft", {}) if row != "sft" else {}
+def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str, against="sft") -> list[float]:
+    """Differences from another row, seed by seed."""
+    first = rows.get(against, {}) if row != against else {}
     return [scores[part][key] - first[seed][part][key] for seed, scores in rows.get(row, {}).items() if seed in first]
 
 
-def tables(out: Path) -> str:
-    """A table for each pair and set: the mean over the seeds and, below `sft`, the difference from it, seed by seed, ±
+def tables(out: Path, against: str = "sft") -> str:
+    """A table for each pair, with the mean over the seeds and the difference from the row `against`, seed by seed, ±
     its standard deviation."""
     parts = []
     for name, pair in PAIRS.items():
-        rows = scores_of(out, name)
-        for part in (pair.data, *pair.others) if rows else ():
-            lines = [[f"{name}, {part}", "seeds", *(title for title, _ in MEASURES.values())]]
-            for row in ("teacher", "start", *ROWS):
-                if found := [scores[part] for scores in rows.get(row, {}).values()]:
-                    lines.append([row, str(len(found))])
-                    for key, (_, digits) in MEASURES.items():
-                        gaps = differences(rows, row, part, key)
-                        difference = f" ({spread(gaps, digits, '+')})" if gaps else ""
-                        lines[-1].append(f"{fmean(scores[key] for scores in found):.{digits}f}{difference}")
+        runs, lines = scores_of(out, name), [[name, "seeds", *(title for title, _ in MEASURES.values())]]
+        for part, row in product((pair.data, *pair.others), ("teacher", "start", *ROWS)):
+            if found := [scores[part] for scores in runs.get(row, {}).values()]:
+                lines.append([f"{part}, {row}", str(len(found))])
+                for key, (_, digits) in MEASURES.items():
+                    gaps = differences(runs, row, part, key, against)
+                    difference = f" ({spread(gaps, digits, '+')})" if gaps else ""
+                    lines[-1].append(f"{fmean(scores[key] for scores in found):.{digits}f}{difference}")
+        if runs:
             parts.append(table(lines))
     return "\n\n".join(parts)
 
@@ -313,7 +312,7 @@ def draw(out: Path):
         axes[0].plot([], [], "o", color=f"C{n}", label=name if runs else None)
     for axis, (title, _) in zip(axes, MEASURES.values(), strict=True):
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=title.replace(" of", "\nof").replace("Rouge-L ", "Rouge-L,\n"))
+        axis.set(title=title.replace(" ", "\n", 1))
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PAIRS))
@@ -337,6 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/realtext"), help="(default: %(default)s)")
     parser.add_argument("--run", action="store_true", help="also run the commands")
     parser.add_argument("--tables", action="store_true", help="print tables of what is finished")
+    parser.add_argument("--against", choices=ROWS, default="sft", metavar="ROW", help="with --tables: the row to take "
+                        "differences from (default: %(default)s)")  # fmt: skip
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --tables: the differences from sft as a PNG")
     parser.add_argument("--score", type=Path, metavar="RUN", help="used by the commands: score a run on --tests")
     parser.add_argument("--tests", nargs="+", type=Path, metavar="FILE", help="with --score: the test sets")
@@ -345,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     try:
         if o.tables:
-            print(tables(o.out) or f"nothing is finished in {o.out}")
+            print(tables(o.out, o.against) or f"nothing is finished in {o.out}")
             if o.picture:
                 save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:

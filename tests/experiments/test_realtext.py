@@ -62,24 +62,31 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
 
     realtext.main(["--out", str(tmp_path / "my runs"), "--tables"])
     shown = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if "(" in line]
-    assert [(row.strip(), int(seeds)) for row, seeds in shown] == [(row, 2) for row in rows[1:]] * 2  # in both sets
+    both = [f"{part}, {row}" for part in ("dolly", "self_instruct") for row in rows[1:]]
+    assert [(row.strip(), int(seeds)) for row, seeds in shown] == [(row, 2) for row in both]
     pytest.importorskip("matplotlib")
     realtext.main(["--out", str(tmp_path / "my runs"), "--tables", "--picture", str(tmp_path / "picture.png")])
     assert capsys.readouterr().out.endswith("picture.png\n") and (tmp_path / "picture.png").stat().st_size > 5000
 
 
 def test_a_table_by_hand(tmp_path):
-    """The mean over the seeds, and the differences from `sft` with the same seed: 0.25 and 0.75."""
+    """The mean over the seeds, and the differences with the same seed: of `v2` from `sft` 0.25 and 0.75."""
     values = {"teacher": 0.5, "sft-0": 1, "sft-10": 2, "v1-10": 1, "v2-0": 1.25, "v2-10": 2.75}
     for run, value in values.items():
         scores = {part: dict.fromkeys(realtext.MEASURES, value) for part in ("dolly", "self_instruct", "gsm8k")}
         (tmp_path / "other" / run).mkdir(parents=True)
         (tmp_path / "other" / run / "scores.json").write_text(json.dumps(scores))
-    lines = realtext.tables(tmp_path).split("\n\n")[0].splitlines()
-    assert [[cell.strip() for cell in line.split("|")[1:5]] for line in lines[2:]] == [
-        ["teacher", "1", "0.500", "0.5"], ["sft", "2", "1.500", "1.5"], ["v1", "1", "1.000 (-1.000)", "1.0 (-1.0)"],
-        ["v2", "2", "2.000 (+0.500 ± 0.354)", "2.0 (+0.5 ± 0.4)"],
+
+    def cells(**options) -> list:
+        lines = realtext.tables(tmp_path, **options).splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:5]] for line in lines[2:]]
+
+    assert len(cells()) == 12 and cells()[:4] == [
+        ["dolly, teacher", "1", "0.500", "0.5"], ["dolly, sft", "2", "1.500", "1.5"],
+        ["dolly, v1", "1", "1.000 (-1.000)", "1.0 (-1.0)"],
+        ["dolly, v2", "2", "2.000 (+0.500 ± 0.354)", "2.0 (+0.5 ± 0.4)"],
     ]  # fmt: skip
+    assert [line[2] for line in cells(against="v2")[1:4]] == ["1.500 (-0.500 ± 0.354)", "1.000 (-1.750)", "2.000"]
 
 
 def test_the_weaker_student_lacks_the_layers(tiny_task, tmp_path):
