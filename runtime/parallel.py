@@ -46,7 +46,11 @@ by_torchrun = dist.is_torchelastic_launched  # whether torchrun started this pro
 
 def launcher() -> str:
     """The beginning of a command that runs on as many processes as this one."""
-    return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if by_torchrun() else "python"
+    if not by_torchrun():
+        return "python"
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    meet = f"--nnodes={machines} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 " if machines != "1" else ""
+    return f"torchrun {meet}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
 
 
 def rank() -> int:

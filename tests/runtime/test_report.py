@@ -90,14 +90,19 @@ def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
     assert capsys.readouterr().out == f"student: {tmp_path}/run-2/student\n"
 
 
-def test_commands_under_torchrun_begin_with_it(tiny_task, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "machines, start",
+    [("1", "torchrun"), ("2", "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500")],
+)
+def test_commands_under_torchrun_begin_with_it(tiny_task, monkeypatch, capsys, machines, start):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     given = {"student": "s", "teacher": str(tiny_task / "teacher"), "data": "d", "out": "runs/4", "shard": "both"}
     report.say_next(given, train.Options(**given), {})
     train.say_teacher(given, train.Options(**given), tiny_task / "teacher", None)
     lines = [line for line in capsys.readouterr().err.splitlines() if " train.py " in line]
-    assert len(lines) == 2 and all("  torchrun --nproc_per_node=4 train.py " in line for line in lines)
+    assert len(lines) == 2 and all(f"  {start} --nproc_per_node=4 train.py " in line for line in lines)
 
 
 @pytest.mark.parametrize("processes", [1, 4])
