@@ -164,8 +164,8 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     """
     if gold is None:
         return {**terms, "loss": kd_rate * terms["kd"]}
-    # -100, torch's mark of prompts and padding, gives an error, since such positions would count in all other terms
-    ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-1) / tokens
+    # marks of prompts and padding (-100, -1) give an error, since such positions would count in all other terms
+    ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-(2**31)) / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
 

@@ -265,11 +265,12 @@ def test_terms_are_on_the_device_of_their_inputs(case):
 
 
 @both
-def test_gold_tokens_are_tokens(chunk):
-    """-100, torch's mark of prompts and padding, would be left out of the cross-entropy alone."""
+@pytest.mark.parametrize("mark", [-100, -1])
+def test_gold_tokens_are_tokens(chunk, mark):
+    """A mark of prompts and padding would be left out of the cross-entropy alone."""
     i = Inputs("kd")
-    i.gold[2] = -100
-    with pytest.raises((IndexError, RuntimeError), match="-100 is out of bounds"):
+    i.gold[2] = mark
+    with pytest.raises((IndexError, RuntimeError), match=f"{mark} is out of bounds"):
         i.terms(chunk=chunk)
 
 
