@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, processors
 
 from model import read_json
-from runtime.tokenizer import TextTokenizer, content_of, find_chat, find_template, read_if_there
+from runtime.tokenizer import PLAIN, TextTokenizer, content_of, find_chat, find_template, name_tokens, read_if_there
 
 RULES = set(  # fields of generation_config.json that change even greedy output; Qwen2.5-Instruct has the first one
     "repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids sequence_bias "
@@ -25,11 +25,10 @@ def write_as_trained(tokenizer: TextTokenizer, directory: Path) -> None:
     config = {**config, "add_bos_token": bool(tokenizer.prefix), "add_eos_token": False}
     if content_of(config.get("eos_token")) != end:  # with a chat template, or if the files only give an id
         config["eos_token"] = end
-    if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+    if config.get("tokenizer_class") not in PLAIN:
         # For any other class, transformers 5 rebuilds the tokenizer from the vocabulary and the class's own rules:
         # Llama's then splits a text that begins with a space differently from tokenizer.json.
-        bos = model.get("bos_token_id")
-        bos = tokenizer.tokenizer.id_to_token(bos) if type(bos) is int and 0 <= bos < tokenizer.size else None
+        bos = name_tokens(directory, tokenizer.tokenizer).get("bos_token")
         names = {"bos_token": bos, "model_input_names": ["input_ids", "attention_mask"]}  # so far given by the class
         config = {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
     if tokenizer.chat is not None and tokenizer.chat.as_trained() != find_chat(directory):

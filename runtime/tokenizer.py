@@ -16,6 +16,7 @@ from data import Example, Side, cut_prompt
 from model import read_json
 from runtime.chat import FORMER, ChatTemplate
 
+PLAIN = "PreTrainedTokenizerFast", "TokenizersBackend"  # transformers' classes without rules and names of their own
 TURNS = [{"role": "user", "content": "An odd question"}, {"role": "assistant", "content": "An odd reply"}]  # for probes
 
 
@@ -186,11 +187,22 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
         former = " (which is no longer built in)" * (chat in FORMER)
         raise ValueError(f"{directory}: the chat template {chat!r}{former} is neither own, thinking, none nor a path; "
                          "for the model's own use --chat, --student-chat or --teacher-chat own")  # fmt: skip
-    named = read_if_there(directory / "special_tokens_map.json") | read_if_there(directory / "tokenizer_config.json")
-    tokens = {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
-    tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    tokens = {name: token for name, token in name_tokens(directory, tokenizer).items() if isinstance(token, str)}
     name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
     return ChatTemplate(source, tokens, name, source == own, chat == "thinking")
+
+
+def name_tokens(directory: Path, tokenizer: Tokenizer) -> dict:
+    """{"bos_token": "<s>", ...}: what the files call each special token. Where they leave out begin or end of text, as
+    GPT-2's do, `transformers` has a class that knows the tokens; they are those of config.json."""
+    config = read_if_there(directory / "tokenizer_config.json")
+    named = read_if_there(directory / "special_tokens_map.json") | config
+    if config.get("tokenizer_class") not in PLAIN:
+        model = read_if_there(directory / "config.json")
+        ids = {name: model.get(f"{name}_id") for name in ("bos_token", "eos_token")}
+        vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+        named = {name: vocabulary.get(index) for name, index in ids.items() if type(index) is int} | named
+    return {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
 
 
 def find_chat(path: Path) -> str | None:

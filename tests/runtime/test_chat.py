@@ -136,6 +136,22 @@ def test_what_else_templates_use():
             ChatTemplate(f"{{{{ {bad} }}}}", {}, "mine").render(said)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])  # one asks for begin-of-text, the other also for the end
+@pytest.mark.parametrize("config", [{"model_max_length": 512}, {"tokenizer_class": "GPT2Tokenizer"}], ids=str)
+def test_tokens_that_no_file_names_are_those_of_the_class(base, name, config):
+    """As with GPT-2's files from the hub: prompts are those that `transformers` renders, before and after training."""
+    transformers = pytest.importorskip("transformers")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    said, more = turns("Who?", "I.", "Where?"), {"tokenize": False, "add_generation_prompt": True}
+    theirs = transformers.AutoTokenizer.from_pretrained(base)
+    expected = theirs.apply_chat_template(said, chat_template=SOURCES[name], **more)
+    assert expected.startswith("<|endoftext|>")
+    tokenizer = read_tokenizer(base, str(CHAT_TEMPLATES / f"{name}.jinja"))
+    write_as_trained(tokenizer, base)
+    saved = transformers.AutoTokenizer.from_pretrained(base).apply_chat_template(said, **more)
+    assert tokenizer.chat.render(said) == saved == read_tokenizer(base, "own").chat.render(said) == expected
+
+
 @pytest.mark.parametrize("chat, empty_thought", [("own", True), ("thinking", False)])
 def test_thinking_is_off_unless_asked_for_and_serving_knows(chatting, tmp_path, chat, empty_thought):
     """The saved template says what the student was trained with to who renders it without a word about thinking."""
