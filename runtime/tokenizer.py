@@ -87,8 +87,9 @@ class TextTokenizer:
 def read_tokenizer(
     directory: str | Path, chat: str = "none", bos: bool = False, rows: int | None = None
 ) -> TextTokenizer:
-    """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json, generation_config.json and config.json
-    name. Raises ValueError, naming the file, for one that is wrong.
+    """The tokenizer of tokenizer.json, with the ends that tokenizer_config.json (or, beside an old one,
+    special_tokens_map.json), generation_config.json and config.json name. Raises ValueError, naming the file, for one
+    that is wrong.
 
     chat: as in `read_chat`, or "none" for the plain template. With a chat template, end-of-text is what ends a turn.
     rows: the number of the model's embeddings. A special token beyond them, often padding, is left out, with a note.
@@ -196,13 +197,20 @@ def name_tokens(directory: Path, tokenizer: Tokenizer) -> dict:
     """{"bos_token": "<s>", ...}: what the files call each special token. Where they leave out begin or end of text, as
     GPT-2's do, `transformers` has a class that knows the tokens; they are those of config.json."""
     config = read_if_there(directory / "tokenizer_config.json")
-    named = read_if_there(directory / "special_tokens_map.json") | config
+    special = read_if_there(directory / "special_tokens_map.json")
+    named = config | special if is_old(config) else special | config
     if config.get("tokenizer_class") not in PLAIN:
         model = read_if_there(directory / "config.json")
         ids = {name: model.get(f"{name}_id") for name in ("bos_token", "eos_token")}
         vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
         named = {name: vocabulary.get(index) for name, index in ids.items() if type(index) is int} | named
     return {name: content_of(token) for name, token in named.items() if name.endswith("_token")}
+
+
+def is_old(config: dict) -> bool:
+    """Whether this is the tokenizer_config.json of a transformers before 4.34: later changes to the special tokens went
+    into special_tokens_map.json alone, which `transformers` therefore puts first."""
+    return "added_tokens_decoder" not in config
 
 
 def find_chat(path: Path) -> str | None:
@@ -228,8 +236,9 @@ def find_ends(directory: Path, tokenizer: Tokenizer, chat: ChatTemplate | None) 
         tokenizer.encode_special_tokens, added = False, tokenizer.get_added_tokens_decoder()
         encoded = tokenizer.encode(behind, add_special_tokens=False).ids
         ends += [i for i in encoded if i in added and added[i].special][:1]
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        key = "eos_token" if name == "tokenizer_config.json" else "eos_token_id"
+    files = ["tokenizer_config.json", "generation_config.json", "config.json"]
+    for name in ["special_tokens_map.json"] * is_old(read_if_there(directory / files[0])) + files:
+        key = "eos_token" if "token" in name else "eos_token_id"
         value = content_of(read_if_there(directory / name).get(key))
         for end in value if isinstance(value, list) else [value]:
             index = vocabulary.get(end) if isinstance(end, str) else end

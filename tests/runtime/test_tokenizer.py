@@ -37,6 +37,11 @@ def with_files(tmp_path, trained_folder, files, which="student"):
         ({"tokenizer_config.json": {"eos_token": "A"}, "generation_config.json": {"eos_token_id": 5}}, ["A", 5]),
         ({"tokenizer_config.json": {"eos_token": {"content": "B", "lstrip": False}}}, ["B"]),
         ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": 5}}, [5]),
+        # transformers before 4.34 wrote a changed end into the map alone
+        ({"special_tokens_map.json": {"eos_token": "A"}, "tokenizer_config.json": {"eos_token": "B"}}, ["A", "B"]),
+        ({"special_tokens_map.json": {"eos_token": {"content": "A"}}, "config.json": {"eos_token_id": 5}}, ["A", 5]),
+        ({"special_tokens_map.json": {"eos_token": "A"},
+          "tokenizer_config.json": {"eos_token": "B", "added_tokens_decoder": {}}}, ["B"]),
         ({"tokenizer_config.json": {}, "generation_config.json": {"eos_token_id": [7, 8]}, "config.json": {}}, [7, 8]),
         ({"generation_config.json": {"eos_token_id": [7, 0, 7]}, "config.json": {"eos_token_id": 6}}, [7, 0, 6]),
         ({"config.json": {"eos_token_id": [0, -1, None, 3, 10**6]}}, [0, 3]),  # unknown ones are never generated
