@@ -28,6 +28,9 @@ KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out
 MERGE = ('merge it once, python -c "import sys; from peft import AutoPeftModelForCausalLM as P; P.from_pretrained('
          "sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" ADAPTER MODEL, and copy the tokenizer's files "
          "beside it")  # fmt: skip
+UNTIE = ("its base ties head and embedding, and merging would change both: make a copy of the base that is untied, as "
+         "peft describes when it loads the adapter, write the copy's path into base_model_name_or_path of "
+         "adapter_config.json, and then ")  # fmt: skip
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # A (rank, in), B (out, rank)
 
 
@@ -156,8 +159,9 @@ def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str
     for key, tensor in load_file(file).items():
         match = KEY.fullmatch(key)
         if re.search(r"\.(lm_head|embed_tokens|wte|wpe)\.", key):
+            tied = model.lm_head is None and re.search(r"(?<!\.wpe)\.(lora_|base_layer)", key)
             raise ValueError(f"{file}: {key} changes the head or an embedding; only plain LoRA on the layers between "
-                             f"them is supported: {MERGE}")  # fmt: skip
+                             f"them is supported: {UNTIE * bool(tied)}{MERGE}")  # fmt: skip
         if match is None or match[1] not in ours:
             raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
                              "is this an adapter of another model?")  # fmt: skip

@@ -380,6 +380,16 @@ def test_adapters_of_another_model(saved, key, shape, message):
     assert_refused(saved(edit_tensors=edit), message)
 
 
+@pytest.mark.parametrize("key, untie", [
+    ("lm_head.base_layer.weight", True), ("transformer.wte.lora_embedding_A", True), ("lm_head.weight", False),
+    ("transformer.wpe.lora_embedding_A", False),
+])  # fmt: skip
+def test_an_adapter_of_a_tied_head_is_not_merged_into_both(saved, key, untie):
+    path = saved(edit_tensors=lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(3, 3)}))
+    with pytest.raises(ValueError, match=f"{key} changes the head.*: {'its base ties.* then ' * untie}merge it once"):
+        load_adapter(random_model(GPT2), path)
+
+
 def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):
     assert_refused(saved(edit_tensors=lambda tensors: tensors.clear()), "no tensors")
     assert_refused(saved(), "transformer.h.0.attn.c_attn.lora_A.weight.*adapter of another model", LLAMA)
