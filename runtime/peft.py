@@ -99,8 +99,13 @@ def is_adapter(directory: Path) -> bool:
 
 
 def base_of(adapter: Path) -> str:
-    """The name or directory of an adapter's base model. Raises FileNotFoundError, with its name, if it is not here."""
-    base = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    """The name or directory of an adapter's base model. Raises FileNotFoundError, with its name, if it is not here, and
+    ValueError for a revision of a repository that is not its main one, since only that is looked up."""
+    config = read_json(adapter / "adapter_config.json")
+    base, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    if revision not in (None, "main") and not os.path.isdir(base):
+        raise ValueError(f"{adapter} is an adapter of revision {revision!r} of {base}; download that one and write "
+                         "its path into base_model_name_or_path of adapter_config.json")  # fmt: skip
     try:
         model_directory(base)
     except FileNotFoundError as error:

@@ -288,6 +288,14 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         with pytest.raises(FileNotFoundError, match=f"is an adapter whose base model is missing: model '{base}'"):
             find_model(str(adapter), "teacher")
+    # peft merges with that revision
+    config |= {"base_model_name_or_path": "owner/model", "revision": "step1"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is an adapter of revision 'step1' of owner/model; download that one"):
+        find_model(str(adapter), "teacher")
+    config |= {"base_model_name_or_path": str(tiny_task / "student")}  # a directory has no revisions
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert find_model(str(adapter), "student", weights=False) == tiny_task / "student"
 
 
 def test_two_runs_may_merge_the_same_adapter_at_once(tmp_path, monkeypatch):
