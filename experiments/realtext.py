@@ -80,15 +80,17 @@ ROWS = {  # how the student is trained; the others are compared with the first o
     "v2": "--recipe v2",
     "v2-random": "--recipe v2 --projectors {home}/random.safetensors",
     "v2-slow": "--recipe v2 --projector-lr 5e-5",
+    "v2-fitted": "--recipe v2 --projectors {home}/fitted/projectors.safetensors",  # trained before the student moves
     "sft-as-v2": "",  # not trained: sft's student, sampled at the temperature where it is as confident as v2's
 }
-ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "sft-as-v2"]
+ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "v2-fitted", "sft-as-v2"]
 TWO = [row for row in ROWS if row != "kd"]
 TRAIN, VALID, TEST = 960, 60, 100  # examples
 LENGTH = 160  # tokens of prompt and response; longer examples are left out
 COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10 --no-compile"
 TEACHER = "--epochs 1 --batch-size 8 --lr 2e-5"
 STUDENT = "--batch-size 8 --lr 1e-4 --warmup 10"
+FITTED = "--batch-size 8 --lr 1e-10 --warmup 10 --seed 100"  # one epoch in which only the projectors move
 NEW_TOKENS = 96
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,13 +161,15 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
     given = f"--data {data}/{pair.data}-train.jsonl --valid {data}/{pair.data}-valid.jsonl {COMMON}"
     tests = " ".join(f"{data}/{part}-test.jsonl" for part in (pair.data, *pair.others))
     score = f"-m experiments.realtext --judge {judge} --tests {tests} --score"
+    taught = f"--teacher {home}/teacher/student --temperature {pair.temperature}"
+    fit = f"train.py {ROWS['v2']} {taught} --cache-teacher {home}/states --student {student} {given} {FITTED}"
     commands = [f"train.py --method sft --student {teacher} {given} {TEACHER} --out {home}/teacher",
                 f"{score} {home}/teacher", f"{score} {student} --out {home}/start"]  # fmt: skip
     for seed in o.seeds:
         for row in o.rows or (ONE_VOCABULARY if name == "weaker" else TWO):
             how = ROWS[row].format(home=home)
             if row != "sft":
-                how += f" --teacher {home}/teacher/student --temperature {pair.temperature}"
+                how += f" {taught}"
             if row not in ("sft", "seqkd"):
                 how += f" --cache-teacher {home}/states"
             out = f"{home}/{row}-{seed}"
@@ -179,7 +183,10 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
             how += f" --epochs {o.epochs}" + " --keep-best rouge" * (o.epochs > 1)
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
-    return [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
+    remaining = [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
+    for first in [n for n, command in enumerate(remaining) if "/fitted/" in command][:1]:
+        remaining.insert(first, f"{fit} --out {home}/fitted")
+    return remaining
 
 
 # ---------------------------------------------------------------------------------------------------------------------

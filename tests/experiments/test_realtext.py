@@ -21,7 +21,8 @@ def arguments(tiny_task, tmp_path, monkeypatch):
     """The experiment's, on models of the tests: the same sequence, in seconds. There are paths with a space."""
     for name, value in {
         "VALID": 2, "TEST": 3, "TRAIN": 4, "LENGTH": 96, "NEW_TOKENS": 4, "LEFT_OUT": (), "TEACHER": "--max-steps 1",
-        "STUDENT": "--max-steps 2", "COMMON": "--max-len 96 --max-prompt-len 48 --batch-size 2 --device cpu",
+        "STUDENT": "--max-steps 2", "FITTED": "--max-steps 2 --lr 1e-10",
+        "COMMON": "--max-len 96 --max-prompt-len 48 --batch-size 2 --device cpu",
         "FILES": {"dolly": ["train.jsonl"], "self_instruct": ["valid.jsonl"], "gsm8k": ["test.jsonl"]},
     }.items():  # fmt: skip
         monkeypatch.setattr(realtext, name, value)
@@ -42,11 +43,12 @@ def in_process(words, **options):
     return subprocess.CompletedProcess(words, 0)
 
 
-def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
-    rows = ["sft", "uld", "v2", "v2-random", "sft-as-v2"]
+def test_all_of_it_on_small_models(arguments, tiny_task, tmp_path, capsys):
+    rows = ["sft", "uld", "v2", "v2-random", "v2-fitted", "sft-as-v2"]
     realtext.main([*arguments, "--seeds", "0", "--rows", *rows])
     printed = capsys.readouterr().out.splitlines()
-    assert not (tmp_path / "my runs").exists() and len(printed) == 3 + 2 * len(rows) - 1
+    assert not (tmp_path / "my runs").exists()
+    assert len(printed) == 3 + 2 * len(rows)  # one more for v2-fitted, one less for sft-as-v2
     with patch.object(subprocess, "run", in_process):
         realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
         capsys.readouterr()
@@ -55,6 +57,8 @@ def test_all_of_it_on_small_models(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit, match="sft-0: not trained with --epochs 4; give another --out"):
         realtext.main([*arguments, "--epochs", "4", "--rows", *rows])
     assert [line for line in again if "--score" in line] == [] and len(again) <= 1
+    fitted, before = (load_model(path) for path in (tmp_path / "my runs/other/fitted/student", tiny_task / "twin"))
+    torch.testing.assert_close(fitted.state_dict(), before.state_dict(), rtol=0, atol=1e-8)  # only the projectors moved
     parts = {}
     for part in ("train", "valid", "test", "more"):
         parts[part] = {example.prompt for example in read_examples(tmp_path / "my runs/data" / f"dolly-{part}.jsonl")}
