@@ -90,7 +90,7 @@ LENGTH = 160  # tokens of prompt and response; longer examples are left out
 COMMON = f"--max-len {LENGTH} --max-prompt-len {LENGTH - 16} --dtype bf16 --log-every 10 --no-compile"
 TEACHER = "--epochs 1 --batch-size 8 --lr 2e-5"
 STUDENT = "--batch-size 8 --lr 1e-4 --warmup 10"
-FITTED = "--batch-size 8 --lr 1e-10 --warmup 10 --seed 100"  # one epoch in which only the projectors move
+FITTED = "--epochs 1 --batch-size 8 --lr 1e-10 --warmup 10 --seed 100"  # only the projectors move
 NEW_TOKENS = 96
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +184,9 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
             commands += [f"train.py {how} --student {student} {given} {STUDENT} --seed {seed} --out {out}",
                          f"{score} {out}"]  # fmt: skip
     remaining = [command for command in commands if not (Path(shlex.split(command)[-1]) / "scores.json").is_file()]
-    for first in [n for n, command in enumerate(remaining) if "/fitted/" in command][:1]:
-        remaining.insert(first, f"{fit} --out {home}/fitted")
+    fitted = [command for command in remaining if "/fitted/projectors" in command]
+    if fitted:
+        remaining.insert(remaining.index(fitted[0]), f"{fit} --out {home}/fitted")
     return remaining
 
 

@@ -49,6 +49,8 @@ def test_all_of_it_on_small_models(arguments, tiny_task, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "my runs").exists()
     assert len(printed) == 3 + 2 * len(rows)  # one more for v2-fitted, one less for sft-as-v2
+    realtext.main([*arguments, "--seeds", "0", "--rows", "v2", "--out", str(tmp_path / "fitted/runs")])
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 2  # the name of the directory is not that of the row
     with patch.object(subprocess, "run", in_process):
         realtext.main([*arguments, "--seeds", "0", "1", "--rows", *rows, "--run"])
         capsys.readouterr()
