@@ -47,7 +47,8 @@ def check_options(o: Options) -> Options:
     check_cache(o)
     for name in ("student", "data") + (() if o.method == "sft" else ("teacher",)):
         if getattr(o, name) is None:
-            raise ValueError(f"--{name} is missing: --method {o.method} needs it (without any argument: the tiny task)")
+            other = "or --out and --resume alone: the run's own" if o.resume else "without any argument: the tiny task"
+            raise ValueError(f"--{name} is missing: --method {o.method} needs it ({other})")
     check_processes(o)
     device = o.device or choose_device()[0]
     on_cuda = check_device(device).type == "cuda"

@@ -118,6 +118,8 @@ def test_values_of_the_wrong_kind(command, nothing_loaded, option, value):
 @pytest.mark.parametrize("missing", ["teacher", "student", "data"])
 def test_missing_options(command, nothing_loaded, missing):
     assert contains(command(**{missing: None}), f"--{missing} is missing: --method dskd needs it")
+    resumed = command(**{missing: None}, resume=True)
+    assert contains(resumed, f"--{missing} is missing", "--out and --resume alone") and "tiny" not in resumed
 
 
 SAMPLES = "--on-policy works only with --method kd and dskd; --method"
