@@ -231,7 +231,7 @@ class HeadTerms(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = hidden[rows] @ head.T
                 target = target_hidden[rows] @ target_head.T  # fewer rows than the logits if k < n, or none
-                for block in row_blocks(logits):
+                for block in [slice(0, len(logits))] if fused else row_blocks(logits):
                     at = slice(start + block.start, start + block.stop)
                     u, v = logits, target  # fused: the kernels cast; no views, because guards would check their base
                     if not fused:

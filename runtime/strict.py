@@ -246,11 +246,12 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
 
     if family != "gpt2":
         check_rope(f, where)
-    elif f.n_embd % f.n_head:
-        raise ValueError(f"{where}: n_embd {f.n_embd} is not divisible by {f.n_head} heads")
     if family in ("mistral", "qwen2", "qwen3"):
         check_windows(f, where)
     c = model.read_config(config)
+    if c.width % c.heads and (family in ("gpt2", "llama") or not c.head_dim):  # transformers cannot load it either
+        name = "n_embd" if family == "gpt2" else "hidden_size"
+        raise ValueError(f"{where}: {name} {c.width} is not divisible by {c.heads} heads")
     if c.activation not in model.ACTIVATIONS:
         raise ValueError(f"{where}: activation {c.activation!r} is not supported, only {', '.join(model.ACTIVATIONS)}")
     if c.heads % c.kv_heads:

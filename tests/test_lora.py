@@ -316,6 +316,24 @@ def test_two_runs_may_merge_the_same_adapter_at_once(tmp_path, monkeypatch):
     assert close(logits_of(model.load_model(merged)), logits_of(m))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_merged_model_does_not_mix_two_tokenizers(own, tmp_path, monkeypatch):
+    """transformers 5 writes no special_tokens_map.json, and a transformers 4 no chat_template.jinja; the base's would
+    decide the end-of-text and the template of the adapter."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    m = random_model(GPT2)
+    model.save_model(m, base)
+    save_adapter(trained(m), adapter)
+    for name in ("special_tokens_map.json", "chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
+        (base / name).write_text("{}")
+    if own:
+        (adapter / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    merged = peft_files.merge_into(base, adapter)
+    assert (merged / "generation_config.json").is_file()
+    assert (merged / "special_tokens_map.json").is_file() == (merged / "chat_template.jinja").is_file() == (not own)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """saved(config, edit_config, edit_tensors): a directory with an adapter for GPT2, spoilt by the two functions."""

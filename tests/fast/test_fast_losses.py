@@ -125,3 +125,13 @@ def test_numbers_of_tokens_that_do_not_fit_are_refused(count):
         fast_losses.kd_loss(hidden, gold, teacher_hidden, *heads, Counts(K), chunk=2)
     with pytest.raises(ValueError, match=f"teacher_hidden has {count}"):
         uld_loss(hidden, gold, torch.arange(K), teacher_hidden, *heads, Counts(K), chunk=2)
+
+
+def test_fused_works_on_a_cpu_whose_cache_is_full(monkeypatch):
+    """As with any real vocabulary. Nothing is compiled here."""
+    monkeypatch.setattr(fast_losses, "fuse", lambda function: function)
+    monkeypatch.setattr(fast_losses, "CACHED_LOGITS", 1)
+    i = Inputs("kd")
+    arguments = i.student_hidden, i.gold, i.teacher_hidden, i.student_head, i.teacher_head, i.counts
+    found = [fast_losses.kd_loss(*arguments, chunk=4, fused=fused) for fused in (False, True)]
+    torch.testing.assert_close(*found)

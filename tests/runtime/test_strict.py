@@ -112,6 +112,8 @@ def test_shards(tmp_path):
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
         ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, but is 0"),
         ({**GPT2, "n_head": 5}, "n_embd 24 is not divisible by 5 heads"),
+        ({**LLAMA, "hidden_size": 50}, "hidden_size 50 is not divisible by 6 heads"),  # transformers does not load it
+        ({**LLAMA, "model_type": "qwen2", "hidden_size": 4}, "hidden_size 4 is not divisible by 6 heads"),
         ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
         ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
         ({**GPT2, "hidden_size": 32}, "hidden_size = 32 is not supported, only 24"),  # n_embd's other name
