@@ -57,7 +57,7 @@ from runtime.hub import data_file
 from runtime.load import find_model
 from runtime.run import read_log, tokenizer_of
 from runtime.show import show_pairs, show_token
-from runtime.strict import read_projectors
+from runtime.strict import check_device, read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
@@ -286,7 +286,7 @@ def projectors_of(file: Path, student: Decoder, teacher: Decoder) -> dict[str, T
     """The projectors of a run with these two models. Raises ValueError for a file of another teacher or kind."""
     try:
         given = read_projectors(file, student.head_weight.shape[1], teacher.head_weight.shape[1], "cma")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
     return {name: tensor.to(student.head_weight) for name, tensor in given.items()}
 
@@ -357,11 +357,12 @@ def run_alignment(o: argparse.Namespace) -> None:
     roles = {"teacher": o.teacher, "student": o.student}
     directories = [find_model(name, role, bool(o.projectors)) for role, name in roles.items()]
     teacher, student = map(tokenizer_of, directories)
-    (row,), _ = tokenise([example], student, teacher, o.max_len, o.max_len // 2, align="eta")
+    models = [load_model(directory) for directory in directories] if o.projectors else []  # in eval mode
+    max_len = min([o.max_len, *(m.limit for m in models)])
+    (row,), _ = tokenise([example], student, teacher, max_len, max_len // 2, align="eta")
     theirs, ours = teacher.spell(row.teacher.response), student.spell(row.student.response)
     figures = {"teacher tokens": len(theirs), "student tokens": len(ours), "aligned pairs": len(row.pairs[0])}
     if o.projectors:
-        models = [load_model(directory) for directory in directories]  # in eval mode
         given = projectors_of(o.projectors, models[1], models[0])
         if "query.weight" not in given:
             raise ValueError(f"--projectors {o.projectors}: no query.weight; --recipe v1 --align cma trains one")
@@ -420,8 +421,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if o.run is not run_knowledge:
             new_figure(1, 1)  # report a missing matplotlib before the work, not after it
+        if "device" in o:
+            check_device(o.device)
         o.run(o)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -68,6 +68,7 @@ from model import build_model, generate
 from runtime.formats import read_examples
 from runtime.order import count_tokens
 from runtime.parallel import compile_model, uses_graphs
+from runtime.strict import check_device
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import table
 
@@ -795,7 +796,15 @@ def main(arguments: list[str] | None = None) -> None:
     given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
     if any(given.values()) and not all(given.values()):
         parser.error("--data, --student-tokenizer and --teacher-tokenizer go together: give all three or none")
-    on_cuda = torch.device(o.device).type == "cuda"
+    try:  # before anything is measured
+        on_cuda = check_device(o.device).type == "cuda"
+        if o.json:
+            o.json.touch()
+        if o.data:
+            read_examples(o.data, 0, 1)
+            list(map(read_tokenizer, (o.student_tokenizer, o.teacher_tokenizer)))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
     minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
     limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny, "profile": o.profile}

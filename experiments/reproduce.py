@@ -55,7 +55,7 @@ from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
 from runtime.formats import read_examples
-from runtime.run import tokenizer_of
+from runtime.run import Stopped, tokenizer_of
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
 
@@ -101,15 +101,25 @@ class Cell:
         return f"{self.parts[0]} same" if self.teacher == "same" else self.parts[0]
 
 
+CHOICES = {"split": ("test", "valid"), "teacher": ("different", "same"), "text": ("plain", "accents"),
+           "student": ("noisy", "untasted", "nothing")}  # fmt: skip
+LABELS = 4000  # of a world
+
+
 def parse(text: str) -> Cell:
     """`v2-fkl seed=3` -> Cell. Raises ValueError, saying what is wrong."""
-    method, *words = text.split()
+    method, *words = text.split() or [""]
     types = {f.name: float if f.default is None else type(f.default) for f in fields(Cell)[1:]}
     try:
         pairs = [word.split("=") for word in words]
         cell = Cell(method, **{name: types[name](value) for name, value in pairs})
     except (KeyError, ValueError) as error:
         raise ValueError(f"cell {text!r}: {error}; after the method give NAME=VALUE, of {', '.join(types)}") from None
+    for name, known in CHOICES.items():
+        if getattr(cell, name) not in known:
+            raise ValueError(f"cell {text!r}: {name} is one of {', '.join(known)}")
+    if not (0 < cell.labels <= LABELS and cell.updates > 0):
+        raise ValueError(f"cell {text!r}: labels is 1 to {LABELS}, and updates at least 1")
     family, divergence, change = cell.parts
     if cell.settings not in SETTINGS and family not in MODELS:
         raise ValueError(f"cell {text!r}: no method {family!r} with teacher={cell.teacher}")
@@ -178,7 +188,7 @@ def untasted(prompt: str, generator: random.Random) -> str:
 
 
 NOISE = 0.5  # share of the noisy texts that ignore tastes
-SIZES = {"teacher_train": 16000, "student_train": 4000, "valid": 400, "test": 600}
+SIZES = {"teacher_train": 16000, "student_train": LABELS, "valid": 400, "test": 600}
 
 
 def world(root: Path, cell: Cell) -> Path:
@@ -400,7 +410,9 @@ def options_of(cell: Cell, root: Path, scratch: Path) -> dict:
     if family in ("v1", "v2"):
         options |= {"method": "dskd", "recipe": family}
     if divergence:
-        options |= {"divergence": divergence, "on_policy": cell.on_policy}
+        options["divergence"] = divergence
+    if cell.on_policy:
+        options["on_policy"] = cell.on_policy
     if change.startswith("random"):
         options["projectors"] = str(scratch / "projectors.safetensors")
         widths = tiny.TEACHER["hidden_size"], cell.width
@@ -460,7 +472,8 @@ def lr_of(method: str) -> str:
 
 ALL = list(DIVERGENCES)
 REGIMES = ["student=nothing updates=600 lr=3e-3", "student=untasted", "", "labels=250", "labels=1000", "labels=2000",
-           "labels=4000", "labels=4000 lr=1e-3", "width=64", "width=64 lr=1e-3", "vocabulary=450"]  # fmt: skip
+           "labels=4000", "labels=4000 lr=1e-3", "width=64", "width=64 lr=1e-3", "width=64 updates=1200",
+           "vocabulary=450"]  # fmt: skip
 TABLES = {  # name: (title, rows); a row is a cell without its seed; the others are compared with the first one
     "different": (
         "Different vocabularies (the papers' tables with Qwen1.5-1.8B, Llama 2 and Mistral as teachers)",
@@ -617,9 +630,9 @@ def search(root: Path, run) -> dict[str, dict[str, float]]:
 
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises ValueError for names that do not exist."""
-    if o.keep and not o.cell:
+    if o.keep and o.cell is None:
         raise ValueError("--keep is for one run: name it with --cell")
-    if o.cell:
+    if o.cell is not None:  # an empty name is an error, not every table
         print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
         return
     known = paper.PAIRS if o.scale == "paper" else TABLES
@@ -664,8 +677,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         run(parser.parse_args(arguments))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, Stopped):  # a cell's own directory, which Stopped names, is gone
+        sys.exit("stopped; finished cells are kept, and the same command does the others")
 
 
 if __name__ == "__main__":

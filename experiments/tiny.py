@@ -34,7 +34,7 @@ from model import load_model
 from runtime import parallel
 from runtime.device import say_device
 from runtime.formats import read_examples
-from runtime.run import tokenizer_of, write_text
+from runtime.run import Stopped, tokenizer_of, write_text
 from runtime.strict import check_options, choose_alignment, refuse_first
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
@@ -471,7 +471,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/tiny-seeds", help="a folder for each seed; finished stages are kept")
     parser.add_argument("--scores", type=Path, default=SEEDS, help="the file that `python train.py` shows")
     o = parser.parse_args(arguments)
-    seeds = [run({"seed": seed, "out": f"{o.out}/{seed}"}) for seed in range(o.seeds)]
+    if o.seeds < 1:
+        parser.error("--seeds: must be at least 1")
+    try:
+        seeds = [run({"seed": seed, "out": f"{o.out}/{seed}"}) for seed in range(o.seeds)]
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, Stopped) as stopped:
+        sys.exit(f"{str(stopped) or 'stopped at once'}\nthe same command goes on from there")
     o.scores.write_text("[\n" + ",\n".join(map(json.dumps, seeds)) + "\n]\n")
     print(f"\n{tabulate(seeds, 'dskd-v2')}")
 

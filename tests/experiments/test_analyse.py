@@ -184,6 +184,8 @@ def test_curves_command(tmp_path, capsys):
     assert drawn == [[[[1, 2], [2, 1]], [[1, 4]]], [[[2, 3]], []], [[], []]]
     with pytest.raises(SystemExit, match="error: .*nowhere"):
         analyse.main(["curves", "nowhere", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: .*curves.png"):
+        analyse.main(["curves", *runs, "--out", str(tmp_path / "curves.png")])  # a file
 
 
 def test_structure_command(tiny_task, tmp_path, capsys, monkeypatch):
@@ -227,6 +229,8 @@ def test_knowledge_command(tiny_task, tmp_path, capsys, monkeypatch):
     save_file({"t2s.weight": torch.zeros(3, 4)}, file)
     with pytest.raises(SystemExit, match=r"t2s.weight \[3, 4\] does not fit; expected t2s.weight"):
         analyse.main(command)
+    with pytest.raises(SystemExit, match="--device foo: not a device"):
+        analyse.main([*command, "--device", "foo"])
     file.write_bytes(b"no")
     with pytest.raises(SystemExit, match=f"{file}: not a readable"):
         analyse.main(command)
@@ -252,6 +256,12 @@ def test_alignment_command(tiny_task, tmp_path, capsys):
         analyse.main([*common, "--line", "1"])
     with pytest.raises(SystemExit, match="not a readable safetensors file"):
         analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "attention.png")])
+    with pytest.raises(SystemExit, match="not a readable safetensors file"):  # a run, not its file
+        analyse.main([*common, "--line", "2", "--projectors", str(tmp_path)])
+    long = {"prompt": "What?", "output": 99 * "The fox sleeps. "}  # cut to 128 positions, as in training
+    (tmp_path / "long.jsonl").write_text(json.dumps(long))
+    projectors = ["--projectors", str(tmp_path / "projectors.safetensors"), "--line", "1"]
+    analyse.main([*common, "--data", str(tmp_path / "long.jsonl"), *projectors])
     save_file({"t2s.weight": torch.zeros(columns // 2, rows // 2)}, tmp_path / "projectors.safetensors")
     with pytest.raises(SystemExit, match="no query.weight.*cma"):
         analyse.main([*common, "--line", "2", "--projectors", str(tmp_path / "projectors.safetensors")])

@@ -220,3 +220,17 @@ def test_unknown_cases_and_half_of_the_data_options(capsys):
         with pytest.raises(SystemExit):
             bench.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_or_written_is_told_before_anything_is_measured(text, tmp_path, capsys):
+    data = ["--data", text["data"], "--student-tokenizer", text["student"], "--teacher-tokenizer"]
+    for arguments, message in (
+        (["--json", str(tmp_path / "nowhere" / "x.json")], "No such file or directory"),
+        (["--device", "foo"], "--device foo: not a device"),
+        ([*data, str(tmp_path)], "cannot be read as a tokenizer"),
+        (["--data", str(tmp_path / "nix.jsonl"), *data[2:], text["teacher"]], "nix.jsonl"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main(["--tiny", "alignment", *arguments])
+        said = capsys.readouterr().err
+        assert message in said and "alignment:" not in said

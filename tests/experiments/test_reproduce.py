@@ -7,7 +7,7 @@ import tempfile
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -77,7 +77,10 @@ def test_a_cell_is_named_by_what_it_is():
 @pytest.mark.parametrize(
     "text, named",
     [("v3-fkl", "v3"), ("kd-fkl", "kd"), ("v2-kl", "divergences"), ("v2-fkl+nothing", "changes"),
-     ("sft seeds=3", "seeds=3"), ("sft seed=x", "seed=x"), ("sft seed", "seed")],
+     ("sft seeds=3", "seeds=3"), ("sft seed=x", "seed=x"), ("sft seed", "seed"), ("", "no method"),
+     ("v2-fkl teacher=samee", "teacher is one of"), ("sft text=accent", "text is one of"),
+     ("sft split=tets", "split is one of"), ("sft student=noise", "student is one of"),
+     ("sft labels=5000", "labels is 1 to 4000"), ("sft labels=-3", "labels is"), ("sft updates=0", "updates at least")],
 )  # fmt: skip
 def test_a_wrong_cell_is_named(text, named):
     with pytest.raises(ValueError, match=named):
@@ -99,6 +102,24 @@ def test_every_cell_has_options_that_train_accepts(root, tmp_path):
         learned = lines["valid" if cell.parts[2] == "answers" else "student_train"][: cell.labels]
         assert Path(options.data).read_text().splitlines() == learned and options.valid is None
         assert options.lr == reproduce.resolve(cell).lr and options.seed == cell.seed
+
+
+def test_on_policy_does_not_depend_on_a_named_divergence(root, tmp_path):
+    cell = reproduce.resolve(parse(f"v2 on_policy=1 {SETTING}"))
+    assert reproduce.options_of(cell, root, tmp_path)["on_policy"] == 1
+
+
+def test_what_cannot_be_done_is_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for more in (["--print"], ["--cell", "sft"], []):
+        with pytest.raises(SystemExit, match="^error: .*file"):
+            reproduce.main(["--out", str(tmp_path / "file"), *more])
+    with pytest.raises(SystemExit, match="^error: cell ''"):
+        reproduce.main(["--out", str(tmp_path), "--cell", ""])
+    for stopped in (KeyboardInterrupt(), reproduce.Stopped("saved in a directory that is gone", 2)):
+        monkeypatch.setattr(reproduce, "run", Mock(side_effect=stopped))
+        with pytest.raises(SystemExit, match="finished cells are kept"):
+            reproduce.main([])
 
 
 # -- a miniature grid --------------------------------------------------------------------------------------------------

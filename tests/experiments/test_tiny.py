@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tokenizers import Tokenizer
@@ -171,6 +172,16 @@ def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, cap
     seeds = json.loads((tmp_path / "scores.json").read_text())
     assert seeds[1]["dskd-v2"]["rouge_l"] == pytest.approx(seeds[1]["sft"]["rouge_l"] + 3)
     assert capsys.readouterr().out.endswith(tiny.tabulate(seeds, "dskd-v2") + "\n")
+    kept = (tmp_path / "scores.json").read_text()
+    with pytest.raises(SystemExit):
+        tiny.main([*words, "--seeds", "0"])  # would leave no seed for train.py to show
+    with pytest.raises(SystemExit, match="^error: .*scores.json"):
+        tiny.main([*words, "--out", str(tmp_path / "scores.json")])
+    for stopped, message in ((KeyboardInterrupt(), "stopped at once"), (tiny.Stopped("is saved", 2), "is saved")):
+        monkeypatch.setattr(tiny, "run", Mock(side_effect=stopped))
+        with pytest.raises(SystemExit, match=message):
+            tiny.main(words)
+    assert (tmp_path / "scores.json").read_text() == kept
 
 
 def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypatch, capsys):
