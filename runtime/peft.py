@@ -125,10 +125,10 @@ def merge_into(base: Path, adapter: Path) -> Path:
     if not merged.is_dir():
         new = merged.with_suffix(f".{os.getpid()}.new")
         save_model(merge(load_adapter(load_model(base), adapter)), new)
-        # beside a tokenizer_config.json of the adapter's, these two of the base would be read first
+        # a tokenizer_config.json of the adapter's decides alone: these two, from the base, would be read before it
         own = (adapter / "tokenizer_config.json").is_file()
-        older = {"special_tokens_map.json", "chat_template.jinja"} if own else set()
-        of_base = [name for name in MODEL_FILES[1:] if name not in older]
+        before = {"special_tokens_map.json", "chat_template.jinja"} if own else set()
+        of_base = [name for name in MODEL_FILES[1:] if name not in before]
         for file in [*map(base.joinpath, of_base), *map(adapter.joinpath, MODEL_FILES[1:])]:
             if file.is_file():
                 shutil.copy(file, new)
