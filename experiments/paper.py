@@ -5,6 +5,7 @@ measured on a GPU.
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,18 @@ def commands_of(name: str) -> list[str]:
 def follow(commands: list[str], run: bool) -> None:
     """Print the commands, which may end with a comment; with `run`, run each before the next is printed. A training run
     that already exists is resumed or, if it is finished, ends immediately."""
+    stopped: list[int] = []  # Ctrl-C reaches the command too: wait until it has saved
     for command in commands:
         print(f"python {command}", flush=True)
         words = shlex.split(command, comments=True)
         if words[0] == "train.py" and Path(words[words.index("--out") + 1], "args.json").is_file():
             words.append("--resume")
-        if run and subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent).returncode:
+        if not run:
+            continue
+        before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
+        try:
+            failed = subprocess.run([sys.executable, *words], cwd=Path(__file__).parent.parent).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if failed or stopped:
             sys.exit(1)  # the command has printed the reason

@@ -5,7 +5,8 @@
     python -m experiments.realtext --tables [--against v2] [--picture FILE]
 
 The first line prints the commands; the second runs them one after the other. Finished commands are skipped, and an
-interrupted one is resumed. The third line prints tables of everything that is finished.
+interrupted one is resumed; other models, another judge or other data need another --out. The third line prints tables
+of everything that is finished.
 
     weaker   SmolLM2-135M-Instruct without six of its layers learns from the whole model: one vocabulary, Dolly
     other    the same student learns from Qwen2.5-Coder-0.5B-Instruct: another vocabulary, Dolly
@@ -24,7 +25,7 @@ import random
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -45,6 +46,7 @@ from runtime.device import choose_device
 from runtime.formats import read_examples
 from runtime.hub import model_directory
 from runtime.run import tokenizer_of, write_text
+from runtime.strict import check_values
 from scores.rouge import rouge_l
 from scores.tables import spread, table
 
@@ -104,7 +106,8 @@ def prepare(o: argparse.Namespace, name: str) -> None:
     for part in (pair.data, *pair.others):
         write_split(o.data, part, tokenizers, o.out / "data")
     if pair.student == "weak" and not (o.out / "weak").is_dir():
-        leave_out_layers(o.small, o.out / "weak", LEFT_OUT)
+        leave_out_layers(o.small, o.out / "weak.new", LEFT_OUT)
+        (o.out / "weak.new").rename(o.out / "weak")  # whole, or not there
     configs = [read_json(directory_of(o, model) / "config.json") for model in (pair.teacher, pair.student)]
     widths = [config.get("hidden_size") or config["n_embd"] for config in configs]
     home.mkdir(parents=True, exist_ok=True)
@@ -165,8 +168,11 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
     fit = f"train.py {ROWS['v2']} {taught} --cache-teacher {home}/states --student {student} {given} {FITTED}"
     commands = [f"train.py --method sft --student {teacher} {given} {TEACHER} --out {home}/teacher",
                 f"{score} {home}/teacher", f"{score} {student} --out {home}/start"]  # fmt: skip
+    rows = o.rows or (ONE_VOCABULARY if name == "weaker" else TWO)
+    if "kd" in rows and name != "weaker":
+        raise ValueError(f"--rows kd: the models of {name} have different vocabularies; it is for --pairs weaker")
     for seed in o.seeds:
-        for row in o.rows or (ONE_VOCABULARY if name == "weaker" else TWO):
+        for row in sorted(rows, key=list(ROWS).index):  # sft-as-v2 is last
             how = ROWS[row].format(home=home)
             if row != "sft":
                 how += f" {taught}"
@@ -174,6 +180,9 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
                 how += f" --cache-teacher {home}/states"
             out = f"{home}/{row}-{seed}"
             if row == "sft-as-v2":
+                for needed in ("sft", "v2"):
+                    if needed not in rows and not (o.out / name / f"{needed}-{seed}" / "student").is_dir():
+                        raise ValueError(f"--rows sft-as-v2 needs {name}/{needed}-{seed}: give --rows sft v2 sft-as-v2")
                 like = f"--as-confident-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
                 commands.append(f"{score} {home}/sft-{seed} {like} --out {out}")
                 continue
@@ -204,19 +213,20 @@ def bits_per_byte(model, tokenizer, examples: list[Example]) -> float:
 
 
 @torch.no_grad()
-def predictions(model, tokenizer, examples: list[Example]) -> torch.Tensor:
-    """(N, V) logits at the tokens of the first outputs."""
+def predictions(model, tokenizer, examples: list[Example]) -> Iterator[torch.Tensor]:
+    """For each example, (n, V) logits at the tokens of its first output; those of a whole set may fill the memory."""
     rows, _ = tokenise(examples, tokenizer, None, 1024, 512)
     device = model.embed.weight.device.type
-    with torch.autocast(device, torch.bfloat16):
-        sides = (collate_side([row.student], pad_id=0).to(device) for row in rows)
-        return torch.cat([logits_under(hidden_at(model, side), model.head_weight) for side in sides])
+    for row in rows:
+        with torch.autocast(device, torch.bfloat16):
+            side = collate_side([row.student], pad_id=0).to(device)
+            logits = logits_under(hidden_at(model, side), model.head_weight)
+        yield logits
 
 
-def entropy(logits: torch.Tensor, temperature: float = 1.0) -> float:
+def entropy(logits: Iterable[torch.Tensor], temperature: float = 1.0) -> float:
     """Mean entropy over the tokens, in nats."""
-    parts = (Categorical(logits=part.float() / temperature).entropy() for part in logits.split(256))
-    return torch.cat(list(parts)).mean().item()
+    return torch.cat([Categorical(logits=part.float() / temperature).entropy() for part in logits]).mean().item()
 
 
 def matching_temperature(run: Path, other: Path, file: Path, device="cpu") -> float:
@@ -224,7 +234,7 @@ def matching_temperature(run: Path, other: Path, file: Path, device="cpu") -> fl
     examples = read_examples(file)
     students = (model_directory(str(directory)) for directory in (run, other))
     logits, others = (
-        predictions(load_model(student, device=device), tokenizer_of(student), examples) for student in students
+        list(predictions(load_model(student, device=device), tokenizer_of(student), examples)) for student in students
     )
     aim, low, high = entropy(others), 0.2, 5.0
     while high - low > 0.01:
@@ -281,7 +291,8 @@ def scores_of(out: Path, name: str) -> dict[str, dict[str, dict]]:
 def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str, against="sft") -> list[float]:
     """Differences from another row, seed by seed."""
     first = rows.get(against, {}) if row != against else {}
-    return [scores[part][key] - first[seed][part][key] for seed, scores in rows.get(row, {}).items() if seed in first]
+    both = ((scores, first[seed]) for seed, scores in rows.get(row, {}).items() if seed in first)
+    return [ours[part][key] - theirs[part][key] for ours, theirs in both if part in ours and part in theirs]
 
 
 def tables(out: Path, against: str = "sft") -> str:
@@ -291,7 +302,7 @@ def tables(out: Path, against: str = "sft") -> str:
     for name, pair in PAIRS.items():
         runs, lines = scores_of(out, name), [[name, "seeds", *(title for title, _ in MEASURES.values())]]
         for part, row in product((pair.data, *pair.others), ("teacher", "start", *ROWS)):
-            if found := [scores[part] for scores in runs.get(row, {}).values()]:
+            if found := [scores[part] for scores in runs.get(row, {}).values() if part in scores]:
                 lines.append([f"{part}, {row}", str(len(found))])
                 for key, (_, digits) in MEASURES.items():
                     gaps = differences(runs, row, part, key, against)
@@ -358,6 +369,11 @@ def main(arguments: list[str] | None = None) -> None:
             if o.picture:
                 save(draw(o.out), o.picture.parent, o.picture.name)
         elif o.score:
+            if not (o.tests and o.judge):
+                raise ValueError("--score needs --tests and --judge")
+            model_directory(str(o.judge))  # before the answers, not after them
+            for file in o.tests:
+                read_examples(file)
             device, temperature = choose_device()[0], 1.0
             with by_onednn(device):
                 if o.as_confident_as:
@@ -369,6 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
             follow(o)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def follow(o: argparse.Namespace) -> None:
@@ -378,7 +396,10 @@ def follow(o: argparse.Namespace) -> None:
         setattr(o, name, getattr(o, name).resolve())
     for model in (o.small, o.large, o.judge):
         model_directory(str(model))
+    check_values({"epochs": o.epochs, "seeds": o.seeds}, {"epochs": 1, "seeds": 0}, {"seeds": 2**32})
     o.out = o.out.resolve()
+    for name in o.pairs:  # an error in one before hours of another
+        commands_of(o, name)
     for name in o.pairs:
         if o.run:
             prepare(o, name)

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
+import threading
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 import eval
 import train
-from experiments import realtext
+from experiments import paper, realtext
 from model import load_model, save_model
 from runtime.formats import read_examples
 
@@ -31,6 +34,17 @@ def arguments(tiny_task, tmp_path, monkeypatch):
     models = {"small": tiny_task / "twin", "large": tiny_task / "teacher", "judge": tmp_path / "a judge"}
     words = {**models, "data": tiny_task, "out": tmp_path / "my runs"}
     return [*(str(word) for name, value in words.items() for word in (f"--{name}", value)), "--pairs", "other"]
+
+
+def test_ctrl_c_waits_until_the_command_has_saved(tmp_path, monkeypatch):
+    """It reaches both; a command that is killed a quarter of a second later would lose its updates."""
+    command = "import os, signal, time; time.sleep(1); open('saved', 'w').close()"
+    monkeypatch.setattr(paper, "__file__", str(tmp_path / "experiments" / "paper.py"))  # the commands' directory
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(SystemExit):
+        paper.follow([f'-c "{command}"', '-c "raise SystemExit(9)"'], run=True)
+    assert (tmp_path / "saved").is_file()
 
 
 def in_process(words, **options):
@@ -92,6 +106,10 @@ def test_a_table_by_hand(tmp_path):
         ["dolly, v1", "1", "1.000 (-1.000)", "1.0 (-1.0)"],
         ["dolly, v2", "2", "2.000 (+0.500 ± 0.354)", "2.0 (+0.5 ± 0.4)"],
     ]  # fmt: skip
+    (tmp_path / "other/kd-0").mkdir()  # scored on one set alone
+    (tmp_path / "other/kd-0/scores.json").write_text(json.dumps({"dolly": dict.fromkeys(realtext.MEASURES, 2)}))
+    assert len(cells()) == 13 and ["dolly, kd", "1", "2.000 (+1.000)", "2.0 (+1.0)"] in cells()
+    shutil.rmtree(tmp_path / "other/kd-0")
     assert [line[2] for line in cells(against="v2")[1:4]] == ["1.500 (-0.500 ± 0.354)", "1.000 (-1.750)", "2.000"]
 
 
@@ -105,6 +123,18 @@ def test_the_weaker_student_lacks_the_layers(tiny_task, tmp_path):
     realtext.leave_out_layers(tmp_path / "whole", tmp_path / "weak", [0])
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(load_model(tmp_path / "weak")(ids), load_model(tiny_task / "teacher")(ids))
+
+
+def test_the_weaker_student_is_whole_or_not_there(arguments, tmp_path, monkeypatch):
+    def interrupted(source, out, layers):
+        out.mkdir(parents=True)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(realtext, "leave_out_layers", interrupted)
+    monkeypatch.setitem(realtext.PAIRS, "other", realtext.Pair("weak", "large", "dolly", ("self_instruct",)))
+    with pytest.raises(SystemExit, match="disk full"):
+        realtext.main([*arguments, "--run"])
+    assert not (tmp_path / "my runs/weak").exists()
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokens(tiny_task):
@@ -133,12 +163,18 @@ def test_the_temperature_at_which_one_is_as_confident_as_the_other(tiny_task, tm
     assert realtext.matching_temperature(tmp_path / "sharp", tmp_path / "flat", file) == pytest.approx(2, abs=0.02)
     assert realtext.matching_temperature(tmp_path / "flat", tmp_path / "sharp", file) == pytest.approx(0.5, abs=0.02)
     logits = torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]])
-    assert realtext.entropy(logits) == pytest.approx(math.log(2) / 2)
+    assert realtext.entropy(logits.split(1)) == pytest.approx(math.log(2) / 2)
 
 
 def test_what_is_missing_is_named(arguments, tmp_path):
     arguments[arguments.index("--data") + 1] = str(tmp_path)
     with pytest.raises(SystemExit, match="train.jsonl"):
         realtext.main([*arguments, "--run"])
+    for given, message in {
+        "--rows kd": "different vocabularies", "--rows v2 sft-as-v2": "needs other/sft-0", "--epochs 0": "--epochs 0",
+        "--seeds -1": "--seeds -1", "--score x": "--score needs --tests and --judge",
+    }.items():  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            realtext.main([*arguments, *given.split()])
     with pytest.raises(SystemExit, match="--small is missing"):
         realtext.main([])
