@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,8 +13,8 @@ import train
 from baselines.mined import edit_distance_alignment, edit_distance_map, token_spellings
 from data import Example, tokenise
 from experiments import plain_step, tiny
-from losses import DIVERGENCES
-from model import TRANSPOSED, build_model, hugging_face_names
+from losses import DIVERGENCES, predict_tokens
+from model import TRANSPOSED, build_model, hidden_at, hugging_face_names
 from runtime.strict import choose_alignment
 from runtime.tokenizer import read_tokenizer
 
@@ -218,6 +219,38 @@ def test_an_update_is_what_experiments_plain_step_writes_out(tokenizers, plain, 
         assert error < 1e-3, (key, float(error))
 
 
+@every_method
+def test_the_options_of_the_loss_reach_it(tokenizers, name):
+    setting = Setting(tokenizers, name, kd_rate=0.2)
+    if name.startswith("dskd"):
+        setting.fit_t2s()  # so that some agree: v1 has the divergence in that term alone
+    before, _ = setting.update()
+    assert before["loss"] == pytest.approx(before["ce"] if name == "sft" else 0.8 * before["ce"] + 0.2 * before["kd"])
+    changes = {"temperature": 3.0} if name not in ("sft", "uld") else {}
+    changes |= {"divergence": "rkl"} if name == "kd" or name.startswith("dskd") else {}
+    for option, value in changes.items():
+        setattr(setting.o, option, value)
+        terms, _ = setting.update()
+        assert terms["kd"] != pytest.approx(before["kd"], rel=1e-5), option
+        before = terms
+
+
+def test_the_logged_shares_by_their_definitions(tokenizers):
+    """`accuracy` is of the gold responses, all others are of the sampled ones."""
+    setting = Setting(tokenizers, "dskd v2 eta").fit_t2s()
+    head, (gold, sampled) = setting.student.head_weight, map(setting.batch, (setting.rows[:2], setting.rows[2:]))
+    predicted = predict_tokens(hidden_at(setting.student, gold.student), head)
+    gold.student.labels[::3] = predicted[::3]  # a random student is hardly ever right
+    said = setting.made.ask_teacher(sampled)
+    agree = predict_tokens(setting.made.projectors.t2s(said.hidden), head) == said.label
+    terms, _ = setting.update(gold, sampled=[sampled])
+    assert terms["accuracy"] == pytest.approx((predicted == gold.student.labels).float().mean().item())
+    assert terms["t2s_agreement"] == pytest.approx(agree.float().mean().item()) and agree.any()
+    assert terms["align_ratio"] == pytest.approx(sum(sampled.align_ratios) / 3)
+    assert terms["student_tokens"] == len(sampled.student.labels)
+    assert terms["teacher_tokens"] == len(sampled.teacher.labels)
+
+
 def test_eta_compares_the_vocabularies_by_bytes(tokenizers):
     """Each byte string's plain token on both sides, or its byte-fallback token; end-of-text means end-of-text."""
     setting = Setting(tokenizers, "dskd v2 eta")
@@ -327,8 +360,9 @@ def test_sampling_is_without_dropout_and_leaves_no_trace(tokenizers):
     assert torch.equal(torch.get_rng_state(), state) and student.training and student.blocks[0].training
     assert all(parameter.grad is None for parameter in student.parameters())
     assert [row.student for row in rows] == [row.student for row in again]
-    other, _ = train.sample_rows(setting.o, setting.pieces, setting.rows, step=4)
-    assert [row.student for row in rows] != [row.student for row in other]
+    for o, step in ((setting.o, 4), (replace(setting.o, seed=1), 3)):
+        other, _ = train.sample_rows(o, setting.pieces, setting.rows, step)
+        assert [row.student for row in rows] != [row.student for row in other]
     student.eval()
     assert [row.student for row in train.sample_rows(setting.o, setting.pieces, setting.rows, step=3)[0]] == [
         row.student for row in rows

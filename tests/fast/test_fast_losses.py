@@ -67,6 +67,25 @@ def test_in_float32_and_under_bf16_autocast(case, divergence):
                 assert (gradients[name] - plain).norm() <= tolerance * plain.norm(), name
 
 
+@every_divergence
+def test_logits_so_far_apart_that_probabilities_are_0(divergence):
+    """Their logarithms are not."""
+    both = []
+    for chunk in (0, 3):
+        i = inputs("kd", torch.float32)
+        with torch.no_grad():
+            i.student_head *= 200
+        both.append(values_and_gradients(i, divergence, chunk))
+        p = (i.student_hidden @ i.student_head.T).softmax(-1)
+        assert (p == 0).any() and (p.gather(1, i.gold[:, None]) == 0).any()
+    (expected, expected_gradients), (found, gradients) = both
+    assert all(value.isfinite() for value in expected.values())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name in LEARN:
+        if (plain := expected_gradients[name]) is not None:
+            assert (gradients[name] - plain).norm() <= 1e-4 * plain.norm(), name
+
+
 def test_the_heads_gradient_is_summed_in_float32_over_many_chunks():
     """In bf16 a sum stands still where it is 256 times what is added: here after a fifth of the chunks."""
     hidden, gold = torch.rand(1500, d) + 0.5, torch.zeros(1500, dtype=torch.long)

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ def test_both_see_the_same_text_in_their_own_format(chatting, formats):
         return "q" + "".join(rng.choice(words) for _ in range(rng.randint(0, most))) + "q"
 
     for turn in range(60):
-        said = [some(9) for _ in range(rng.choice([0, 0, 2, 4]))]
+        said = [some(3) for _ in range(rng.choice([0, 2, 6, 6]))]
         system = rng.choice([[], brief])
         before = {"history": system + turns(*said)}
         example = Example("", [some(20)], prompt=some(40), **before) if turn % 3 == 0 else (
@@ -274,6 +275,9 @@ def test_both_see_the_same_text_in_their_own_format(chatting, formats):
         assert report.prompts_cut == (shorter != example) == (report.prompt_characters > 0)
         lost = len(example.history) - len(shorter.history)
         assert lost % 2 == 0 and shorter.history == system + example.history[len(system) + lost :]
+        if lost:  # not one turn more than it must be
+            longer = replace(example, history=system + example.history[len(system) + lost - 2 :])
+            assert any(len(t.encode_prompt(t.prompt_text(longer))) > limit for t in both)
         parts = "prompt", "input", "instruction"
         changed = [part for part in parts if getattr(shorter, part) != getattr(example, part)]
         assert not changed or shorter.history == system

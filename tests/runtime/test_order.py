@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, weights_of
+from helpers import arguments, load_run, log_of, same, weights_of
 
 import train
 from data import Row, Side
@@ -54,6 +54,15 @@ def test_updates_are_a_permutation_that_can_be_taken_up_anywhere(examples, per_u
         assert len({frozenset(update) for update in whole}) > 1.9 * updates
     first, second = ([sum(lengths[i] for i in u) / len(u) for u in part] for part in (whole[:updates], whole[updates:]))
     assert first != second and first != sorted(first) and first != sorted(first, reverse=True)
+
+
+def test_the_seed_decides_order_and_first_weights(tiny_task, tmp_path):
+    options = {"method": "sft", "teacher": None, "from_scratch": True}
+    found = [load_run(arguments(tiny_task, tmp_path, **options, seed=seed)) for seed in (1, 1, 2)]
+    orders = [next(pieces.order(o)) for o, pieces in found]
+    weights = [pieces.student.head_weight for _, pieces in found]
+    assert orders[0] == orders[1] != orders[2]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_without_lengths_the_order_is_what_it_was():

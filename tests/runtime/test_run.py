@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, log_of, same, stopped_by_ctrl_c, weights_of
+from helpers import arguments, load_run, log_of, same, stopped_by_ctrl_c, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -168,9 +168,9 @@ def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
 SPOILT = {"max_steps": 6, "lr": 2.0, "warmup": 6}  # the learning rate rises until the student is spoilt
 
 
-@pytest.mark.parametrize("keep_best, more", [("ce", {}), ("rouge", {"lora": 4})], ids=str)
+@pytest.mark.parametrize("keep_best, more", [("ce", {"dtype": "bf16"}), ("rouge", {"lora": 4})], ids=str)
 def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, capsys, keep_best, more):
-    """Of the three checkpoints not the last one, as scored here again; resume/ is of the last one."""
+    """Of the three checkpoints not the last one, as scored here again, in float32; resume/ is of the last one."""
     run, name = tmp_path / "run", {"ce": "valid_ce", "rouge": "valid_rouge_l"}[keep_best]
     train.main(command(tiny_task, run, keep_best=keep_best, **{**SPOILT, **more}))
     scores = {line["step"]: line[name] for line in log_of(run) if name in line}
@@ -206,6 +206,13 @@ def test_student_is_the_checkpoint_with_the_best_score(tiny_task, tmp_path, caps
     before = snapshot(run)
     train.main([*command(tiny_task, run, **{**SPOILT, **more}), "--resume"])  # nothing is left to do
     assert snapshot(run) == before
+
+
+def test_held_out_examples_are_cut_as_those_to_train_on(tiny_task, tmp_path):
+    short = {"method": "sft", "teacher": None, "valid": tiny_task / "train.jsonl", "max_len": 30, "max_prompt_len": 25}
+    _, pieces = load_run(arguments(tiny_task, tmp_path, **short))
+    assert [row.student for row in pieces.valid_rows] == [row.student for row in pieces.rows]
+    assert max(len(row.student) for row in pieces.rows) == 30
 
 
 @pytest.fixture(scope="module")
