@@ -228,6 +228,10 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     evaluation.main([*words, "A fox", "--seeds", "1", "2", "1"])
     sampled = capsys.readouterr().out.splitlines()
     assert sampled != [expected[0]] * len(sampled)
+    (tmp_path / "chat.jinja").write_text("{% for turn in messages %}[{{ turn.content }}]{% endfor %}")
+    monkeypatch.setattr(evaluation, "respond", lambda model, tokenizer, prompts, *rest, **how: prompts)
+    evaluation.main([*words, "A fox", "--chat", str(tmp_path / "chat.jinja")])
+    assert capsys.readouterr().out == "[A fox]\n"  # which takes the place of that form
 
 
 @pytest.mark.parametrize(
@@ -357,6 +361,22 @@ def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_pa
     assert (row["accuracy"], row["not ended"]) == (accuracy, f"{1 - ends} of 1")
     assert report["not_ended"] == [1 - ends] and report["details"][0][0]["ended"] is ends
     assert report["responses"][0][0].startswith(response) and report["accuracy"] == [float(accuracy)]
+
+
+def test_without_options_responses_are_sampled_as_in_the_papers(tiny_task, tmp_path, monkeypatch):
+    """Five seeds at temperature 1; and --dtype is that of the weights."""
+    asked = []
+
+    def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, **options):
+        asked.append((str(model.embed.weight.dtype), temperature, seed))
+        return [""]
+
+    monkeypatch.setattr(evaluation, "respond", respond)
+    data = write_lines(tmp_path / "set.jsonl", SUMS)
+    for dtype, options in (("float32", []), ("bfloat16", ["--dtype", "bf16"])):
+        evaluation.main([str(tiny_task / "student"), "--data", data, "--device", "cpu", *options])
+        assert asked == [(f"torch.{dtype}", 1.0, seed) for seed in (10, 20, 30, 40, 50)]
+        asked.clear()
 
 
 def test_how_many_responses_did_not_end_is_counted_over_the_seeds(tiny_task, tmp_path, capsys):

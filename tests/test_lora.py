@@ -98,6 +98,7 @@ def test_merged_logits_equal_adapted_ones(family):
     values = [p.clone() for p in weights]
     adapted = logits_of(trained(m))
     assert lora.merge(m) is m and not lora.adapted_layers(m)
+    assert not any(p.requires_grad for p in m.parameters())  # still frozen
     assert close(logits_of(m), adapted) and not close(adapted, base, 0.1)
     assert all(torch.equal(p, value) for p, value in zip(weights, values, strict=True))  # old tensors are left alone
 
@@ -314,6 +315,23 @@ def test_two_runs_may_merge_the_same_adapter_at_once(tmp_path, monkeypatch):
     merged = peft_files.merge_into(*folders)
     assert list(merged.parent.iterdir()) == [merged]  # no second copy is left
     assert close(logits_of(model.load_model(merged)), logits_of(m))
+
+
+def test_an_adapter_and_a_base_that_changed_are_merged_anew(tmp_path, monkeypatch):
+    """Even if every file keeps its size, as it does after another training."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base, adapter, m = tmp_path / "base", tmp_path / "adapter", random_model(GPT2)
+    adapted = trained(copy.deepcopy(m))
+    for changed in ("both", "adapter", "base"):
+        with torch.no_grad():
+            if changed != "adapter":
+                m.norm.bias += 1
+                adapted.norm.bias.copy_(m.norm.bias)
+                model.save_model(m, base)
+            if changed != "base":
+                adapted.blocks[0].attn.c_attn.lora_B.neg_()
+                save_adapter(adapted, adapter)
+        assert close(logits_of(model.load_model(peft_files.merge_into(base, adapter))), logits_of(adapted)), changed
 
 
 @pytest.mark.parametrize("own", [True, False])

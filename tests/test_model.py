@@ -68,6 +68,14 @@ def test_saved_model_is_the_same_model_in_transformers(transformers, name, tmp_p
             assert tokens == expected
 
 
+def test_activations_are_those_of_transformers(transformers):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-4, 4, 99)
+    for name, activation in model.ACTIVATIONS.items():
+        torch.testing.assert_close(activation(x), ACT2FN[name](x), atol=1e-6, rtol=0)
+
+
 @every_family
 def test_transformers_checkpoint_loads(transformers, name, tmp_path):
     config = transformers.AutoConfig.for_model(**copy.deepcopy(CONFIGS[name]))  # it writes into rope_parameters

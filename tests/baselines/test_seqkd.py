@@ -143,6 +143,14 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 
 
+def test_prompts_are_cut_for_both_models(tiny_task, tmp_path, monkeypatch):
+    """So the student is trained on the prompts that the teacher answered."""
+    found = answers(tiny_task, tmp_path, monkeypatch, ["an owl"] * 20, max_prompt_len=9)
+    for name in ("student", "teacher"):
+        tokenizer = read_tokenizer(tiny_task / name)
+        assert max(len(tokenizer.encode_prompt(example.prompt)) for example in found) <= 9, name
+
+
 def test_an_interrupted_generation_leaves_no_file(tiny_task, tmp_path, monkeypatch):
     calls = []
 

@@ -263,6 +263,11 @@ def test_what_the_states_depend_on_is_in_the_key(setting, tiny_task, tmp_path):
     assert len({*keys, cache.cache_key(setting.teacher, rows, torch.float32)}) == 4
     shutil.copytree(setting.teacher, tmp_path / "moved")
     assert setting.make(tmp_path / "moved").folder == made[0].folder
+    digests = set()
+    for last in (b"0", b"1"):  # beyond the 16 MiB that are read at once
+        (other / "model.safetensors").write_bytes(bytes(1 << 24) + last)
+        digests.add(cache.model_digest(other))
+    assert len(digests) == 2
 
 
 def flip(file):

@@ -153,6 +153,16 @@ def test_tokens_that_no_file_names_are_those_of_the_class(base, name, config):
     assert tokenizer.chat.render(said) == saved == read_tokenizer(base, "own").chat.render(said) == expected
 
 
+@pytest.mark.parametrize("more, begin", [({}, "<map>"), ({"added_tokens_decoder": {}}, "<config>")])
+def test_of_two_files_that_name_a_token_the_later_one_counts(base, more, begin):
+    """special_tokens_map.json, or tokenizer_config.json from transformers 4.34 on; as for the end-of-text."""
+    (base / "special_tokens_map.json").write_text('{"bos_token": "<map>"}')
+    config = {"eos_token": "<|endoftext|>", "bos_token": "<config>", **more}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "begin.jinja").write_text("{{ bos_token }}")
+    assert read_tokenizer(base, str(base / "begin.jinja")).chat.render([]) == begin
+
+
 @pytest.mark.parametrize("chat, empty_thought", [("own", True), ("thinking", False)])
 def test_thinking_is_off_unless_asked_for_and_serving_knows(chatting, tmp_path, chat, empty_thought):
     """The saved template says what the student was trained with to who renders it without a word about thinking."""

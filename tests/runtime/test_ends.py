@@ -54,6 +54,7 @@ def test_a_response_ends_wherever_the_files_name_its_end(tiny_task, tmp_path, ca
         evaluation.main([str(directory), "--data", str(tmp_path / "sky.jsonl"), "--device", "cpu", *sampling])
         report = report_of(directory, "sky-greedy" if sampling == ["--greedy"] else "sky")
         assert (report["rouge_l"], report["responses"]) == ([100.0], [["The sky is blue."]])
+        assert report["not_ended"] == [0]
 
 
 @pytest.mark.parametrize("special", [True, False])

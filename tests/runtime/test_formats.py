@@ -83,6 +83,7 @@ SAME = [  # records that say: "Be brief.", the turns before, "Name a color.", "B
     {"instruction": "Name a color.", "context": "", "response": "Blue", "system_prompt": "Be brief.",
      "history": MESSAGES[:2], "category": "open_qa"},
     {"question": "Name a color.", "answer": "Blue", "input": None, "system": "Be brief.", "history": [["Hi", "Hello"]]},
+    {"messages": [{"role": "developer", "content": "Be brief."}, *MESSAGES]},
     {"messages": [SYSTEM, *MESSAGES]}, {"messages": MESSAGES[2:], "system": "Be brief.", "history": [["Hi", "Hello"]]},
     {"messages": MESSAGES, "system": "Be brief.", "tools": [], "prompt": "Hi"},
     {"messages": [SYSTEM, *MESSAGES[:2], {"role": "User", "content": PARTS, "tool_calls": None}, MESSAGES[3]]},

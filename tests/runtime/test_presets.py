@@ -16,6 +16,7 @@ from helpers import arguments, log_of, make_model, same, stopped_by_ctrl_c, weig
 import model
 import train
 from runtime import load as loading
+from runtime import parallel
 from runtime.hub import MODELS
 from runtime.presets import teacher_stage
 
@@ -114,6 +115,15 @@ MATHS = {**FULL, "lr": 1e-5, "batch_size": 128, "temperature": 1.0, "projector_l
 def test_settings_of_a_pair(line, expected):
     found = vars(resolved(line + " --data x"))
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("line, each", [("", 8), ("--task math", 32), ("--batch-size 32", 32), ("--grad-accum 2", 8)])
+def test_processes_share_the_batch_of_the_papers(monkeypatch, line, each):
+    monkeypatch.setattr(parallel, "world", lambda: 4)
+    given = train.parse(shlex.split(f"--teacher qwen --student gpt2 {line}"))
+    assert train.settings(given)["batch_size"] == each
+    monkeypatch.setattr(parallel, "world", lambda: 1000)
+    assert train.settings(train.parse(["--student", "gpt2"]))["batch_size"] == 1
 
 
 @pytest.mark.parametrize("student", ["gpt2", "tinyllama", "openai-community/gpt2"])
@@ -257,10 +267,13 @@ def test_what_stops_the_student_is_found_before_the_teachers_stage(tiny_task, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_the_teachers_stage_keeps_its_best_checkpoint_too():
-    given = train.parse(shlex.split("--teacher qwen --student gpt2 --data dolly --valid dolly --keep-best rouge"))
-    stage = teacher_stage(given, "runs/a")
-    assert (stage["student"], stage["valid"], stage["keep_best"]) == ("qwen", "dolly", "rouge")
+def test_the_teachers_stage_has_every_option_that_is_not_about_the_student():
+    both = ("--valid dolly --keep-best rouge --bos --max-steps 7 --batch-size 4 --grad-accum 2 --bucket "
+            "--tokens-per-batch 900 --max-len 300 --max-prompt-len 100 --chunk 64 --recompute --seed 3 --dtype bf16 "
+            "--device cpu --compile --checkpoint-every 5 --log-every 6 --tensorboard").split()  # fmt: skip
+    given = train.parse("--teacher qwen --student gpt2 --method kd --lr 1 --epochs 3 --lora 4".split() + both)
+    alone = "--method sft --student qwen --data dolly --lr 2e-5 --epochs 10 --out runs/a/teacher".split()
+    assert teacher_stage(given, "runs/a") == train.parse(alone + both)
 
 
 def test_an_interrupted_teacher_stage_goes_on(tiny_task, tmp_path, presets, capsys):

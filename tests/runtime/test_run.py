@@ -417,6 +417,15 @@ def test_the_first_checkpoint_appears_with_all_its_files(tiny_task, tmp_path, mo
     assert order.index(("fsync", "log.jsonl")) < moved < order.index(("fsync", "resume"), moved)
 
 
+def test_the_student_has_every_file_of_its_tokenizer(tiny_task, tmp_path):
+    student = shutil.copytree(tiny_task / "student", tmp_path / "model")
+    names = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
+    for name in names:
+        (student / name).write_text("{}")
+    train.main(command(tiny_task, tmp_path / "run", student=student, max_steps=1))
+    assert names <= {file.name for file in (tmp_path / "run" / "student").iterdir()}
+
+
 def test_a_cut_off_last_line_is_dropped_and_other_damage_named(tiny_task, tmp_path):
     log = tmp_path / "log.jsonl"
     lines = ['{"step": 1, "loss": 0.1}\n', '{"step": 2, "loss": 1e-07}\n', '{"step": 3, "lo']

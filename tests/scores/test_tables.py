@@ -4,7 +4,7 @@ import pytest
 
 from data import CodeTask, Example
 from scores.tables import compare, spread, table
-from scores.tasks import DataSet, check_sets, task_of
+from scores.tasks import DataSet, check_sets, share_tokens, task_of
 
 SUMS = [Example("s", [answer], prompt="p") for answer in ("2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200")]
 CODE = [Example("h", ["x = 1"], prompt="p", code=CodeTask("assert x"))] * 2
@@ -31,6 +31,11 @@ def test_the_task_follows_from_the_data():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             task_of(examples, "x", asked)
+
+
+@pytest.mark.parametrize("task, tokens", [("rouge", (512, 256)), ("math", (1024, 512)), ("code", (1024, 512))])
+def test_room_for_prompt_and_response(task, tokens):
+    assert share_tokens(task, None, None) == tokens and share_tokens(task, 300, None) == (300, 150)
 
 
 def test_compare_averages_over_sets_for_each_seed():
