@@ -131,8 +131,11 @@ def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys, monkeypatc
         train.main(command(tiny_task, tmp_path / "parts", max_steps=6, lr=1e-3))
     with pytest.raises(SystemExit, match="parts holds another run .*: give another --out or, .* its whole command"):
         train.main(["--out", str(tmp_path / "parts")])
-    with pytest.raises(SystemExit, match="--resume: --lr is 0.1, but .* was started with 0.001"):
-        train.main(["--out", str(tmp_path / "parts"), "--resume", "--lr", "0.1"])
+    for changed in ("--lr 0.1", "--temperature 3.0", "--kd-rate 0.1", "--divergence rkl", "--seed 1", "--warmup 1",
+                    "--weight-decay 0.2", "--max-steps 7", "--max-len 99", "--chunk 7"):  # fmt: skip
+        flag, value = changed.split()
+        with pytest.raises(SystemExit, match=f"--resume: {flag} is '?{value}'?, but .* was started with"):
+            train.main(["--out", str(tmp_path / "parts"), "--resume", flag, value])
     record = json.loads((tmp_path / "parts" / "args.json").read_text())
     (tmp_path / "parts" / "args.json").write_text(json.dumps({**record, "shard": "both"}))  # as if by torchrun
     (tmp_path / "parts").rename(tmp_path / "moved")
