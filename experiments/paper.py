@@ -90,8 +90,9 @@ def commands_of(name: str) -> list[str]:
 
 def follow(commands: list[str], run: bool) -> None:
     """Print the commands, which may end with a comment; with `run`, run each before the next is printed. A training run
-    that already exists is resumed or, if it is finished, ends immediately."""
-    stopped: list[int] = []  # Ctrl-C reaches the command too: wait until it has saved
+    that already exists is resumed or, if it is finished, ends immediately. Raises SystemExit after a command that
+    failed, and after Ctrl-C, as soon as the command has saved its state."""
+    stopped: list[int] = []  # Ctrl-C reaches the command, too; subprocess.run would kill it 0.25 s later
     for command in commands:
         print(f"python {command}", flush=True)
         words = shlex.split(command, comments=True)
