@@ -12,8 +12,9 @@ rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's r
 math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the share of correct final answers
 code    if the examples have tests: pass@1, the share of programs that pass all of them, with one sample per seed
 
-The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). When a
-set is done, all responses are written to eval-<data>.json in the run (with --greedy, eval-<data>-greedy.json); for a
+The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). With
+several models, a second one shows differences from the first model, ± standard errors over the prompts. When a set is
+done, all responses are written to eval-<data>.json in the run (with --greedy, eval-<data>-greedy.json); for a
 directory that is not a run, to eval-<model>-<data>.json in the current directory. "Not ended" counts the responses,
 over all seeds, that reached the limit of new tokens before the model ended them.
 
@@ -109,13 +110,14 @@ def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_s
 def score(responses: list[str], examples: list[Example], task: str = "rouge", unfinished=()) -> dict:
     """The task's scores in per cent, means over the examples: {rouge_l, exact_match}, {accuracy} or {pass_at_1}.
 
-    The last two come with `details`: for each response, the part that was graded and the result. unfinished: the
-    indices of the responses that did not end.
+    `each`: the first of these for each response. `details`, for the last two: for each response, the part that was
+    graded and the result. unfinished: the indices of the responses that did not end.
     """
     references = [example.outputs for example in examples]
     if task == "rouge":
         measures = {"rouge_l": rouge_l, "exact_match": exact_match}
-        return {name: 100 * fmean(map(measure, responses, references)) for name, measure in measures.items()}
+        each = {name: [100 * x for x in map(measure, responses, references)] for name, measure in measures.items()}
+        return {name: fmean(values) for name, values in each.items()} | {"each": each["rouge_l"]}
     ended = [i not in unfinished for i in range(len(responses))]
     if task == "math":
         details = list(map(grade, responses, references, ended))
@@ -125,13 +127,15 @@ def score(responses: list[str], examples: list[Example], task: str = "rouge", un
             for response, example, end in zip(responses, examples, ended, strict=True)
         ]
         details = run_programs(programs, [example.code.tests for example in examples], ended)
-    return {MEASURES[task]: 100 * fmean(detail["passed"] for detail in details), "details": details}
+    each = [100.0 * detail["passed"] for detail in details]
+    return {MEASURES[task]: fmean(each), "each": each, "details": details}
 
 
 def evaluate(
     model, tokenizer, data: DataSet, seeds: list, max_len=512, max_prompt_len=256, batch_size=32, device="cpu"
 ) -> dict:
-    """Everything measured for a model on a set: the scores, `responses`, their `details`, and the number `not_ended`.
+    """Everything measured for a model on a set: the scores, `each`, `responses`, their `details`, and the number
+    `not_ended`.
 
     These are lists with an entry per seed (None: greedy). Also the `cross_entropy` on the first references, and for
     Rouge-L the number of examples whose references have no token that it counts (`no_reference_tokens`).

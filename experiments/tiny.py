@@ -183,7 +183,8 @@ def score_answers(model, tokenizer: TextTokenizer, examples: list[Example], spel
     `spelt` is applied to the texts."""
     answers = respond(model, tokenizer, [example.prompt for example in examples], max_new_tokens=48, batch_size=100)
     valid = [is_valid(spelt(e.prompt), spelt(answer)) for e, answer in zip(examples, answers, strict=True)]
-    return {"valid": 100 * statistics.fmean(valid), **score(answers, examples)}
+    scores = score(answers, examples)
+    return {"valid": 100 * statistics.fmean(valid), **{name: scores[name] for name in ("rouge_l", "exact_match")}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

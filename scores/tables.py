@@ -1,4 +1,4 @@
-"""Tables of scores in Markdown: a row per model, mean ± standard deviation over the sampling seeds."""
+"""Tables of scores in Markdown: a row per model, mean ± standard deviation over the sampling seeds; differences."""
 
 import statistics
 from collections import Counter
@@ -41,7 +41,27 @@ def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
             complete = [scores[name] for scores, name in found] if all(scores for scores, _ in found) else []
             row.append(spread([statistics.fmean(seed) for seed in zip(*complete, strict=True)]))
         rows.append([*row, count_unfinished([scores for (name, _), scores in results.items() if name == model])])
-    return table(rows) + notes(sets, results)
+    return table(rows) + notes(sets, results) + differences(sets, results)
+
+
+def differences(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
+    """The table of the differences from the first model, prompt by prompt; empty if there is no other."""
+    first, *others = dict.fromkeys(model for model, _ in results)
+    scored = [data for data in sets if (first, data.name) in results]
+    rows = [[f"difference from {first}", *(f"{data.name} {TITLES[MEASURES[data.task]]}" for data in scored)]]
+    for model in others:
+        both = ([results.get((one, data.name), {}).get("each") for one in (model, first)] for data in scored)
+        rows.append([model, *(difference(*each) if all(each) else "-" for each in both)])
+    note = "± standard error over the prompts: what other prompts might change, but not what another training might"
+    return f"\n\n{table(rows)}\n{note}" if others else ""
+
+
+def difference(ours: list[list[float]], theirs: list[list[float]]) -> str:
+    """The mean difference ± its standard error over the prompts; each list has a list of their scores per seed."""
+    both = zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
+    gaps = [statistics.fmean(a) - statistics.fmean(b) for a, b in both]
+    error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+    return f"{statistics.fmean(gaps):+.2f}{error}"
 
 
 def count_unfinished(found: list[dict]) -> str:

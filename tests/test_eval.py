@@ -56,7 +56,8 @@ def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
 
 def test_score_is_the_mean_of_the_best_reference_in_per_cent():
     examples = [Example("a", ["the red fox", "a blue owl"]), Example("b", ["yes"])]
-    assert evaluation.score(["A blue owl!", "no"], examples) == {"rouge_l": 50.0, "exact_match": 50.0}
+    scores = evaluation.score(["A blue owl!", "no"], examples)
+    assert scores == {"rouge_l": 50.0, "exact_match": 50.0, "each": [100.0, 0.0]}
 
 
 REFERENCES = ["2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200"]
@@ -71,7 +72,8 @@ def test_score_of_answers_on_references_and_corrupted_ones():
     scores = evaluation.score(REFERENCES, examples, "math")
     assert scores["accuracy"] == 100.0 and [detail["answer"] for detail in scores["details"]] == ["3", "1,200"]
     assert evaluation.score(["#### 4", "#### 1,201"], examples, "math")["accuracy"] == 0.0
-    assert evaluation.score(["It is $3.00.", ""], examples, "math")["accuracy"] == 50.0
+    scores = evaluation.score(["It is $3.00.", ""], examples, "math")
+    assert scores["accuracy"] == 50.0 and scores["each"] == [100.0, 0.0]
 
 
 @pytest.fixture
@@ -106,11 +108,13 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     data = str(tiny_task / "test.jsonl")
     short = ["--max-len", "40", "--device", "cpu"]
     evaluation.main(["one", "two", "--data", data, "--seeds", "1", "2", "--limit", "3", *short])
-    lines = capsys.readouterr().out.splitlines()
+    lines, differences = map(str.splitlines, capsys.readouterr().out.split("\n\n"))
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-------", "one", "two"]
+    assert differences[2].split("|")[1:3] == [" two                 ", " +0.00 ± 0.00         "]
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
     report = json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text())
     assert report["examples"] == 3 and len(report["rouge_l"]) == 2 and len(report["responses"][1]) == 3
+    assert [sum(each) / 3 for each in report["each"]] == pytest.approx(report["rouge_l"])
     evaluation.main(["one", "--data", data, "--greedy", "--limit", "3", *short])
     assert "±" not in capsys.readouterr().out
     assert json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text()) == report  # is still there

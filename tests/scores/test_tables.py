@@ -38,19 +38,34 @@ def test_room_for_prompt_and_response(task, tokens):
     assert share_tokens(task, None, None) == tokens and share_tokens(task, 300, None) == (300, 150)
 
 
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_differences_are_taken_prompt_by_prompt():
+    """Two seeds, three prompts: the models differ by 2, 4 and 9, so 5 ± 3.606/√3; their own scores vary far more."""
+    sets, others = [DataSet("a", "rouge", [])], {"not_ended": [0] * 2, "responses": [["x"] * 3] * 2, "cross_entropy": 1}
+    first = {"rouge_l": [40.0, 46.0], "each": [[0.0, 20.0, 100.0], [2.0, 40.0, 96.0]], **others}
+    second = {"rouge_l": [45.0, 51.0], "each": [[3.0, 24.0, 108.0], [3.0, 44.0, 106.0]], **others}
+    text = compare(sets, {("m", "a"): first, ("n", "a"): second, ("o", "a"): first})
+    head, _, *rows, note = cells_of(text.split("\n\n")[1])
+    assert head == ["difference from m", "a Rouge-L"] and rows == [["n", "+5.00 ± 2.08"], ["o", "+0.00 ± 0.00"]]
+    assert note[0].startswith("± standard error over the prompts")
+    assert "difference" not in compare(sets, {("m", "a"): first})
+
+
 def test_compare_averages_over_sets_for_each_seed():
     sets = [DataSet(name, "rouge", []) for name in ("a", "b")]
     results = {
-        ("m", "a"): {"rouge_l": [10.0, 20.0], "not_ended": [0, 1], "responses": [["x", "y"]] * 2},
-        ("m", "b"): {"rouge_l": [40.0, 30.0], "not_ended": [1, 1], "responses": [["x"]] * 2},
-        ("n", "a"): {"rouge_l": [5.0], "not_ended": [0], "responses": [["x"]]},
+        ("m", "a"): {"rouge_l": [10.0, 20.0], "not_ended": [0, 1], "responses": [["x", "y"]] * 2, "each": [[1.0]] * 2},
+        ("m", "b"): {"rouge_l": [40.0, 30.0], "not_ended": [1, 1], "responses": [["x"]] * 2, "each": [[1.0]] * 2},
+        ("n", "a"): {"rouge_l": [5.0] * 2, "not_ended": [0, 0], "responses": [["x"]] * 2, "each": [[3.0], [4.0]]},
     }
-    head, _, whole, part = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in compare(sets, results).splitlines()
-    ]
+    head, _, whole, part, *_, difference, _ = cells_of(compare(sets, results))
     assert head == ["model", "a Rouge-L", "b Rouge-L", "average", "not ended"]
     assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00", "3 of 6"]  # 25 with either seed
-    assert part == ["n", "5.00", "-", "-", "0 of 1"]  # the run ended before b
+    assert part == ["n", "5.00 ± 0.00", "-", "-", "0 of 2"]  # the run ended before b
+    assert difference == ["n", "+2.50", "-"]  # one prompt: no standard error
     sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
     assert "average" not in compare(sets, results) and "b pass@1" in compare(sets, results)
 
