@@ -57,7 +57,7 @@ from runtime.hub import data_file
 from runtime.load import find_model
 from runtime.run import read_log, tokenizer_of
 from runtime.show import show_pairs, show_token
-from runtime.strict import check_device, read_projectors
+from runtime.strict import check_device, check_values, read_projectors
 from runtime.tokenizer import TextTokenizer
 from scores.tables import table
 
@@ -418,7 +418,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     o = make_parser().parse_args(arguments)
+    at_least = {"vocabulary": 2, "repetitions": 1, "steps": 1, "seed": 0, "line": 1, "max_len": 2, "limit": 1}
     try:
+        check_values(vars(o), {name: least for name, least in at_least.items() if name in o}, {})
         if o.run is not run_knowledge:
             new_figure(1, 1)  # report a missing matplotlib before the work, not after it
         if "device" in o:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lora
 from model import Decoder, read_json
 from runtime.hub import model_directory
+from runtime.strict import check_values
 
 GB = 1e9
 UNSHARED = 0.5 * GB  # what CUDA graphs and the allocator cannot share; chosen by measurements, see above
@@ -185,6 +186,10 @@ def main(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     if (o.teacher is None) != (o.student is None):
         parser.error("give both --teacher and --student, or neither of them")
+    try:
+        check_values(vars(o), {"devices": 1, "lora": 0, "batch_size": 1}, {})
+    except ValueError as error:
+        parser.error(str(error))
     asked = [(o.teacher, o.student, o.lora, o.batch_size, o.shard, o.devices, o.recompute)]
     print("| teacher → student | devices | `--shard` | `--batch-size` | teacher | student | projectors | activations "
           "| logits | graphs | GB each |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip

@@ -220,6 +220,8 @@ def test_knowledge_command(tiny_task, tmp_path, capsys, monkeypatch):
         assert all(len(line.split("|")) == 6 for line in lines)
         return [line.split("|")[1].strip().removeprefix(f"{run}: ") for line in lines[2:]]
 
+    with pytest.raises(SystemExit, match="error: --limit 0: must be at least 1"):
+        analyse.main([*command[:-1], "0"])
     assert who() == ["teacher", "student"]
     save_file({"t2s.weight": torch.zeros(shape)}, file)
     assert who() == ["teacher", "student", "projected teacher"]

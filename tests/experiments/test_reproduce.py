@@ -430,6 +430,9 @@ def test_memory_names_a_missing_model_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         memory.main(["--teacher", str(tmp_path / "nowhere"), "--student", str(tmp_path)])
     assert "error: model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory.main(["--batch-size", "-1"])
+    assert "error: --batch-size -1: must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
