@@ -130,8 +130,8 @@ RECIPES = {  # (recipe, alignment)
 @dataclass
 class Counts:
     """The normalisers of one update, counted over all its batches, so that the batches' losses add up to the update's
-    (accelerate divides each loss by the number of batches: undo that). If processes average their gradients, give the
-    mean of their counts. A count may be a tensor (), so that nobody waits for its value. None: not counted."""
+    (accelerate divides each loss by its gradient_accumulation_steps: undo that). If processes average their gradients,
+    give the mean of their counts. A count may be a tensor (), so that nobody waits for its value. None: not counted."""
 
     tokens: float | Tensor  # student response tokens
     pairs: float | Tensor | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)

@@ -63,7 +63,8 @@ class Projectors(nn.Module):
     student_head[student_ids] and teacher_head[teacher_ids] as heads, with the ids of `align.vocabulary_overlap`.
     For models in half precision, convert t2s and s2t, not the whole module: the inverse behind s2t stays in float32.
     With several processes, average the projectors' gradient too: make them a part of the student before it is wrapped
-    (in DDP with broadcast_buffers=False, or every forward pass sends that inverse, as large as the teacher's head).
+    (in DDP with broadcast_buffers=False, or every forward pass sends that inverse, as large as the teacher's head). The
+    forward pass must be the wrapped student's, or nothing is averaged; heads and projectors come from its `.module`.
     given: weights {"t2s.weight": ..., "s2t.bias": ...} that replace the recipe's, and are trained (even v2's s2t).
     """
 

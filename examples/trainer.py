@@ -7,6 +7,7 @@ N student response tokens of a batch, M of the teacher's; A pairs aligned, K of 
 
 import torch
 from batch import collate, compare_vocabularies, load, parse_options, predicting_states
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from losses import RECIPES, Counts, dskd_loss, predict_tokens
@@ -17,6 +18,7 @@ class DSKDTrainer(Trainer):
     """Trains on batches of `collate`; it does not evaluate. The projectors become part of the student, so that the
     Trainer trains, clips, synchronises and checkpoints them with it; delete them before you save the finished student.
     If the student has `peft` adapters, a checkpoint holds only these: save and restore projectors.t2s separately.
+    TrainingArguments of your own need remove_unused_columns=False and, with several processes, the two ddp_ of `main`.
     """
 
     def __init__(self, model, *args, teacher, tokenizers, **kwargs):
@@ -31,7 +33,7 @@ class DSKDTrainer(Trainer):
         self.student_token = student_token.to(self.args.device)
         # the losses of the micro-batches add up to that of the update: the Trainer must not divide by their number
         self.model_accepts_loss_kwargs = True
-        self.terms: dict[str, float] = {}  # of the current update, for the log
+        self.terms: dict[str, Tensor] = {}  # this process's part of the current update, for the log
 
     @torch.no_grad()
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -78,13 +80,15 @@ class DSKDTrainer(Trainer):
                 counts=self.counts,
                 recipe=RECIPES["v2", "eta"],
             )
+        loss = terms.pop("loss")  # the Trainer logs it
         for name, term in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + term.item()
-        return terms["loss"]
+            self.terms[name] = self.terms.get(name, 0.0) + term.detach().float()
+        return loss
 
     def log(self, logs, *args, **kwargs):
-        """The Trainer's numbers, and the terms of the last update on this process."""
-        super().log({**self.terms, **logs}, *args, **kwargs)
+        """The Trainer's numbers, and the terms of the last update: as in the loss, the mean of the processes' parts."""
+        terms = self.accelerator.reduce(self.terms, reduction="mean")
+        super().log({**{name: term.item() for name, term in terms.items()}, **logs}, *args, **kwargs)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -215,6 +215,7 @@ def test_accumulated_update_equals_one_batch(examples, loaded, tmp_path, count):
         assert logged["loss"] == pytest.approx(terms["loss"], abs=1e-4)  # the Trainer rounds it
         for name in terms.keys() - {"loss"}:
             assert logged[name] == pytest.approx(terms[name], rel=1e-5), name
+    assert len([logged for logged in trainer.state.log_history if "loss" in logged]) == 2  # and none in the summary
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -242,9 +243,10 @@ def test_student_and_t2s_are_trained_alone(examples, loaded, tmp_path, name):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_batch(examples, options, loaded, tmp_path):
-    """Two processes of the Trainer, started by torchrun, have the gradient of the loop on all their rows at once."""
+    """Two processes of the Trainer, started by torchrun, have the gradient of the loop on all their rows at once, and
+    log its terms; the counts are a mean over processes."""
     code = f"""
-        import sys
+        import json, sys
         sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "examples"), str(ROOT)]}
         import batch, test_examples, trainer
         from safetensors.torch import save_file
@@ -254,10 +256,14 @@ def test_two_processes_equal_one_batch(examples, options, loaded, tmp_path):
         )
         trainer.train()
         save_file(recorder.gradients[0], f"{{trainer.args.process_index}}.safetensors")
+        open(f"{{trainer.args.process_index}}.json", "w").write(json.dumps(trainer.state.log_history[0]))
     """
     (tmp_path / "process.py").write_text("\n".join(line[8:] for line in code.splitlines()))
     run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "process.py"], tmp_path)
-    _, expected = update_of_loop(examples, loaded, loaded[3][:8])
+    terms, expected = update_of_loop(examples, loaded, loaded[3][:8])
+    terms |= {name: terms[name] / 2 for name in ("correct", "agreeing")}
     for process in range(2):
+        logged = json.loads((tmp_path / f"{process}.json").read_text())
+        assert {name: logged[name] for name in terms} == pytest.approx(terms, rel=1e-4)
         gradient = load_file(tmp_path / f"{process}.safetensors")
         check_gradients({name.removeprefix("module."): value for name, value in gradient.items()}, expected)
