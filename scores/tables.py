@@ -47,10 +47,9 @@ def compare(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
 def differences(sets: list[DataSet], results: dict[tuple[str, str], dict]) -> str:
     """The table of the differences from the first model, prompt by prompt; empty if there is no other."""
     first, *others = dict.fromkeys(model for model, _ in results)
-    scored = [data for data in sets if (first, data.name) in results]
-    rows = [[f"difference from {first}", *(f"{data.name} {TITLES[MEASURES[data.task]]}" for data in scored)]]
+    rows = [[f"difference from {first}", *(f"{data.name} {TITLES[MEASURES[data.task]]}" for data in sets)]]
     for model in others:
-        both = ([results.get((one, data.name), {}).get("each") for one in (model, first)] for data in scored)
+        both = ([results.get((one, data.name), {}).get("each") for one in (model, first)] for data in sets)
         rows.append([model, *(difference(*each) if all(each) else "-" for each in both)])
     note = "± standard error over the prompts: what other prompts might change, but not what another training might"
     return f"\n\n{table(rows)}\n{note}" if others else ""

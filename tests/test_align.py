@@ -368,6 +368,10 @@ def test_vocabulary_overlap_may_be_empty():
     assert teacher_ids.shape == student_ids.shape == (0,)
 
 
+def test_vocabulary_overlap_where_ids_are_unused():
+    assert pairs_of(vocabulary_overlap(byte_level({"a": 1, "b": 5}), byte_level({"b": 3}))) == [(5, 3)]
+
+
 def test_prediction_map_by_hand(small_vocabularies):
     teacher, student = small_vocabularies
     expected = [-1, -1, 0, 7, 4, 7, 2, 3, 5, -1, -1, -1, -1]  # 3 and 5 both mean "A"; 2 is end-of-text

@@ -265,6 +265,18 @@ def test_prompts_and_sets_are_either_or_and_so_are_seeds_and_greedy(tiny_task, c
             evaluation.main([str(tiny_task / "student"), *words])
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("--limit", "0"), ("--batch-size", "0"), ("--max-len", "1"), ("--max-prompt-len", "0"), ("--seeds", "-1"),
+     ("--seeds", str(2**32))],
+)  # fmt: skip
+def test_values_out_of_range_are_named(tiny_task, monkeypatch, option, value):
+    monkeypatch.setattr(evaluation, "find_model", lambda *arguments: pytest.fail("a model was looked for"))
+    most = 2**32 if option == "--seeds" else 2**31
+    with pytest.raises(SystemExit, match=f"error: {option} {value}: must be at least . and below {most}"):
+        evaluation.main([str(tiny_task / "student"), "--data", "x", option, value])
+
+
 def test_dolly_is_scored_on_its_own_test_set(tiny_task, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -368,18 +380,18 @@ def test_a_final_answer_is_looked_for_where_the_response_ended(tiny_task, tmp_pa
 
 
 def test_without_options_responses_are_sampled_as_in_the_papers(tiny_task, tmp_path, monkeypatch):
-    """Five seeds at temperature 1; and --dtype is that of the weights."""
+    """Five seeds at temperature 1, in batches of 32, on which the draws depend; and --dtype is that of the weights."""
     asked = []
 
     def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, **options):
-        asked.append((str(model.embed.weight.dtype), temperature, seed))
+        asked.append((str(model.embed.weight.dtype), temperature, seed, options["batch_size"]))
         return [""]
 
     monkeypatch.setattr(evaluation, "respond", respond)
     data = write_lines(tmp_path / "set.jsonl", SUMS)
     for dtype, options in (("float32", []), ("bfloat16", ["--dtype", "bf16"])):
         evaluation.main([str(tiny_task / "student"), "--data", data, "--device", "cpu", *options])
-        assert asked == [(f"torch.{dtype}", 1.0, seed) for seed in (10, 20, 30, 40, 50)]
+        assert asked == [(f"torch.{dtype}", 1.0, seed, 32) for seed in (10, 20, 30, 40, 50)]
         asked.clear()
 
 

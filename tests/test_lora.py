@@ -239,7 +239,7 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     targets = ["c_attn", "q_proj", "v_proj"] if part else "all-linear"
     config = peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.2, target_modules=targets, layers_to_transform=[1] if part else None,
-        task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2",
+        init_lora_weights="gaussian" if part else True, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2",
     )  # fmt: skip
     theirs = peft.get_peft_model(theirs, config).eval()
     for name, parameter in theirs.named_parameters():
@@ -254,7 +254,7 @@ def test_we_load_an_adapter_of_peft(peft, family, part, tmp_path):
     assert len(lora.adapted_layers(load_adapter(random_model(CONFIGS[family]), tmp_path / "again"))) == ours
 
 
-def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, own_folder, capsys):
+def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path, own_folder, capsys, monkeypatch):
     """For every command: it is merged once, and has the base's tokenizer unless it has one of its own."""
     import transformers
 
@@ -294,6 +294,10 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is an adapter of revision 'step1' of owner/model; download that one"):
         find_model(str(adapter), "teacher")
+    with monkeypatch.context() as patch:  # the main one is the one that is looked up
+        patch.setattr(peft_files, "model_directory", lambda name: base)
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "main"}))
+        assert peft_files.base_of(adapter) == "owner/model"
     config |= {"base_model_name_or_path": str(tiny_task / "student")}  # a directory has no revisions
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert find_model(str(adapter), "student", weights=False) == tiny_task / "student"
@@ -432,6 +436,19 @@ def test_an_adapter_of_a_tied_head_is_not_merged_into_both(saved, key, untie):
     path = saved(edit_tensors=lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(3, 3)}))
     with pytest.raises(ValueError, match=f"{key} changes the head.*: {'its base ties.* then ' * untie}merge it once"):
         load_adapter(random_model(GPT2), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_adapter_may_have_been_trained_in_another_precision(saved, dtype):
+    path = saved(edit_tensors=lambda tensors: tensors.update({name: x.to(dtype) for name, x in tensors.items()}))
+    m = load_adapter(random_model(GPT2), path)
+    assert close(logits_of(m), logits_of(trained(random_model(GPT2), targets="all-linear")), 0.1)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x / 0, lambda x: x.to(torch.int8)], ids=["not finite", "quantised"])
+def test_values_that_are_no_weights(saved, spoil):
+    path = saved(edit_tensors=lambda tensors: tensors.update({FIRST: spoil(tensors[FIRST])}))
+    assert_refused(path, f"'{FIRST}' is quantised .*, or has values that are not finite")
 
 
 def test_an_adapter_of_the_other_architecture_and_an_empty_one(saved):

@@ -248,6 +248,8 @@ def test_seeded_sampling():
     first = generate(m, PROMPTS, 15, None, temperature=2.0, seed=3)
     assert first == generate(m, PROMPTS, 15, None, temperature=2.0, seed=3)
     assert first != generate(m, PROMPTS, 15, None, temperature=2.0, seed=4)
+    usual = generate(m, PROMPTS, 15, None, temperature=1.0, top_k=0, top_p=1.0, seed=3)
+    assert usual == generate(m, PROMPTS, 15, None, seed=3)  # what is on-policy is sampled so
     state = torch.get_rng_state()
     generate(m, PROMPTS, 5, None, seed=3)
     assert torch.equal(state, torch.get_rng_state())  # a seed leaves the global generator alone
@@ -281,6 +283,12 @@ def test_sampling_distribution(options, expected):
     frequencies = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(frequencies, torch.tensor(expected, dtype=torch.float32), atol=0.012, rtol=0)
     assert (frequencies[torch.tensor(expected) == 0] == 0).all()
+
+
+def test_sampling_adds_up_in_float32():
+    """In bfloat16 most of so many tokens would add nothing to the cumulative mass."""
+    drawn = sample(torch.zeros(20_000, 1000, dtype=torch.bfloat16), generator=torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 1000
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1.0])  # 1.0: not drawn, but a product may be rounded up to it

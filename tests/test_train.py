@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import model
 import train
+from data import Row, Side
 from losses import DIVERGENCES, predict_tokens
+from runtime.load import Pieces
 from runtime.tokenizer import read_tokenizer
 
 KINDS = [("kd", "v2", "none", "twin"), ("dskd", "v1", "none", "twin"), ("dskd", "v2", "none", "twin"),
@@ -78,6 +80,11 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path):
     data.write_text("".join(lines))
     train.main(arguments(tiny_task, tmp_path / "run", **options, resume=True))
     assert log_of(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_the_digest_knows_where_a_response_begins():
+    one, other = (Pieces(None, None, None, None, [Row(Side(*ids))]) for ids in (([1], [2, 3]), ([1, 2], [3])))
+    assert one.digest != other.digest
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_answers_to_something_else_are_not_reused(tiny_task, tmp_path):
 
 def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finished, tmp_path, capsys):
     train.main(words(tiny_task, tmp_path / "run", dry_run=True))
-    fresh = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    fresh = json.loads(out)
+    assert "seqkd: 4 answers by the teacher" in err
     assert list(fresh) == ["loss", "ce", "student_tokens", "grad_norm"] and not (tmp_path / "run").exists()
     train.main(words(tiny_task, finished, dry_run=True))
     stored = json.loads(capsys.readouterr().out)
@@ -143,9 +145,10 @@ def test_empty_answers_are_dropped_and_long_ones_do_not_end(tiny_task, tmp_path,
         answers(tiny_task, tmp_path / "other", monkeypatch, ["", ""])
 
 
-def test_prompts_are_cut_for_both_models(tiny_task, tmp_path, monkeypatch):
-    """So the student is trained on the prompts that the teacher answered."""
-    found = answers(tiny_task, tmp_path, monkeypatch, ["an owl"] * 20, max_prompt_len=9)
+@pytest.mark.parametrize("lengths", [{"max_prompt_len": 9}, {"max_len": 10}], ids=str)
+def test_prompts_are_cut_for_both_models(tiny_task, tmp_path, monkeypatch, lengths):
+    """So the student is trained on the prompts that the teacher answered, with room for a token of the answer."""
+    found = answers(tiny_task, tmp_path, monkeypatch, ["an owl"] * 20, **lengths)
     for name in ("student", "teacher"):
         tokenizer = read_tokenizer(tiny_task / name)
         assert max(len(tokenizer.encode_prompt(example.prompt)) for example in found) <= 9, name

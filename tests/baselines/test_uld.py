@@ -22,6 +22,8 @@ def test_by_hand(chunk):
         terms = values(uld_loss(hidden, gold, row, hidden, student.log().T, teacher.log().T, Counts(1), 0.25, chunk))
         expected = {"ce": -math.log(student[0, 1]), "correct": int(student is p), "kd": 1 / 2}
         assert terms == pytest.approx({**expected, "loss": 0.75 * expected["ce"] + 0.25 * 1 / 2})
+        usual = uld_loss(hidden, gold, row, hidden, student.log().T, teacher.log().T, Counts(1), chunk=chunk)
+        assert usual["loss"].item() == pytest.approx((expected["ce"] + 1 / 2) / 2)
 
 
 @both

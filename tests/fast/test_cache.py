@@ -187,6 +187,8 @@ def setting(tiny_task, tmp_path):
 def test_states_are_the_teachers_and_predictions_their_arg_max(setting):
     made = setting.make()
     made.attach_states()
+    content = b"".join(row.states.tobytes() for row in sorted(made.rows, key=lambda row: -len(row.teacher)))
+    assert (made.folder / "states.bin").read_bytes() == content  # in this order, or files of today would be misread
     teacher = model.load_model(setting.teacher)
     made.attach_predictions(teacher.head_weight[:200])
     for row in made.rows:
@@ -229,10 +231,11 @@ def test_a_killed_fill_goes_on_where_it_was(setting, monkeypatch, tail):
     assert all(np.array_equal(a.states, b.states) for a, b in zip(whole.rows, again.rows, strict=True))
 
 
-def test_a_fill_that_left_no_record_starts_again(setting):
+@pytest.mark.parametrize("times", [100, 100_000])  # also where more is there than all rows have
+def test_a_fill_that_left_no_record_starts_again(setting, times):
     made = setting.make()
     made.folder.mkdir(parents=True)
-    (made.folder / "states.bin").write_bytes(b"anything" * 100)
+    (made.folder / "states.bin").write_bytes(b"anything" * times)
     made.attach_states()
     assert (made.folder / "states.bin").stat().st_size == sum(row.states.nbytes for row in made.rows)
 

@@ -87,7 +87,8 @@ def test_the_students_files_say_what_it_was_trained_with(kinds, tiny_task, tmp_p
         assert theirs(text)["input_ids"] == saved.encode_prompt(text) == expected
     assert theirs.eos_token == before.id_to_token(saved.eos_id)
     assert "token_type_ids" not in theirs("x")  # which the models do not take
-    assert json.loads((student / "tokenizer_config.json").read_text())["add_bos_token"] is bool(begin)
+    config = json.loads((student / "tokenizer_config.json").read_text())
+    assert config["add_bos_token"] is bool(begin) and config["add_eos_token"] is False
 
     # those are the ids of training
     o = check_options(Options(student=str(kinds[kind]), data=str(tiny_task / "train.jsonl"), method="sft", device="cpu",

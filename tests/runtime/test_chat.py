@@ -132,13 +132,14 @@ def test_what_else_templates_use():
     said = turns("<é>", "b")
     assert ChatTemplate(source, {}, "mine").render(said) == '{"role": "user", "content": "<é>"}b2024-07-26'
     assert ChatTemplate(source, {"bos_token": "^"}, "mine").render(said).endswith("b^2024-07-26")
+    assert ChatTemplate("{{ tools is none and documents is none }}", {}, "mine").render(said) == "True"
     for bad in ("raise_exception('no\nway')", "''.__class__.__mro__", "messages.append(1)", "1/0"):
         with pytest.raises(ValueError, match="^mine cannot render these turns: [^\n]+$"):
             ChatTemplate(f"{{{{ {bad} }}}}", {}, "mine").render(said)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])  # one asks for begin-of-text, the other also for the end
-@pytest.mark.parametrize("config", [{"model_max_length": 512}, {"tokenizer_class": "GPT2Tokenizer"}], ids=str)
+@pytest.mark.parametrize("config", [{"chat_template": "old"}, {"tokenizer_class": "GPT2Tokenizer"}], ids=str)
 def test_tokens_that_no_file_names_are_those_of_the_class(base, name, config):
     """As with GPT-2's files from the hub: prompts are those that `transformers` renders, before and after training."""
     transformers = pytest.importorskip("transformers")
@@ -151,6 +152,7 @@ def test_tokens_that_no_file_names_are_those_of_the_class(base, name, config):
     write_as_trained(tokenizer, base)
     saved = transformers.AutoTokenizer.from_pretrained(base).apply_chat_template(said, **more)
     assert tokenizer.chat.render(said) == saved == read_tokenizer(base, "own").chat.render(said) == expected
+    assert "chat_template" not in json.loads((base / "tokenizer_config.json").read_text())  # the one before
 
 
 @pytest.mark.parametrize("more, begin", [({}, "<map>"), ({"added_tokens_decoder": {}}, "<config>")])
@@ -161,6 +163,14 @@ def test_of_two_files_that_name_a_token_the_later_one_counts(base, more, begin):
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     (base / "begin.jinja").write_text("{{ bos_token }}")
     assert read_tokenizer(base, str(base / "begin.jinja")).chat.render([]) == begin
+
+
+def test_every_file_that_names_the_end_gets_the_new_one(base):
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        (base / file).write_text('{"eos_token": "<|endoftext|>"}')
+    write_as_trained(read_tokenizer(base, QWEN), base)
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        assert json.loads((base / file).read_text())["eos_token"] == "<|im_end|>"
 
 
 @pytest.mark.parametrize("chat, empty_thought", [("own", True), ("thinking", False)])
@@ -221,6 +231,10 @@ def test_what_is_no_template_or_does_not_take_the_turns_is_named(chatting, base)
     once = gemma.prompt_text(CONVERSATIONS[0])
     with pytest.raises(ValueError, match="line 3: the prompt is in a chat format already; .*--chat none"):
         tokenise([Example("line 3", ["x"], prompt=once)], gemma)
+    for name, source in SOURCES.items():
+        chat = ChatTemplate(source, {"bos_token": BEGINS.get(name, ""), "eos_token": ENDS[name]}, name)
+        with pytest.raises(ValueError, match="line 4: the prompt is in a chat format already"):
+            chat.prompt_text(Example("line 4", ["x"], prompt=chat.render(turns("Who?"))))
 
 
 def test_what_becomes_the_message(tmp_path):

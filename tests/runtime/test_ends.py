@@ -124,6 +124,8 @@ def test_the_student_keeps_its_ends(tiny_task, tmp_path, way):
     {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": [ANSWER]},
     {"exponential_decay_length_penalty": [1, 9.0], "guidance_scale": 9.0, "encoder_repetition_penalty": 50.0,
      "watermarking_config": {"bias": 90.0}},
+    {"num_beams": 2, "min_length": 9, "min_new_tokens": 9, "begin_suppress_tokens": [ANSWER], "forced_bos_token_id": 5,
+     "forced_eos_token_id": 5, "bad_words_ids": [[ANSWER]], "sequence_bias": [[[ANSWER], -90.0]]},
 ])  # fmt: skip
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_the_student_keeps_no_rule_that_its_base_was_to_generate_by(tiny_task, tmp_path, file, rules):
@@ -136,4 +138,5 @@ def test_the_student_keeps_no_rule_that_its_base_was_to_generate_by(tiny_task, t
     train.main(arguments(tiny_task, tmp_path / "run", **options))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     new = theirs.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 2:].tolist()
+    assert all(getattr(theirs.generation_config, name, None) != value for name, value in rules.items())
     assert new == [ANSWER] * 4 and theirs.generation_config.top_p == (0.8 if file == "generation_config.json" else None)

@@ -8,11 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SENTENCES
+from helpers import SENTENCES, arguments, load_run
 from safetensors.torch import load_file
 
 from model import load_model
@@ -135,7 +136,8 @@ def test_malformed_index_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     "name, hint",
     [("runs/qwen-gtp2", "; did you mean runs/qwen-gpt2?"), ("runs/x", ""), ("here/qwen", ""), ("a/b/c", ""),
-     ("a/model.safetensors", ""), ("./gpt2-of-mine", ""), ("/nowhere/model", ""), ("~/model", "")],
+     ("a/model.safetensors", ""), ("a/model.gguf", ""), ("./gpt2-of-mine", ""), ("/nowhere/model", ""),
+     ("~/model", "")],
 )  # fmt: skip
 def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
     monkeypatch.chdir(tmp_path)
@@ -199,6 +201,19 @@ def test_named_sets_are_split_as_in_the_papers(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="'dolly': .* MiniLLM/dolly has valid.jsonl; give the path"):
         data_file("dolly", "test")
     assert data_file("dolly", "train") == (raw, 1000, None)
+
+
+def test_a_run_holds_dollys_dev_set_out(tiny_task, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lines = (json.dumps({"prompt": "a", "output": "dev" if n < 1000 else "train"}) + "\n" for n in range(1003))
+    (tmp_path / "raw.jsonl").write_text("".join(lines))
+    options = {"method": "sft", "teacher": None, "data": "dolly", "valid": "dolly"}
+    _, pieces = load_run(arguments(tiny_task, tmp_path / "run", **options))
+    assert [example.outputs[0] for example in pieces.examples] == ["train"] * 3
+    assert [example.outputs[0] for example in pieces.valid] == ["dev"] * 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,6 +314,7 @@ def test_incomplete_snapshot_is_fetched_anew(tmp_path, monkeypatch):
         calls.append(local_files_only)
         assert (repo_id, repo_type) == (MODELS["gpt2"], "model")
         assert all(file.endswith((".json", ".safetensors", ".jinja")) for file in allow_patterns)
+        assert any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in allow_patterns)
         if not local_files_only:
             put(cached, "model.safetensors")
         return str(cached)
@@ -307,6 +323,22 @@ def test_incomplete_snapshot_is_fetched_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert model_directory("gpt2") == cached and calls == [True, False]
     assert model_directory("gpt2") == cached and calls == [True, False, True]
+
+
+def test_a_file_of_a_cached_set_that_is_not_there_yet_is_fetched(tmp_path, monkeypatch):
+    """Who has trained on Dolly has its raw.jsonl alone."""
+    import huggingface_hub
+
+    cached = put(tmp_path / "cached", "raw.jsonl")
+
+    def download(allow_patterns, local_files_only=False, **where):
+        if not local_files_only:
+            put(cached, *allow_patterns)
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert data_file("dolly", "test") == (cached / "valid.jsonl", 0, None)
 
 
 @pytest.mark.parametrize("damage", ["nothing", "model.safetensors", "config.json"])

@@ -71,6 +71,15 @@ def test_without_lengths_the_order_is_what_it_was():
     assert list(itertools.islice(order_updates(10, 4, 5, 3), 3)) == [order[:4], order[4:8], order[8:]]
 
 
+def test_with_lengths_windows_of_50_updates_are_sorted():
+    """And the order is what it was."""
+    generator, lengths = torch.Generator().manual_seed(5 * 1_000_003), [n * 7 % 300 for n in range(300)]
+    order = torch.randperm(300, generator=generator).tolist()
+    whole = sum((sorted(order[i : i + 100], key=lengths.__getitem__) for i in (0, 100, 200)), [])
+    expected = [whole[2 * n : 2 * n + 2] for n in torch.randperm(150, generator=generator).tolist()]
+    assert list(itertools.islice(order_updates(300, 2, 5, 0, lengths), 150)) == expected
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("tokens", [99, 100, 250, 5000])
 def test_a_budget_is_kept_and_nothing_is_lost(teacher, tokens):

@@ -48,7 +48,7 @@ CASES = {
     "v2 that agrees": {"teacher": "student"},  # in most of its predictions, see one_update
     "v2 that agrees, sharded, one by one": {"teacher": "student", "batch_size": 1, "shard": "both"},
     "eta, by tokens": {"align": "eta", "tokens_per_batch": 100, "shard": "teacher"},
-    "eta, both sharded, bf16": {"align": "eta", "shard": "both", "dtype": "bf16"},
+    "eta, both sharded, bf16": {"align": "eta", "shard": "both", "dtype": "bf16", "batch_size": 4},  # a pass each
     "eta, adapters of one row sharded": {"align": "eta", "shard": "both", "lora": 1, "lora_dropout": 0.0},
 }
 
@@ -192,6 +192,9 @@ def test_two_processes_are_one_with_the_same_examples(tiny_task, out, case):
             if gradient.abs().max() > 1e-5 or rel == 1e-5:  # in bf16 a gradient that is 0 is noise
                 atol = rel * float(gradient.abs().max())
                 torch.testing.assert_close(gradients[name], gradient, rtol=rel, atol=atol)
+        if "bf16" in case:  # the sum of both parts is in float32
+            matrix = gradients["blocks.0.mlp.c_fc.weight"]
+            assert not torch.equal(matrix, matrix.bfloat16().float())
         assert "agrees" not in case or 0.1 < terms["t2s_agreement"] < 1 and terms["t2s_kd"] > 0
         assert terms["clipped norm"] == pytest.approx(0.01, rel=1e-4)
 

@@ -12,6 +12,7 @@ from helpers import arguments, stopped_by_ctrl_c
 
 import eval as evaluation
 import train
+from data import Example
 from runtime import device, hub, parallel, report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +106,15 @@ def test_commands_under_torchrun_begin_with_it(tiny_task, monkeypatch, capsys, m
     assert len(lines) == 2 and all(f"  {start} --nproc_per_node=4 train.py " in line for line in lines)
 
 
+def test_a_further_run_starts_from_the_student_and_has_the_same_teacher(capsys):
+    """Not with new weights, nor with the teacher from before --teacher-sft."""
+    given = {"student": "gpt2", "teacher": "qwen", "out": "runs/a", "resume": True, "from_scratch": True}
+    report.say_next(given, train.Options(**{**given, "teacher": "runs/a/teacher/student"}), {})
+    further = capsys.readouterr().err.split("train further:")[1]
+    assert "--student runs/a/student" in further and "--teacher runs/a/teacher/student" in further
+    assert "--from-scratch" not in further and "--resume" not in further
+
+
 @pytest.mark.parametrize("processes", [1, 4])
 @pytest.mark.parametrize("words", [
     "--student qwen --method sft --epochs 20", "--student tinyllama --teacher llama2",
@@ -135,6 +145,7 @@ def test_the_model_card(tiny_task, run, monkeypatch, capsys):
     card = huggingface_hub.ModelCard.load(run / "student" / "README.md")
     assert card.data.library_name == "transformers" and "dskd-v2" in card.data.tags and card.data.base_model is None
     assert f"teacher `{tiny_task / 'teacher'}`" in card.text and "valid_ce" in card.text and "icence" in card.text
+    assert "\nSettings: max_steps 2, batch_size 4, " in card.text
     [command] = [line.strip() for line in card.text.splitlines() if line.startswith("    python train.py ")]
     record, again = (json.loads((run / "args.json").read_text()), train.parse(shlex.split(command)[2:]))
     assert all(record[name] == value for name, value in again.items()) and again["max_steps"] == 2
@@ -162,13 +173,36 @@ def test_the_card_has_no_score_of_an_earlier_checkpoint(tiny_task, tmp_path):
 
 
 def test_the_card_names_what_the_hub_knows(run, tmp_path):
-    record = json.loads((run / "args.json").read_text()) | {"data": "dolly", "base_model": hub.MODELS["gpt2"]}
+    hubs = {"data": "dolly", "base_model": hub.MODELS["gpt2"], "teacher": "qwen"}
+    record = json.loads((run / "args.json").read_text()) | hubs
     (tmp_path / "student").mkdir()
     (tmp_path / "args.json").write_text(json.dumps(record))
     (tmp_path / "log.jsonl").write_text("")
     report.write_card(tmp_path)
-    data = huggingface_hub.ModelCard.load(tmp_path / "student" / "README.md").data
+    card = huggingface_hub.ModelCard.load(tmp_path / "student" / "README.md")
+    data = card.data
+    assert "teacher `Qwen/Qwen1.5-1.8B`" in card.text
     assert data.base_model == "openai-community/gpt2" and data.datasets == ["MiniLLM/dolly"]
+
+
+def test_the_scores_on_the_card_are_those_of_the_best_checkpoint_and_of_all_seeds(run, tmp_path):
+    record = json.loads((run / "args.json").read_text()) | {"method": "sft", "teacher": None, "best": {"step": 1}}
+    (tmp_path / "student").mkdir()
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "valid_ce": 2.5}\n{"step": 2, "valid_ce": 3.5}\n')
+    scores = {"data": "sums", "examples": 3, "greedy": False, "seeds": [1, 2], "accuracy": [10.0, 20.0]}
+    (tmp_path / "eval-sums.json").write_text(json.dumps(scores))
+    report.write_card(tmp_path)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "held out: valid_ce 2.5\n- sums, 3 examples, sampled with seeds [1, 2]: accuracy 15\n" in card
+    assert ", trained with `sft`, on " in card  # and with no teacher
+
+
+def test_the_form_of_the_prompts_is_kept():
+    """For eval.py --prompt, which puts the user's text into it."""
+    assert report.prompt_form(Example("", ["x"], prompt="Who?\n\n")) == "{}\n\n"
+    form = report.prompt_form(Example("", ["x"], instruction="Sum up.", input="A fox."))
+    assert form.replace("{}", "Sum up.") == Example("", ["x"], instruction="Sum up.").prompt_text()
 
 
 @pytest.mark.parametrize(

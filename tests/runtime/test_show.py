@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_a_kind_far_behind_is_warned_of():
     for whole, warned in (3, True), (8, False):  # responses of which all aligns: numerals 3 of 12 and 8 of 12
         mixed = measure_alignment([(STUDENT, pairs[1])] * (12 - whole) + [(STUDENT, np.arange(5))] * whole)
         assert ("\nwarning" in describe_alignment(mixed)) == warned
+    for few in ([(STUDENT, pairs[1])] * 9, [(STUDENT, pairs[1])] * 12 + [([b" the"] * 1200, np.arange(1200))]):
+        assert "\nwarning" not in describe_alignment(measure_alignment(few))  # fewer than 10, or than 1% of all tokens
 
 
 def show(monkeypatch, capsys, *words):
@@ -60,10 +63,15 @@ def test_command_line(tiny_task, tmp_path, monkeypatch, capsys):
     both = ["--teacher", tiny_task / "teacher", "--student", tiny_task / "student"]
     out = show(monkeypatch, capsys, "The fox dances.", *both)
     assert out.startswith("teacher ␣The ␣") and "\nstudent The  ␣" in out and "end-of-text 100.0% of 1" in out
+    for file in ("tokenizer.json", "tokenizer_config.json"):  # a directory without a model
+        shutil.copy(tiny_task / "student" / file, tmp_path)
+    assert show(monkeypatch, capsys, "The fox dances.", *both[:3], tmp_path) == out
     out = show(monkeypatch, capsys, tiny_task / "train.jsonl", *both, "--show", "2")
     assert out.count("teacher ") == 2 and "end-of-text 100.0% of 40" in out
     with pytest.raises(SystemExit, match="error: .*nowhere"):
         show(monkeypatch, capsys, "x", "--teacher", "./nowhere", *both[2:])
+    with pytest.raises(SystemExit, match="error: data 'tran.jsonl' is neither a file"):
+        show(monkeypatch, capsys, "tran.jsonl", *both)
 
 
 def test_a_run_says_and_keeps_what_aligns(tiny_task, tmp_path, capsys):

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from scores.answers import answer_part, answers_equal, boxed, final_answer, is_correct, number
+from scores.answers import answer_part, answers_equal, boxed, final_answer, grade, is_correct, number
 from scores.programs import mbpp_program
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -13,7 +13,7 @@ from scores.programs import mbpp_program
 NEXT_TURNS = [
     "\n\n### Instruction:\nNext\n\n### Response:\n", "### Input:\n", "\n### Response:\n", "\n### Human: Next",
     "\n### User\n", "\nBelow is an instruction that describes a task.", "<|im_end|>\n<|im_start|>user\n",
-    "<|endoftext|>", "<|eot_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<end_of_turn>\n",
+    "<|endoftext|>", "<|eot_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<eos>", "<end_of_turn>\n",
     " [INST] Next [/INST] ", "\nHuman: Next\n", "\nUSER: Next\nASSISTANT: ", "\nuser\nNext\nassistant\n", "\n[DONE]\n",
     "\nYou are an expert Python programmer, and", "\nInstruction: Next\n", "\n## Response:\n",
 ]  # fmt: skip
@@ -31,8 +31,8 @@ def test_an_answer_ends_where_the_next_turn_begins(mark):
 
 NEXT_QUESTIONS = [
     "\nQuestion: How many are 2 and 1?\nAnswer: ", " Question: How many?\n", "\n\nQ: How many?\nA: ",
-    "\nProblem 2:\n", "\n\n**Question 2:** How many?\n", "\n## Next Question\nHow many?\n", "assistant\n\n",
-    "user\n\nHow many?assistant\n\n", "\n###\nHow many?\n",
+    "\nProblem 2:\n", "\nExercise 2:\n", "\n\n**Question 2:** How many?\n", "\n## Next Question\nHow many?\n",
+    "assistant\n\n", "user\n\nHow many?assistant\n\n", "\n###\nHow many?\n",
 ]  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def test_the_prompt_said_again_is_not_a_next_turn():
 def test_thoughts_are_not_looked_at():
     thought = "\\boxed{17}\n#### 17\nThe answer is 17.\n"
     for text in ("<think>\n{}</think>\n\nIt is 18.", "{}</think>It is 18.", "<think>{}</think>It is 18.<think>{}",
+                 "<thought>{}</thought>It is 18.",
                  "It <THINKING>{}</THINKING> is <reasoning>3</reasoning>18."):  # fmt: skip
         assert final_answer(text.format(thought, thought)) == "18", text
     assert final_answer("<think>It is 18.\n#### 18") is None  # it never came to an answer
@@ -109,6 +110,7 @@ def test_thoughts_are_not_looked_at():
         ("####\n7", "7"),
         (r"First \boxed{3}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{x^{2}+\{1\}} and 7 more", r"x^{2}+\{1\}"),
+        (r"\boxed{\left\{ 2x \right.} and 7 more", r"\left\{ 2x \right."),
         (r"$\boxed{ \text{even} }$ for 4", r"\text{even}"),
         (r"\boxed{12} but \boxed{unclosed 5", "12"),
         (r"\boxed{12}. The answer is 13.", "12"),
@@ -125,6 +127,7 @@ def test_thoughts_are_not_looked_at():
         ("The answer is 41 or 42.", "42"),
         ("Answer: She has 16 - 7 = 9. 9 * 2 = 18.", "18"),
         ("If the answer is 18, 1 is lost, so it is 17.", "17"),
+        ("Suppose the answer is 18, so 1 is lost: it is 17.", "17"),
         ("Some say the answer is 18. But it is 17.", "17"),
         ("It costs $1,200.50.", "$1,200.50"),
         ("10-3", "3"),
@@ -167,7 +170,7 @@ def test_final_answer(text, answer):
     ],
 )
 def test_of_an_answer_that_was_cut_the_last_number_is_none(text, answer):
-    assert final_answer(text, ended=False) == answer
+    assert final_answer(text, ended=False) == answer == grade(text, ["#### 18"], ended=False)["answer"]
     assert is_correct(text, ["#### 18"], ended=False) is (answer == "18")
 
 
@@ -187,7 +190,7 @@ def test_no_number_and_boxed_alone():
         (r"12\,345\,678", 12345678), (r"\$1\;000.50\text{ each}", "2001/2"), ("-1 000 m", -1000),
         (r"11,\! 111,\! 111", 11111111), (r"5~\textrm{cm}", 5), (r"\textit{5}", 5), (r"\displaystyle\frac12", "1/2"),
         (r"\frac{1{,}000}{3}", "1000/3"), ("1 300/400", "7/4"), ("1.000", 1), ("5cm", 5), ("5cm^2", 5), ("18元", 18),
-        ("$18", 18), ("$ 18.00", 18), ("-$5", -5), ("$-5", -5), (r"\$1,000", 1000), ("€7", 7), ("$18$", 18),
+        ("$18", 18), ("$ 18.00", 18), ("-$5", -5), ("$-5", -5), (r"\$1,000", 1000), ("€7", 7), ("£7", 7), ("$18$", 18),
         (r"\(18\)", 18),
         ("25%", 25), (r"25\%", 25), ("12 apples", 12), ("5 square feet", 5), ("60 km/h", 60), ("3 m^2", 3),
         ("18 dollars.", 18),
@@ -205,7 +208,7 @@ def test_number(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["5x", "3ab", "2π", "3x^2", r"\frac{1}{2}x", "18 million", "18 and a half", "3(x+1)", "3 (x+1)",
+    ["5x", "3ab", "2π", "3x^2", r"\frac{1}{2}x", "18 million", "3 dozen", "18 and a half", "3(x+1)", "3 (x+1)",
      "1,00", "1{,}00", r"1\,00", "1 00", "1,0000", "0,500", "1,000,00", "1, 000", "1000 000", r"1,000\,000",
      "", "many", "1,2", "12,34", "1.2.3", "10:30", "1/0", r"\frac{1}{0}", r"\frac{a}{b}", r"\frac{}{2}", "x^2",
      "3x = 4y", "--3", "+-3",

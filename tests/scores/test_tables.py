@@ -3,7 +3,7 @@
 import pytest
 
 from data import CodeTask, Example
-from scores.tables import compare, spread, table
+from scores.tables import compare, describe, spread, table
 from scores.tasks import DataSet, check_sets, share_tokens, task_of
 
 SUMS = [Example("s", [answer], prompt="p") for answer in ("2 + 1 = <<2+1=3>>3\n#### 3", "so\n#### 1,200")]
@@ -52,6 +52,19 @@ def test_differences_are_taken_prompt_by_prompt():
     assert head == ["difference from m", "a Rouge-L"] and rows == [["n", "+5.00 ± 2.08"], ["o", "+0.00 ± 0.00"]]
     assert note[0].startswith("± standard error over the prompts")
     assert "difference" not in compare(sets, {("m", "a"): first})
+
+
+def test_of_a_single_set_there_are_all_measures():
+    others = {"not_ended": [0, 2], "responses": [["x"] * 3] * 2, "each": [[1.0]] * 2}
+    scores = [{"rouge_l": [n, n + 2.0], "exact_match": [n] * 2, "cross_entropy": n, **others} for n in (2.0, 3.0)]
+    data = DataSet("a", "rouge", [Example("", ["x"], prompt="p")] * 3)
+    text = compare([data], {("m", "a"): scores[0], ("n", "a"): scores[1]})
+    head, _, *rows = cells_of(text.split("\n\n")[0])
+    assert head == ["model", "Rouge-L", "exact match", "cross-entropy", "not ended"]
+    assert rows == [["m", "3.00 ± 1.41", "2.00 ± 0.00", "2.0000", "2 of 6"],
+                    ["n", "4.00 ± 1.41", "3.00 ± 0.00", "3.0000", "2 of 6"]]  # fmt: skip
+    line = describe({**scores[0], "prompts_cut": 0, "references_cut": 0, "new_tokens": 8}, data, None, "file")
+    assert line == "3 examples, 2 of 6 responses did not end within 8 tokens; file"  # all with the second seed
 
 
 def test_compare_averages_over_sets_for_each_seed():
