@@ -1,4 +1,4 @@
-"""Tables of scores in Markdown: a row per model, mean ± standard deviation over the sampling seeds; differences."""
+"""Tables in Markdown: scores, mean ± standard deviation over the sampling seeds, and differences between models."""
 
 import statistics
 from collections import Counter
