@@ -3,8 +3,8 @@ r"""Aligning two tokenisations of one text: exactly (ETA, DSKDv2) or by attentio
 Teacher and student may split the same response into different tokens. Before their states can be compared, teacher
 positions must be matched with student positions:
 
-- exact token alignment, ETA (arXiv 2504.11426, eq. 14): the positions where both predict the same token after the
-  same history. `exact_token_alignment` finds them, `prediction_map` translates the teacher's predictions.
+- exact token alignment, ETA (arXiv 2504.11426, eq. 14): pairs of equal response tokens that have equal histories.
+  `exact_token_alignment` finds them, `prediction_map` translates the teacher's predictions.
 - cross-model attention, CMA (arXiv 2406.17328): every student position attends to all positions of the teacher's
   response, and the reverse. `cross_model_attention` gives each model's states as seen from the other's positions.
 
@@ -99,8 +99,8 @@ def is_byte_fallback(tokenizer: Tokenizer, size: int) -> list[bool]:
 
 
 def ids_by_bytes(tokenizer: Tokenizer, eos: int | None) -> dict[bytes, int]:
-    """bytes -> id, without end-of-text, which a vocabulary need not mark as special. Of several ids with the same bytes
-    it is the first that is not a byte-fallback token."""
+    """bytes -> id, without end-of-text, which a vocabulary need not mark as special. Of several ids with the same
+    bytes, the first that is not a byte-fallback token is taken."""
     spelt = token_bytes(tokenizer)
     fallback = is_byte_fallback(tokenizer, len(spelt))
     ids: dict[bytes, int] = {}
@@ -227,17 +227,17 @@ def align_by_programme(teacher: list[bytes | None], student: list[bytes | None])
         y = 1 + np.flatnonzero(student_codes == ord(symbol))
         row[y] = np.minimum(row[y], cost[x - 1, y - 1])  # keep an equal symbol
         if x in teacher_at:
-            i, start = teacher_at[x]
-            for y, (j, first) in student_at.items():
-                if student[j] == teacher[i]:
+            j, start = teacher_at[x]
+            for y, (i, first) in student_at.items():
+                if student[i] == teacher[j]:
                     row[y] = min(row[y], cost[start, first] - 1)  # match two whole tokens
         cost[x] = np.minimum.accumulate(row - insertions) + insertions  # insert symbols of the student
 
     pairs, x, y, nothing = [], len(teacher_text), len(student_text), (None, None)
     while x > 0 or y > 0:  # walk back along the steps that explain each cost
-        (i, start), (j, first) = teacher_at.get(x, nothing), student_at.get(y, nothing)
-        if None not in (i, j) and teacher[i] == student[j] and cost[x, y] == cost[start, first] - 1:
-            pairs.append((i, j))
+        (j, start), (i, first) = teacher_at.get(x, nothing), student_at.get(y, nothing)
+        if None not in (i, j) and teacher[j] == student[i] and cost[x, y] == cost[start, first] - 1:
+            pairs.append((j, i))
             x, y = start, first
         elif x > 0 and y > 0 and teacher_text[x - 1] == student_text[y - 1] and cost[x, y] == cost[x - 1, y - 1]:
             x, y = x - 1, y - 1
@@ -270,9 +270,9 @@ class Deviations(NamedTuple):
     """The standard deviations by which CMA divides the teacher's side, each over all the numbers of its tensor, at the
     response positions of the whole update. (The official code includes padding, so its loss depends on padding.)"""
 
-    key: float  # of [E_t(x); E_t(y)]
-    label: float  # of E_t(y)
-    hidden: float  # of the last hidden states
+    key: float  # σ_K, of [E_t(x); E_t(y)]
+    label: float  # σ_y, of E_t(y)
+    hidden: float  # σ_h, of the last hidden states
 
 
 def cross_model_attention(
@@ -280,8 +280,8 @@ def cross_model_attention(
 ) -> tuple[Tensor, Tensor]:
     """Each model's states, seen from the other's positions (v1): t2s (N, d) and s2t (M, D).
 
-    Q = W_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ    V = t2s(h_t/σ + E_t(y)/σ)    x is read, y predicted
-    A = Q Kᵀ/√(2D)              t2s = softmax_M(A) V      s2t = softmax_N(A)ᵀ s2t(h_s)
+    Q = P_q [E_s(x); E_s(y)]    K = [E_t(x); E_t(y)]/σ_K    V = P_t→s(h_t/σ_h + E_t(y)/σ_y)    x is read, y predicted
+    A = Q Kᵀ/√(2D)              h_t→s = softmax_M(A) V      h_s→t = softmax_N(A)ᵀ P_s→t(h_s)
 
     projectors: .query 2d -> 2D, .t2s D -> d, .s2t d -> D. Examples do not see each other. Computed in float32, even
     under autocast, because the scores decide which positions count. So the projectors stay in float32; without

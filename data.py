@@ -295,7 +295,7 @@ class ModelBatch:
     right, where causality hides it from every position that is used."""
 
     input_ids: Tensor  # (B, T), padded to the longest example
-    real: Tensor  # (N,) the positions that are computed, in the flattened (B·T): all but padding (and see `collate`)
+    real: Tensor  # (P,) the positions that are computed, in the flattened (B·T): all but padding (and see `collate`)
     positions: Tensor  # (R,) of the response positions in the flattened (B·T)
     labels: Tensor  # (R,) the token that each of them predicts
     lengths: list[int]  # (B,) how many of the R belong to each example

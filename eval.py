@@ -74,10 +74,10 @@ def respond(
     with packed(model), graphed(model):
         for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, leave=False):
             chosen = order[start : start + batch_size]
-            batch_seed = None if seed is None else seed * 1_000_003 + start
+            batch_seed = None if seed is None else seed * 1_000_003 + start  # no two seeds share a batch's draws
             new = generate(
-                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, 0, 1.0, batch_seed,
-                tokenizer.size,  # not the rows that only pad the head
+                model, [ids[i] for i in chosen], max_new_tokens, tokenizer.end_ids, temperature, seed=batch_seed,
+                vocabulary=tokenizer.size,  # not the rows that only pad the head
             )  # fmt: skip
             for i, tokens in zip(chosen, new, strict=True):
                 responses[i] = tokenizer.decode(tokens)
@@ -92,7 +92,7 @@ def respond(
 
 @torch.no_grad()
 def held_out_cross_entropy(model, rows: list, eos_id: int, device="cpu", batch_size: int = 16) -> float:
-    """Mean cross-entropy per response token, in nats, over tokenised rows; keeps the model's train or eval mode."""
+    """Mean cross-entropy per response token, in nats, over tokenised rows; restores the model's train or eval mode."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0

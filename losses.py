@@ -5,18 +5,16 @@ v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhe
     N  student response tokens     K  pairs of states compared in the student's space     J  in the teacher's space
     d, D  student and teacher width     V_s, V_t  their vocabularies, the rows of their heads
 
-A response token of the flattened batch is a position whose *next* token belongs to the response. Its state is the last
-hidden state, after the final norm, of the position that predicts it; end-of-text is the response's last token. In
-`transformers` the states are `hidden_states[-1]`, one position before each response token, and the head that reads them
-is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads rather than
-logits, because the heads are the papers' point. What a model does to its logits after that product is left out. If it
-scales them, scale the states instead (Cohere: multiply; Granite: divide). Not supported are a bias (Phi), soft-capping
-(Gemma 2), and an adapter on the head, which is not part of the head's weight.
+The state of a response token is the last hidden state, after the final norm, of the position before it, which predicts
+it; end-of-text is the response's last token. In `transformers` these are rows of `hidden_states[-1]`, and the head that
+reads them is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads
+rather than logits, because the heads are the papers' point. What a model does to its logits after that product is left
+out. If it scales them, scale the states instead (Cohere: multiply; Granite: divide). Not supported are a bias (Phi),
+soft-capping (Gemma 2), and an adapter on the head, which is not part of the head's weight.
 `fast/losses.py` has the same functions with the same arguments and results, in a fraction of the time and the memory.
 
-Where this differs from the papers' text: no T² factor on any divergence, as in the official code. Where it differs from
-the official code: JS has no 1e-9 inside its logarithms (they are taken in log space), and infinite logits are not
-overwritten with zeros.
+As in the official code, no divergence is multiplied by T². Where this differs from the official code: JS has no 1e-9
+inside its logarithms (they are taken in log space), and infinite logits are not overwritten with zeros.
 
 >>> generator = torch.Generator().manual_seed(0)
 >>> logits = torch.randn(5, 11, generator=generator)
@@ -58,21 +56,21 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """Σ q (log q − log(λ q + (1−λ) p))"""
+    """Σ q (log q − log(λ q + (1−λ) p))  (DistiLLM, arXiv 2402.03898)"""
     return forward_kl(log_mixture(log_q, log_p, skew), log_q)
 
 
 def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """Σ p (log p − log((1−λ) q + λ p))"""
+    """Σ p (log p − log((1−λ) q + λ p))  (the same)"""
     return reverse_kl(log_p, log_mixture(log_p, log_q, skew))
 
 
 @torch.no_grad()
 def adaptive_weight(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
-    """g_h/(g_h + g_t), (N,): which share of the gap between the distributions is in the teacher's head; no gradient.
+    """g_h/(g_h + g_t), (N,): the share of the gap g = Σ |q − p| that is in the head of q; no gradient.
 
-    With the tokens sorted by the teacher's probability, ascending, the tail is the part whose cumulative mass is
-    ≤ alpha, and the head is the rest; g = Σ |q − p| over each.
+    With the tokens sorted by the teacher's probability q, ascending, the tail is the part whose cumulative mass is
+    ≤ alpha, and the head (not a prediction head) is the rest.
     """
     p, q = log_p.exp(), log_q.exp()
     q_ascending, order = q.sort(-1)
@@ -83,7 +81,7 @@ def adaptive_weight(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
 
 
 def adaptive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(g_h·FKL + g_t·RKL)/(g_h + g_t): the larger gap, over the teacher's head or tail, decides (arXiv 2404.02657)"""
+    """(g_h·FKL + g_t·RKL)/(g_h + g_t), weighted by the gaps in the head and in the tail of q (arXiv 2404.02657)"""
     weight = adaptive_weight(log_p, log_q)
     return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
@@ -131,7 +129,7 @@ RECIPES = {  # (recipe, alignment)
 class Counts:
     """The normalisers of one update, counted over all its batches, so that the batches' losses add up to the update's
     (accelerate divides each loss by its gradient_accumulation_steps: undo that). If processes average their gradients,
-    give the mean of their counts. A count may be a tensor (), so that nobody waits for its value. None: not counted."""
+    give the mean of their counts. A count may be a 0-d tensor, which saves a synchronisation. None: not counted."""
 
     tokens: float | Tensor  # student response tokens
     pairs: float | Tensor | None = None  # aligned pairs whose teacher prediction is in the student's vocabulary (ETA)
@@ -157,6 +155,12 @@ def predict_tokens(hidden: Tensor, head: Tensor, chunk: int = 1024) -> Tensor:
     return torch.cat([linear(part, head).argmax(-1) for part in hidden.split(chunk)])
 
 
+def cross_entropy_sum(logits: Tensor, label: Tensor) -> Tensor:
+    """Σ −log softmax(logits)(label): (n, V), (n,) -> (). Marks of prompts and padding (-100, -1) give an error, since
+    such positions would count in all other terms."""
+    return cross_entropy(logits, label, reduction="sum", ignore_index=-(2**31))  # no token has this id
+
+
 def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, tokens: float, kd_rate: float) -> dict:
     """{ce, correct, ...terms, loss}: loss = (1 − kd_rate)·L_gold + kd_rate·L_kd, with L_kd = terms["kd"].
 
@@ -164,8 +168,7 @@ def add_gold(terms: dict[str, Tensor], logits: Tensor, gold: Tensor | None, toke
     """
     if gold is None:
         return {**terms, "loss": kd_rate * terms["kd"]}
-    # marks of prompts and padding (-100, -1) give an error, since such positions would count in all other terms
-    ce = cross_entropy(logits, gold, reduction="sum", ignore_index=-(2**31)) / tokens
+    ce = cross_entropy_sum(logits, gold) / tokens
     correct = (logits.argmax(-1) == gold).sum()
     return {"ce": ce, "correct": correct, **terms, "loss": (1 - kd_rate) * ce + kd_rate * terms.get("kd", 0.0)}
 
@@ -190,7 +193,7 @@ def kd_loss(
     temperature: float = 2.0,
     kd_rate: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Vanilla KD: D(p, q) between both models' distributions for each response token. {ce, kd, loss, ...}
+    """Vanilla KD: D(p, q) between both models' distributions for each response token. {ce, correct, kd, loss}
 
     Heads of one tokenizer may be padded to different numbers of rows; the divergence is over the rows that both have.
     """
@@ -220,7 +223,7 @@ def dskd_loss(
 ) -> dict[str, Tensor]:
     """DSKD: loss = (1 − kd_rate)·L_gold + kd_rate·(L_stu + L_ce + L_tea)
 
-    L_stu = D(p, sg(q_t→s))    L_ce = −log q_t→s(label)    L_tea = D(p_s→t, q)
+    L_stu = D(p, sg(q_t→s))    L_ce = −log softmax(z_t→s)(label)    L_tea = D(p_s→t, q)    q_t→s = softmax(z_t→s/T)
 
     J is N without alignment, K with ETA, the number of the teacher's response tokens with CMA. A term without any pair,
     or any agreeing one, is 0. Returns {ce, correct, t2s_ce, t2s_kd, s2t_kd, kd, agreeing, loss}. Raises ValueError,
@@ -234,7 +237,7 @@ def dskd_loss(
     # head is detached. L_stu teaches the student, so the projected teacher is detached.
     student_logits = logits_under(student_hidden, student_head)  # (N, V_s)
     t2s_logits = logits_under(t2s_hidden, student_head.detach())  # (K, V_s)
-    t2s_ce = cross_entropy(t2s_logits, label, reduction="sum") / over
+    t2s_ce = cross_entropy_sum(t2s_logits, label) / over
     agrees = t2s_logits.argmax(-1) == label  # (K,)
     stu = D_stu(student_logits[rows], t2s_logits.detach(), temperature)  # (K,)
     t2s_kd = (stu * agrees if recipe.only_agreeing else stu).sum() / over_stu

@@ -94,17 +94,17 @@ class Packing:
     if it has a kernel for them."""
 
     def __init__(self, real: torch.Tensor, batch: torch.Tensor):
-        self.real, self.batch = real, batch  # (N,) the positions of real tokens in the flattened batch; (B, T)
+        self.real, self.batch = real, batch  # (P,) the positions of real tokens in the flattened batch; (B, T)
         B, T = batch.shape
-        # (B + 1,) where each sequence starts among the N, and N
+        # (B + 1,) where each sequence starts among the P, and P
         self.starts = torch.searchsorted(real, T * torch.arange(B + 1, device=real.device), out_int32=True)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) -> (1, N, ...)"""
+        """(B, T, ...) -> (1, P, ...)"""
         return x.flatten(0, 1).index_select(0, self.real)[None]
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, N, ...) -> (B, T, ...), zeros at the padding"""
+        """(1, P, ...) -> (B, T, ...), zeros at the padding"""
         B, T = self.batch.shape
         return x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.real, x[0]).unflatten(0, (B, T))
 
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
 
         Padding belongs on the right, where causality hides it from every real token, so no mask is needed; the states
         at padded positions have no meaning. Raises ValueError for more tokens than positions.
-        real (N,): the positions of all real tokens in the flattened (B·T), ascending. If given, only attention is
+        real (P,): the positions of all real tokens in the flattened (B·T), ascending. If given, only attention is
         computed at the other positions, and their states are 0.
         """
         T = input_ids.size(1)
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
         masks = {window: causal_mask(positions, n_keys, window) for window in set(self.windows)}
         packing = None if real is None else Packing(real, input_ids)
         if packing is not None:
-            input_ids, positions = packing.pack(input_ids), (real % T)[None]  # (1, N)
+            input_ids, positions = packing.pack(input_ids), (real % T)[None]  # (1, P)
 
         x = self.embed(input_ids)  # (B, T, D)
         if self.positions is not None:

@@ -73,8 +73,8 @@ SAMPLE_TOKENS = 128  # of each response in samples.txt, at most
 class TeacherAnswer:
     """What the frozen teacher says about one batch, at the positions that are compared."""
 
-    hidden: Tensor  # (K, D) its states there; at all its response positions if tokens are not paired
-    rows: Tensor | slice  # (K,) the student token that each state is compared with; slice(None): all, in order
+    hidden: Tensor  # (J, D) its states there; at all its response positions if tokens are not paired
+    rows: Tensor | slice  # (K,) the student token of each pair; slice(None): all, in order
     label: Tensor | None = None  # (K,) DSKD: what the projected teacher should predict, as a token of the student
 
 
@@ -174,21 +174,21 @@ class Method(nn.Module):
         return TeacherAnswer(hidden[known], batch.student_index[known], label[known])
 
     @torch.no_grad()
-    def count(self, student: nn.Module, compared: list[Batch], said: list, gold: list[Batch]) -> Totals:
-        """The normalisers of an update. compared: the batches that L_kd is computed on; said: the teacher's answer for
+    def count(self, student: nn.Module, compared: list[Batch], answers: list, gold: list[Batch]) -> Totals:
+        """The normalisers of an update. compared: the batches that L_kd is computed on; answers: the teacher's, one for
         each; gold: the gold batches. Neither the projected teacher nor its label depends on the student's states, so
         the pairs that agree can be counted before the first loss."""
         tokens, gold_tokens = (sum(len(batch.student.labels) for batch in batches) for batches in (compared, gold))
         pairs = agreeing = 0
         moments: list[float] = []
         if self.recipe is not None:
-            pairs = sum(len(answer.label) for answer in said)
+            pairs = sum(len(answer.label) for answer in answers)
         if self.recipe is not None and self.recipe.average_stu == "agreeing":
-            for answer in said:
+            for answer in answers:
                 predicted = self.objective.predict_tokens(self.projectors.t2s(answer.hidden), student.head_weight)
                 agreeing += (predicted == answer.label).sum()  # a tensor, so that nothing waits for the device
         if self.align == "cma":
-            each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, said, strict=True)]
+            each = [teacher_moments(self.teacher_tokens(*both)) for both in zip(compared, answers, strict=True)]
             moments = [sum(column) for column in zip(*each, strict=True)]
         tokens, gold_tokens, pairs, agreeing, *moments = parallel.add_up(
             [tokens, gold_tokens, pairs, agreeing, *moments]
@@ -229,8 +229,9 @@ class Method(nn.Module):
         else:
             t2s_hidden, s2t_hidden = self.projectors.t2s(answer.hidden), self.projectors.s2t(hidden[answer.rows])
         return self.objective.dskd_loss(
-            hidden, gold, answer.rows, t2s_hidden, answer.label, s2t_hidden, answer.hidden, head, teacher_head,
-            counts, self.recipe, o.divergence, o.temperature, o.kd_rate, **how,
+            hidden, gold, answer.rows, t2s_hidden=t2s_hidden, label=answer.label, s2t_hidden=s2t_hidden,
+            teacher_hidden=answer.hidden, student_head=head, teacher_head=teacher_head, counts=counts,
+            recipe=self.recipe, divergence=o.divergence, temperature=o.temperature, kd_rate=o.kd_rate, **how,
         )  # fmt: skip
 
 
@@ -258,7 +259,8 @@ def sample_rows(o: Options, pieces: Pieces, rows: list[Row], step: int) -> tuple
 
     All responses are sampled together. That is faster, and they do not depend on how the share is split into batches.
     """
-    seed = random.Random(f"{o.seed} sample {step}" + f" {parallel.rank()}" * (parallel.rank() > 0)).getrandbits(63)
+    process = f" {parallel.rank()}" if parallel.rank() > 0 else ""
+    seed = random.Random(f"{o.seed} sample {step}{process}").getrandbits(63)
     tokenizer, prompts = pieces.student_tokenizer, [row.student.prompt for row in rows]
     room = [o.max_len - len(prompt) for prompt in prompts]
     responses, failure = [], None
@@ -291,10 +293,10 @@ def distil(o: Options, pieces: Pieces, student, batches: list, sampled: list | N
     method, compared = pieces.method, sampled or batches
     method.refresh(pieces.student)
     with autocast(o):
-        said = [method.ask_teacher(batch) for batch in compared]
-        totals = method.count(pieces.student, compared, said, batches)
+        answers = [method.ask_teacher(batch) for batch in compared]
+        totals = method.count(pieces.student, compared, answers, batches)
     parts = [(batch, None, True) for batch in batches] if sampled else []
-    parts += [(batch, answer, not sampled) for batch, answer in zip(compared, said, strict=True)]
+    parts += [(batch, answer, not sampled) for batch, answer in zip(compared, answers, strict=True)]
     if len(parts) > 1 and parallel.uses_graphs(o):
         parallel.make_gradients(pieces.student)
     names: list[str] = []
@@ -347,7 +349,7 @@ def make_optimizer(o: Options, pieces: Pieces) -> torch.optim.AdamW:
     groups = [{**group, "params": part} for group in groups for part in parallel.split_by_placement(group["params"])]
     for group in groups:
         group["peak"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.device(o.device).type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -388,7 +390,7 @@ def add_method(o: Options, pieces: Pieces) -> None:
             pieces.cache.attach_predictions(pieces.method.predicting_head)
 
 
-def run_updates(o: Options, pieces: Pieces, student, description: str = "train") -> dict[str, float]:
+def run_updates(o: Options, pieces: Pieces, student, description: str) -> dict[str, float]:
     """Do the remaining updates; returns the last logged line. `student`: the compiled model, or the plain one."""
     optimizer = make_optimizer(o, pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from align import is_byte_fallback, token_bytes
 from data import Row
 from fast.losses import rest_of
-from losses import Counts, forward_kl, logits_under
+from losses import Counts, cross_entropy_sum, forward_kl, logits_under
 
 
 def pair_by_edit_distance(row: Row, student, teacher) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def token_spellings(tokenizer: Tokenizer) -> list[bytes | None]:
 def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     """(V_t,) for each teacher token the student token with the same spelling, else the one with the smallest edit
     distance (of several, the first that is not a byte-fallback token); -1 for ids that the teacher's vocabulary does
-    not use. Takes a minute or two for a hundred thousand tokens without an equal one."""
+    not use. Takes a minute or two for a hundred thousand tokens without an exact match."""
     spelt, spelt_student = token_spellings(teacher), token_spellings(student)
     fallback, fallback_student = is_byte_fallback(teacher, len(spelt)), is_byte_fallback(student, len(spelt_student))
     ids: dict[tuple[bytes, bool], int] = {}  # `A` and `<0x41>` spell the same; each maps to its own kind
@@ -212,9 +212,9 @@ def mined_loss(
     def sums(hidden, gold, teacher_hidden=None):
         """ce, correct and kd of tokens that all have a partner, or of which none has."""
         logits = logits_under(hidden, student_head)  # (n, V_s)
-        ce, correct = cross_entropy(logits, gold, reduction="sum"), (logits.argmax(-1) == gold).sum()
+        ce, correct = cross_entropy_sum(logits, gold), (logits.argmax(-1) == gold).sum()
         if teacher_hidden is None:
-            return ce, correct, cross_entropy(logits / temperature, gold, reduction="sum")
+            return ce, correct, cross_entropy_sum(logits / temperature, gold)
         teacher_logits = logits_under(teacher_hidden, teacher_head).detach()  # (n, V_t)
         log_p = log_softmax(logits / temperature, -1)[:, student_ids]  # (n, S)
         log_q = log_softmax(teacher_logits[:, teacher_ids] / temperature, -1)  # (n, S)

@@ -51,12 +51,12 @@ def uld_loss(
     """
     tokens = counts.over("tokens")
     if chunk:
-        found = head_terms(
+        sums = head_terms(
             student_hidden, student_head, teacher_hidden, teacher_head, rows, gold, ce_weight=(1 - kd_rate) / tokens,
             kd_weight=kd_rate / tokens, divergence="uld", chunk=chunk, fused=fused,
         )  # fmt: skip
-        ce, kd = found.ce / tokens, found.kd / tokens
-        return {"ce": ce, "correct": found.correct, "kd": kd, "loss": found.loss}
+        ce, kd = sums.ce / tokens, sums.kd / tokens
+        return {"ce": ce, "correct": sums.correct, "kd": kd, "loss": sums.loss}
     student_logits = logits_under(student_hidden, student_head)  # (N, V_s)
     teacher_logits = logits_under(teacher_hidden, teacher_head).detach()  # (K, V_t)
     distance = universal_logit_distance(student_logits[rows].softmax(-1), teacher_logits.softmax(-1))  # (K,)

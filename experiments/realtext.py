@@ -85,7 +85,7 @@ ROWS = {  # how the student is trained; the others are compared with the first o
     "v2-fitted": "--recipe v2 --projectors {home}/fitted/projectors.safetensors",  # trained before the student moves
     "sft-as-v2": "",  # not trained: sft's student, sampled at the temperature where it is as confident as v2's
 }
-ONE_VOCABULARY = ["sft", "kd", "v1", "v2", "v2-random", "v2-slow", "v2-fitted", "sft-as-v2"]
+ONE_VOCABULARY = [row for row in ROWS if row not in ("uld", "mined")]
 TWO = [row for row in ROWS if row != "kd"]
 TRAIN, VALID, TEST = 960, 60, 100  # examples
 LENGTH = 160  # tokens of prompt and response; longer examples are left out

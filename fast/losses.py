@@ -332,8 +332,8 @@ def sft_loss(
     """As `losses.sft_loss`."""
     tokens = counts.over("tokens")
     weight = (1 - kd_rate) / tokens
-    found = head_terms(student_hidden, student_head, gold=gold, ce_weight=weight, chunk=chunk, fused=fused)
-    return {"ce": found.ce / tokens, "correct": found.correct, "loss": found.loss}
+    sums = head_terms(student_hidden, student_head, gold=gold, ce_weight=weight, chunk=chunk, fused=fused)
+    return {"ce": sums.ce / tokens, "correct": sums.correct, "loss": sums.loss}
 
 
 def kd_loss(
@@ -351,13 +351,13 @@ def kd_loss(
 ) -> dict[str, Tensor]:
     """As `losses.kd_loss`."""
     tokens = counts.over("tokens")
-    found = head_terms(
+    sums = head_terms(
         student_hidden, student_head, teacher_hidden, teacher_head, gold=gold,
         ce_weight=(1 - kd_rate) / tokens, kd_weight=kd_rate / tokens,
         divergence=divergence, temperature=temperature, chunk=chunk, fused=fused,
     )  # fmt: skip
-    on_gold = {} if gold is None else {"ce": found.ce / tokens, "correct": found.correct}
-    return {**on_gold, "kd": found.kd / tokens, "loss": found.loss}
+    on_gold = {} if gold is None else {"ce": sums.ce / tokens, "correct": sums.correct}
+    return {**on_gold, "kd": sums.kd / tokens, "loss": sums.loss}
 
 
 def dskd_loss(

@@ -274,6 +274,18 @@ def test_gold_tokens_are_tokens(chunk, mark):
         i.terms(chunk=chunk)
 
 
+@both
+@pytest.mark.parametrize("case", ["v2 none", "v2 eta", "v1 cma"])
+@pytest.mark.parametrize("mark", [-100, -1])
+def test_labels_are_tokens(case, chunk, mark):
+    """A pair without a label would be left out of L_ce, but not of its divisor, of L_stu and of L_tea."""
+    i = Inputs(case)
+    i.label = i.label.clone()
+    i.label[1] = mark
+    with pytest.raises((IndexError, RuntimeError), match=f"{mark} is out of bounds"):
+        i.terms(chunk=chunk)
+
+
 def test_predictions_by_parts():
     hidden, head = torch.randn(7, 4), torch.randn(9, 4)
     for predict in (predict_tokens, fast_losses.predict_tokens):
