@@ -9,7 +9,7 @@
 Each directory is a run (its student/ is scored) or a model. The data decide which score is computed, in per cent:
 
 rouge   Rouge-L: F-measure with Porter stemming, the maximum over an example's references
-math    if the references end in `#### x` or contain \\boxed{x}: accuracy, the share of correct final answers
+math    if the references end in `#### x`, contain \\boxed{x} or are a number: accuracy, the share of correct answers
 code    if the examples have tests: pass@1, the share of programs that pass all of them, with one sample per seed
 
 The table shows means ± standard deviations over the seeds (the average over sets is taken for each seed first). With

@@ -16,7 +16,8 @@ FORMER = "qwen2.5", "llama3.2", "smollm2"  # formats that used to be built in; o
 # HumanEval's prompt as a message: a chat model does not continue a text unless it is asked to
 COMPLETE = "Complete this Python function:\n\n```python\n{prompt}\n```"
 # How prompts begin that are already in one of the usual chat formats, perhaps after a begin-of-text token
-MARKED = re.compile(r"(\s*<\S+?>)?\s*(<[|｜](im_start|start_header_id|user)[|｜]>|<start_of_turn>|\[INST])", re.I)
+ROLE = r"<[|｜](im_start|start_header_id|system|user)[|｜]>"
+MARKED = re.compile(rf"(\s*<\S+?>)?\s*({ROLE}|<start_of_turn>|\[INST])", re.I)
 
 
 class Generation(Extension):

@@ -19,8 +19,9 @@ ASKS = "prompt", "instruction", "question", "problem", "query"  # the keys of a 
 ANSWERS = "output", "completion", "response", "solution", "answer"
 CONTEXTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "system_message")
 UNREAD = set(  # keys of a record or a turn that would change the text in a way that this file does not know
-    "tools functions tool_calls function_call document documents passage image images video videos audio audios "
-    "choices options chat_history conversation_history reasoning_content chat_template chat_template_kwargs".split()
+    "tools functions tool_calls function_call document documents passage contexts image images video videos audio "
+    "audios choices options chat_history conversation_history reasoning_content chat_template "
+    "chat_template_kwargs".split()
 )
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys("assistant gpt chatgpt bot model ai bing bard".split(), "assistant")
@@ -52,7 +53,7 @@ def read_records(path: str | Path, first: int, last: int | None) -> Iterator[tup
         text = "" if content.startswith(b"PAR1") else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}), gzip or parquet") from error
     if content.startswith(b"PAR1"):
         place, records = "row", read_parquet(path, content)
     elif text.lstrip()[:1] == "[":
@@ -100,6 +101,9 @@ def read_record(record: object, where: str) -> Example:
     read, looks = next((FORMS[key] for key in FORMS if key in record), (read_pair, None))
     try:
         refuse_unread(record)
+        if wrong := [key for key in ("label", "kto_tag") if record.get(key) is False]:
+            raise ValueError(f"{wrong[0]!r} is false: a response that should not be learned, as in KTO's data; drop "
+                             "the record, or drop the key if it means something else")  # fmt: skip
         example = read(record, where)
         if not example.input and get_only(record, CONTEXTS) and "instruction" not in record:
             raise ValueError(f"{' or '.join(CONTEXTS)} is given beside a whole prompt: put it into the prompt")
@@ -122,7 +126,8 @@ def read_pair(record: dict, where: str) -> Example:
     if not asks or not answers:
         raise ValueError("neither 'prompt' nor 'instruction'" if not asks else "the response is missing")
     outputs = get_strings(record, answers[0])
-    if asks[0] == "problem" and answers[0] in ("solution", "answer") and record.get("answer"):
+    final = record.get("answer") not in (None, "", "proof", "notfound")  # NuminaMath's words for no final answer
+    if final and (asks[0], answers[0]) in (("problem", "solution"), ("question", "solution"), ("problem", "answer")):
         solution = get_string(record, "solution", "")  # MATH's solutions mark the final answer
         outputs = [solution if "\\boxed{" in solution else f"{solution}\n#### {get_string(record, 'answer')}".lstrip()]
     if asks[0] == "prompt":  # a prompt is complete: an instruction beside it is what it was made from
@@ -147,14 +152,18 @@ def read_mbpp(record: dict, where: str) -> Example:
     # the set-up uses the program's classes, so it comes after the program
     setup = "\n".join([*imports, get_string(record, "test_setup_code", "")])
     prompt = MBPP_PROMPT.format(text=text, tests=tests)
+    tests = get_string(record, "test", tests)  # MBPP+ has more of them; the prompt shows only test_list
     return Example(where, [get_string(record, "code")], prompt=prompt, code=CodeTask(f"{setup}\n{tests}\n"))
 
 
 def read_conversation(record: dict, where: str) -> Example:
     """The last turn is the response and the one before it the message; earlier turns are context, not trained on."""
     turns = read_turns(record.get("messages", record.get("conversations")))
-    if turns and turns[-1]["role"] == "user":  # no response: left out, like an empty one
-        turns.append({"role": "assistant", "content": ""})
+    response = next((key for key in ANSWERS if record.get(key)), None)
+    if not turns and not response:
+        return Example(where, [""])  # as in ShareGPT: left out
+    if turns and turns[-1]["role"] == "user":  # its response stands beside it; without one it is left out too
+        turns.append({"role": "assistant", "content": get_string(record, response) if response else ""})
     if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         raise ValueError("the last two turns must be a user's and an assistant's; drop later turns, or this record")
     *history, ask, answer = turns

@@ -45,6 +45,11 @@ class TextTokenizer:
                 f"{example.where}: the prompt begins with {begin}, which would appear twice, since {self.directory} "
                 "adds it to each prompt; remove it from the data, or use --no-bos"
             )
+        thought = self.chat and re.search(r"(</?)think>\s*\Z", text)
+        if thought and example.outputs[0].lstrip().startswith("<think>"):
+            how = "use --chat thinking" if thought[1] == "</" else "remove <think> from the data"
+            say_once(f"{self.directory}: responses begin with <think>, but its chat template has already written "
+                     f"{thought[0].rstrip()}: {how}")  # fmt: skip
         return text
 
     def fit_prompts(self, examples: list[Example], limit: int) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from scores.answers import boxed, final_answer
+from scores.answers import boxed, final_answer, number
 from scores.programs import parse
 
 MEASURES = {"rouge": "rouge_l", "math": "accuracy", "code": "pass_at_1"}  # task: the score that its table shows
@@ -39,8 +39,9 @@ def task_of(examples: list, name: str, asked: str | None = None) -> str:
 
 
 def is_marked(output: str) -> bool:
-    """Whether a reference says where its final answer is: a last line `#### x`, or \\boxed{x}."""
-    return output.rstrip().rpartition("\n")[2].lstrip().startswith("#### ") or boxed(output) is not None
+    """Whether a reference says where its final answer is: a last line `#### x`, or \\boxed{x}; or is just a number."""
+    last = output.rstrip().rpartition("\n")[2].lstrip()
+    return last.startswith("#### ") or boxed(output) is not None or number(output) is not None
 
 
 def share_tokens(task: str, max_len: int | None, max_prompt_len: int | None, positions=2**31) -> tuple[int, int]:

@@ -192,6 +192,22 @@ def test_thinking_is_off_unless_asked_for_and_serving_knows(chatting, tmp_path, 
         assert theirs.apply_chat_template(said, tokenize=False, **more) == again
 
 
+@pytest.mark.parametrize(
+    "name, chat, response, note",
+    [
+        ("qwen3", "own", "<think>\nhm\n</think>\n\nBlue.", "has already written </think>: use --chat thinking"),
+        ("deepseek-r1-distill", "own", "<think>\nhm", "has already written <think>: remove <think> from the data"),
+        ("qwen3", "thinking", "<think>\nhm\n</think>\n\nBlue.", ""), ("qwen3", "own", "Blue.", ""),
+        ("qwen2.5", "own", "<think>\nhm\n</think>\n\nBlue.", ""),
+    ],
+)  # fmt: skip
+def test_a_second_thought_is_noticed(base, capsys, name, chat, response, note):
+    give_template(base, SOURCES[name])
+    tokenise([Example("", [response], prompt="Name a color.")] * 2, read_tokenizer(base, chat), max_prompt_len=400)
+    said = capsys.readouterr().err
+    assert said.count("responses begin with <think>, but its chat template") == bool(note) and note in said
+
+
 def test_where_a_template_is_found(base):
     config = json.loads((base / "tokenizer_config.json").read_text())
 
@@ -231,6 +247,9 @@ def test_what_is_no_template_or_does_not_take_the_turns_is_named(chatting, base)
     once = gemma.prompt_text(CONVERSATIONS[0])
     with pytest.raises(ValueError, match="line 3: the prompt is in a chat format already; .*--chat none"):
         tokenise([Example("line 3", ["x"], prompt=once)], gemma)
+    zephyr = "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"  # TinyLlama-Chat's too
+    with pytest.raises(ValueError, match="line 5: the prompt is in a chat format already"):
+        tokenise([Example("line 5", ["x"], prompt=zephyr)], gemma)
     for name, source in SOURCES.items():
         chat = ChatTemplate(source, {"bos_token": BEGINS.get(name, ""), "eos_token": ENDS[name]}, name)
         with pytest.raises(ValueError, match="line 4: the prompt is in a chat format already"):

@@ -59,6 +59,8 @@ def test_published_forms(tmp_path):
     assert program.code.tests == "\nassert one() == 1\nassert one() != 2\n"
     assert setup.code.tests == "x = one()" + program.code.tests and "x = one()" not in setup.prompt
     assert sanitised.code.tests.startswith("import math\n") and sanitised.outputs == program.outputs
+    plus = read_one(tmp_path, {**SANITISED, "test": "for n in range(9):\n    assert one() == 1"})
+    assert plus.prompt == program.prompt and plus.code.tests.endswith("\nfor n in range(9):\n    assert one() == 1\n")
 
 
 @pytest.mark.parametrize(
@@ -66,12 +68,20 @@ def test_published_forms(tmp_path):
     [
         (MATH, MATH["solution"]), ({**MATH, "solution": "It is 3."}, "It is 3.\n#### 3"),
         ({"problem": "How many?", "answer": 204}, "#### 204"), ({**MATH, "solution": None}, "#### 3"),
+        ({"question": "How many?", "solution": "3 left of 20.", "answer": "3"}, "3 left of 20.\n#### 3"),  # GSM-Plus
+        ({"question": "How many?", "answer": "70"}, "70"), ({"question": "How many?", "answer": 27.0}, "27.0"),  # AIME
     ],
 )  # fmt: skip
 def test_sets_of_mathematics_are_graded_by_their_answer(tmp_path, record, output):
     example = read_one(tmp_path, record)
     assert (example.instruction, example.outputs) == ("How many?", [output])
     assert task_of([example], "some") == "math"
+
+
+@pytest.mark.parametrize("answer", ["proof", "notfound"])
+def test_numina_has_no_final_answer_in_some(tmp_path, answer):
+    example = read_one(tmp_path, {"problem": "Prove it.", "solution": "So it is.", "answer": answer})
+    assert example.outputs == ["So it is."] and task_of([example], "some") == "rouge"
 
 
 SAID = [("user", "Hi"), ("assistant", "Hello"), ("user", "Name a color."), ("assistant", "Blue")]
@@ -89,7 +99,8 @@ SAME = [  # records that say: "Be brief.", the turns before, "Name a color.", "B
     {"messages": [SYSTEM, *MESSAGES[:2], {"role": "User", "content": PARTS, "tool_calls": None}, MESSAGES[3]]},
     {"conversations": [{"from": who, "value": text} for who, text in [("system", "Be brief."), ("human", "Hi"),
                        ("gpt", "Hello"), ("human", "Name a color."), ("chatgpt", "Blue")]], "id": "x_0"},
-    {"prompt": [SYSTEM, *MESSAGES[:3]], "completion": MESSAGES[3:]},
+    {"prompt": [SYSTEM, *MESSAGES[:3]], "completion": MESSAGES[3:], "label": True},
+    {"messages": [SYSTEM, *MESSAGES[:3]], "reasoning": "Hm.", "answer": "Blue"},  # Dolphin-R1
     {"messages": [SYSTEM, *MESSAGES], "system": "Be brief."},  # which they say already
 ]  # fmt: skip
 
@@ -177,6 +188,9 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({**SANITISED, "test_imports": [3]}, "'test_imports' must be a string, found int", "MBPP's"),
         (without(DOLLY, "response"), "the response is missing", "Dolly's format (instruction, context, response)"),
         ({**DOLLY, "tools": [{"name": "f"}]}, "'tools' would change the text, but is not supported", "Dolly's"),
+        ({"prompt": "p", "completion": "c", "label": False}, "'label' is false: a response that should not", "a pair"),
+        ({"messages": MESSAGES, "kto_tag": False}, "'kto_tag' is false: a response that should not", "chat messages"),
+        ({**GSM8K, "contexts": ["a"]}, "'contexts' would change the text", "GSM8K's"),
         ({**GSM8K, "choices": ["a"]}, "'choices' would change the text", "GSM8K's"),
         ({**DOLLY, "system": "a", "system_prompt": "b"}, "system and system_prompt differ", "Dolly's"),
         ({**DOLLY, "context": "a", "input": "b"}, "input and context differ", "Dolly's"),
@@ -236,6 +250,7 @@ MALFORMED = {
     "half a pair, output": (GOOD + b'{"prompt": "p", "output": ["o", "\\udc00"]}', ["line 2", "'output'", "surrogate"]),
     "not UTF-8": (GOOD + b"\n" + '{"prompt": "é", "output": "o"}\n'.encode("latin-1"), ["line 3", "not UTF-8"]),
     "not UTF-8 behind a BOM": (b"\xef\xbb\xbf{}\n\xff\n", ["line 2", "not UTF-8"]),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04", ["line 1", "not UTF-8 (invalid start byte), gzip or parquet"]),
     "UTF-16": ('{"prompt": "p", "output": "o"}\n'.encode("utf-16"), ["line 1", "not UTF-8"]),
     "empty": (b"", ["no examples"]),
     "an empty array": (b" [] ", ["no examples"]),
@@ -262,6 +277,6 @@ def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
     note = f"note: {path}: examples with an empty output are left out: line 1, line 3, "
     assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
     assert capsys.readouterr().err == ""
-    unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b"\n"
+    unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b'\n{"conversations": []}\n'
     assert [example.where for example in read_examples(write(tmp_path, GOOD + unanswered))] == [f"{path}, line 1"]
-    assert "examples with an empty output are left out: line 2" in capsys.readouterr().err
+    assert "examples with an empty output are left out: line 2, line 3" in capsys.readouterr().err
