@@ -55,11 +55,12 @@ def model_directory(name: str, weights: bool = True) -> Path:
     """The local directory of a model. `name` is a directory (of a model or a run), a preset, or a hub repository
     `owner/model`. Only JSON and safetensors files (and a chat template) are ever downloaded, and no code in them runs.
     Raises FileNotFoundError with the missing files, and ValueError for a damaged download."""
+    repository = None if os.path.isdir(name) else repository_of(name)
     if os.path.isdir(name):
         directory = Path(name)
         if not (directory / "config.json").is_file() and (directory / "student" / "config.json").is_file():
             directory /= "student"  # of a run
-    elif repository := repository_of(name):
+    elif repository:
         files = [*MODEL_FILES, *WEIGHT_FILES] if weights else list(MODEL_FILES)
         directory = find_snapshot(repository, "model", files, name)
     elif "/" in name or os.path.exists(name):
@@ -72,12 +73,14 @@ def model_directory(name: str, weights: bool = True) -> Path:
         raise FileNotFoundError(f"model {name!r} is neither a directory nor a preset; presets: {presets}")
     missing = missing_files(directory, weights)
     if missing:
-        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{explain_missing(directory, missing)}")
+        why = explain_missing(directory, missing, repository)
+        raise FileNotFoundError(f"{directory}: no {' and no '.join(missing)}{why}")
     return directory
 
 
-def explain_missing(directory: Path, missing: list[str]) -> str:
-    """What the directory has instead of these files, and how to turn it into a model directory."""
+def explain_missing(directory: Path, missing: list[str], repository: str | None) -> str:
+    """What the directory has instead of these files, and how to turn it into a model directory. For a hub repository,
+    whose other files have not been fetched, how to turn what it may have into one."""
 
     def convert(kind: str) -> str:
         code = f"import sys; from transformers import {kind} as T; T.from_pretrained(sys.argv[1])"
@@ -94,8 +97,16 @@ def explain_missing(directory: Path, missing: list[str]) -> str:
         said += f"; its pickled weights (pytorch_model.bin) are not read{convert('AutoModelForCausalLM')}"
     if missing[0] not in MODEL_FILES:
         said += "; a student --from-scratch needs no weights"
-    if "tokenizer.json" in missing and files & {"vocab.json", "merges.txt", "tokenizer.model"}:
+    pieces = any(file.endswith(".model") for file in files)  # SentencePiece's
+    if "tokenizer.json" in missing and (pieces or files & {"vocab.json", "merges.txt"}):
         said += f"; its older tokenizer files are not read{convert('AutoTokenizer')}"
+        said += "; this needs the packages sentencepiece and protobuf" * pieces
+    if repository and missing[0] != "config.json" and not missing[-1].endswith(".safetensors"):  # more than a shard
+        code = "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"
+        code += "; [x.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for x in (M, T)]"
+        said += f"; if {repository} has pickled weights or older tokenizer files, and you trust them, convert once (a "
+        said += f'tokenizer.model needs the packages sentencepiece and protobuf): python -c "{code}" {repository} DIR'
+        said += ", and give DIR"
     return said
 
 

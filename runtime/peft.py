@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora import adapted_layers, attach, check_values, default_targets, linear_layers, merge
 from model import load_model, read_json, save_model
 from runtime.hub import MODEL_FILES, WEIGHT_FILES, model_directory
-from runtime.strict import check_safetensors
+from runtime.strict import check_model, check_safetensors
 from runtime.tokenizer import say_once
 
 # Fields of peft's configuration that are accepted: they are used here, or do not change the computation.
@@ -99,18 +99,21 @@ def is_adapter(directory: Path) -> bool:
 
 
 def base_of(adapter: Path) -> str:
-    """The name or directory of an adapter's base model. Raises FileNotFoundError, with its name, if it is not here, and
-    ValueError for a revision of a repository that is not its main one, since only that is looked up."""
+    """The name or directory of an adapter's base model, whose weights need not be here yet. Raises FileNotFoundError,
+    with its name, if it is missing, and ValueError if it is not supported, or for a revision of a repository that is
+    not its main one, since only that is looked up."""
     config = read_json(adapter / "adapter_config.json")
     base, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     if revision not in (None, "main") and not os.path.isdir(base):
         raise ValueError(f"{adapter} is an adapter of revision {revision!r} of {base}; download that one and write "
                          "its path into base_model_name_or_path of adapter_config.json")  # fmt: skip
+    hint = "Write the path of the base into base_model_name_or_path of adapter_config.json"
     try:
-        model_directory(base)
+        check_model(model_directory(base, weights=False), weights=False)  # before gigabytes of weights are downloaded
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{adapter} is an adapter whose base model is missing: {error}. Write the path of the "
-                                "base into base_model_name_or_path of adapter_config.json") from error  # fmt: skip
+        raise FileNotFoundError(f"{adapter} is an adapter whose base model is missing: {error}. {hint}") from error
+    except ValueError as error:  # often a quantised copy, on which QLoRA trains
+        raise ValueError(f"{adapter} is an adapter of {base}, which cannot be used: {error}. {hint}") from error
     return base
 
 

@@ -13,6 +13,7 @@ import eval as evaluation
 import lora
 import model
 import train
+from runtime import hub
 from runtime import peft as peft_files
 from runtime import run as checkpoint
 from runtime.load import find_model
@@ -295,12 +296,22 @@ def test_an_adapter_alone_is_a_model_where_its_base_is(peft, tiny_task, tmp_path
     with pytest.raises(ValueError, match="is an adapter of revision 'step1' of owner/model; download that one"):
         find_model(str(adapter), "teacher")
     with monkeypatch.context() as patch:  # the main one is the one that is looked up
-        patch.setattr(peft_files, "model_directory", lambda name: base)
+        patch.setattr(peft_files, "model_directory", lambda name, weights: tiny_task / "student")
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "main"}))
         assert peft_files.base_of(adapter) == "owner/model"
     config |= {"base_model_name_or_path": str(tiny_task / "student")}  # a directory has no revisions
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert find_model(str(adapter), "student", weights=False) == tiny_task / "student"
+
+
+def test_a_base_that_is_not_supported_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    """QLoRA's adapters name the quantised copy that they were trained on."""
+    save_adapter(trained(random_model(LLAMA)), tmp_path / "adapter", "unsloth/llama-bnb-4bit")
+    for file, content in {"config.json": {**LLAMA, "quantization_config": {"bits": 4}}, "tokenizer.json": {}}.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    monkeypatch.setattr(hub, "find_snapshot", lambda repository, kind, files, name: tmp_path)
+    with pytest.raises(ValueError, match="adapter of unsloth/llama-bnb-4bit, .* quantised. Write the path of"):
+        find_model(str(tmp_path / "adapter"), "teacher")  # and not "no model.safetensors"
 
 
 def test_two_runs_may_merge_the_same_adapter_at_once(tmp_path, monkeypatch):

@@ -112,6 +112,37 @@ def test_other_layouts_are_converted_by_the_command_that_is_named(tmp_path, tiny
     assert before == after
 
 
+def test_a_repository_without_these_files_is_converted_by_the_command_that_is_named(tmp_path, tiny_task, monkeypatch):
+    """As microsoft/DialoGPT-small, which has pytorch_model.bin, vocab.json and merges.txt: none of them is fetched."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    source, old = tiny_task / "student", put(tmp_path / "old", "config.json")
+    shutil.copy(source / "config.json", old)
+    fetched = shutil.copytree(old, tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "find_snapshot", lambda repository, kind, files, name: fetched)
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json; if owner/old .* owner/old DIR, and give DIR$"):
+        find_model("owner/old", "student")
+    shutil.copy(source / "tokenizer.json", fetched)
+    with pytest.raises(FileNotFoundError, match="no model.safetensors .*; if owner/old has") as caught:
+        find_model("owner/old", "student")
+    words = shlex.split(str(caught.value))
+    torch.save(load_file(source / "model.safetensors"), old / "pytorch_model.bin")
+    vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]
+    (old / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    (old / "merges.txt").write_text("\n".join(" ".join(pair) for pair in vocabulary["merges"]))
+    monkeypatch.setattr(sys, "argv", ["-c", str(old), str(tmp_path / "new")])
+    exec(words[words.index("-c") + 1], {})
+    new = find_model(str(tmp_path / "new"), "student")
+    assert torch.equal(load_model(new).embed.weight, load_model(source).embed.weight)
+
+
+def test_what_reading_a_sentencepiece_model_needs_is_named(tmp_path):
+    """Without these packages, transformers 5 asks for tiktoken, which does not help."""
+    put(tmp_path, "config.json", "model.safetensors", "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="convert once: .*; this needs the packages sentencepiece and"):
+        model_directory(str(tmp_path))
+
+
 def test_a_run_is_its_student(tmp_path):
     run, student = put(tmp_path / "run", "args.json"), tmp_path / "run" / "student"
     with pytest.raises(FileNotFoundError, match="no config.json.*a run without a checkpoint: continue it with"):
