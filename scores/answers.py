@@ -23,13 +23,15 @@ import re
 from fractions import Fraction
 
 TAG = r"(?<![\"'`])<{}(?:think(?:ing)?|thought|reasoning)>(?![\"'`])"  # in quotes it is a string in a program
-THINK, THOUGHT = TAG.format(""), TAG.format("/")
+# Also as written in OpenThoughts and by Magistral
+THINK = rf"(?:{TAG.format('')}|<\|begin_of_thought\|>|\[THINK\])"
+THOUGHT = rf"(?:{TAG.format('/')}|<\|end_of_thought\|>|\[/THINK\])"
 THINKING = re.compile(  # up to its end tag, or the text's end; if the first tag is an end tag, all before it is thought
     rf"(?:{THINK}|\A(?=(?:(?!{THINK}).)*{THOUGHT})).*?(?:{THOUGHT}|\Z)|{THOUGHT}", re.I | re.S
 )
 OWN_TURN = re.compile(  # a repetition of the mark that the prompt ended with
     r"(?:\s*(?:(?:#{2,3} ?)?(?:Response|Assistant|assistant)[ \t]*(?::|\n)|\[BEGIN\]|\[/INST\]|<s>"
-    r"|<\|(?:im_start|start_header_id|end_header_id|assistant)\|>))+"
+    r"|<\|(?:im_start|start_header_id|end_header_id|assistant|begin_of_solution)\|>))+"
 )
 NEXT_TURN = re.compile(
     r"(?<![\"'`])(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</s>|<eos>|<(?:start|end)_of_turn>|\[/?INST\])"  # special tokens
@@ -40,7 +42,8 @@ NEXT_TURN = re.compile(
     re.M,
 )
 NEXT_QUESTION = re.compile(
-    r"^[#*> \t]*(?:(?:Next |New )?(?:Question|Problem|Exercise)(?: ?#?\d+)?\**[ \t]*(?::|$)|Q(?: ?\d+)?\** ?:)"
+    r"^[#*> \t]*(?:(?i:(?:Next |New |Another |Follow-up )?(?:Question|Problem|Exercise)\**[ \t]*(?::|$))|Q\** ?:"
+    r"|(?:Question|QUESTION|Problem|PROBLEM|Exercise|Example|Q) ?#?\d+\**(?:[ \t]*[:.)]|$))"
     r"|(?<=\s)Question:|^###$|(?<=[\d.!?)}$*])(?:user|assistant)$",
     re.M,
 )
@@ -48,14 +51,15 @@ NEXT_QUESTION = re.compile(
 
 def answer_part(response: str, ended: bool = True, to_question: bool = False) -> tuple[str, bool]:
     """The part of a response that answers, and whether it has an end: a next turn, or the response's own (`ended`).
-    With `to_question` the answer also ends at the next question; one at its beginning only repeats the prompt's."""
+    With `to_question` the answer also ends at the next question; one before any number or box repeats the prompt's."""
     text = THINKING.sub("", response)
     own = OWN_TURN.match(text)
     text = text[own.end() :] if own else text
     ends = [match.start() for match in NEXT_TURN.finditer(text)]
     if to_question:
-        begin = len(text) - len(text.lstrip())
-        ends += [match.start() for match in NEXT_QUESTION.finditer(text) if match.start() > begin]
+        answered = re.search(r"\d|\\boxed", text)
+        begins = [match.start() for match in NEXT_QUESTION.finditer(text)]
+        ends += [begin for begin in begins if answered and begin > answered.start()]
     return text[: min(ends, default=None)], ended or bool(ends)
 
 
@@ -69,11 +73,13 @@ EXPONENT = r"(?:[eE][+-]?\d{1,3})?"
 FRACTION = r"\\[dt]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)"
 # A minus right after a digit, a letter or a bracket is a subtraction: "10-3" ends in 3, "x = -3" in -3
 SIGN = r"(?:(?<![\w)\]}.])[-\u2212])?(?:\\?[$€£][-\u2212]?)?"
-NUMBER = rf"({SIGN}(?:{FRACTION}|(?:{GROUPED}(?:\.\d+)?|{PLAIN}){EXPONENT}(?:/\d+)?))"
+NUMBER = (
+    rf"({SIGN}(?:(?:\d+ ?)?{FRACTION}|\d{{1,3}} \d+/\d+(?![\d/])|(?:{GROUPED}(?:\.\d+)?|{PLAIN}){EXPONENT}(?:/\d+)?))"
+)
 # A per cent sign, or words: square feet, km/h, m^2. 5x and 3ab are products, 18 million and 5 and a half other numbers.
 OTHER_NUMBER = r"(?:hundred|thousand|[mb]illion|trillion|dozen|and|or|to|plus|minus|times|over)\b"
 UNIT = (
-    rf"(?:\s*%|(?:\s+(?!{OTHER_NUMBER})(?:[^\W\d_]{{2,}}|[mgslhLCFKW]\b)|(?:[ckmn]m|[km]g|[cm][lL]|hrs?|ft|lbs?|[ap]m)\b"
+    rf"(?:\s*[%$€£¢]|(?:\s+(?!{OTHER_NUMBER})(?:[^\W\d_]{{2,}}|[mgslhLCFKW]\b)|(?:[ckmn]m|[km]g|[cm][lL]|hrs?|ft|lbs?|[ap]m)\b"
     r"|[^\W\d_]{4,}|[\u3000-\uffff]+)\.?(?:[ /-]{1,2}[^\W\d_]+){0,3}(?:\s?\^\s?\{?\d\}?)?)?"
 )
 VALUE = re.compile(  # 3/4  1 3/4  1\frac{3}{4}, or 12  .5  1e3  1.5 \times 10^{3}
@@ -90,6 +96,7 @@ def number(text: str) -> Fraction | None:
     sign does not divide by 100.
     """
     text = without_marks(re.sub(GROUPED, lambda match: re.sub(r"\D", "", match[0]), text))
+    text = re.sub(rf"^(?:[\d\s.+\-*/×÷()$]|\\(?:times|cdot|div)\b|{FRACTION})*=\s*", "", text)  # 9 * 2 = 18
     text = re.sub(r"^([+-]?)\s*[$€£]\s*", r"\1", text)
     match = VALUE.fullmatch(text) if len(text) <= 400 else None
     if not match:
@@ -109,26 +116,33 @@ def without_marks(text: str) -> str:
     """The text without the marks of LaTeX and Markdown that do not change its value."""
     text = re.sub(r"(?:\{,\}|,\\! ?)(?=\d{3}(?!\d))", "", text.strip().replace("\u2212", "-"))
     # not the space after \\, which ends a row of a matrix
-    text = re.sub(r"\\(?:left|right|thinspace|displaystyle)|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)
+    text = re.sub(r"\\(?:left|right|thinspace|displaystyle|q?quad)|(?<!\\)\\[!,;: ()\[\]]|\*\*|~", " ", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm)|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\([%$])", r"\1", text)
-    text = re.sub(r"^\$+(.*?)\$+\Z", r"\1", text, flags=re.S).strip().rstrip(".").strip()
+    text = (text.strip("$") if re.match(r"\$.*\$\Z", text, re.S) else text).strip().rstrip(".").strip()
     text = re.sub(r"^\{([^{]*)\}\Z", r"\1", text).strip()
-    return re.sub(r"^[^\W\d_]\w?\s*=\s*(?=[^=]*\Z)", "", text)  # x = 3
+    # x = 3, f(2) = 3, a_{1} = 3, Total cost = 3, x \in [1, 3]
+    name = r"\\?[^\W\d_][\w ]*(?:\{\w+\})?(?:\([\w ]*\))?"
+    return re.sub(rf"^{name}\s*(?:=|\\in\b)\s*(?=[^=]*\Z)", "", text)
 
 
 ANSWER_IS = re.compile(
     r"(?:\b(\w+),? )?(?:that )?(?:the |my |our )?(?:final |correct )?\banswer(?: to [\w' ]{1,40}?)?\**"
-    r"(?: (?:is|was|would be|should be|must be)\b| ?[:=])[:\s*]*",
+    r"(?: (?:is|was|will be|would be|should be|must be|equals)\b| ?[:=])[:\s*]*"
+    r"(?:(?:therefore|thus|then|simply|exactly|about|approximately|equal to)\b[:,\s*]*)?",
     re.I,
 )
 NOT_SAID = {"if", "whether", "unless", "think", "thought", "say", "says", "said", "suppose", "assume", "guess"}
 # A number at the beginning, unless it is only the first part of another number or of a calculation
 LEADING = re.compile(
-    rf"[\s*]*(?:\\[(\[]\s*)?{NUMBER}"
+    rf"[\s*]*(?:\\[(\[]\s*|\$\$\s*|\$(?=\\\$))?{NUMBER}"
     rf"(?![\w^?(]|[.,:]\d|\s*(?:[-+/=^×÷<>]|\*(?!\*)|\\(?!text|[)\]%,;! ]))|\s+{OTHER_NUMBER})"
+)
+# A formula there, between its marks: $2\sqrt{3}$, \(x^2\); not $16 \times $2, and no calculation
+FORMULA = re.compile(
+    r"[\s*]*(?:\${1,2}|\\[(\[])\s*(?=[^$\n]*[\\^])((?:(?!\\(?:[)\]]|approx|sim))[^$\n=])+?)\s*(?:\$+|\\[)\]])(?!\d)"
 )
 # Words after that number in a line `#### 12, since 3 * 4 = 12`; not in a list, `#### 1, -2`, or a term, `#### 2 x`
 PROSE = re.compile(r"(?<![\\\w])(?!and\b)(?:[^\W\d_]{3,}|[\u3040-\u9fff]|(?:as|so|is|it|in|of|if)\b)|^\W*$", re.I)
@@ -169,9 +183,9 @@ def boxed(text: str) -> str | None:
 
 
 def said(text: str) -> str | None:
-    """The number after the last "the answer is" with a number; None without one."""
+    """The number or formula after the last "the answer is" with one; None without one."""
     for match in reversed(list(ANSWER_IS.finditer(text))):
-        leading = LEADING.match(text, match.end())
+        leading = LEADING.match(text, match.end()) or FORMULA.match(text, match.end())
         if leading and (match[1] or "").lower() not in NOT_SAID:
             return leading[1]
     return None
@@ -184,12 +198,14 @@ def answers_equal(answer: str, reference: str) -> bool:
         return value == wanted
 
     def normalise(text: str) -> str:
-        text = re.sub(r"(?<=\S)\s*\\(?:text|mbox)\s*\{\s[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*\Z", "", text)  # a unit
+        unit = r"(?:\s*\\(?:text|mbox)\s*\{\s|\s*(?:\\[,;: ]|~|\\q?quad)\s*\\(?:text|mbox|mathrm)\s*\{)[^{}]*\}"
+        text = re.sub(rf"(?<=\S){unit}(?:\s*\^\s*\{{?\d\}}?)?\s*\Z", "", text)
         token = r"(\\(?!frac|sqrt|text|math)[A-Za-z]+|[^\W_])"  # what TeX reads as an argument without braces
         text = re.sub(rf"([_^])\s*(?:(-?\d+)|{token})", r"\1{\2\3}", without_marks(text))
         text = re.sub(rf"(\\sqrt(?:\[\w+\])?|\\frac)\s*{token}", r"\1{\2}", text)
         text = re.sub(rf"(\\frac\{{[^{{}}]*\}})\s*{token}", r"\1{\2}", text)
-        return re.sub(r"\s+", "", text).casefold()
+        text = re.sub(r"\s+", "", text).casefold()
+        return re.sub(r"\A\(([a-z])\)\Z", r"\1", text)  # the choice (A)
 
     return normalise(answer) == normalise(reference)
 

@@ -13,6 +13,7 @@ MBPP, it is a complete program.
 import ast
 import os
 import re
+import sys
 import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,11 @@ FENCE = re.compile(  # up to its end, the next fence, or the end of the text; in
     r"(?:(?P=mark)[ \t]*$|(?=^[ \t>]*(?P=mark))|\Z)",
     re.M | re.S,
 )
-# A line without indentation ends the function before it, unless it only closes a bracket or a string
-END_OF_BODY = re.compile(r"^(?=[^\s)\]}'\"])", re.M)
+LONG_STRING = re.compile(  # not quotation marks in prose
+    r"(?:^|[=([{,:+]|\breturn\b)[ \t]*[bfruBFRU]{0,2}(\"\"\"|''').*?\1", re.M | re.S
+)
+# A line without indentation ends the function before it, unless it only closes a bracket
+END_OF_BODY = re.compile(r"^(?=[^\s)\]}])", re.M)
 # Where a body without indentation ends and its demonstration begins
 END_OF_PROGRAM = re.compile(r"^(?:print\b|if\s+__name__\b|assert\b|```|>>>)", re.M)
 FUTURE = re.compile(r"^from __future__ import .*$", re.M)
@@ -40,6 +44,7 @@ STATEMENT = re.compile(  # what looks like code at the left margin; some prose, 
     rf"|{NAME}(?:\.{NAME})*(?:\[.*\])?(?:\s*,\s*{NAME})*(?:\s*:\s*[\w\[\], .]+)?\s*(?:[-+*/%|&]|//|\*\*)?=(?!=).*"
     rf"|{NAME}(?:\.{NAME})*\(.*\)\s*(?:#.*)?)$"
 )
+TRY = "try:\n{}\nexcept BaseException:\n    pass"
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SETTING = (ast.Import, ast.ImportFrom, ast.Assign)  # for these, a block without a definition may be needed later
 SHOWING = (ast.Expr, ast.If, ast.For, ast.While, ast.With, ast.Try)  # may be demonstrations: their names decide
@@ -124,10 +129,15 @@ def continue_prompt(prompt: str, body: str) -> str:
 
 
 def cut(code: str, end: re.Pattern) -> str:
-    """`code` up to the first match of `end`."""
-    found = end.search(code)
+    """`code` up to the first match of `end` outside of strings of several lines."""
+    found = end.search(without_strings(code))
     kept = (code[: found.start()] if found else code).rstrip()
     return kept + "\n" if kept else ""
+
+
+def without_strings(code: str) -> str:
+    """As long as `code`, but a string in triple quotes is on one line, so that its lines do not look like code."""
+    return LONG_STRING.sub(lambda match: match[0].replace("\n", " "), code)
 
 
 def code_blocks(text: str) -> list[str]:
@@ -138,9 +148,11 @@ def code_blocks(text: str) -> list[str]:
 def code_runs(text: str) -> list[str]:
     """The parts of a text whose lines look like code: statements, and everything indented under them."""
     runs: list[list[str]] = [[]]
-    for line in text.split("\n"):
+    begin = 0
+    for line in without_strings(text).split("\n"):
+        begin += len(line) + 1
         if STATEMENT.match(line) or (runs[-1] and re.match(r"$|\s(?!\s*(?:```|~~~))", line)):
-            runs[-1].append(line)
+            runs[-1].append(text[begin - len(line) - 1 : begin - 1])
         elif runs[-1]:
             runs.append([])
     return ["\n".join(run).rstrip() + "\n" for run in runs if run]
@@ -149,12 +161,15 @@ def code_runs(text: str) -> list[str]:
 def combine(blocks: list[str]) -> tuple[str, set[str]]:
     """One program from all blocks that are Python, in their order and without demonstrations; and the names it defines.
 
+    An import of a library that the sandbox lacks may be another function's, so its failure does not count, and neither
+    does that of a statement after the last definition, such as n = int(input()).
     A function without a body (only a docstring, `pass` or `...`) is replaced by one of the same name with a body. A
     block that defines nothing is kept if it imports or assigns something before a later one.
     """
     codes = [textwrap.dedent(block) for block in blocks]
     if codes and not parse(codes[-1]):  # perhaps cut off: try it without its last statement
-        codes[-1] = codes[-1][: max((match.start() for match in END_OF_BODY.finditer(codes[-1])), default=0)]
+        ends = END_OF_BODY.finditer(without_strings(codes[-1]))
+        codes[-1] = codes[-1][: max((match.start() for match in ends), default=0)]
     trees = [(code, tree) for code in codes if (tree := parse(code))]
     defining = [any(isinstance(node, DEFINITION) for node in tree.body) for _, tree in trees]
     last = max((i for i, defines in enumerate(defining) if defines), default=len(trees))
@@ -165,10 +180,14 @@ def combine(blocks: list[str]) -> tuple[str, set[str]]:
         setting = any(isinstance(node, SETTING) for node in tree.body) and not uses(tree, defined)
         if defining[i] or (setting and i < last):
             end = max((node.lineno for node in tree.body if isinstance(node, DEFINITION)), default=0)
-            idle = [node for node in tree.body if is_idle(node, defined, node.lineno > end)]
-            dropped = {line for node in idle for line in lines_of(node)}
-            lines = enumerate(code.rstrip().split("\n"), start=1)
-            kept.append("\n".join(line for number, line in lines if number not in dropped).rstrip() + "\n")
+            lines = dict(enumerate(code.rstrip().split("\n"), start=1))
+            instead = {}
+            for node in tree.body:
+                here, idle = lines_of(node), is_idle(node, defined, node.lineno > end)
+                if idle or may_fail(node, 0 < end < node.lineno):
+                    tried = TRY.format(textwrap.indent("\n".join(lines.get(number, "") for number in here), "    "))
+                    instead |= dict.fromkeys(here, "") | {here[0]: "" if idle else tried}
+            kept.append("\n".join((lines | instead)[n] for n in lines if instead.get(n, "-")).rstrip() + "\n")
     return "\n".join(kept), defined
 
 
@@ -191,6 +210,13 @@ def is_idle(node: ast.stmt, defined: set[str], last: bool) -> bool:
     if isinstance(node, SHOWING):
         return uses(node, (defined if last else set()) | {"print", "__name__", "unittest", "doctest"})
     return isinstance(node, ast.Assert) or (is_stub(node) and node.name in defined)
+
+
+def may_fail(node: ast.stmt, last: bool) -> bool:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+        return not {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
+    return last and any(isinstance(part, (ast.Call, ast.Subscript)) for part in ast.walk(node))
 
 
 def is_stub(node: ast.stmt) -> bool:

@@ -32,7 +32,9 @@ def test_an_answer_ends_where_the_next_turn_begins(mark):
 NEXT_QUESTIONS = [
     "\nQuestion: How many are 2 and 1?\nAnswer: ", " Question: How many?\n", "\n\nQ: How many?\nA: ",
     "\nProblem 2:\n", "\nExercise 2:\n", "\n\n**Question 2:** How many?\n", "\n## Next Question\nHow many?\n",
-    "assistant\n\n", "user\n\nHow many?assistant\n\n", "\n###\nHow many?\n",
+    "assistant\n\n", "user\n\nHow many?assistant\n\n", "\n###\nHow many?\n", "\nQ2. How many?\n",
+    "\nProblem 2. How many?\n", "\nQUESTION: How many?\n", "\n## Example 2\nHow many?\n",
+    "\nFollow-up question: How many?\n",
 ]  # fmt: skip
 
 
@@ -40,7 +42,13 @@ NEXT_QUESTIONS = [
 def test_an_answer_ends_where_the_next_question_begins(mark):
     assert final_answer("It is 18." + mark + "It is 3.") == "18"
     assert final_answer(r"\boxed{18}" + mark + r"\boxed{3}") == "18"
-    assert final_answer("Hm." + mark + "#### 18") is None
+    assert final_answer("Hm, 2." + mark + "#### 18") == "2"
+
+
+def test_the_question_said_again_is_not_a_next_question():
+    for begin in ("Sure! Let us see.\n\n**Problem:** 9 * 2?\n\n**Solution:** ", "### Solution\n\nQuestion: 9 * 2?\n"):
+        for answer in ("It is 18.", "#### 18", r"\boxed{18}"):
+            assert final_answer(begin + answer) == "18", begin
 
 
 def test_the_prompt_said_again_is_not_a_next_turn():
@@ -54,7 +62,8 @@ def test_the_prompt_said_again_is_not_a_next_turn():
 def test_thoughts_are_not_looked_at():
     thought = "\\boxed{17}\n#### 17\nThe answer is 17.\n"
     for text in ("<think>\n{}</think>\n\nIt is 18.", "{}</think>It is 18.", "<think>{}</think>It is 18.<think>{}",
-                 "<thought>{}</thought>It is 18.",
+                 "<thought>{}</thought>It is 18.", "[THINK]{}[/THINK]It is 18.",
+                 "<|begin_of_thought|>{}<|end_of_thought|>\n\n<|begin_of_solution|>\nIt is 18.\n<|end_of_solution|>{}",
                  "It <THINKING>{}</THINKING> is <reasoning>3</reasoning>18."):  # fmt: skip
         assert final_answer(text.format(thought, thought)) == "18", text
     assert final_answer("<think>It is 18.\n#### 18") is None  # it never came to an answer
@@ -120,6 +129,17 @@ def test_thoughts_are_not_looked_at():
         (r"\boxed{1 + \boxed{2}} or \boxed{{4}", "2"),
         ("The answer is 42.", "42"),
         ("The answer is 42. I checked it 2 times.", "42"),
+        ("The answer is therefore 42, in 2 steps.", "42"),
+        ("The answer will be about **42**, in 2 steps.", "42"),
+        ("The answer is $$42$$ in 2 steps.", "42"),
+        (r"The answer is $\$42$ in 2 steps.", r"\$42"),
+        ("The final answer is $x^2+1$. I hope it is correct.", "x^2+1"),
+        (r"The answer is \(2\sqrt{3}\), about 3.46.", r"2\sqrt{3}"),
+        (r"The answer is $16 \times $2 = $32.", "$32"),
+        (r"The answer is \(n^2 \times 2 = 18\).", "18"),
+        (r"The answer is $\approx 3.5$.", "3.5"),
+        ("The answer is 3 1/2.", "3 1/2"),
+        (r"It takes $3\frac{1}{2}$ hours.", r"$3\frac{1}{2}"),
         ("**Final Answer:** $42$, in 3 steps", "$42"),
         ("The answer is:\n\n\\(42\\)\n\nafter 2 steps", "42"),
         ("The answer is 41. No, the answer is 42. 3 steps.", "42"),
@@ -199,6 +219,10 @@ def test_no_number_and_boxed_alone():
         ("-3/4", "-3/4"),
         (r"\frac{3}{4}", "3/4"), (r"\dfrac{3}{4}", "3/4"), (r"\frac34", "3/4"), (r"-\frac{1}{2}", "-1/2"),
         ("0.1", "1/10"),
+        ("9*2=18", 18), (r"9 \times 2 = \$18", 18), (r"\frac{36}{2} = 18", 18), ("= 18", 18), ("f(2) = 18", 18),
+        (r"\text{Total cost} = \$18", 18), ("a_{10} = 18", 18), (r"\angle ABC = 18^\circ", 18),
+        (r"P(A)=\frac12", "1/2"), ("18$", 18), (r"18\$", 18), ("18 €", 18), ("18¢", 18),
+        (r"18 \quad \text{dollars}", 18),
         (r"1\frac{1}{2}", "3/2"), (r"\frac{1,000}{3}", "1000/3"), ("x = 3", 3), ("x=-3", -3), ("**7**", 7), ("{7}", 7),
     ],
 )  # fmt: skip
@@ -211,7 +235,7 @@ def test_number(text, value):
     ["5x", "3ab", "2π", "3x^2", r"\frac{1}{2}x", "18 million", "3 dozen", "18 and a half", "3(x+1)", "3 (x+1)",
      "1,00", "1{,}00", r"1\,00", "1 00", "1,0000", "0,500", "1,000,00", "1, 000", "1000 000", r"1,000\,000",
      "", "many", "1,2", "12,34", "1.2.3", "10:30", "1/0", r"\frac{1}{0}", r"\frac{a}{b}", r"\frac{}{2}", "x^2",
-     "3x = 4y", "--3", "+-3",
+     "3x = 4y", "x^2 + y^2 = 4", "9 = 3x", "18 = 9*2", "--3", "+-3",
      "3 apples and 4 pears", "Step 1", "1. Add them", "(1, 2)", "1e9999", "9" * 5000, "2.e2", "$", "-", "2 + 2",
      "nan", "inf"],
 )  # fmt: skip
@@ -234,6 +258,9 @@ def test_no_number(text):
         ("x^{2y}", "x^2y", False), ("x^{2+1}", "x^2+1", False), (r"\sqrt{23}", r"\sqrt23", False), ("x^2", "x2", False),
         (r"\sqrt{2}", "2", False), (r"\sqrt{2}", r"\sqrt{3}", False),
         ("even", r"\text{Even}", True), ("x + 1", "x+1", True), ("x+1", "x+2", False), ("Tuesday.", "tuesday", True),
+        (r"12\pi \, \text{cm}^2", r"12\pi", True), (r"12\pi\ \mathrm{cm}", r"12\pi", True), ("5 = x", "3 = x", False),
+        ("C", r"\text{(C)}", True), ("(C)", r"\text{(D)}", False), (r"x \in [-2,7]", "[-2, 7]", True),
+        (r"x \in [-2,7]", "[-2, 8]", False), ("f(x) = 2x+3", "2x + 3", True), ("x^2+y^2=4", "4", False),
         (r"12\pi\text{ cm}^2", r"12\pi", True), (r"3\text{ or }x", "3", False), (r"\text{ even}", "odd", False),
         ("y = 2x+3", "2x + 3", True), (r"\sqrt{2}", r"x=\sqrt2", True), ("x = 1, y = 2", "y = 2", False),
         (r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", r"\begin{pmatrix}-7\\16\end{pmatrix}", True),

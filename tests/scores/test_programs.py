@@ -43,6 +43,8 @@ HUMANEVAL = {
     "a demonstration follows": BODY + "\nprint(area(undefined))\n",
     "a main part follows": BODY + '\nif __name__ == "__main__":\n    area(undefined)\n',
     "a comment follows": BODY + "# Tests\nassert area(1) == 7\n",
+    "a long string follows": BODY + '\n"""\nOutput: 3\n"""\n\narea(undefined)\n',
+    "a long string that was cut follows": BODY + '\n"""\nOutput: 3\nIt',
     "prose follows": BODY + "\nThis function returns the area.\n",
     "the end of a fence follows": BODY + "```\nThis returns the area.",
     "the next prompt follows": BODY + "\n### Instruction:\nWrite",
@@ -80,6 +82,11 @@ HUMANEVAL = {
     "a demonstration before": f"```python\n{DRAFT}```\n```python\nx = area(undefined)\n```\n```python\n{WHOLE}```\n",
     "an import after": f"```python\n{WHOLE}```\nTo plot it:\n```python\nimport a_library_of_nobody\n```\n",
     "tests after": f"```python\n{WHOLE}```\n```python\nimport unittest\nassert area(1) == 7\nunittest.main()\n```\n",
+    "another library after": f"```python\n{WHOLE}```\nor\n```python\nimport a_library_of_nobody as a\n\n"
+    "def area_by_it(r):\n    return a.area(r)\n```\n",
+    "tests of a module after": f"```python\n{WHOLE}```\nTests:\n```python\nfrom your_module import area\n\n"
+    "def test_area():\n    assert area(1) == 7\n```\n",
+    "input in the same block": f"```python\n{WHOLE}\nr = float(undefined)\nresult = area(r)\nprint(result)\n```",
     "a helper before": f"```python\nPI = 3.14\n```\n```python\n{SQUARE}```\nand\n```python\n{BY_SQUARE}```\n",
     "a helper after": f"```python\n{BY_SQUARE}```\nwith\n```python\nPI = 3.14\n{SQUARE}```\n",
     "a helper in the draft's block": f"```python\nPI = 3.14\n{SQUARE}{DRAFT}```\nNo:\n```python\n{BY_SQUARE}```\n",
@@ -139,6 +146,15 @@ def test_a_definition_in_whose_midst_the_budget_ended_is_not_complete(area, mark
         assert area(mbpp_program(text, ended)) == values
 
 
+def test_what_may_fail_is_only_tried_and_the_rest_stays_as_it_is():
+    program = f"```python\nimport math, nothing\n{SQUARE}PI = 3\nTABLE = [square(1)]\nx = 1; y = square(1)\n```"
+    assert mbpp_program(program) == (
+        f"try:\n    import math, nothing\nexcept BaseException:\n    pass\n{SQUARE}PI = 3\n"
+        "try:\n    TABLE = [square(1)]\nexcept BaseException:\n    pass\n"
+        "try:\n    x = 1; y = square(1)\nexcept BaseException:\n    pass\n"
+    )
+
+
 def test_a_string_or_bracket_closed_at_the_margin_does_not_end_the_body(area):
     body = '    text = """\n"""\n    table = [\n        3.14,\n]\n    return table[0] if r > 0 else len(text) - 1\n'
     assert area(humaneval_program(PROMPT, "area", body)) == [3.14, 0]
@@ -154,6 +170,10 @@ MBPP = {
     "prose around": f"Sure, here is the code:\n{PROGRAM}\nThis code returns the area of a circle.",
     "demonstration": PROGRAM + "\nprint(area(undefined))",
     "main": PROGRAM + "\nif __name__ == '__main__':\n    area(undefined)",
+    "long strings around": f'"""\nWrite a function.\n"""\n{PROGRAM}\n"""\nIt takes O(1).\n"""\nDone.',
+    "a docstring at the margin": PROGRAM.replace("    # circle", '    """A circle.\n\nArgs:\n r: radius\n"""'),
+    "quotation marks in prose": "Use ''' or \"\"\":\n\n" + PROGRAM.replace("# circle", '"""Circle."""'),
+    "an exit": PROGRAM + "\nimport sys\nsys.exit(0)\n",
     "CRLF": PROGRAM.replace("\n", "\r\n"),
     "fence ends only": PROGRAM + "```",
     "a draft before": f"```python\n{DRAFT}```\nNo:\n```python\n{PROGRAM}```\nUse:\n```python\narea(undefined)\n```\n",
