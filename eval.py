@@ -3,7 +3,7 @@
     python eval.py runs/a runs/b --data dolly self-inst vicuna    the papers' protocol: 5 sampling seeds, T = 1
     python eval.py runs/a --data my_test.jsonl --greedy           one greedy response per prompt
     python eval.py runs/a --data gsm8k_test.jsonl                 accuracy of the final answers
-    python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs what the model wrote, see sandbox.py
+    python eval.py runs/a --data humaneval.jsonl --run-code       pass@1: runs the programs, see scores/sandbox.py
     python eval.py runs/a --prompt "Why is the sky blue?"         its answer; without a text, answers each line you type
 
 Each directory is a run (its student/ is scored) or a model. The data decide which score is computed, in per cent:
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options) -> None:
-    """Print every model's answers to --prompt; or score every model on every set, write a report each and one table."""
+    """Print every model's answers to --prompt; or score every model on every set, write reports, and print tables."""
     # all must exist before any is loaded
     models = {name: find_model(name, "student") for name in options.directories}
     if options.prompt:

@@ -16,7 +16,7 @@ One file, no imports but torch and safetensors. `Decoder` is the whole model; a 
 
 Families (config.json's model_type): gpt2; llama (Llama 1 to 3.x, TinyLlama, SmolLM2); mistral; qwen2 (Qwen1.5 to 2.5);
 qwen3. Not here: quantised weights, mixture of experts, LongRoPE. runtime/strict.py checks what this file trusts.
-Shapes: B batch, T sequence, S keys attended to, D width, V vocabulary.
+Shapes: B batch, T sequence, P tokens of a batch without its padding, S keys attended to, D width, V vocabulary.
 """
 
 import copy
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask, store, packing, dropout: float) -> torch.Tensor:
         """q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> (B, T, heads·head_dim); with a packing,
-        input and output have (1, N) in place of (B, T).
+        input and output have (1, P) in place of (B, T).
 
         mask (B or 1, 1, T, S) is True where a query may look; None means plain causal, which the fused kernels support.
         store: `KVCache.store` of this layer, or None.
@@ -116,7 +116,7 @@ class Packing:
         return torch.cuda.get_device_properties(q.device).major >= 8 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Causal attention within each sequence: (1, N, heads, head_dim), k and v with kv_heads -> as q. By the
+        """Causal attention within each sequence: (1, P, heads, head_dim), k and v with kv_heads -> as q. By the
         operator that torch.nn.attention.varlen calls, since varlen itself has no dropout."""
         T = self.batch.size(1)  # no sequence is longer
         where = self.starts, self.starts, T, T
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
 
         Padding belongs on the right, where causality hides it from every real token, so no mask is needed; the states
         at padded positions have no meaning. Raises ValueError for more tokens than positions.
-        real (P,): the positions of all real tokens in the flattened (B·T), ascending. If given, only attention is
+        real (P,): the positions of all real tokens in the flattened (B·T), ascending. If given, at most attention is
         computed at the other positions, and their states are 0.
         """
         T = input_ids.size(1)

@@ -30,7 +30,8 @@ from torch.nn.functional import pad
 from losses import Counts, Recipe, adaptive_weight, check_dskd_arguments, log_mixture
 
 # D and dD/du for the student's distribution p = softmax(u) and the teacher's q: p, q, log_p, log_q (n, V) ->
-# (n,), (n, V). Through a softmax, dD/du = p·(g − Σ p g) with g = dD/dp.
+# (n,), (n, V). Through a softmax, dD/du = p·(g − Σ p g) with g = dD/dp, to which a constant may be added: rkl and srkl
+# omit a 1. Each docstring gives dD/du or g.
 
 
 def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from runtime.strict import check_device, check_values
 def parse(arguments: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """The options. Raises ValueError, naming the option, for a value that makes no sense."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", help="runs or model directories")
+    parser.add_argument("directories", nargs="+", help="runs, or models (directories, presets or hub repositories)")
 
     what = parser.add_argument_group("what is scored")
     one = what.add_mutually_exclusive_group(required=True).add_argument

@@ -28,7 +28,7 @@ MODELS = {  # preset: repository on the Hugging Face hub
 # The papers' splits: they report scores on valid.jsonl; Dolly's dev set is the beginning of its raw.jsonl. We could not
 # list these repositories, so the file names are those that the official code reads (dolly's valid.jsonl has 500 lines).
 # If a file does not exist, the error names it.
-DATASETS = {  # name: (repository, {split: (file, first line, last line)}); lines count from 0, None is the end
+DATASETS = {  # name: (repository, {split: (file, first, last)}): the lines [first, last) from 0; None: the end
     "dolly": (
         "MiniLLM/dolly",
         {"train": ("raw.jsonl", 1000, None), "valid": ("raw.jsonl", 0, 1000), "test": ("valid.jsonl", 0, None)},
@@ -135,7 +135,7 @@ def missing_files(directory: Path, weights: bool) -> list[str]:
 
 
 def data_file(name: str, split: str) -> tuple[Path, int, int | None]:
-    """The JSONL file of a data set and the lines that make up `split`: (path, first, last), lines counted from 0.
+    """The JSONL file of a data set and the lines [first, last), from 0, that make up `split`: (path, first, last).
     `name` is a named set or a file; a file has no splits, and is used as a whole."""
     if os.path.isfile(name):
         return Path(name), 0, None

@@ -104,7 +104,8 @@ class Pieces:
     def say_padding(self, o: Options) -> None:
         updates = list(islice(self.order(o), self.updates_per_epoch(o)))
         parts = [part for indices in updates for share in self.split(o, indices) for part in share]
-        padding = f"{measure_padding(parts):.0%} of their positions are padding (--bucket reduces that)"
+        padding = f"{measure_padding(parts):.0%} of their positions are padding"
+        padding += "" if o.bucket else " (--bucket reduces that)"
         print(f"an epoch: {len(updates)} updates in {len(parts)} forward passes; {padding}", file=sys.stderr)
 
 

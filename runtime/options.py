@@ -19,7 +19,7 @@ class Options:
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
     data: str | None = option(None, "named set or file to train on (default: dolly for a preset that the papers train)")
-    valid: str | None = option(None, "held-out named set or file, for valid_ce and samples.txt")
+    valid: str | None = option(None, "held-out named set or file, for valid_ce, samples.txt and --keep-best")
     keep_best: str | None = option(
         None, "keep in student/ the checkpoint with the best score on --valid instead of the last one. The score is "
         "the Rouge-L of one sampled response per prompt, or the cross-entropy", ["rouge", "ce"],
@@ -64,22 +64,22 @@ class Options:
     weight_decay: float = option(1e-2, "AdamW's weight decay, on the student's matrices and all of the projectors")
     warmup: int = option(0, "updates of linear warm-up; cosine decay to zero follows")
     clip: float = option(1.0, "largest norm of the whole gradient; a larger one is scaled down")
-    seed: int = option(42, "seed of initialisation, data order and dropout")
+    seed: int = option(42, "seed of initialisation, data order, dropout and sampling")
     max_len: int | None = option(None, "most tokens of an example, per model (default: 512, at most its positions)")
     max_prompt_len: int | None = option(None, "most tokens of the prompt, per model (default: half of --max-len, 256)")
     chunk: int = option(512, "tokens whose logits are in memory at once (0: all, with the plain losses)")
     recompute: bool = option(False, "activation checkpointing of the student's blocks: less memory, more time")
     cache_teacher: str | None = option(None, "directory for the teacher's hidden states, to compute them only once")
     dtype: str | None = option(
-        None, "bf16: autocast (default on CUDA). Weights and losses stay float32. On CUDA, float32 products use TF32 "
-        "even with fp32: their factors have 10 bits of mantissa instead of 23", ["fp32", "bf16"],
+        None, "bf16: autocast (default on CUDA); the student's weights and all losses stay float32. On CUDA, float32 "
+        "products use TF32 even with fp32: their factors have 10 bits of mantissa instead of 23", ["fp32", "bf16"],
     )  # fmt: skip
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     shard: str | None = option(
         None, "with torchrun: split a model's weights over all processes (FSDP2)", ["teacher", "student", "both"]
     )
     compile: bool | None = option(None, "torch.compile both models (default: on CUDA)")
-    out: str | None = option(None, "run directory (default: runs/METHOD or, without arguments, runs/tiny)")
+    out: str | None = option(None, "run directory (default: runs/METHOD; of the embedded task: runs/tiny)")
     resume: bool = option(False, "continue the run in --out")
     checkpoint_every: int = option(0, "updates between checkpoints and held-out scores (0: every epoch)")
     log_every: int = option(10, "updates between lines of log.jsonl")

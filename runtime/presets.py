@@ -71,7 +71,8 @@ def say_settings(given: dict) -> None:
     instead = flags({option: given[option] for option, value in recipe.items() if given.get(option, value) != value})
     line = f"{taken or 'none'} from the papers' for {name}" if name else f"none are published for {given['student']}"
     line += f", replaced by the command line: {instead}" if instead else ""
-    print(f"settings: {line}; all others as given, else the defaults", file=sys.stderr)
+    rest = "all others" if taken else "all"
+    print(f"settings: {line}; {rest} as given, else the defaults", file=sys.stderr)
 
 
 def teacher_stage(given: dict, out: str) -> dict:

@@ -343,7 +343,7 @@ def describe_guards(guards: dict[str, bool]) -> str:
     """One line: which guards work here, and which do not."""
     held = ", ".join(text for name, text in GUARDS.items() if guards[name]) or "none of the kernel's guards"
     lacking = ", ".join(text for name, text in GUARDS.items() if not guards[name])
-    return f"sandbox: {held}" + (f"; NOT: {lacking} (sandbox.py says what that means)" if lacking else "")
+    return f"sandbox: {held}" + (f"; NOT: {lacking} (scores/sandbox.py says what that means)" if lacking else "")
 
 
 if __name__ == "__main__":

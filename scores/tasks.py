@@ -86,7 +86,7 @@ def check_sets(sets: list[DataSet], run_code: bool) -> None:
     if programs and not run_code:
         raise ValueError(
             f"{programs[0]}: scoring code means running a model's programs on this machine, in a sandbox that is not a "
-            "perfect jail (sandbox.py lists what it lacks); add --run-code, or score the text with --task rouge"
+            "perfect jail (scores/sandbox.py lists what it lacks); add --run-code, or score the text with --task rouge"
         )
     for example in (example for data in sets if data.task == "code" for example in data.examples):
         check_tests(example.code.tests, example.where)

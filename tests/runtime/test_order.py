@@ -130,8 +130,10 @@ def test_how_an_update_is_split_changes_no_number(tiny_task, tmp_path, capsys):
 def test_bucketed_runs_see_less_padding(tiny_task, tmp_path, capsys):
     for bucket in (None, True):
         train.main(arguments(tiny_task, tmp_path / str(bucket), method="sft", max_steps=1, bucket=bucket))
-    (_, _, plain), (_, _, bucketed) = read_padding(capsys.readouterr().err)
+    said = capsys.readouterr().err
+    (_, _, plain), (_, _, bucketed) = read_padding(said)
     assert bucketed < plain / 2
+    assert said.count("--bucket reduces that") == 1  # not where it is given
 
 
 # -- ahead of the loop -------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_where_the_settings_come_from_is_said(capsys):
     assert "--epochs 10 --batch-size 32 --lora-alpha 8.0 --lora-dropout 0.1 from the papers' for tinyllama" in line
     assert "replaced by the command line: --lr 0.5 --lora 8;" in line
     assert "--temperature 1.0 from the papers' for math" in said("--student gpt2 --task math")
-    assert said("--student some/model").startswith("settings: none are published for some/model;")
+    assert said("--student some/model").startswith("settings: none are published for some/model; all as given, else")
 
 
 @pytest.fixture
