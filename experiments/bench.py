@@ -422,7 +422,7 @@ SCALES = {  # unit: {unit to print: smallest value from which it is used}
 
 def spread(values: list[float], unit: str) -> str:
     """The median (smallest–largest), in a unit that reads well."""
-    middle, scales = statistics.median(values), SCALES.get(unit, {unit: 1})
+    middle, scales = statistics.median(values), SCALES[unit]
     shown = next((name for name, scale in scales.items() if middle >= scale), list(scales)[-1])
     one, least, most = (f"{value / scales[shown]:.3g}" for value in (middle, min(values), max(values)))
     return f"{one} {shown}" if least == most else f"{one} ({least}–{most}) {shown}"
@@ -806,6 +806,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
+    if "lora_pair" in o.cases and "lora_pair" not in size:
+        parser.error("lora_pair needs a GPU; in miniature, with --tiny, it runs anywhere")
     minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
     limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny, "profile": o.profile}
     cases = o.cases
@@ -818,12 +820,16 @@ def main(arguments: list[str] | None = None) -> None:
             size[name] = {**size[name], "vocab_size": max(size[name]["vocab_size"], rows)}
         others = ["plain", *["transformers"] * bool(importlib.util.find_spec("transformers"))]
         bench = Bench(size, text, o.device, o.dtype or size["dtypes"], others, o.methods, **limits)
-        for name in cases:
-            print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
-            print(f"  {seconds(partial(CASES[name], bench), 'cpu'):.0f} s", file=sys.stderr)
-            gc.collect()
+        stopped = True
+        with contextlib.suppress(KeyboardInterrupt):  # the table has what was measured before
+            for name in cases:
+                print(f"{name}: {CASES[name].__doc__.splitlines()[0]}", file=sys.stderr)
+                print(f"  {seconds(partial(CASES[name], bench), 'cpu'):.0f} s", file=sys.stderr)
+                gc.collect()
+            stopped = False
     print(f"{machine(o.device)}\n\n{report(bench.results)}")
-    if any(str(cell).startswith("failed") for result in bench.results for cell in (result.ours, result.other)):
+    failed = (str(cell).startswith("failed") for result in bench.results for cell in (result.ours, result.other))
+    if stopped or any(failed):
         sys.exit(1)
 
 

@@ -181,7 +181,7 @@ def commands_of(o: argparse.Namespace, name: str) -> list[str]:
             out = f"{home}/{row}-{seed}"
             if row == "sft-as-v2":
                 for needed in ("sft", "v2"):
-                    if needed not in rows and not (o.out / name / f"{needed}-{seed}" / "student").is_dir():
+                    if needed not in rows and not (o.out / name / f"{needed}-{seed}" / "scores.json").is_file():
                         raise ValueError(f"--rows sft-as-v2 needs {name}/{needed}-{seed}: give --rows sft v2 sft-as-v2")
                 like = f"--as-confident-as {home}/v2-{seed} {data}/{pair.data}-valid.jsonl"
                 commands.append(f"{score} {home}/sft-{seed} {like} --out {out}")
@@ -267,7 +267,8 @@ def score(run: Path, out: Path, tests: list[Path], judge: Path, device: str, sam
         ]  # fmt: skip
     model, tokenizer = load_model(judge, torch.bfloat16, device), tokenizer_of(judge)
     for found, examples in zip(scores.values(), sampled.values(), strict=True):
-        found["judged"] = bits_per_byte(model, tokenizer, examples)
+        if examples:  # else all answers are blank
+            found["judged"] = bits_per_byte(model, tokenizer, examples)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     shutil.rmtree(out / "resume", ignore_errors=True)
@@ -292,12 +293,13 @@ def differences(rows: dict[str, dict[str, dict]], row: str, part: str, key: str,
     """Differences from another row, seed by seed."""
     first = rows.get(against, {}) if row != against else {}
     both = ((scores, first[seed]) for seed, scores in rows.get(row, {}).items() if seed in first)
-    return [ours[part][key] - theirs[part][key] for ours, theirs in both if part in ours and part in theirs]
+    cells = ((ours.get(part, {}), theirs.get(part, {})) for ours, theirs in both)
+    return [ours[key] - theirs[key] for ours, theirs in cells if key in ours and key in theirs]
 
 
 def tables(out: Path, against: str = "sft") -> str:
     """A table for each pair, with the mean over the seeds and the difference from the row `against`, seed by seed, ±
-    its standard deviation."""
+    its standard deviation; if fewer seeds have both, with their number."""
     parts = []
     for name, pair in PAIRS.items():
         runs, lines = scores_of(out, name), [[name, "seeds", *(title for title, _ in MEASURES.values())]]
@@ -306,8 +308,10 @@ def tables(out: Path, against: str = "sft") -> str:
                 lines.append([f"{part}, {row}", str(len(found))])
                 for key, (_, digits) in MEASURES.items():
                     gaps = differences(runs, row, part, key, against)
-                    difference = f" ({spread(gaps, digits, '+')})" if gaps else ""
-                    lines[-1].append(f"{fmean(scores[key] for scores in found):.{digits}f}{difference}")
+                    fewer = f"; {len(gaps)} of {len(found)} seeds" * (len(gaps) < len(found))
+                    difference = f" ({spread(gaps, digits, '+')}{fewer})" if gaps else ""
+                    values = [scores[key] for scores in found if key in scores]
+                    lines[-1].append(f"{fmean(values):.{digits}f}{difference}" if values else "-")
         if runs:
             parts.append(table(lines))
     return "\n\n".join(parts)
@@ -398,11 +402,16 @@ def follow(o: argparse.Namespace) -> None:
         model_directory(str(model))
     check_values({"epochs": o.epochs, "seeds": o.seeds}, {"epochs": 1, "seeds": 0}, {"seeds": 2**32})
     o.out = o.out.resolve()
+    given = {name: str(getattr(o, name)) for name in ("small", "large", "judge", "data")}
     for name in o.pairs:  # an error in one before hours of another
+        kept = o.out / name / "given.json"
+        if kept.is_file() and (before := read_json(kept)) != given:
+            raise ValueError(f"{kept.parent} was made with {before}, not with {given}; give another --out")
         commands_of(o, name)
     for name in o.pairs:
         if o.run:
             prepare(o, name)
+            write_text(o.out / name / "given.json", json.dumps(given) + "\n")
         paper.follow(commands_of(o, name), o.run)
 
 

@@ -56,6 +56,7 @@ from losses import DIVERGENCES
 from model import load_model
 from runtime.formats import read_examples
 from runtime.run import Stopped, tokenizer_of
+from runtime.strict import check_values
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
 
@@ -525,18 +526,15 @@ def differences(results: dict[int, dict], first: dict[int, dict]) -> list[float]
 def format_table(rows: dict[str, dict[int, dict]], against: str | None = None) -> str:
     """{row: {seed: result}} as Markdown; differences are taken seed by seed from the row `against`, or the first."""
     lines = [["", *MEASURES.values(), f"{MEASURES[COMPARED]}, difference", "seconds", "seeds"]]
-    first = rows.get(against) or next(iter(rows.values()), {})
+    first = rows[against] if against in rows else next(iter(rows.values()), {})
     for name, results in rows.items():
         cells = []
         for measure in MEASURES:
             digits = 3 if measure == "cross_entropy" else 1
             cells.append(spread([result[measure] for result in results.values()], digits))
         gaps = differences(results, first)
-        paired = spread(gaps, 1)
-        if results is first:
-            paired = ""
-        elif gaps:
-            paired += f" (above in {sum(gap > 0 for gap in gaps)} of {len(gaps)})"
+        above = f" (above in {sum(gap > 0 for gap in gaps)} of {len(gaps)})" if gaps else ""
+        paired = "" if results is first else spread(gaps, 1) + above
         seconds = [result["seconds"] for result in results.values() if "seconds" in result]
         lines.append([f"`{name}`", *cells, paired, spread(seconds, 0) if seconds else "", str(len(results))])
     return table(lines)
@@ -595,7 +593,7 @@ def run_all(cells: list[Cell], root: Path, workers: int) -> None:
     def launch(cell: Cell) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(root / "logs" / f"{cell}.txt", "w") as stream:
-            done = subprocess.run(command(cell, root), cwd=REPOSITORY, env=environment, stderr=stream)
+            done = subprocess.run(command(cell, root), cwd=REPOSITORY, env=environment, stdout=stream, stderr=stream)
         print(f"{cell}: {'failed' if done.returncode else 'done'}", file=sys.stderr)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -635,6 +633,7 @@ def run(o: argparse.Namespace) -> None:
     if o.cell is not None:  # an empty name is an error, not every table
         print(json.dumps(run_cell(parse(o.cell), o.out, o.keep)))
         return
+    check_values({"seeds": o.seeds, "workers": o.workers}, {"seeds": 1, "workers": 1}, {})
     known = paper.PAIRS if o.scale == "paper" else TABLES
     names = o.tables or list(known)
     if unknown := set(names) - set(known):

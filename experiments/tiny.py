@@ -431,7 +431,8 @@ def score_stage(root: Path, name: str, device: str) -> dict[str, float]:
 
 def tabulate(seeds: list[dict[str, dict[str, float]]], distilled: str) -> str:
     """A table of the scores of every model over the seeds, and the distilled student's differences from its twins."""
-    rows = {name: [[scores[name][key] for scores in seeds] for key in COLUMNS] for name in seeds[0]}
+    rows = {name: [[scores[name][key] for scores in seeds] for key in COLUMNS] for name in seeds[0]
+            if all(name in scores for scores in seeds)}  # fmt: skip
     lines = [["", *COLUMNS.values()], *([name, *(spread(values, 1) for values in row)] for name, row in rows.items())]
     for twin in TWINS if distilled != "sft" else ():
         gaps = [[b - a for a, b in zip(*both, strict=True)] for both in zip(rows[twin], rows[distilled], strict=True)]
@@ -470,7 +471,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The embedded task over several seeds.")
     parser.add_argument("--seeds", type=int, default=8, help="number of seeds; each has its own data, split and models")
     parser.add_argument("--out", default="runs/tiny-seeds", help="a folder for each seed; finished stages are kept")
-    parser.add_argument("--scores", type=Path, default=SEEDS, help="the file that `python train.py` shows")
+    parser.add_argument("--scores", type=Path, help="the file for the scores (default: with 8 seeds "
+                        "experiments/tiny.json, which `python train.py` shows; else OUT/tiny.json)")  # fmt: skip
     o = parser.parse_args(arguments)
     if o.seeds < 1:
         parser.error("--seeds: must be at least 1")
@@ -480,7 +482,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, Stopped) as stopped:
         sys.exit(f"{str(stopped) or 'stopped at once'}\nthe same command goes on from there")
-    o.scores.write_text("[\n" + ",\n".join(map(json.dumps, seeds)) + "\n]\n")
+    scores = o.scores or (SEEDS if o.seeds == parser.get_default("seeds") else Path(o.out) / SEEDS.name)
+    scores.write_text("[\n" + ",\n".join(map(json.dumps, seeds)) + "\n]\n")
     print(f"\n{tabulate(seeds, 'dskd-v2')}")
 
 

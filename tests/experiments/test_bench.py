@@ -215,8 +215,21 @@ def test_the_step_has_the_attention_of_training(text):
     assert scaled_dot_product_attention in attentions
 
 
+def test_ctrl_c_leaves_the_table_of_what_was_measured(monkeypatch, capsys):
+    def interrupted(setting):
+        """Measures one thing."""
+        setting.add("one thing", "plain", "fp32", [1.0], [2.0], "s")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.CASES, "body", interrupted)
+    with pytest.raises(SystemExit, match="1"):
+        bench.main(["body", "alignment", "--tiny", "--device", "cpu"])
+    assert "| one thing | plain " in capsys.readouterr().out
+
+
 def test_unknown_cases_and_half_of_the_data_options(capsys):
-    for arguments, message in ((["step"], "invalid choice: 'step'"), (["--data", "x.jsonl"], "go together")):
+    for arguments, message in ((["step"], "invalid choice: 'step'"), (["--data", "x.jsonl"], "go together"),
+                               (["lora_pair", "--device", "cpu"], "lora_pair needs a GPU")):  # fmt: skip
         with pytest.raises(SystemExit):
             bench.main(arguments)
         assert message in capsys.readouterr().err

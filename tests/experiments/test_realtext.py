@@ -72,6 +72,8 @@ def test_all_of_it_on_small_models(arguments, tiny_task, tmp_path, capsys):
     again = capsys.readouterr().out.splitlines()
     with pytest.raises(SystemExit, match="sft-0: not trained with --epochs 4; give another --out"):
         realtext.main([*arguments, "--epochs", "4", "--rows", *rows])
+    with pytest.raises(SystemExit, match="other was made with .* give another --out"):  # nothing scored is left to run
+        realtext.main([*arguments, "--rows", *rows, "--judge", str(tiny_task / "teacher")])
     assert [line for line in again if "--score" in line] == [] and len(again) <= 1
     fitted, before = (load_model(path) for path in (tmp_path / "my runs/other/fitted/student", tiny_task / "twin"))
     torch.testing.assert_close(fitted.state_dict(), before.state_dict(), rtol=0, atol=1e-8)  # only the projectors moved
@@ -110,6 +112,13 @@ def test_a_table_by_hand(tmp_path):
     (tmp_path / "other/kd-0/scores.json").write_text(json.dumps({"dolly": dict.fromkeys(realtext.MEASURES, 2)}))
     assert len(cells()) == 13 and ["dolly, kd", "1", "2.000 (+1.000)", "2.0 (+1.0)"] in cells()
     shutil.rmtree(tmp_path / "other/kd-0")
+    assert [line[2] for line in cells(against="v1")[1:3]] == ["1.500 (+1.000; 1 of 2 seeds)", "1.000"]
+    mute = {part: {"gold": 3, "greedy": 0, "sampled": 0} for part in ("dolly", "self_instruct", "gsm8k")}
+    (tmp_path / "other/uld-0").mkdir()
+    (tmp_path / "other/uld-0/scores.json").write_text(json.dumps(mute))  # nothing to judge: all answers are blank
+    line = next(line for line in realtext.tables(tmp_path).splitlines() if "dolly, uld" in line)
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["3.000 (+2.000)", "0.0 (-1.0)", "0.0 (-1.0)", "-"]
+    shutil.rmtree(tmp_path / "other/uld-0")
     assert [line[2] for line in cells(against="v2")[1:4]] == ["1.500 (-0.500 ± 0.354)", "1.000 (-1.750)", "2.000"]
 
 
@@ -166,12 +175,22 @@ def test_the_temperature_at_which_one_is_as_confident_as_the_other(tiny_task, tm
     assert realtext.entropy(logits.split(1)) == pytest.approx(math.log(2) / 2)
 
 
+def test_a_student_without_answers_is_scored(arguments, tiny_task, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval, "respond", lambda model, tokenizer, prompts, *_, **__: [""] * len(prompts))
+    words = ["--tests", str(tiny_task / "test.jsonl"), "--judge", str(tiny_task / "teacher"), "--out", str(tmp_path)]
+    realtext.main(["--score", str(tiny_task / "twin"), *words])
+    assert json.loads((tmp_path / "scores.json").read_text())["test"].keys() == {"gold", "entropy", "greedy", "sampled"}
+
+
 def test_what_is_missing_is_named(arguments, tmp_path):
+    for row in ("sft", "v2"):  # interrupted: neither finished nor scored
+        (tmp_path / f"my runs/other/{row}-0/student").mkdir(parents=True)
     arguments[arguments.index("--data") + 1] = str(tmp_path)
     with pytest.raises(SystemExit, match="train.jsonl"):
         realtext.main([*arguments, "--run"])
     for given, message in {
-        "--rows kd": "different vocabularies", "--rows v2 sft-as-v2": "needs other/sft-0", "--epochs 0": "--epochs 0",
+        "--rows kd": "different vocabularies", "--rows v2 sft-as-v2": "needs other/sft-0",
+        "--rows sft-as-v2": "needs other/sft-0", "--epochs 0": "--epochs 0",
         "--seeds -1": "--seeds -1", "--score x": "--score needs --tests and --judge",
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=message):

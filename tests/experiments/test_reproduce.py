@@ -114,6 +114,9 @@ def test_what_cannot_be_done_is_told_in_a_line(tmp_path, monkeypatch):
     for more in (["--print"], ["--cell", "sft"], []):
         with pytest.raises(SystemExit, match="^error: .*file"):
             reproduce.main(["--out", str(tmp_path / "file"), *more])
+    for given in ("--seeds 0", "--workers 0"):
+        with pytest.raises(SystemExit, match=f"^error: {given}: must be at least 1"):
+            reproduce.main(["--out", str(tmp_path), "--print", *given.split()])
     with pytest.raises(SystemExit, match="^error: cell ''"):
         reproduce.main(["--out", str(tmp_path), "--cell", ""])
     for stopped in (KeyboardInterrupt(), reproduce.Stopped("saved in a directory that is gone", 2)):
@@ -237,6 +240,8 @@ def test_a_table_by_hand():
     assert lines[4][1:] == ["-", "-", "-", "-", "-", "", "0"]
     lines = reproduce.format_table(rows, "v2").split("\n")
     assert [line.split("|")[6].strip() for line in lines[2:4]] == ["-2.0 ± 1.4 (above in 0 of 2)", ""]
+    lines = reproduce.format_table(rows, "uld").split("\n")  # unfinished: no other row stands in for it
+    assert [line.split("|")[6].strip() for line in lines[2:]] == ["-", "-", ""]
     regime = {f"{name} labels=9": seeds for name, seeds in rows.items()}
     columns = reproduce.format_map(regime).split("\n")[2].split("|")
     assert [cell.strip() for cell in columns[1:-1]] == ["`labels=9`", "3.0 ± 2.6", "+2.0 ± 1.4", "-"]
@@ -266,8 +271,8 @@ def test_what_is_left_is_listed_as_commands(tmp_path, capsys):
     assert all(words == [*started, "--cell", words[-1]] for _, *words in commands)
 
 
-def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):
-    code = "import sys; sys.exit('no luck' if 'seed=1' in sys.argv[1] else open(sys.argv[2], 'w').close())"
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch, capfd):
+    code = "import sys; print('{}'); sys.exit('no luck' if 'seed=1' in sys.argv[1] else open(sys.argv[2], 'w').close())"
     monkeypatch.setattr(
         reproduce,
         "command",
@@ -277,7 +282,8 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):
     cells = [Cell("sft", seed=seed) for seed in range(3)]
     with pytest.raises(RuntimeError, match="seed=1.*failed, see") as error:
         reproduce.run_all(cells, tmp_path, workers=2)
-    assert Path(str(error.value).partition("see ")[2]).read_text().strip() == "no luck"
+    assert Path(str(error.value).partition("see ")[2]).read_text().split("\n")[:2] == ["{}", "no luck"]
+    assert capfd.readouterr().out == ""  # the tables alone are printed
     assert [cell.seed for cell in reproduce.pending(cells, tmp_path)] == [1]
 
 

@@ -172,7 +172,11 @@ def test_seeds_are_run_tabulated_and_kept(small_task, tmp_path, monkeypatch, cap
     seeds = json.loads((tmp_path / "scores.json").read_text())
     assert seeds[1]["dskd-v2"]["rouge_l"] == pytest.approx(seeds[1]["sft"]["rouge_l"] + 3)
     assert capsys.readouterr().out.endswith(tiny.tabulate(seeds, "dskd-v2") + "\n")
-    kept = (tmp_path / "scores.json").read_text()
+    kept, of_eight = (tmp_path / "scores.json").read_text(), tiny.SEEDS.read_text()
+    monkeypatch.setattr(tiny, "SEEDS", tmp_path / "shown.json")
+    tiny.SEEDS.write_text(of_eight)
+    tiny.main(words[:4])  # two seeds do not replace the eight that train.py shows
+    assert tiny.SEEDS.read_text() == of_eight and (tmp_path / "runs/shown.json").read_text() == kept
     with pytest.raises(SystemExit):
         tiny.main([*words, "--seeds", "0"])  # would leave no seed for train.py to show
     with pytest.raises(SystemExit, match="^error: .*scores.json"):
@@ -208,6 +212,8 @@ def test_the_lead_is_taken_seed_by_seed():
     leads = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines]
     assert leads == [["dskd-v2 − sft", "+2.0 ± 1.4"], ["dskd-v2 − sft-early", "+1.5 ± 0.7"]]
     assert "dskd-v2 − sft" not in tiny.tabulate([scores(10, 11, 12)], "sft")
+    further = {**scores(10, 10, 11), "dskd-v1-cma": dict.fromkeys(tiny.COLUMNS, 1)}  # one seed has another method, too
+    assert tiny.tabulate([further, scores(50, 51, 53)], "dskd-v2").splitlines()[-2:] == lines
 
 
 def test_the_published_table_is_that_of_the_stored_scores():
