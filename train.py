@@ -489,6 +489,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (KeyboardInterrupt, Stopped) as stopped:  # at once, or after saving
             print(f"\n{str(stopped) or 'stopped at once'}\n{say_how_to_go_on(given, arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+        except torch._dynamo.exc.TorchDynamoException as error:  # imported only here, because that takes a second
+            sys.exit(f"error: torch.compile failed: {error}\nIt needs a C compiler and Python's headers (gcc, "
+                     "python3-dev); --no-compile, with another --out, does without it")  # fmt: skip
 
 
 def run(given: dict) -> None:

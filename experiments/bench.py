@@ -493,7 +493,7 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
     """Time and memory of ours against each alternative. On a CPU every step has its own process, and the alternatives
     take turns. On a GPU, an alternative has one process for all jobs of a method, so that it is compiled once and has
     only its own graphs in memory. Ours of all methods, and the first alternative, compile at the same time, which takes
-    minutes; nothing is timed before all have finished."""
+    minutes; nothing is timed before all have finished. On a card of less than 64 GB, they follow each other."""
     rounds, found = bench.size["rounds"], {}
     groups = [[(job, how, turn)] for job in jobs for turn in range(rounds) for how in job["hows"]]
     together = 0
@@ -502,7 +502,9 @@ def measure_steps(bench: Bench, jobs: list[dict]) -> None:
         names = sorted(bench.methods, key=lambda name: name not in (bench.size.get("against") or bench.methods))
         groups = [[(job, how, 0) for job in jobs if job["name"] == name and how in job["hows"]]
                   for how, name in product(hows, names)]  # fmt: skip
-        together = len(names) + 1
+        memory_of = torch.cuda.get_device_properties
+        if torch.device(bench.device).type != "cuda" or memory_of(bench.device).total_memory > 64e9:
+            together = len(names) + 1  # smaller cards do not hold all of them
     measured = [measure_group(bench, group, found) for group in groups if group]
     for _ in range(2):  # to the first and to the second `yield` of all
         for part in measured[:together]:

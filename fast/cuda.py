@@ -49,10 +49,10 @@ class DecodingGraph:
 def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Capture the kernels of `run` as a graph: each call of the result launches them again, on the same memory, and
     returns the same tensor. Does not use `torch.cuda.graph`, which first returns all free memory to the system."""
-    graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
+    graph, (stream, keeper) = torch.cuda.CUDAGraph(), shared(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")  # another thread may be copying the next batch
+        graph.capture_begin(keeper.pool(), "thread_local")  # another thread may be copying the next batch
         output = run()
         graph.capture_end()
 
@@ -64,6 +64,13 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
 
 
 @cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all graphs of a device, so that they share the memory that cuBLAS keeps for each stream."""
-    return torch.cuda.Stream(device)
+def shared(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """What all graphs of a device share: a stream, since cuBLAS keeps memory for each; and the pool of a graph that is
+    never replayed. A pool of its own would stay reserved after a graph is gone, so thousands of graphs would fill the
+    device; and during a capture, PyTorch returns none of it. Only one graph may be in use at a time."""
+    stream, keeper = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        keeper.capture_begin(capture_error_mode="thread_local")
+        torch.zeros((), device=device)  # PyTorch warns of empty graphs
+        keeper.capture_end()
+    return stream, keeper

@@ -32,6 +32,11 @@ def choose_device(index: int = 0) -> tuple[str, str]:
     return "cpu", "torch sees no CUDA card"
 
 
+def computes_bf16(device: str) -> bool:
+    """Whether this CUDA device has instructions for bfloat16. Those before Ampere only emulate it."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(torch.device(device))[0] >= 8
+
+
 def say_device(asked: str | None, device: str) -> None:
     """One line on standard error: the device, and why it was chosen."""
     kind, why = choose_device(torch.device(device).index or 0)

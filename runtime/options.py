@@ -71,8 +71,9 @@ class Options:
     recompute: bool = option(False, "activation checkpointing of the student's blocks: less memory, more time")
     cache_teacher: str | None = option(None, "directory for the teacher's hidden states, to compute them only once")
     dtype: str | None = option(
-        None, "bf16: autocast (default on CUDA); the student's weights and all losses stay float32. On CUDA, float32 "
-        "products use TF32 even with fp32: their factors have 10 bits of mantissa instead of 23", ["fp32", "bf16"],
+        None, "bf16: autocast (default on CUDA from Ampere on); the student's weights and all losses stay float32. On "
+        "CUDA, float32 products use TF32 even with fp32: their factors have 10 bits of mantissa instead of 23",
+        ["fp32", "bf16"],
     )  # fmt: skip
     device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     shard: str | None = option(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import model
 from runtime import parallel
-from runtime.device import choose_device
+from runtime.device import choose_device, computes_bf16
 from runtime.options import Options
 from runtime.tokenizer import TextTokenizer, count_shared, say_once
 
@@ -62,7 +62,7 @@ def check_options(o: Options) -> Options:
     return replace(
         o,
         device=f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda and parallel.by_torchrun() else device,
-        dtype=o.dtype or ("bf16" if on_cuda else "fp32"),
+        dtype=o.dtype or ("bf16" if on_cuda and computes_bf16(device) else "fp32"),
         compile=on_cuda if o.compile is None else o.compile,
         projector_lr=o.projector_lr or {"v1": 1e-3, "v2": 5e-4}[o.recipe],
         out=str(Path(o.out or f"runs/{o.method}")),  # runs/mine for runs/mine/, because names are built from it

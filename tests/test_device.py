@@ -1,8 +1,11 @@
 """Nothing meets on two devices, and nothing waits for the device without need: training on a CUDA device that is only
 pretended (pretended.py)."""
 
+import contextlib
+import functools
 import json
 import shutil
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -103,8 +106,7 @@ def test_generation_replays_each_token(name, monkeypatch):
 
         return replay
 
-    with pretended_cuda():
-        monkeypatch.setattr(fast.cuda, "capture", capture)
+    with pretended_cuda(), patch("fast.cuda.capture", capture):
         m.to("cuda")
         with fast.cuda.graphed(m):
             assert generate(m, prompts, budgets, None, temperature=0) == expected
@@ -113,6 +115,49 @@ def test_generation_replays_each_token(name, monkeypatch):
         assert generate(m, prompts, budgets, None, temperature=0) == expected
     assert seen == 2 * first and sum(first) == 24 - len(first)  # all but the first step on the buffers
     assert len(first) == 5  # of 3 sequences with 16 places, 2 with 16 and 24, 1 with 24 and 32
+
+
+def test_graphs_share_memory(monkeypatch):
+    """A pool of its own would stay reserved after each graph is gone."""
+    pools = []
+
+    class Graph:
+        def capture_begin(self, pool=None, capture_error_mode="global"):
+            pools.append(pool)
+
+        def pool(self):
+            return (0, 7)
+
+        def capture_end(self):
+            pass
+
+        replay = capture_end
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(fast.cuda, "shared", functools.cache(fast.cuda.shared.__wrapped__))
+    for _ in range(3):
+        assert fast.cuda.capture(lambda: 5, torch.device("cpu"))() == 5
+    assert pools == [None, (0, 7), (0, 7), (0, 7)]
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "fp32"), ((8, 6), "bf16"), ((12, 0), "bf16")])
+def test_bf16_is_the_default_where_a_card_has_it(short_task, tmp_path, capability, dtype):
+    with pretended_cuda(), patch.multiple(torch.cuda, get_device_capability=lambda index: capability,
+                                          get_arch_list=lambda: ["sm_75", "sm_80", "sm_120"]):  # fmt: skip
+        given = train.parse(arguments(short_task, tmp_path / "run", device="cuda"))
+        assert train.check_options(train.Options(**given)).dtype == dtype
+
+
+def test_a_missing_compiler_is_named(short_task, tmp_path, monkeypatch):
+    def no_compiler(*_, **__):
+        raise torch._dynamo.exc.TorchDynamoException("Failed to find C compiler")
+
+    monkeypatch.setattr(train, "distil", no_compiler)
+    with pytest.raises(SystemExit, match="error: torch.compile failed: Failed to find C compiler(.|\n)*--no-compile"):
+        train.main(words(short_task, tmp_path / "run", "cpu"))
 
 
 def test_what_a_card_refuses():

@@ -105,6 +105,19 @@ def test_generation_as_graphs(name, autocast, monkeypatch):
                     assert generate(m, prompts, [25, 3, 12], None, **options) == expected
 
 
+@pytest.mark.skipif(not ON_CARD, reason="for a card's memory")
+def test_graphs_take_no_more_memory(monkeypatch):
+    """What PyTorch reserves stays the same, however many graphs are captured."""
+    monkeypatch.setattr(KVCache, "STEP", 8)
+    config, used = {**CONFIGS["gpt2"], "vocab_size": 50257}, []
+    m = random_model(config).to(DEVICE)
+    with graphed(m):
+        for _ in range(12):
+            generate(m, [[5, 6, 7]] * 32, 30, None, temperature=0)  # four graphs
+            used.append(torch.cuda.memory_reserved(DEVICE))
+    assert used[-1] == used[2], used
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Updates
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,23 @@ def test_everything_has_compiled_before_anything_is_timed(text, monkeypatch):
     found = {result.what: result.ours for result in setting.results if result.against in ("", "forecast")}
     for what, total in (("DSKD v2 + ETA", 150), ("KD", 250)):
         assert found[f"{what}, 4 examples, time"] == [1.0] and found[f"{what}, 4 examples, memory in all"] == [total]
+
+
+def test_on_a_small_card_one_process_follows_another(text, monkeypatch):
+    """Those that wait would hold memory that the one being measured needs."""
+    order, card = [], SimpleNamespace(total_memory=24e9)
+
+    def step(job):
+        order.append("compile" if job["enough"] == 0 else "time")
+        return MEASURED | {"seconds": [1.0], "peak": 100}
+
+    monkeypatch.setattr(bench, "measure_step", step)
+    monkeypatch.setattr(bench, "machine", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    setting = make_bench(text, {**bench.TINY, "against": {"eta": []}}, methods=["eta", "kd"])
+    setting.device = "cuda"
+    bench.steps(setting)
+    assert order == (["compile"] * 2 + ["time"] * 2) * 2
 
 
 def test_what_a_gpu_is_asked_for(text, monkeypatch):
