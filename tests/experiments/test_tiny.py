@@ -196,6 +196,7 @@ def test_models_are_scored_where_they_are_trained(small_task, tmp_path, monkeypa
         return dict.fromkeys(tiny.COLUMNS, 0.0)
 
     monkeypatch.setattr("runtime.strict.choose_device", lambda index=0: ("cuda", "pretended"))
+    monkeypatch.setattr("runtime.strict.computes_bf16", lambda device: True)
     monkeypatch.setattr("train.run_stage", lambda options, name: None)
     monkeypatch.setattr(tiny, "score_stage", score_stage)
     tiny.run({"out": str(tmp_path / "my runs")})
