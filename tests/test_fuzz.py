@@ -405,7 +405,7 @@ def test_grading_of_any_text(count):
         answer = final_answer(text)
         assert is_correct(text, ["3"]) == (answer is not None and answers_equal(answer, "3"))
         assert answers_equal(text, text) and is_correct("<think></think>#### 3\nSo.\n" + text, ["3"])
-        assert {*"".join(mbpp_program(text).split())} <= {*text}
+        assert {*"".join(mbpp_program(text).split())} <= {*text, *"try: except BaseException: pass"}
         assert humaneval_program("def f(x):\n", "f", text).startswith("def f(x):\n")
 
 
