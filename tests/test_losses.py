@@ -265,10 +265,12 @@ def test_terms_are_on_the_device_of_their_inputs(case):
 
 
 @both
+@pytest.mark.parametrize("case", ["kd", "uld", "mined"])
 @pytest.mark.parametrize("mark", [-100, -1])
-def test_gold_tokens_are_tokens(chunk, mark):
+def test_gold_tokens_are_tokens(case, chunk, mark):
     """A mark of prompts and padding would be left out of the cross-entropy alone."""
-    i = Inputs("kd")
+    i = Inputs(case)
+    i.gold = i.gold.clone()
     i.gold[2] = mark
     with pytest.raises((IndexError, RuntimeError), match=f"{mark} is out of bounds"):
         i.terms(chunk=chunk)
