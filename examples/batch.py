@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # in the repository, the method's files are one folder up
@@ -104,17 +105,14 @@ def collate(rows: list[dict], device: str = "cpu") -> dict[str, dict[str, Tensor
 def collate_side(rows: list[dict], model: str, device: str) -> dict[str, Tensor]:
     """input_ids, attention_mask (B, T); labels (N,), the response tokens of all rows; positions (N,), where in the
     flattened (B·T) each is predicted; paired (A,), which of the N are in a pair."""
-    width = max(len(prompt) + len(response) for prompt, response in (row[model] for row in rows))
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
+    texts = [torch.tensor(prompt + response) for prompt, response in (row[model] for row in rows)]
+    input_ids = pad_sequence(texts, batch_first=True)
+    attention_mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     positions, labels, paired = [], [], []
     for i, row in enumerate(rows):
         prompt, response = row[model]
-        length = len(prompt) + len(response)
-        input_ids[i, :length] = torch.tensor(prompt + response)
-        attention_mask[i, :length] = 1
         # the shift: a position predicts the next token, so the last prompt token predicts the first response token
-        first = i * width + len(prompt) - 1
+        first = i * input_ids.shape[1] + len(prompt) - 1
         positions += range(first, first + len(response))
         # indices of pairs count from the start of a response, which in the batch follows the responses before it
         paired += [len(labels) + index for index in row["paired"][model]]

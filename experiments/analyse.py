@@ -200,8 +200,7 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure, out: str, name: str) -> None:
-    path = Path(out) / name
+def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")
@@ -300,7 +299,7 @@ def run_simulation(o: argparse.Namespace) -> None:
         columns = [*run["losses"][-1], *structures[..., 0], *structures[..., 1]]  # 6 x (R,)
         rows.append([divergence, *(f"{column.mean():.2g} ± {column.std():.2g}" for column in columns)])
     print(table(rows))
-    save(draw_simulation(runs), o.out, "simulation.png")
+    save(draw_simulation(runs), Path(o.out) / "simulation.png")
 
 
 def pairs(o: argparse.Namespace) -> Iterator[tuple[str, Pair]]:
@@ -324,7 +323,7 @@ def run_curves(o: argparse.Namespace) -> None:
         last = {key: f"{line[key]:.4f}" for line in lines for key in keys if key in line}
         rows.append([name, *(last.get(key, "-") for key in keys)])
     print(table(rows))
-    save(draw_curves(logs, keys), o.out, "curves.png")
+    save(draw_curves(logs, keys), Path(o.out) / "curves.png")
 
 
 def run_structure(o: argparse.Namespace) -> None:
@@ -334,7 +333,7 @@ def run_structure(o: argparse.Namespace) -> None:
         means = [f"{mean:.4f}" for mean in distances[name].mean(0).tolist()]
         lines.append([name, f"{len(distances[name])} of {len(pair.rows)}", *means])
     print(table(lines))
-    save(draw_structure(distances), o.out, "structure.png")
+    save(draw_structure(distances), Path(o.out) / "structure.png")
 
 
 def run_knowledge(o: argparse.Namespace) -> None:
@@ -373,7 +372,7 @@ def run_alignment(o: argparse.Namespace) -> None:
         figures["attention on the aligned token"] = f"{weights[at_student, at_teacher].mean():.3f}"
         figures["uniform attention"] = f"{1 / len(theirs):.3f}"
         figures["largest on the aligned token"] = f"{hits} of {len(at_teacher)}"
-        save(draw_attention(weights, theirs, ours, row.pairs), o.out, "attention.png")
+        save(draw_attention(weights, theirs, ours, row.pairs), Path(o.out) / "attention.png")
     print(table([list(figures), [str(figure) for figure in figures.values()]]) + "\n")
     print(show_pairs(theirs, ours, row.pairs))
 

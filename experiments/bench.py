@@ -793,7 +793,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher-tokenizer", help="the same for the teacher")
     parser.add_argument("--profile", action="store_true", help="also print the time of the operations of each step")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--minutes", type=float, help="no step starts after this (default: 7 with --quick on a GPU)")
     o = parser.parse_args(arguments)
     given = {"data": o.data, "student": o.student_tokenizer, "teacher": o.teacher_tokenizer}
     if any(given.values()) and not all(given.values()):
@@ -810,8 +809,8 @@ def main(arguments: list[str] | None = None) -> None:
     size = {**(TINY if o.tiny else CARD if on_cuda else FULL), **(QUICK if o.quick else {})}
     if "lora_pair" in o.cases and "lora_pair" not in size:
         parser.error("lora_pair needs a GPU; in miniature, with --tiny, it runs anywhere")
-    minutes = o.minutes or (7 if o.quick and on_cuda else math.inf)
-    limits = {"until": time.monotonic() + 60 * minutes, "json": o.json, "in_this_process": o.tiny, "profile": o.profile}
+    until = time.monotonic() + 7 * 60 if o.quick and on_cuda else math.inf  # no step starts after this
+    limits = {"until": until, "json": o.json, "in_this_process": o.tiny, "profile": o.profile}
     cases = o.cases
     if "all" in cases:
         cases = CARD_CASES if "card" in size else [name for name in CASES if name != "lora_pair"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 
 from data import Row, Side
 from model import Decoder, save_model
@@ -40,14 +41,11 @@ class Padded:
 
 def pad(sides: list[Side], pad_id: int, device) -> Padded:
     """Pad on the right to the longest, and shift the labels by one."""
-    ids = torch.full((len(sides), max(map(len, sides)) - 1), pad_id)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, side in enumerate(sides):
-        tokens = torch.tensor(side.prompt + side.response)
-        ids[row, : len(tokens) - 1] = tokens[:-1]
-        mask[row, : len(tokens) - 1] = 1
-        labels[row, len(side.prompt) - 1 : len(tokens) - 1] = tokens[len(side.prompt) :]
-    return Padded(ids.to(device), mask.to(device), labels.to(device))
+    ids = [torch.tensor(side.prompt + side.response[:-1]) for side in sides]
+    mask = [torch.ones_like(row) for row in ids]
+    labels = [torch.tensor((len(side.prompt) - 1) * [-100] + side.response) for side in sides]
+    columns = zip((ids, mask, labels), (pad_id, 0, -100), strict=True)
+    return Padded(*(pad_sequence(rows, batch_first=True, padding_value=value).to(device) for rows, value in columns))
 
 
 def pair_positions(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor]:

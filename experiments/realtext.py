@@ -41,7 +41,7 @@ from experiments.analyse import new_figure, save
 from experiments.reproduce import write_random_projectors
 from fast.cpu import by_onednn
 from losses import logits_under
-from model import hidden_at, load_model, read_json, save_model
+from model import hidden_at, load_model, read_config, read_json, save_model
 from runtime.device import choose_device
 from runtime.formats import read_examples
 from runtime.hub import model_directory
@@ -109,7 +109,7 @@ def prepare(o: argparse.Namespace, name: str) -> None:
         leave_out_layers(o.small, o.out / "weak.new", LEFT_OUT)
         (o.out / "weak.new").rename(o.out / "weak")  # whole, or not there
     configs = [read_json(directory_of(o, model) / "config.json") for model in (pair.teacher, pair.student)]
-    widths = [config.get("hidden_size") or config["n_embd"] for config in configs]
+    widths = [read_config(config).width for config in configs]
     home.mkdir(parents=True, exist_ok=True)
     write_random_projectors(home / "random.safetensors", *widths, seed=0)
 
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
         if o.tables:
             print(tables(o.out, o.against) or f"nothing is finished in {o.out}")
             if o.picture:
-                save(draw(o.out), o.picture.parent, o.picture.name)
+                save(draw(o.out), o.picture)
         elif o.score:
             if not (o.tests and o.judge):
                 raise ValueError("--score needs --tests and --judge")

@@ -55,7 +55,7 @@ from fast.cpu import by_onednn
 from losses import DIVERGENCES
 from model import load_model
 from runtime.formats import read_examples
-from runtime.run import Stopped, tokenizer_of
+from runtime.run import Stopped, tokenizer_of, write_text
 from runtime.strict import check_values
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from scores.tables import spread, table
@@ -446,9 +446,7 @@ def run_cell(cell: Cell, root: Path, keep: Path | None = None) -> dict:
             if keep:
                 shutil.copytree(Path(scratch) / "run", keep)
         result |= {"seconds": seconds, "last": last}
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps({"cell": str(cell), **result}) + "\n")
-    os.replace(new, file)
+    write_text(file, json.dumps({"cell": str(cell), **result}) + "\n")
     return result
 
 

@@ -26,6 +26,7 @@ from itertools import product, zip_longest
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.implementations import ByteLevelBPETokenizer
 
 import train
 from data import Example
@@ -260,8 +261,9 @@ def train_tokenizers(
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     teacher = train_sentencepiece_style(texts, teacher_vocabulary, list(special.values()))
     save_tokenizer(teacher, teacher_directory, {"add_bos_token": True, "add_eos_token": False, **special})
-    student = train_byte_level(texts, student_vocabulary, "<|endoftext|>")
-    save_tokenizer(student, student_directory, dict.fromkeys(special, "<|endoftext|>"))
+    student, end = ByteLevelBPETokenizer(), "<|endoftext|>"
+    student.train_from_iterator(texts, student_vocabulary, min_frequency=0, show_progress=False, special_tokens=[end])
+    save_tokenizer(student, student_directory, dict.fromkeys(special, end))
 
 
 def train_sentencepiece_style(texts: list[str], size: int, special: list[str]) -> Tokenizer:
@@ -290,20 +292,7 @@ def train_sentencepiece_style(texts: list[str], size: int, special: list[str]) -
     return tokenizer
 
 
-def train_byte_level(texts: list[str], size: int, end_of_text: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[end_of_text], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, config: dict) -> None:
+def save_tokenizer(tokenizer: Tokenizer | ByteLevelBPETokenizer, directory: str | Path, config: dict) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -444,14 +433,14 @@ def prepare(root: Path, seed: int, resume: bool = False) -> None:
     """Write the data as JSONL files, both tokenizers, and a config.json for each model into `root`, if missing. Raises
     ValueError if `root` was made with another seed, FileNotFoundError if it is missing and `resume` asks for it."""
     asked = {"seed": seed, "version": 2}  # 1: without pre-training
-    others = [root / name for name in ("args.json", "teacher/args.json") if (root / name).is_file()]
-    if others and not (root / "prepared.json").is_file():
-        raise ValueError(f"{root} holds another run ({others[0]}), not the embedded task: give another --out or, to "
-                         "continue that run, its whole command")  # fmt: skip
     if (root / "prepared.json").is_file():
         if (made := json.loads((root / "prepared.json").read_text())) != asked:
             raise ValueError(f"--seed {seed}: {root} was made with {made}, not with {asked}; give another --out")
         return
+    for other in (root / "args.json", root / "teacher/args.json"):
+        if other.is_file():
+            raise ValueError(f"{root} holds another run ({other}), not the embedded task: give another --out or, to "
+                             "continue that run, its whole command")  # fmt: skip
     if resume:  # a name that was spelt wrong, or a run that was stopped before it wrote args.json
         raise FileNotFoundError(f"--resume: {root} holds no run; start without --resume")
     data = make_data(seed)

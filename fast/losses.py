@@ -68,8 +68,8 @@ def skewed_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, skew: 
 def adaptive_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sum of the two; the weight has no gradient."""
     weight = adaptive_weight(log_p, log_q)
-    both = zip(forward_kl(p, q, log_p, log_q), reverse_kl(p, q, log_p, log_q), strict=True)
-    (forward, reverse), (forward_gradient, reverse_gradient) = both
+    forward, forward_gradient = forward_kl(p, q, log_p, log_q)
+    reverse, reverse_gradient = reverse_kl(p, q, log_p, log_q)
     gradient = weight[:, None] * forward_gradient + (1 - weight[:, None]) * reverse_gradient
     return weight * forward + (1 - weight) * reverse, gradient
 

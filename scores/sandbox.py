@@ -7,8 +7,8 @@
 
 Guards that work everywhere: a limit on wall-clock time; per process, limits on address space, CPU time, file size and
 the number of open files; an empty environment; an empty working directory that is removed afterwards; no descriptors
-except /dev/null and an output of which only the beginning is kept; only the standard library. A program that exits
-before the end of its tests, even with status 0, has not passed.
+except /dev/null, where the output goes too; only the standard library. A program that exits before the end of its
+tests, even with status 0, has not passed.
 
 Guards that work if Linux lets this process create namespaces (`Outcome.guards`):
     network     no interface at all, not even loopback
@@ -41,7 +41,6 @@ import json
 import os
 import pwd
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -67,14 +66,12 @@ class Limits:
     disk_bytes: int = 64 << 20  # of all files together (guard `files`)
     files: int = 256  # files and directories (guard `files`)
     open_files: int = 64  # per process
-    output: int = 4096  # bytes kept of what is printed; the rest is read and dropped
 
 
 @dataclass(frozen=True)
 class Outcome:
     status: str  # "passed", "failed" or "timed out"
     reason: str  # why not passed, in one line
-    output: str  # the beginning of what was printed
     guards: dict[str, bool]  # which of GUARDS held
 
     @property
@@ -196,48 +193,37 @@ def prctl(option: int, value: int) -> None:
 
 
 def supervise(job: dict) -> dict:
-    """Start the worker and wait for it, at most for the allowed time; returns {"status", "reason", "output"}."""
+    """Start the worker and wait for it, at most for the allowed time; returns {"status", "reason"}."""
     limits, secret = job["limits"], os.urandom(16).hex()
     verdict_end, verdict_fd = os.pipe()
-    output_end, output_fd = os.pipe()  # its other end stays open here too, so that reading never meets its end
     if os.getuid() == 0:
         os.chown(".", NOBODY, NOBODY)
     worker = os.fork()
     if worker == 0:
-        work(job, secret, verdict_fd, output_fd)
-    os.set_blocking(verdict_end, False)  # reading must not wait for whoever holds the other ends
-    os.set_blocking(output_end, False)
-    deadline, ended, output = time.monotonic() + limits.seconds, None, b""
+        work(job, secret, verdict_fd)
+    deadline, ended = time.monotonic() + limits.seconds, None
     while ended is None and time.monotonic() < deadline:
         child, code = os.waitpid(-1, os.WNOHANG)  # any child: orphans end up here
         if child == worker:
             ended = code
-        elif child == 0 and select.select([output_end], [], [], 0.002)[0]:
-            output = (output + os.read(output_end, 65536))[: limits.output]
+        elif child == 0:
+            time.sleep(0.002)
     if ended is None:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
     with suppress(ProcessLookupError, PermissionError):  # if no process is left in its group
         os.killpg(worker, signal.SIGKILL)
-    output = (output + read_now(output_end))[: limits.output]
-    message = read_now(verdict_end).decode("utf-8", "replace")
     if ended is None:
-        verdict = {"status": "timed out", "reason": f"no end after {limits.seconds:g} seconds"}
-    elif message.startswith(secret):
-        verdict = json.loads(message[len(secret) :].split("\n")[0])
-    elif os.WIFSIGNALED(ended):
-        number, names = os.WTERMSIG(ended), {known.value: known.name for known in signal.Signals}
-        verdict = {"status": "failed", "reason": f"killed by {names.get(number, f'signal {number}')}"}
-    else:
-        verdict = {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
-    return {**verdict, "output": output.decode("utf-8", "replace")}
-
-
-def read_now(fd: int) -> bytes:
-    """What a pipe holds at this moment."""
+        return {"status": "timed out", "reason": f"no end after {limits.seconds:g} seconds"}
+    os.set_blocking(verdict_end, False)  # reading must not wait for whoever holds the other end
     with suppress(BlockingIOError):
-        return os.read(fd, 65536)
-    return b""
+        message = os.read(verdict_end, 65536).decode("utf-8", "replace")
+        if message.startswith(secret):
+            return json.loads(message[len(secret) :].split("\n")[0])
+    if os.WIFSIGNALED(ended):
+        number, names = os.WTERMSIG(ended), {known.value: known.name for known in signal.Signals}
+        return {"status": "failed", "reason": f"killed by {names.get(number, f'signal {number}')}"}
+    return {"status": "failed", "reason": f"exit status {os.WEXITSTATUS(ended)} before the end of the tests"}
 
 
 def kill_descendants() -> None:
@@ -262,13 +248,14 @@ def find_children() -> list[int]:
 # The worker
 
 
-def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
+def work(job: dict, secret: str, verdict_fd: int) -> None:
     """Give up everything, run the program, write the verdict; does not return."""
     write, leave, process_id, this = os.write, os._exit, os.getpid, os.getpid()  # the program may replace os.write
     dumps = json.dumps
     try:
         os.setsid()
-        for fd, place in enumerate((os.open(os.devnull, os.O_RDONLY), output_fd, output_fd, verdict_fd)):
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, place in enumerate((null, null, null, verdict_fd)):
             os.dup2(place, fd)
         os.closerange(4, 256)
         set_limits(job["limits"])
@@ -300,7 +287,6 @@ def work(job: dict, secret: str, verdict_fd: int, output_fd: int) -> None:
             verdict = {"status": "failed", "reason": describe(error, job["tests"])}
         if process_id() == this:  # else this is a forked copy of the program, whose verdict does not count
             write(3, (secret + dumps(verdict) + "\n").encode())
-            sys.stdout.flush()
             leave(0)
     finally:  # exit here, whatever the program did to the exception's text or to sys.stdout
         leave(1)

@@ -94,10 +94,10 @@ def test_what_ordinary_programs_use_works(guards):
     assert outcome.passed, outcome.reason
 
 
-def test_output_and_the_order_of_sets_are_the_same_every_time():
-    code = "print('é', [*{'one', 'two', 'three', 'four', 'five', 'six'}])"
+def test_the_order_of_sets_is_the_same_every_time():
+    code = "raise ValueError('é', [*{'one', 'two', 'three', 'four', 'five', 'six'}])"
     first, second = run_python(code), run_python(code)
-    assert first.passed and first.output == second.output and first.output.startswith("é [")
+    assert first.reason == second.reason and first.reason.startswith("ValueError: ('é', [")
 
 
 LEAVING = {
@@ -143,7 +143,6 @@ ENDLESS = [
     "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\n"
     "while True: pass",
     "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-    "import sys\nclass S:\n    def flush(self):\n        while True: pass\nsys.stdout = S()",
     "import os\nos.kill(os.getpid(), 19)",  # SIGSTOP
     "import os\nos.killpg(0, 19)",
     "import os\nwhile True: os.write(3, b'x' * 65536)",  # where the verdict goes
@@ -194,9 +193,9 @@ def test_fork_bomb(guards):
     assert time.monotonic() - start < 30  # it does not wait for the sleepers
 
 
-def test_huge_output_is_read_and_dropped():
-    outcome = run_python("import sys\nfor n in range(300):\n    sys.stdout.write('x' * 100_000)\n", "assert True")
-    assert outcome.passed and outcome.output == "x" * Limits().output
+def test_huge_output_is_dropped():
+    code = "import os\nfor n in range(300):\n    print('é' * 100_000)\n    os.write(2, b'x' * 100_000)\n"
+    assert run_python(code, "assert True").passed
 
 
 def test_many_files_and_full_disk(of_files):
@@ -219,13 +218,13 @@ def test_descriptors_are_not_inherited(tmp_path):
             "for fd in range(256):\n"
             "    try:\n        found.append((fd, os.fstat(fd).st_mode >> 12))\n"
             "    except OSError:\n        pass\n"
-            "print(found)"
         )
-        outcome = run_python(code)
+        character, pipe = stat.S_IFCHR >> 12, stat.S_IFIFO >> 12  # /dev/null three times, and the verdict
+        expected = [(0, character), (1, character), (2, character), (3, pipe)]
+        outcome = run_python(code, f"assert found == {expected}, found")
     os.close(read_end)
     os.close(write_end)
-    character, pipe = stat.S_IFCHR >> 12, stat.S_IFIFO >> 12  # /dev/null; output twice, and the verdict
-    assert outcome.output.strip() == str([(0, character), (1, pipe), (2, pipe), (3, pipe)])
+    assert outcome.passed, outcome.reason
 
 
 def test_the_environment_is_empty(monkeypatch, guards):
