@@ -393,7 +393,6 @@ def add_method(o: Options, pieces: Pieces) -> None:
 def run_updates(o: Options, pieces: Pieces, student, description: str) -> dict[str, float]:
     """Do the remaining updates; returns the last logged line. `student`: the compiled model, or the plain one."""
     optimizer = make_optimizer(o, pieces)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     per_epoch = pieces.updates_per_epoch(o)
     total = o.max_steps or o.epochs * per_epoch
     pieces.say_padding(o)
@@ -410,7 +409,7 @@ def run_updates(o: Options, pieces: Pieces, student, description: str) -> dict[s
                 if is_on_policy(o, step, per_epoch):
                     sampled, sampled_batches = sample_batches(o, pieces, rows, step, run.meter)
                 terms = distil(o, pieces, student, batches, sampled_batches)
-                terms["grad_norm"] = parallel.clip_gradients(parameters, o.clip)
+                terms["grad_norm"] = parallel.clip_gradients(run.parameters, o.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -1,10 +1,11 @@
 """From a name to files: presets of models and data sets, a local path first, then the local cache, then a download."""
 
-import json
 import os
 import shlex
 from difflib import get_close_matches
 from pathlib import Path
+
+from model import checkpoint_files
 
 MODELS = {  # preset: repository on the Hugging Face hub
     "gpt2": "openai-community/gpt2",
@@ -128,8 +129,7 @@ def missing_files(directory: Path, weights: bool) -> list[str]:
     if not index.is_file():
         return [*missing, "model.safetensors (or model.safetensors.index.json and its shards)"]
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return missing + [shard for shard in sorted(shards) if not (directory / shard).is_file()]
+        return missing + [shard.name for shard in checkpoint_files(directory) if not shard.is_file()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: expected a JSON object with a weight_map of tensor names to file names") from error
 

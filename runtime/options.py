@@ -2,8 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field, fields
-from types import NoneType
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from losses import DIVERGENCES
 
@@ -102,11 +101,11 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     """The options that were given on the command line: {field of Options: value}."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, formatter_class=form)
-    titles, group, kinds = {first: title for title, first in GROUPS.items()}, parser, get_type_hints(Options)
+    titles, group = {first: title for title, first in GROUPS.items()}, parser
     for entry in fields(Options):
         if entry.name in titles:
             group = parser.add_argument_group(titles[entry.name])
-        kind = next((part for part in get_args(kinds[entry.name]) if part is not NoneType), kinds[entry.name])
+        kind = next(iter(get_args(entry.type)), entry.type)  # str for str | None
         about, default = entry.metadata["help"], "off" if entry.default is False else entry.default
         if default is not None:
             about += f" (default: {default})"

@@ -575,7 +575,7 @@ class RunDirectory:
 
     def log(self, done: int, terms: dict[str, float], rows: list, sampled: list) -> None:
         """Count update `done`, over these rows and those with sampled responses; a line every --log-every updates."""
-        self.meter.tokens += sum(len(row.student.prompt) + len(row.student.response) for row in rows + sampled)
+        self.meter.tokens += sum(len(row.student) for row in rows + sampled)
         if self.o.on_policy:  # where a response could not be used, the gold one stayed in its place
             used = sum(new is not row for new, row in zip(sampled, rows, strict=False))
             used, examples = parallel.add_up([used, len(rows)])

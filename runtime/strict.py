@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +34,7 @@ BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature"
 
 
 def has_tensorboard() -> bool:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("tensorboard") is not None
 
 
 def check_options(o: Options) -> Options:
