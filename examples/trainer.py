@@ -17,6 +17,7 @@ from projector import Projectors
 class DSKDTrainer(Trainer):
     """Trains on batches of `collate`; it does not evaluate. The projectors become part of the student, so that the
     Trainer trains, clips, synchronises and checkpoints them with it; delete them before you save the finished student.
+    The losses read both heads whole, so neither FSDP nor DeepSpeed's ZeRO-3, which split them, can be used.
     If the student has `peft` adapters, a checkpoint holds only these: save and restore projectors.t2s separately.
     TrainingArguments of your own need remove_unused_columns=False and, with several processes, the two ddp_ of `main`.
     """

@@ -226,7 +226,8 @@ def check_resumed(o) -> None:
     for name in sorted(asked.keys() - free):
         if asked[name] not in (None, before.get(name)):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume: {flag} is {asked[name]!r}, but {o.out} was started with {before.get(name)!r}")
+            raise ValueError(f"--resume: {flag} is {asked[name]!r}, but {o.out} was started with {before.get(name)!r}; "
+                             f"leave it out, or train {o.out}/student further with another --out")  # fmt: skip
 
 
 def read_record(o) -> dict:

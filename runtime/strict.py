@@ -226,7 +226,8 @@ def check_config(config: dict, file="config.json") -> SimpleNamespace:
     """Check a config and return its `read_config`. Raises ValueError, naming `file` and the field."""
     family = config.get("model_type")
     if family not in list(model.FIELDS):
-        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(model.FIELDS)}")
+        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(model.FIELDS)}; for other "
+                         "decoders, examples/ has the method on transformers")  # fmt: skip
     where, f = f"{file} (model_type {family})", model.read_fields(config)
     for field in model.FIELDS[family]:
         if (value := getattr(f, field)) is not None:
@@ -401,7 +402,9 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
         align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
-        differ = "differ" if ends[0] == ends[1] else f"differ (end-of-text: {ends[0]!r} and {ends[1]!r})"
+        differ = f"differ (end-of-text: {ends[0]!r} and {ends[1]!r}; if nothing else differs, --chat DIR gives both "
+        differ += "models the chat template of the model in DIR, and with it the same end-of-text)"
+        differ = "differ" if ends[0] == ends[1] else differ
         raise ValueError(
             f"--method {method}{'' if method == 'kd' else ' --align none'} needs vocabularies of one family; "
             f"{teacher.directory} and {student.directory} {differ}: use --method dskd with --align eta (recipe v2) or "

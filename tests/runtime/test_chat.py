@@ -449,6 +449,15 @@ def test_methods_run_in_two_formats(chatting, tmp_path, options):
     assert "<|start_header_id|>" in (tmp_path / "run" / "samples.txt").read_text()
 
 
+def test_one_family_with_two_ends_needs_one_format(chatting, tmp_path):
+    """As a chat model and the base model of its family."""
+    options = {"method": "kd", "teacher": chatting / "qwen", "student": chatting / "teacher", "max_steps": 1, **LONG}
+    with pytest.raises(SystemExit, match="end-of-text: '<.im_end.>' and '</s>'; if nothing else .* --chat DIR gives"):
+        train.main(arguments(chatting, tmp_path / "two", **options, teacher_chat="own"))
+    train.main(arguments(chatting, tmp_path / "one", **options, chat=chatting / "qwen"))
+    assert log_of(tmp_path / "one")[-1]["kd"] < 1e-6  # the weights are the same, and now the prompts are too
+
+
 def test_the_teachers_answers_go_into_the_students_format(chatting, tmp_path, monkeypatch):
     asked, generate = [], model.generate
 

@@ -106,7 +106,7 @@ def test_shards(tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({**GPT2, "model_type": "bert"}, "model_type 'bert' is not supported, only gpt2, llama"),
+        ({**GPT2, "model_type": "bert"}, "model_type 'bert' is not supported, only gpt2, .* examples/ has"),
         ({"n_embd": 4}, "model_type None is not supported"),
         ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
