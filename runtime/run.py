@@ -189,7 +189,9 @@ def take_up(o, pieces, optimizer, tensors: dict[str, Tensor], metadata: dict[str
     else:  # another number of processes: new random draws
         parallel.seed_process(o.seed, step)
     meter = dict(json.loads(metadata["meter"]))
-    return step, meter if parallel.rank() == 0 else {}
+    if parallel.rank() > 0:  # the counts are sums over the processes
+        meter = {name: meter[name] for name in ("seconds", "generating")}
+    return step, meter
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ from torch.distributed.tensor import DTensor
 import eval as evaluation
 import lora
 import train
+from baselines import seqkd
 from experiments import memory
-from model import load_model, read_json
+from fast import cache
+from model import hidden_at, load_model, read_json
 from runtime import parallel
+from runtime import run as checkpoint
 from runtime.formats import read_examples
 from runtime.peft import load_adapter
 from runtime.tokenizer import read_tokenizer
@@ -88,8 +91,11 @@ def one_update(task: Path, case: str, sharded: bool = True) -> tuple[dict, dict]
     return terms, gradients
 
 
+TIMES = ("tokens_per_second", "generation_share", "generation_tokens_per_second")
 RUN = {"max_steps": 4, "checkpoint_every": 2}  # updates over 4 examples, the last of every ten over 4 too
 DROPOUT = {"student": "dropout", "shard": "both", "batch_size": 2}
+DROPOUT |= {"on_policy": 0.5, "seed": 5, "max_len": 60}  # updates 1, 2 and 4 are on-policy; it is resumed after 2
+DROPOUT |= {"log_every": 3, "checkpoint_every": 4}
 
 
 def options_of(task: Path, out: Path, **changed) -> train.Options:
@@ -103,22 +109,43 @@ def bytes_held(task: Path, out: Path) -> dict[str, int]:
     pieces = train.load(o)
     train.add_method(o, pieces)
     optimizer = train.make_optimizer(o, pieces)
-    train.distil(o, pieces, pieces.student, pieces.batches(pieces.rows[:4], o))
+    batches = pieces.batches(pieces.rows[:4], o)
+    train.distil(o, pieces, pieces.student, batches)
     optimizer.step()
+    with parallel.gather_parameters(pieces.student):  # as to sample: it is split again behind it, and by a forward pass
+        assert not any(isinstance(p, DTensor) for p in pieces.student.parameters())
+    assert all(isinstance(p, DTensor) for p in pieces.student.blocks.parameters() if p.dim() >= 2)
+    with torch.no_grad():
+        hidden_at(pieces.student, batches[0].student)
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     of_student = [*pieces.student.parameters(), *(p.grad for p in pieces.student.parameters()), *moments]
     tensors = {"student": of_student, "teacher": pieces.method.teacher.parameters()}
     return {name: sum(parallel.local_part(x).nbytes for x in part) for name, part in tensors.items()}
 
 
+def cached(out: Path) -> dict:
+    """Options. The second process has no held-out example."""
+    held_out = {"valid": out / "one.jsonl", "keep_best": "rouge"}
+    return {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, **held_out}
+
+
 def runs_of_two(task: Path, out: Path) -> None:
     elsewhere = out / ("two" if parallel.rank() == 0 else "not mine")
-    train.train(options_of(task, elsewhere, batch_size=2, valid=task / "valid.jsonl"))
+    student = "student" if parallel.rank() == 0 else out / "other"  # all start with the weights of the first process
+    train.train(options_of(task, elsewhere, batch_size=2, valid=task / "valid.jsonl", student=student))
     train.train(options_of(task, out / "one, two", batch_size=2, resume=True, shard="both"))
     with stopped_by_ctrl_c():
         train.train(options_of(task, out / "two, one", batch_size=1, grad_accum=2, shard="both"))
     train.train(options_of(task, out / "whole", **DROPOUT))
-    with stopped_by_ctrl_c():
+    log = checkpoint.RunDirectory.log
+
+    def log_and_signal(run, done: int, *rest) -> None:
+        log(run, done, *rest)
+        if done == 2 and parallel.rank() == 1:  # alone
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(checkpoint.Stopped, match="after update 2 of 4"):
+        patch.setattr(checkpoint.RunDirectory, "log", log_and_signal)
         train.train(options_of(task, out / "parts", **DROPOUT))
     train.train(options_of(task, out / "parts", **DROPOUT, resume=True, recompute=True))
     adapters = {"method": "sft", "lora": 3, "lora_targets": "mlp.c_proj,c_attn", "lr": 1, "shard": "student"}
@@ -130,8 +157,7 @@ def runs_of_two(task: Path, out: Path) -> None:
     train.train(options_of(task, out / "bf16", **sampled, shard="both", batch_size=2, dtype="bf16"))
     train.train(options_of(task, out / "seqkd", method="seqkd", batch_size=2))
     (out / f"held {parallel.rank()}.json").write_text(json.dumps(bytes_held(task, out / "held")))
-    cached = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 2}
-    train.train(options_of(task, out / "cached", **cached, shard="student"))
+    train.train(options_of(task, out / "cached", **cached(out), batch_size=2, shard="student"))
 
 
 def process(number: int, task: Path, port: int, out: Path) -> None:
@@ -141,6 +167,12 @@ def process(number: int, task: Path, port: int, out: Path) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
     with parallel.session():
+        with parallel.main_first():
+            time.sleep(1 - number)
+            (out / f"{number} came").touch()
+            assert (out / "0 came").exists()
+        if number > 0:  # neither the teacher's answers nor its states are computed twice
+            seqkd.answer_prompts = cache.load_model = None
         for case in CASES:
             terms, gradients = one_update(task, case)
             (out / f"{case} {number}.json").write_text(json.dumps(terms))
@@ -156,7 +188,9 @@ def out(tiny_task, tmp_path_factory):
     with stopped_by_ctrl_c():
         train.train(options_of(tiny_task, out / "one, two", batch_size=4))
     make_model(tiny_task / "student", out / "two layers", n_layer=2)
+    make_model(tiny_task / "student", out / "other", seed=9)
     (out / "five.jsonl").write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
+    (out / "one.jsonl").write_text((tiny_task / "valid.jsonl").read_text().splitlines(keepends=True)[0])
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(process, (tiny_task, port, out), nprocs=2)
@@ -230,11 +264,16 @@ def test_two_sharded_processes_then_one(tiny_task, out, one):
 
 
 def test_a_resumed_run_of_as_many_processes_is_bit_exact(out):
-    """Dropout of every process included, and sharded, with activations kept or recomputed."""
+    """Dropout and samples of every process included, and sharded, with activations kept or recomputed. A signal to one
+    process stops all."""
     for file in ("resume/state", "student/model", "projectors"):
         assert same(*(load_file(out / name / f"{file}.safetensors") for name in ("whole", "parts")))
     random = load_file(out / "parts" / "resume" / "state.safetensors")["random.cpu"]
     assert not torch.equal(*random)
+    logs = [log_of(out / name) for name in ("whole", "parts")]
+    assert [line["on_policy"] for line in logs[0]] == [1, 0, 1] and logs[0][1]["sampled_length"] > 1
+    without_times = [[{**line, **dict.fromkeys(TIMES)} for line in log] for log in logs]
+    assert without_times[0] == without_times[1]
 
 
 def test_sharded_adapters_are_saved_whole(tiny_task, out):
@@ -278,8 +317,7 @@ def test_seqkd_waits_for_the_answers_of_the_first_process(out):
 
 
 def test_cached_states_and_batches_by_length(tiny_task, out, tmp_path):
-    options = {"cache_teacher": out / "cache", "bucket": True, "tokens_per_batch": 100, "batch_size": 4}
-    train.train(options_of(tiny_task, tmp_path / "one", **options))
+    train.train(options_of(tiny_task, tmp_path / "one", **cached(out), batch_size=4))
     assert same_log(log_of(out / "cached"), log_of(tmp_path / "one"))
 
 
@@ -418,3 +456,50 @@ def test_an_update_that_cannot_be_split_says_so(tiny_task, tmp_path, monkeypatch
     monkeypatch.setattr(parallel, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 process.es. makes 12, and that number of processes does not divide 4"):
         train.check_directory(train.check_options(options_of(tiny_task, tmp_path / "run", batch_size=4, resume=True)))
+
+
+@pytest.fixture
+def stopped(tiny_task, tmp_path):
+    """The options of a run that one process stopped behind an update with samples, before it was logged."""
+    options = {"teacher": tiny_task / "twin", "on_policy": 1, "max_len": 60, "log_every": 4}
+    with stopped_by_ctrl_c():
+        train.train(options_of(tiny_task, tmp_path / "run", **options))
+    return options_of(tiny_task, tmp_path / "run", **options, resume=True)
+
+
+def test_the_counts_of_a_checkpoint_are_taken_up_once(stopped, monkeypatch):
+    """And the times by each process, since each divides by its own."""
+    o = train.check_options(stopped)
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    meters = []
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
+        meters.append(checkpoint.restore_checkpoint(o, pieces, train.make_optimizer(o, pieces))[1])
+    assert meters[0]["responses"] > 0 and not meters[1].keys() & {"tokens", "generated", "responses"}
+    assert 0 < meters[0]["generating"] == meters[1]["generating"]
+
+
+def test_a_directory_that_processes_do_not_share(stopped, monkeypatch):
+    monkeypatch.setattr(parallel, "highest", lambda number: 2 * number)  # another process goes on elsewhere
+    with pytest.raises(ValueError, match="run is not the same directory in all processes; they need a shared one"):
+        train.train(stopped)
+
+
+def test_processes_draw_and_sample_differently(tiny_task, tmp_path, monkeypatch):
+    """And differently from another update on. If one of them cannot sample, all end."""
+    o = train.check_options(options_of(tiny_task, tmp_path / "run", max_len=60))
+    pieces = train.load(o)
+    train.add_method(o, pieces)
+    draws, samples = set(), set()
+    for number in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
+        for step in (0, 7):
+            parallel.seed_process(1, step)
+            draws.add(float(torch.rand(())))
+            samples.add(tuple(train.sample_rows(o, pieces, pieces.rows[:1], step)[0][0].student.response))
+    assert len(draws) == len(samples) == 4
+    monkeypatch.setattr(parallel, "highest", lambda number: 1)
+    with pytest.raises(FloatingPointError, match="the logits of another process are not finite"):
+        train.sample_rows(o, pieces, pieces.rows[:1], 0)
