@@ -183,7 +183,7 @@ def load(o: Options) -> Pieces:
     print(f"train: {report}", file=sys.stderr)
     aligned = {}
     if align == "eta":
-        aligned = measure_alignment((tokenizer.spell(row.student.response), row.pairs[1]) for row in rows)
+        aligned = measure_alignment(([tokenizer.bytes[i] for i in row.student.response], row.pairs[1]) for row in rows)
         print(describe_alignment(aligned), file=sys.stderr)
     if o.method in PAIRINGS:
         for row in rows:

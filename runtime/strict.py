@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +33,11 @@ BELOW = {"weight_decay": math.inf, "projector_lr": math.inf, "seqkd_temperature"
 
 
 def has_tensorboard() -> bool:
-    return find_spec("tensorboard") is not None
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def check_options(o: Options) -> Options:
