@@ -405,9 +405,10 @@ def choose_alignment(align: str, method: str, recipe: str, teacher: TextTokenize
         align = "none" if shared or method == "kd" else {"v1": "cma", "v2": "eta"}[recipe]
     if align == "none" and not shared:
         ends = [tokenizer.tokenizer.id_to_token(tokenizer.eos_id) for tokenizer in (teacher, student)]
-        differ = f"differ (end-of-text: {ends[0]!r} and {ends[1]!r}; if nothing else differs, --chat DIR gives both "
-        differ += "models the chat template of the model in DIR, and with it the same end-of-text)"
-        differ = "differ" if ends[0] == ends[1] else differ
+        differ = "differ"
+        if ends[0] != ends[1]:
+            differ += (f" (end-of-text: {ends[0]!r} and {ends[1]!r}; if nothing else differs, --chat DIR gives both "
+                       "models the chat template of the model in DIR, and with it the same end-of-text)")  # fmt: skip
         raise ValueError(
             f"--method {method}{'' if method == 'kd' else ' --align none'} needs vocabularies of one family; "
             f"{teacher.directory} and {student.directory} {differ}: use --method dskd with --align eta (recipe v2) or "
