@@ -127,8 +127,8 @@ def prediction_map(
 ) -> np.ndarray:
     """(size,) student id of each teacher id, -1 where the student has no such token: the ŷᵗ ∈ V_stu of eq. 14.
 
-    A teacher id that spells a token of the student maps to that token; the teacher's end-of-text maps to the student's
-    (None: there is none).
+    A teacher id that spells a token of the student maps to that token; the teacher's end-of-text maps to the student's,
+    if both models have one (None: it has none).
     Eq. 14 keeps only the aligned pairs where the teacher's prediction maps to an id >= 0.
     `size` is the number of rows of the teacher's head, which may be padded beyond its tokenizer.
     """

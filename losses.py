@@ -8,9 +8,9 @@ v1 is arXiv 2406.17328 (DSKD), v2 is arXiv 2504.11426 (DSKDv2). Shapes, everywhe
 The state of a response token is the last hidden state, after the final norm, of the position before it, which predicts
 it; end-of-text is the response's last token. In `transformers` these are rows of `hidden_states[-1]`, and the head that
 reads them is `get_output_embeddings().weight`: `examples/` shows both. The losses work on hidden states and heads
-rather than logits, because the heads are the papers' point. What a model does to its logits after that product is left
-out. If it scales them, scale the states instead (Cohere: multiply; Granite: divide). Not supported are a bias (Phi),
-soft-capping (Gemma 2), and an adapter on the head, which is not part of the head's weight.
+rather than logits, because the heads are the papers' point. What a model does to the logits after that product is not
+done here. If it scales them, scale the states instead (Cohere: multiply; Granite: divide). Not supported are a bias
+(Phi), soft-capping (Gemma 2), and an adapter on the head, which is not part of the head's weight.
 `fast/losses.py` has the same functions with the same arguments and results, in a fraction of the time and the memory.
 
 As in the official code, no divergence is multiplied by T². Where this differs from the official code: JS has no 1e-9
