@@ -74,7 +74,7 @@ class Projectors(nn.Module):
         given, d, D = given or {}, student_head.shape[1], teacher_head.shape[1]
 
         def linear(name: str, d_in: int, d_out: int) -> nn.Linear:
-            biased = f"{name}.bias" in given if f"{name}.weight" in given else recipe == "v1"
+            biased = f"{name}.bias" in given or (recipe == "v1" and f"{name}.weight" not in given)
             return nn.Linear(d_in, d_out, bias=biased)
 
         self.t2s, self.s2t = linear("t2s", D, d), linear("s2t", d, D)

@@ -447,9 +447,8 @@ def held_out_scores(o: Options, pieces: Pieces) -> dict[str, float]:
         if rows:  # one for each example; a process may have none
             ce = tokens * held_out_cross_entropy(student, rows, tokenizer.eos_id, o.device)
         if rows and o.keep_best == "rouge":
-            room = min(o.max_prompt_len, o.max_len - 1)
-            prompts = tokenizer.fit_prompts(examples, room)
-            responses = respond(student, tokenizer, prompts, o.max_len - room, temperature=1.0, seed=o.seed)
+            prompts, room = tokenizer.fit_prompts(examples, o.max_prompt_len), o.max_len - o.max_prompt_len
+            responses = respond(student, tokenizer, prompts, room, temperature=1.0, seed=o.seed)
             rouge_l = len(examples) * score(responses, examples)["rouge_l"]
     ce, tokens, rouge_l, count = parallel.add_up([ce, tokens, rouge_l, len(examples)])
     of_responses = {"valid_rouge_l": rouge_l / count} if o.keep_best == "rouge" else {}

@@ -122,6 +122,8 @@ def check_together(o: Options) -> None:
          "as the label, so the student would learn its own samples as if they were right"),
         (o.on_policy and o.dry_run,
          "--dry-run uses the gold responses, so that results can be compared: leave out --on-policy"),
+        (o.resume and o.dry_run,
+         "--dry-run does not read a run's state: leave out --resume, or give the run's student/ as --student"),
         (o.on_policy_after and not o.on_policy,
          f"--on-policy-after {o.on_policy_after} needs --on-policy, which is not given"),
         (o.on_policy_after >= o.epochs and not o.max_steps, f"--on-policy-after {o.on_policy_after}: the run ends "
@@ -380,6 +382,9 @@ def fit_lengths(o, directories: dict[str, Path]) -> None:
         o.max_len = min(512, *limits.values())
     if o.max_prompt_len is None:
         o.max_prompt_len = max(1, o.max_len // 2)
+    if o.keep_best == "rouge" and o.max_prompt_len >= o.max_len:
+        raise ValueError(f"--keep-best rouge: --max-prompt-len {o.max_prompt_len} leaves no token of --max-len "
+                         f"{o.max_len} for the responses that are scored; lower --max-prompt-len")  # fmt: skip
     for name, limit in limits.items():
         if o.max_len > limit:
             raise ValueError(f"--max-len {o.max_len}: the {name} has only {limit} positions")

@@ -166,6 +166,9 @@ def test_given_weights_take_the_recipes_place_and_are_trained(recipe):
         named = dict(projectors.named_parameters())
         assert all(torch.equal(named[name], value) and named[name].requires_grad for name, value in given.items())
         assert ("s2t.bias" in named) == ("s2t.bias" in given) and ("t2s.bias" in named) == (recipe == "v1")
+    bias = torch.randn(6)  # even without its weight
+    projectors = Projectors(*HEADS_OF_BOTH, recipe=recipe, given={"t2s.bias": bias})
+    assert torch.equal(projectors.t2s.bias, bias) and projectors.t2s.bias.requires_grad
     given = torch.randn(6, 10)
     projectors = Projectors(*HEADS_OF_BOTH, recipe=recipe, given={"t2s.weight": given})
     assert torch.equal(projectors.t2s.weight, given) and projectors.t2s.bias is None
