@@ -409,7 +409,8 @@ def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes both into `rope_parameters`."""
     rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
     given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
-    given |= {field: value for field, value in rope.items() if value is not None}
+    # null is the default, but for truncate it is false
+    given |= {"truncate": True} | {name: x for name, x in rope.items() if x is not None or name == "truncate"}
     kind = given.get("rope_type") or given.get("type") or "default"
     return {"rope_type": kind, "factor": 1.0} | {field: given.get(field) for field in ("rope_theta", *ROPE[kind])}
 
@@ -427,7 +428,7 @@ def rotary_frequencies(f: SimpleNamespace) -> tuple[torch.Tensor, float]:
         length, turns = rope.original_max_position_embeddings, (rope.beta_fast or 32, rope.beta_slow or 1)
         factor = factor or f.max_position_embeddings / length
         first, last = (head_dim / 2 * math.log(length / (2 * math.pi * n), rope.rope_theta) for n in turns)
-        if rope.truncate is not False:
+        if rope.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
         keep = 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)

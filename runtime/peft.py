@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,9 +29,12 @@ KNOWN = set("""peft_type r lora_alpha lora_dropout target_modules fan_in_fan_out
 MERGE = ('merge it once, python -c "import sys; from peft import AutoPeftModelForCausalLM as P; P.from_pretrained('
          "sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" ADAPTER MODEL, and copy the tokenizer's files "
          "beside it")  # fmt: skip
-UNTIE = ("its base ties head and embedding, and merging would change both: make a copy of the base that is untied, as "
-         "peft describes when it loads the adapter, write the copy's path into base_model_name_or_path of "
-         "adapter_config.json, and then ")  # fmt: skip
+UNTIE = ('its base ties head and embedding, and merging would change both: untie a copy of the base, python -c "import '
+         "sys; from transformers import AutoModelForCausalLM as M; m = M.from_pretrained(sys.argv[1], "
+         "tie_word_embeddings=False); m.get_output_embeddings().weight.data = m.get_input_embeddings().weight.clone()."
+         'detach(); m.save_pretrained(sys.argv[2])" BASE COPY, write the path of the copy into base_model_name_or_path '
+         "of adapter_config.json, and then ")  # fmt: skip
+TIED = re.compile(r"\.(lm_head|embed_tokens|wte)\.(lora_|base_layer)")
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # A (rank, in), B (out, rank)
 
 
@@ -82,8 +86,10 @@ def load_adapter(model: nn.Module, path) -> nn.Module:
     """Attach an adapter that was written here or by peft to the plain model it was made for, in place; returns the
     model, frozen except for the adapters. Raises FileNotFoundError for missing files, and ValueError for a damaged file
     or an adapter of another model or kind; the model is then unchanged."""
-    rank, alpha, dropout = read_adapter_config(Path(path) / "adapter_config.json")
-    adapters = read_adapters(model, Path(path) / "adapter_model.safetensors", rank)
+    file = Path(path) / "adapter_model.safetensors"
+    merging = how_to_merge(model, file)
+    rank, alpha, dropout = read_adapter_config(Path(path) / "adapter_config.json", merging)
+    adapters = read_adapters(model, file, rank, merging)
     attach(model, rank, alpha, dropout, targets=list(adapters))
     with torch.no_grad():
         for name, layer in adapted_layers(model).items():
@@ -145,7 +151,19 @@ def merge_into(base: Path, adapter: Path) -> Path:
     return merged
 
 
-def read_adapter_config(file: Path) -> list:
+def how_to_merge(model: nn.Module, file: Path) -> str:
+    """What to do with an adapter that cannot be read here. peft merges an adapter of the head or the token embedding
+    wrongly into a base that ties the two."""
+    names: list[str] = []
+    if file.is_file():
+        check_safetensors(file, str(file), "; fetch it again")
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    tied = model.lm_head is None and any(map(TIED.search, names))
+    return UNTIE * tied + MERGE
+
+
+def read_adapter_config(file: Path, merging: str) -> list:
     """Rank, alpha and dropout of an adapter_config.json. Raises ValueError for anything but plain LoRA."""
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -154,26 +172,26 @@ def read_adapter_config(file: Path) -> list:
     wrong = [] if config.get("init_lora_weights") in (True, False, None, "gaussian") else ["init_lora_weights"]
     wrong += [field for field, value in config.items() if field not in KNOWN and value and value != "none"]
     if wrong:
-        raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA: {MERGE}")
+        if config.get("ensure_weight_tying") and merging != MERGE:
+            merging = "and peft cannot merge this one either, because its base ties the head and the embedding"
+        raise ValueError(f"{file}: {wrong[0]} = {config[wrong[0]]!r} is not supported, only plain LoRA: {merging}")
     values = [config.get(name) for name in ("r", "lora_alpha", "lora_dropout")]
     check_values(str(file), *values)
     return values
 
 
-def read_adapters(model: nn.Module, file: Path, rank: int) -> dict[str, dict[str, Tensor]]:
+def read_adapters(model: nn.Module, file: Path, rank: int, merging: str) -> dict[str, dict[str, Tensor]]:
     """{path of a layer in our model: {"A": (rank, in), "B": (out, rank)}}"""
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found (pickled .bin files are not read: {MERGE})")
-    check_safetensors(file, str(file), "; fetch it again")
     layers = linear_layers(model)
     ours = {peft_path(model, name): name for name in layers}
     adapters: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(file).items():
         match = KEY.fullmatch(key)
         if re.search(r"\.(lm_head|embed_tokens|wte|wpe)\.", key):
-            tied = model.lm_head is None and re.search(r"(?<!\.wpe)\.(lora_|base_layer)", key)
             raise ValueError(f"{file}: {key} changes the head or an embedding; only plain LoRA on the layers between "
-                             f"them is supported: {UNTIE * bool(tied)}{MERGE}")  # fmt: skip
+                             f"them is supported: {merging}")  # fmt: skip
         if match is None or match[1] not in ours:
             raise ValueError(f"{file}: the model has no linear layer for tensor {key!r} {list(tensor.shape)}: "
                              "is this an adapter of another model?")  # fmt: skip

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from runtime import peft as peft_files
 from runtime import run as checkpoint
 from runtime.load import find_model
 from runtime.peft import adapter_state, load_adapter, peft_path, save_adapter
+from runtime.strict import check_model
 
 GPT2_LAYERS = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 LLAMA_LAYERS = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
@@ -447,6 +450,51 @@ def test_an_adapter_of_a_tied_head_is_not_merged_into_both(saved, key, untie):
     path = saved(edit_tensors=lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(3, 3)}))
     with pytest.raises(ValueError, match=f"{key} changes the head.*: {'its base ties.* then ' * untie}merge it once"):
         load_adapter(random_model(GPT2), path)
+
+
+@pytest.mark.parametrize("fields, keys, untie", [
+    ({"use_rslora": True}, ["lm_head.lora_A.weight"], True),  # the field is refused before the tensors are looked at
+    ({"use_dora": True}, ["transformer.wte.base_layer.weight"], True),
+    ({}, ["transformer.wpe.lora_embedding_A", "transformer.wte.lora_embedding_A"], True),  # not by the first key alone
+    ({"modules_to_save": ["wte"]}, ["transformer.wte.weight"], False),  # peft unties these itself
+    ({"use_rslora": True}, [], False),
+])  # fmt: skip
+def test_whatever_is_refused_a_tied_base_is_untied_before_merging(saved, fields, keys, untie):
+    added = {f"base_model.model.{key}": torch.ones(3, 3) for key in keys}
+    path = saved(lambda config: config.update(fields), lambda tensors: tensors.update(added))
+    with pytest.raises(ValueError, match=f"plain LoRA.*: {'its base ties.* then ' * untie}merge it once"):
+        load_adapter(random_model(GPT2), path)
+    with pytest.raises(ValueError, match="plain LoRA.*: merge it once"):
+        load_adapter(random_model({**GPT2, "tie_word_embeddings": False}), path)
+    if untie:
+        saved(lambda config: config.update({"ensure_weight_tying": True}), lambda tensors: tensors.update(added))
+        with pytest.raises(ValueError, match="ensure_weight_tying = True .* peft cannot merge this one either"):
+            load_adapter(random_model(GPT2), path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("family, targets", [("gpt2", ["c_attn", "wte"]), ("qwen3", ["q_proj", "lm_head"])])
+def test_the_commands_of_the_error_merge_an_adapter_of_a_tied_head(peft, family, targets, tmp_path, monkeypatch):
+    m, base, adapter = random_model(CONFIGS[family]), tmp_path / "base", tmp_path / "adapter"
+    config = peft.LoraConfig(r=2, target_modules=targets, use_rslora=True, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(in_transformers(m, base), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(adapter)
+    with pytest.raises(ValueError, match="use_rslora") as caught:
+        load_adapter(m, adapter)
+    untie, merge = re.findall(r'python -c "(.*?)"', str(caught.value))
+    monkeypatch.setattr(sys, "argv", ["-c", str(base), str(tmp_path / "copy")])
+    exec(untie, {})
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "copy")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["-c", str(adapter), str(tmp_path / "merged")])
+    exec(merge, {})
+    check_model(tmp_path / "merged")
+    assert close(logits_of(model.load_model(tmp_path / "merged")), their_logits(theirs), 1e-4)
+    assert not close(logits_of(m), their_logits(theirs), 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -112,6 +112,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},  # as in Qwen2.5
     {"rope_parameters": {**YARN, "rope_theta": 700.0, "factor": None, "original_max_position_embeddings": 10}},
     {"rope_scaling": {**YARN, "beta_fast": 3, "beta_slow": 0.5, "truncate": False, "attn_factor": 0.9}},
+    {"rope_scaling": {**YARN, "beta_fast": 3, "truncate": None}},
     {"rope_scaling": {**YARN, "attention_factor": 0.7}, "original_max_position_embeddings": 20},
     {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": None}, "rope_theta": 1e6},
     {"rope_scaling": {**YARN, "mscale": 0.7, "beta_fast": 1, "original_max_position_embeddings": 4}},
