@@ -17,7 +17,7 @@ class Options:
 
     student: str | None = option(None, "preset, hub repository or directory of the student")
     teacher: str | None = option(None, "the same for the teacher")
-    data: str | None = option(None, "named set or file to train on (default: dolly for a preset that the papers train)")
+    data: str | None = option(None, "named set or file (default: dolly, for gpt2, tinyllama, qwen, llama2 or mistral)")
     valid: str | None = option(None, "held-out named set or file, for valid_ce, samples.txt and --keep-best")
     keep_best: str | None = option(
         None, "keep in student/ the checkpoint with the best score on --valid instead of the last one. The score is "
@@ -74,7 +74,7 @@ class Options:
         "CUDA, float32 products use TF32 even with fp32: their factors have 10 bits of mantissa instead of 23",
         ["fp32", "bf16"],
     )  # fmt: skip
-    device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    device: str | None = option(None, "cuda, cuda:1, cpu, ... (default: cuda if there is one that torch can use)")
     shard: str | None = option(
         None, "with torchrun: split a model's weights over all processes (FSDP2)", ["teacher", "student", "both"]
     )

@@ -191,8 +191,9 @@ def read_chat(directory: Path, tokenizer: Tokenizer, chat: str) -> ChatTemplate:
                          "path of one")  # fmt: skip
     if source is None:
         former = " (which is no longer built in)" * (chat in FORMER)
-        raise ValueError(f"{directory}: the chat template {chat!r}{former} is neither own, thinking, none nor a path; "
-                         "for the model's own use --chat, --student-chat or --teacher-chat own")  # fmt: skip
+        raise ValueError(f"{directory}: the chat template {chat!r}{former} is neither own, thinking, none nor the "
+                         "path of a template or of a model directory with one; for the model's own use --chat, "
+                         "--student-chat or --teacher-chat own")  # fmt: skip
     tokens = {name: token for name, token in name_tokens(directory, tokenizer).items() if isinstance(token, str)}
     name = f"{directory}'s chat template" if source == own else f"the chat template {chat}"
     return ChatTemplate(source, tokens, name, source == own, chat == "thinking")

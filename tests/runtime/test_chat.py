@@ -230,9 +230,9 @@ def test_where_a_template_is_found(base):
 
 def test_what_is_no_template_or_does_not_take_the_turns_is_named(chatting, base):
     for chat, message in [
-        ("relu", "base: the chat template 'relu' is neither own, thinking, none nor a path;"),
+        ("relu", "base: the chat template 'relu' is neither own, thinking, none nor the path of a template"),
         ("qwen2.5", "base: the chat template 'qwen2.5' .* no longer built in.* own "),
-        (str(chatting / "student"), "is neither own"),
+        (str(chatting / "student"), "nor the path of a template or of a model directory with one;"),
         ("thinking", "base: no chat template"),
     ]:
         with pytest.raises(ValueError, match=message):
