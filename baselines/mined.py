@@ -90,7 +90,7 @@ def edit_distance_map(teacher: Tokenizer, student: Tokenizer) -> np.ndarray:
     unmatched: dict[int, list[int]] = {}  # length -> teacher ids
     for index, (piece, kind) in enumerate(zip(spelt, fallback, strict=True)):
         if piece is not None:
-            mapped[index] = ids.get((piece, kind), ids.get((piece, not kind), -1))
+            mapped[index] = ids.get((piece, kind), -1)
             if mapped[index] < 0:
                 unmatched.setdefault(len(piece), []).append(index)
 

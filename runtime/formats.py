@@ -140,7 +140,7 @@ def read_pair(record: dict, where: str) -> Example:
 def read_humaneval(record: dict, where: str) -> Example:
     keys = "entry_point", "prompt", "test", "canonical_solution"
     name, prompt, test, solution = (get_string(record, key) for key in keys)
-    if not name.isidentifier() or f"def {name}(" not in prompt:
+    if f"def {name}(" not in prompt:
         raise ValueError(f"'prompt' does not define the 'entry_point' {name!r}")
     return Example(where, [solution], prompt=prompt, code=CodeTask(f"{test}\ncheck({name})\n", name))
 

@@ -671,8 +671,8 @@ def is_finished(o) -> bool:
     file, asked = Path(o.out) / "finished.json", record_of(o)
     if not file.is_file():
         return False
-    before = {**read_json(file)["options"], "out": o.out}  # it may have been moved
-    record = read_record(o)  # also has the values of options that were left open
+    before = read_json(file)["options"]
+    record = read_record(o)  # has the values of options that were left open, and this --out: it may have been moved
     changed = [name for name, value in before.items() if asked.get(name, value) not in (value, record.get(name))]
     changed = [name for name in changed if name not in free_options(asked, record)]
     if changed:

@@ -112,13 +112,6 @@ def test_odd_characters_are_kept_and_lines_counted_by_newlines(tmp_path):
     assert len(read_examples(write(tmp_path, '{"prompt": "p",\r"output": "o"}\r\n'))) == 1
 
 
-def test_part_of_a_file(tmp_path):
-    path = write(tmp_path, "".join(f'{{"prompt": "{n}", "output": "o"}}\n' for n in range(6)))
-    assert [e.prompt for e in read_examples(path, 2, 4)] == ["2", "3"]
-    assert [e.where for e in read_examples(path, 4)] == [f"{path}, line 5", f"{path}, line 6"]
-    assert len(read_examples(path)) == 6
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Cutting to fit
 
@@ -300,6 +293,13 @@ def test_what_cannot_fit_is_named(student, teacher):
         tokenise([Example("line 9", ["x"], prompt="🦊")], student, max_len=500, max_prompt_len=1)
 
 
+@pytest.mark.parametrize("prompt, response, what", [("b", "a", "prompt"), ("a", "b", "response")])
+def test_a_text_without_tokens_for_one_of_the_models_is_named(student, prompt, response, what):
+    teacher = TextTokenizer(None, byte_level({"a": 0, "<end>": 1}), [1])
+    with pytest.raises(ValueError, match=f"here: the {what} has no tokens"):
+        tokenise([replace(raw(prompt, response), ends=False)], student, teacher)
+
+
 def test_prompt_leaves_room_for_a_response(student):
     [row], report = tokenise([raw("x" * 50, "yy")], student, max_len=10, max_prompt_len=256)
     assert len(row.student.prompt) == 9 and len(row.student.response) == 1 and report.prompts_cut == 1
@@ -359,6 +359,7 @@ def test_an_empty_response_is_end_of_text_on_both_sides(student, teacher):
         row = replace_response(gold, [student.eos_id], student, teacher, 512, align)
         assert (row.student.response, row.teacher.response) == ([student.eos_id], [teacher.eos_id])
         assert align == "cma" or [index.tolist() for index in row.pairs] == [[0], [0]]
+        assert replace_response(gold, [], student, teacher, 512, align) is gold
 
 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xff\xfe", b"\xf0\x9f\x8d", b"\xbf\xbd"])
@@ -399,6 +400,7 @@ def test_sampled_special_tokens_spell_nothing(student, teacher):
     start = student.tokenizer.token_to_id("<s>")
     words = student.encode("the lazy dog")
     response = [start, *words[:2], start, *words[2:], student.eos_id]
+    assert student.spell(response)[::len(response) - 1] == [b"", None]
     row = replace_response(gold, response, student, teacher, 512, "eta")
     assert row.student.response == response
     assert row.teacher.response == gold.teacher.response
@@ -501,6 +503,7 @@ def test_collate_to_few_shapes(rows, width):
         for found, wanted in zip((side.real, side.positions), of_other, strict=True):
             assert torch.equal(found[torch.isin(found, wanted)], wanted)
         assert len(side.positions) == len(other.positions) and torch.equal(side.labels, other.labels)
+    assert len(collate([Row(Side([1] * 100, [2] * 29))], 0, 0, 300).student.real) == 128  # a multiple already
 
 
 def test_pairs_are_offset_by_the_examples_before(rows, student, teacher):

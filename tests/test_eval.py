@@ -48,8 +48,8 @@ def test_held_out_cross_entropy_is_the_token_mean(tiny_task, student):
                 total -= float(log_probabilities[position, ids[0, position + 1]])
                 tokens += 1
     m.train()  # whose dropout is not to count
-    for batch_size in (1, 3, 16):
-        found = evaluation.held_out_cross_entropy(m, rows, tokenizer.eos_id, batch_size=batch_size)
+    for batch_size, times in ((1, 1), (3, 1), (16, 1), (1000, 2000 // tokens + 1)):  # also over 1,024 tokens at once
+        found = evaluation.held_out_cross_entropy(m, rows * times, tokenizer.eos_id, batch_size=batch_size)
         assert found == pytest.approx(total / tokens, rel=1e-5)
     assert m.training and math.log(900) * 0.9 < total / tokens
 
@@ -236,6 +236,9 @@ def test_a_prompt_is_answered_as_in_training(tiny_task, tmp_path, capsys, monkey
     monkeypatch.setattr(evaluation, "respond", lambda model, tokenizer, prompts, *rest, **how: prompts)
     evaluation.main([*words, "A fox", "--chat", str(tmp_path / "chat.jinja")])
     assert capsys.readouterr().out == "[A fox]\n"  # which takes the place of that form
+    evaluation.main([str(tiny_task / "twin"), *words, "{}", "--seeds", "1", "2"])  # a line for each model and seed
+    lines = [f"{tiny_task / 'twin'}: {{}}\n"] * 2 + [f"{run}: {trained}\n"] * 2
+    assert capsys.readouterr().out == "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +255,8 @@ def test_what_the_terminal_lacks_is_escaped_and_nothing_lost(tiny_task, tmp_path
         lambda: show.main("", ["A fox", *both]),
         lambda: train.main(arguments(tiny_task, tmp_path / "café", max_steps=1)),
     ]
+    monkeypatch.setattr("sys.stdout", io.StringIO())  # as in a notebook: nothing to set
+    show.escape_what_cannot_be_printed()
     for command, text in zip(commands, written, strict=True):
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         command()
@@ -301,7 +306,8 @@ def test_logits_that_are_not_finite_are_an_error_not_a_traceback(tiny_task, tmp_
         evaluation.main([str(directory), "--data", data, *SHORT])
 
 
-def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error, code", [(RuntimeError("out of memory"), "out of memory"), (KeyboardInterrupt, "130")])
+def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys, monkeypatch, error, code):
     run = run_directory(tiny_task, tmp_path)
     sets = [write_lines(tmp_path / f"{name}.jsonl", {"prompt": "Hello", "output": "you"}) for name in ("one", "two")]
     evaluate, calls = evaluation.evaluate, []
@@ -309,11 +315,11 @@ def test_finished_sets_are_kept_if_a_later_one_fails(tiny_task, tmp_path, capsys
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
-            raise RuntimeError("out of memory")
+            raise error
         return evaluate(*arguments)
 
     monkeypatch.setattr(evaluation, "evaluate", failing)
-    with pytest.raises(SystemExit, match="out of memory"):
+    with pytest.raises(SystemExit, match=code):
         evaluation.main([run, "--data", *sets, "--seeds", "1", *SHORT])
     assert json.loads((tmp_path / "run" / "eval-one.json").read_text())["responses"]
     assert not (tmp_path / "run" / "eval-two.json").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import sys
@@ -604,6 +605,21 @@ def test_the_checkpoint_is_the_adapted_model(peft, tiny_task, tmp_path, at_save)
     both = peft.AutoPeftModelForCausalLM.from_pretrained(str(out / "adapter")).eval()  # finds the base by its config
     assert close(their_logits(both), expected)
     assert (out / "samples.txt").read_text().count("### prompt") == 5
+
+
+@pytest.mark.parametrize("preset", [True, False])
+def test_an_adapter_names_its_base_wherever_it_is_read(tiny_task, tmp_path, monkeypatch, preset):
+    """By its name on the hub, not by this machine's cache; a directory by its whole path."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: str(tiny_task / "student"))
+    monkeypatch.chdir(tmp_path)
+    student = "gpt2" if preset else os.path.relpath(tiny_task / "student")
+    options = {"method": "sft", "teacher": None, "student": student, "lora": 2, "max_steps": 1}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    expected = hub.MODELS["gpt2"] if preset else str((tiny_task / "student").resolve())
+    assert config["base_model_name_or_path"] == expected
 
 
 def test_a_run_and_its_adapter_are_its_student(tiny_task, tmp_path, capsys):

@@ -145,6 +145,7 @@ def test_the_map_by_hand():
 def test_unused_ids_map_to_nothing_and_nothing_maps_to_them():
     mapped = edit_distance_map(byte_level({"a": 0, "b": 2, "ac": 5}), byte_level({"b": 1, "a": 4}))
     assert mapped.tolist() == [4, -1, 1, -1, -1, 4]
+    assert edit_distance_map(byte_level({"a": 0}), byte_level({"bcd": 0, "abc": 1})).tolist() == [1]  # no short one
 
 
 def test_columns_take_the_first_teacher_token(trained):
@@ -226,6 +227,16 @@ def test_the_map_is_cached(tokenizers, tmp_path, monkeypatch, capsys):
     assert np.array_equal(ids(teacher, student), expected)
 
 
+def test_another_vocabulary_is_another_file(tmp_path, monkeypatch):
+    """Also with the same spellings (the first two), or with the same names (the first and the last)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    vocabulary, student = {"A": 0, "<0x41>": 1}, TextTokenizer(None, byte_level({"a": 0}), [0])
+    teachers = sentencepiece(vocabulary), sentencepiece({"<0x41>": 0, "A": 1}), byte_level(vocabulary)
+    for count, teacher in enumerate(teachers, 1):
+        edit_distance_ids(TextTokenizer(None, teacher, [0]), student)
+        assert len([*(tmp_path / "dskd").iterdir()]) == count
+
+
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 every_chunk = pytest.mark.parametrize("chunk", [0, 1, 2, 100])
@@ -272,4 +283,8 @@ def test_without_any_pair(chunk):
     logits = i.student_hidden @ i.student_head.T
     ce, kd = (torch.nn.functional.cross_entropy(logits / T, i.gold, reduction="sum") / TOKENS for T in (1, TEMPERATURE))
     torch.testing.assert_close([terms["ce"], terms["kd"]], [ce, kd])
+    heads = i.student_head, i.teacher_head, TEACHER_IDS, STUDENT_IDS
+    usual = mined.mined_loss(i.student_hidden, i.gold, i.rows, i.aligned_teacher(), *heads, i.counts, chunk=chunk)
+    softer = torch.nn.functional.cross_entropy(logits / 2, i.gold, reduction="sum") / TOKENS
+    torch.testing.assert_close(usual["loss"], (ce + softer) / 2)
     torch.testing.assert_close(i.gradients(terms["loss"]), i.gradients((ce + kd) / 2))

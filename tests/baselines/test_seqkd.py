@@ -1,7 +1,9 @@
 """seqkd.py and `--method seqkd`: the teacher's answers are generated once, written whole, reused, and trained on."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,7 @@ def test_answers_to_something_else_are_not_reused(tiny_task, tmp_path):
         ({"model": tiny_task / "teacher"}, ["teacher"]),
         ({"examples": how["examples"][1:]}, ["prompts"]),
         ({"max_len": 95}, ["max_len"]),
+        ({"model": Path(os.path.relpath(tmp_path / "teacher"))}, []),
         ({"seed": 1}, []),  # greedy ones do not depend on it
         ({"temperature": 0.5, "seed": 1}, ["temperature", "seed"]),
         ({"student": SimpleNamespace(chat=SimpleNamespace(name="smollm2"))}, ["student_chat"]),
@@ -88,10 +91,18 @@ def test_answers_to_something_else_are_not_reused(tiny_task, tmp_path):
         assert seqkd.compare_recipes(recipe, seqkd.make_recipe(**how | changed)) == named, changed
         assert seqkd.compare_recipes(seqkd.make_recipe(**how | changed), recipe) == named, changed
     before = {name: value for name, value in recipe.items() if name not in ("weights", "student_chat")}
-    assert seqkd.compare_recipes(before, recipe) == []
+    assert seqkd.compare_recipes(before, recipe) == [] and "prompts" in seqkd.compare_recipes(None, recipe)
     weights = load_file(tmp_path / "teacher" / "model.safetensors")
     save_file({name: weight + 2**-10 for name, weight in weights.items()}, tmp_path / "teacher" / "model.safetensors")
     assert seqkd.compare_recipes(recipe, seqkd.make_recipe(**how)) == ["weights"]
+
+
+@pytest.mark.parametrize("line", ["", "[", "[]", "{}", '{"seqkd": 3}', "[" * 100_000], ids=lambda line: line[:20])
+def test_other_files_have_no_recipe(tmp_path, line):
+    (tmp_path / "some.jsonl").write_text(line)
+    assert seqkd.read_recipe(tmp_path / "some.jsonl") is None
+    (tmp_path / "some.jsonl").write_text('\ufeff{"seqkd": {"seed": 1}}')  # as an editor may save it
+    assert seqkd.read_recipe(tmp_path / "some.jsonl") == {"seed": 1}
 
 
 def test_a_dry_run_generates_for_its_lines_and_writes_nothing(tiny_task, finished, tmp_path, capsys):

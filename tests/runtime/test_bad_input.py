@@ -1,6 +1,7 @@
 """Whatever is wrong with the input of `train.py` is one clear line, before any update and before --out exists."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -79,6 +80,14 @@ def test_malformed_tokenizer(command, copy, nothing_loaded, damage):
     assert contains(command(teacher=directory), f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer")
 
 
+def test_a_student_beyond_the_memory(command, tiny_task, monkeypatch):
+    def load_model(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    assert contains(command(), f"{tiny_task / 'student'}: the model does not fit into memory (DefaultCPUAllocator")
+
+
 @pytest.mark.parametrize("option", ["data", "valid"])
 def test_malformed_data(command, tmp_path, nothing_loaded, option):
     path = tmp_path / "bad.jsonl"
@@ -97,7 +106,8 @@ def test_malformed_data(command, tmp_path, nothing_loaded, option):
      ("lr", 0), ("lr", "nan"), ("lr", "inf"), ("clip", 0), ("weight_decay", -1), ("weight_decay", "nan"),
      ("weight_decay", "inf"), ("projector_lr", "nan"), ("projector_lr", -1), ("warmup", -1), ("max_len", 1),
      ("max_prompt_len", 0), ("chunk", -1), ("seed", -1), ("seed", 2**32), ("log_every", 0), ("checkpoint_every", -1),
-     ("lora", -1), ("lora", 2**16), ("epochs", 2**31), ("batch_size", 10**30), ("seqkd_temperature", 1e-300),
+     ("lora", -1), ("lora", 2**16), ("epochs", 2**31), ("batch_size", 10**30), ("seqkd_temperature", 9e-4),
+     ("tokens_per_batch", -1),
      ("on_policy_after", -1), ("on_policy_after", 2**31), ("on_policy", -0.1), ("on_policy", 50), ("on_policy", "nan"),
      ("on_policy", "inf")],
 )  # fmt: skip
@@ -237,7 +247,7 @@ def test_query_projector_without_cma_is_told(command, tmp_path, capsys):
 # The run directory
 
 
-def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_loaded):
+def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_loaded, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "args.json").write_text("{}")
@@ -249,6 +259,9 @@ def test_existing_run_is_not_overwritten(command, tiny_task, tmp_path, nothing_l
     assert contains(command(), f"--out {run} is a file")
     with pytest.raises(SystemExit, match=f"--out {run / 'below'}: {run} is not a writable directory"):
         train.main(arguments(tiny_task, run / "below"))
+    run.unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as of somebody else
+    assert contains(command(), f"--out {run}: {tmp_path} is not a writable directory")
 
 
 def test_resume_without_a_run(command, tmp_path, monkeypatch, nothing_loaded):

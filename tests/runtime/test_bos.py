@@ -171,11 +171,24 @@ def test_a_chat_format_that_begins_so_by_itself_gets_no_second_one(tiny_task, tm
 
 
 def test_a_prompt_that_begins_so_already_is_an_error(kinds, tmp_path, tiny_task):
-    (tmp_path / "marked.jsonl").write_text('{"prompt": "Who?", "output": "I"}\n{"prompt": "<s> Who?", "output": "I"}\n')
+    lines = ({"prompt": prompt, "output": "I"} for prompt in ("Who is <s>?", "<s> Who?"))
+    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = {"method": "sft", "teacher": None, "student": kinds["llama"], "data": tmp_path / "marked.jsonl"}
     with pytest.raises(SystemExit, match="line 2: the prompt begins with <s>, which would appear twice, .* --no-bos"):
         train.main(arguments(tiny_task, tmp_path / "run", bos=True, **options))
     train.main(arguments(tiny_task, tmp_path / "run", **options))
+
+
+def test_any_id_of_the_vocabulary_may_begin_a_text(kinds, tmp_path):
+    directory = shutil.copytree(kinds["gpt2"], tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for index in (0, 900):
+        tokenizer.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", index)])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        if index == 0:
+            assert tokenizer_of(directory, bos=True).prefix == [0]
+    with pytest.raises(ValueError, match=r"tokenizer.json: its post-processor adds ids \[900\], but .* lacks one"):
+        tokenizer_of(directory, bos=True)
 
 
 def test_evaluation_and_later_runs_know_it(kinds, tiny_task, tmp_path, capsys):

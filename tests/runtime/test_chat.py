@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import CHAT_TEMPLATES, arguments, log_of, report_of
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 import eval as evaluation
 import model
@@ -155,7 +155,18 @@ def test_tokens_that_no_file_names_are_those_of_the_class(base, name, config):
     assert "chat_template" not in json.loads((base / "tokenizer_config.json").read_text())  # the one before
 
 
-@pytest.mark.parametrize("more, begin", [({}, "<map>"), ({"added_tokens_decoder": {}}, "<config>")])
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_class_without_names_of_its_own_knows_no_other_tokens(base, name):
+    transformers = pytest.importorskip("transformers")
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    (base / "begin.jinja").write_text("{{ bos_token }}.")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(base)
+    assert theirs.apply_chat_template(turns("x"), chat_template="{{ bos_token }}.", tokenize=False) == "."
+    assert read_tokenizer(base, str(base / "begin.jinja")).chat.render([]) == "."
+
+
+@pytest.mark.parametrize("more, begin", [({}, "<map>"), ({"added_tokens_decoder": {}}, "<config>"),
+                                         ({"added_tokens_decoder": {}, "bos_token": None}, "")])  # fmt: skip
 def test_of_two_files_that_name_a_token_the_later_one_counts(base, more, begin):
     """special_tokens_map.json, or tokenizer_config.json from transformers 4.34 on; as for the end-of-text."""
     (base / "special_tokens_map.json").write_text('{"bos_token": "<map>"}')
@@ -163,6 +174,15 @@ def test_of_two_files_that_name_a_token_the_later_one_counts(base, more, begin):
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     (base / "begin.jinja").write_text("{{ bos_token }}")
     assert read_tokenizer(base, str(base / "begin.jinja")).chat.render([]) == begin
+
+
+def test_the_end_is_the_first_special_token_behind_an_answer(base):
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("~", special=False)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "own.jinja").write_text("{% for turn in messages %}{{ turn.content }}~<|im_end|><|im_start|>{% endfor %}")
+    read = read_tokenizer(base, str(base / "own.jinja"))
+    assert [read.names([end]) for end in read.end_ids] == ["<|im_end|>", "<|endoftext|>"]
 
 
 def test_every_file_that_names_the_end_gets_the_new_one(base):
@@ -195,7 +215,7 @@ def test_thinking_is_off_unless_asked_for_and_serving_knows(chatting, tmp_path, 
 @pytest.mark.parametrize(
     "name, chat, response, note",
     [
-        ("qwen3", "own", "<think>\nhm\n</think>\n\nBlue.", "has already written </think>: use --chat thinking"),
+        ("qwen3", "own", "\n<think>\nhm\n</think>\n\nBlue.", "has already written </think>: use --chat thinking"),
         ("deepseek-r1-distill", "own", "<think>\nhm", "has already written <think>: remove <think> from the data"),
         ("qwen3", "thinking", "<think>\nhm\n</think>\n\nBlue.", ""), ("qwen3", "own", "Blue.", ""),
         ("qwen2.5", "own", "<think>\nhm\n</think>\n\nBlue.", ""),
@@ -218,7 +238,7 @@ def test_where_a_template_is_found(base):
     several = [{"name": name, "template": f"{name} {{{{ messages[-1].content }}}}"} for name in ("tool_use", "default")]
     assert found(chat_template="one {{ messages[-1].content }}") == "one q"
     assert found(chat_template=several) == "default q" == found(chat_template={"default": several[1]["template"]})
-    for nothing in (None, several[:1], []):
+    for nothing in (None, several[:1], [], ["one"]):
         with pytest.raises(ValueError, match="base: no chat template in .* give the path of one"):
             found(chat_template=nothing)
     (base / "chat_template.jinja").write_text("file {{ messages[-1].content }}")
@@ -408,19 +428,29 @@ def test_a_student_trained_in_a_format_keeps_it(chatting, tmp_path, capsys):
         ("qwen", {"student_chat": "own"}, None), ("qwen", {"chat": "thinking"}, None), ("student", {}, None),
         ("qwen", {"chat": SMOLLM}, "smollm2.jinja, not the model's own\n"),
         ("bare", {"student_chat": SMOLLM}, "not the model's own; its vocabulary lacks <|im_start|>, <|im_end|>\n"),
-        ("lost", {}, "its end-of-text <|im_end|> looks like the end of a turn, but it has no chat template\n"),
+        *[(f"lost {end}", {}, f"its end-of-text {end} looks like the end of a turn, but it has no chat template\n")
+          for end in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")],
+        ("bare", {"student_chat": str(CHAT_TEMPLATES / "mistral.jinja")}, "its vocabulary lacks [INST], [/INST]\n"),
+        ("run", {}, None),  # which was trained without its template
     ],
 )  # fmt: skip
-def test_a_note_on_prompts_not_in_the_own_template(chatting, tiny_task, tmp_path, capsys, name, options, note):
+def test_a_note_on_prompts_not_in_the_own_template(
+    chatting, tiny_task, tmp_path, capsys, monkeypatch, name, options, note
+):
     student = tiny_task / "twin" if name == "bare" else chatting / name
-    if name == "lost":
+    if name.startswith("lost"):
         student = shutil.copytree(chatting / "student", tmp_path / "lost")
-        (student / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        (student / "tokenizer_config.json").write_text(json.dumps({"eos_token": name.split()[1]}))
+    if name == "run":
+        monkeypatch.chdir(shutil.copytree(chatting / "qwen", tmp_path / "run" / "student"))
+        student = "."
+        (tmp_path / "run" / "args.json").write_text('{"student_chat": "none"}')
     lengths = {"max_len": 128, "max_prompt_len": 120} if name == "bare" else LONG
     options = {"student": student, "method": "sft", "teacher": None, "dry_run": True, **lengths, **options}
     train.main(arguments(chatting, None, **options))
     lines = [line + "\n" for line in capsys.readouterr().err.splitlines()]
-    notes = [line for line in lines if line.startswith("note: ") and "--bos" not in line]
+    begun = options.get("chat", options.get("student_chat", "none")) != "none"  # by the template
+    notes = [line for line in lines if line.startswith("note: ") and (begun or "--bos" not in line)]
     assert len(notes) == (note is not None) and all(note in line and str(student) in line for line in notes)
 
 
@@ -497,5 +527,6 @@ def test_exercises_and_sums_are_asked_in_the_format(chatting, tmp_path, monkeypa
     scores = evaluation.evaluate(m, tokenizer, DataSet("sums", "math", sums), [1], max_len=500)
     assert scores["accuracy"] == [100.0]
     [response] = respond(m, tokenizer, tokenizer.fit_prompts([exercise], 250))
+    assert seqkd.write_prompt(exercise, tokenizer) == {"prompt": tokenizer.chat.message(exercise)}
     assert "return 1" in program_of(response, exercise.prompt, code.entry_point)  # without running it
     assert all(prompt.startswith("<|im_start|>system") and prompt.endswith("assistant\n") for prompt in asked)

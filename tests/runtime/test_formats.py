@@ -59,6 +59,7 @@ def test_published_forms(tmp_path):
     assert program.code.tests == "\nassert one() == 1\nassert one() != 2\n"
     assert setup.code.tests == "x = one()" + program.code.tests and "x = one()" not in setup.prompt
     assert sanitised.code.tests.startswith("import math\n") and sanitised.outputs == program.outputs
+    assert read_one(tmp_path, {**SANITISED, "test_imports": []}).code.tests == program.code.tests  # most of its lines
     plus = read_one(tmp_path, {**SANITISED, "test": "for n in range(9):\n    assert one() == 1"})
     assert plus.prompt == program.prompt and plus.code.tests.endswith("\nfor n in range(9):\n    assert one() == 1\n")
 
@@ -78,7 +79,7 @@ def test_sets_of_mathematics_are_graded_by_their_answer(tmp_path, record, output
     assert task_of([example], "some") == "math"
 
 
-@pytest.mark.parametrize("answer", ["proof", "notfound"])
+@pytest.mark.parametrize("answer", ["proof", "notfound", ""])
 def test_numina_has_no_final_answer_in_some(tmp_path, answer):
     example = read_one(tmp_path, {"problem": "Prove it.", "solution": "So it is.", "answer": answer})
     assert example.outputs == ["So it is."] and task_of([example], "some") == "rouge"
@@ -95,13 +96,16 @@ SAME = [  # records that say: "Be brief.", the turns before, "Name a color.", "B
     {"question": "Name a color.", "answer": "Blue", "input": None, "system": "Be brief.", "history": [["Hi", "Hello"]]},
     {"messages": [{"role": "developer", "content": "Be brief."}, *MESSAGES]},
     {"messages": [SYSTEM, *MESSAGES]}, {"messages": MESSAGES[2:], "system": "Be brief.", "history": [["Hi", "Hello"]]},
-    {"messages": MESSAGES, "system": "Be brief.", "tools": [], "prompt": "Hi"},
+    {"messages": MESSAGES, "system": "Be brief.", "tools": [], "functions": {}, "image": "", "images": "[]",
+     "choices": False, "prompt": "Hi"},
     {"messages": [SYSTEM, *MESSAGES[:2], {"role": "User", "content": PARTS, "tool_calls": None}, MESSAGES[3]]},
     {"conversations": [{"from": who, "value": text} for who, text in [("system", "Be brief."), ("human", "Hi"),
                        ("gpt", "Hello"), ("human", "Name a color."), ("chatgpt", "Blue")]], "id": "x_0"},
     {"prompt": [SYSTEM, *MESSAGES[:3]], "completion": MESSAGES[3:], "label": True},
     {"messages": [SYSTEM, *MESSAGES[:3]], "reasoning": "Hm.", "answer": "Blue"},  # Dolphin-R1
     {"messages": [SYSTEM, *MESSAGES], "system": "Be brief."},  # which they say already
+    {"messages": [{"role": "prompter", "content": "Hi"}, {"role": "bot", "content": "Hello"}, MESSAGES[2],
+                  {"role": "model", "content": "Blue"}], "system_message": "Be brief."},  # OASST, Gemma
 ]  # fmt: skip
 
 
@@ -125,10 +129,15 @@ def test_pairs(tmp_path):
     assert pair(prompt="p", completion="c") == pair(prompt="p", response="c", input="") == ("p", "", "", ["c"])
     assert pair(instruction="i", context="n", response=["a", "b"]) == (None, "i", "n", ["a", "b"])
     assert pair(instruction="i", input=None, output="o", context="n", response="r") == (None, "i", "n", ["o"])
+    assert pair(question="q", context="c", answer="a") == (None, "q", "c", ["a"])
+    assert pair(query="q", input="", context="c", answer="a", history="") == (None, "q", "c", ["a"])
+    assert pair(prompt="p", completion="c", label=0) == ("p", "", "", ["c"])  # a class, not a verdict
     # a prompt is whole, and what it was made of may stand beside it
     assert pair(prompt="p i n", instruction="i", input="n", output="o") == ("p i n", "", "", ["o"])
     example = read_one(tmp_path, {"prompt": "p", "completion": "c", "system": "s", "history": [["a", "b"]]})
     assert example.prompt_text() == "s\n\na\n\nb\n\np"
+    example = read_one(tmp_path, {"messages": [{**SYSTEM, "content": "t"}, *MESSAGES[2:]], "system": "s"})
+    assert [turn["content"] for turn in example.history] == ["s", "t"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -191,7 +200,9 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({"prompt": "p", "completion": "c", "label": False}, "'label' is false: a response that should not", "a pair"),
         ({"messages": MESSAGES, "kto_tag": False}, "'kto_tag' is false: a response that should not", "chat messages"),
         ({**GSM8K, "contexts": ["a"]}, "'contexts' would change the text", "GSM8K's"),
-        ({**GSM8K, "choices": ["a"]}, "'choices' would change the text", "GSM8K's"),
+        *[({**GSM8K, key: ["a"]}, f"'{key}' would change the text", "GSM8K's") for key in (
+            "choices options documents passage functions images videos chat_history reasoning_content "
+            "chat_template_kwargs".split())],
         ({**DOLLY, "system": "a", "system_prompt": "b"}, "system and system_prompt differ", "Dolly's"),
         ({**DOLLY, "context": "a", "input": "b"}, "input and context differ", "Dolly's"),
         ({**DOLLY, "question": "q"}, "instruction and question differ", "Dolly's"),
@@ -204,6 +215,9 @@ DOLLY = {"instruction": "i", "context": "", "response": "r"}
         ({"messages": 3}, "expected a list of turns, found int", "chat messages"),
         ({"messages": [{**MESSAGES[2], "role": "tool"}, MESSAGES[3]]}, "a turn has the role 'tool'", "chat"),
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "tool_calls": [1]}]}, "'tool_calls' would change", "chat messages"),
+        *[({"messages": [MESSAGES[2], {**MESSAGES[3], key: "Hm."}]}, f"'{key}' would change", "chat messages")
+          for key in ("thinking", "reasoning")],
+        ({"messages": [{"content": "a"}, MESSAGES[3]]}, "a turn has the role 'None'", "chat messages"),
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "content": None}]}, "'content' must be a string, found", "chat"),
         ({"messages": [{**MESSAGES[2], "content": [{"type": "image"}]}, MESSAGES[3]]}, "'content' must be a", "chat"),
         ({"conversations": [{"from": "human", "value": 3}]}, "'content' must be a string, found int", "ShareGPT's"),
@@ -230,7 +244,7 @@ MALFORMED = {
     "an array cut off": (b"[\n" + GOOD + b",", ["begins as a JSON array", "not JSON", "line 3"]),
     "an item of an array": (b"[" + GOOD + b', {"prompt": "p"}]', ["item 2", "the response is missing", "like a pair"]),
     "gzip cut off": (gzip.compress(GOOD)[:-9], ["looks like a gzip file, but is damaged"]),
-    "gzip spoilt": (gzip.compress(GOOD)[:12] + b"\0\0\0\0", ["looks like a gzip file, but is damaged"]),
+    "gzip spoilt": (gzip.compress(GOOD)[:10] + b"\xff" * 9, ["looks like a gzip file, but is damaged"]),
     "null": (b"null\n", ["line 1", "object", "NoneType"]),
     "no output": (GOOD + b'{"prompt": "p"}\n', ["line 2", "the response is missing"]),
     "output null": (b'{"prompt": "p", "output": null}\n', ["line 1", "the response is missing"]),
@@ -245,7 +259,9 @@ MALFORMED = {
     "input a number": (b'{"instruction": "i", "input": 3, "output": "o"}\n', ["line 1", "'input' must", "int"]),
     "outputs empty": (b'{"prompt": "p", "output": ""}\n' * 12, ["no examples"]),
     "end_of_text a word": (b'{"prompt": "p", "output": "o", "end_of_text": "no"}', ["line 1", "true or false, found"]),
-    "a key twice": (GOOD + b'{"output": "a", "output": "b"}', ["line 2", "not JSON: the key 'output' appears twice"]),
+    "an array without an end": (b"[" * 100_000, ["begins as a JSON array", "not JSON"]),
+    "a key twice": (GOOD + b'{"prompt": "p", "output": "a", "output": "b"}',
+                    ["line 2", "not JSON: the key 'output' appears twice"]),
     "half a surrogate pair": (b'{"prompt": "ab\\ud83d", "output": "o"}\n', ["line 1", "'prompt'", "surrogate", "2"]),
     "half a pair, output": (GOOD + b'{"prompt": "p", "output": ["o", "\\udc00"]}', ["line 2", "'output'", "surrogate"]),
     "not UTF-8": (GOOD + b"\n" + '{"prompt": "é", "output": "o"}\n'.encode("latin-1"), ["line 3", "not UTF-8"]),
@@ -274,8 +290,8 @@ def test_an_empty_output_is_left_out_with_a_note(tmp_path, capsys):
     empty = b'{"prompt": "p", "output": ""}\n'
     path = write(tmp_path, empty + GOOD + b'{"prompt": "p", "output": ["a", ""]}\n' + empty * 10)
     assert [example.where for example in read_examples(path)] == [f"{path}, line 2"]
-    note = f"note: {path}: examples with an empty output are left out: line 1, line 3, "
-    assert capsys.readouterr().err.startswith(note) and read_examples(write(tmp_path, GOOD))
+    note, said = f"note: {path}: examples with an empty output are left out: line 1, line 3, ", capsys.readouterr().err
+    assert said.startswith(note) and said.endswith(", line 11 and others\n") and read_examples(write(tmp_path, GOOD))
     assert capsys.readouterr().err == ""
     unanswered = json.dumps({"messages": MESSAGES[:3]}).encode() + b'\n{"conversations": []}\n'
     assert [example.where for example in read_examples(write(tmp_path, GOOD + unanswered))] == [f"{path}, line 1"]

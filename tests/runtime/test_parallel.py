@@ -27,7 +27,7 @@ from baselines import seqkd
 from experiments import memory
 from fast import cache
 from model import hidden_at, load_model, read_json
-from runtime import parallel
+from runtime import parallel, strict
 from runtime import run as checkpoint
 from runtime.formats import read_examples
 from runtime.peft import load_adapter
@@ -433,6 +433,7 @@ def test_compiled_blocks(tiny_task, tmp_path):
     [
         ({"shard": "both"}, "--shard both splits weights over processes: start with torchrun"),
         ({"shard": "teacher", "by_torchrun": True, "method": "sft"}, "--shard teacher: --method sft trains without"),
+        ({"shard": "both", "by_torchrun": True, "method": "seqkd"}, "--shard both: --method seqkd trains without"),
         ({"by_torchrun": True, "dry_run": True}, "--dry-run runs in one process"),
         ({"by_torchrun": True, "device": "cuda:0"}, "--device cuda:0: torchrun gives each process its own device"),
         ({"by_torchrun": True, "shard": "teacher", "cache_teacher": "c"}, "only an unsharded teacher"),
@@ -450,11 +451,26 @@ def test_what_cannot_be_says_why(tiny_task, tmp_path, monkeypatch, options, mess
         train.check_options(options_of(tiny_task, tmp_path / "run", **options))
 
 
+def test_each_process_has_a_card_of_its_own(tiny_task, tmp_path, monkeypatch):
+    """And keeps it where the options are checked again, as a run does."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "test"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(strict, "choose_device", lambda index=0: ("cuda", ""))
+    o = options_of(tiny_task, tmp_path / "run", device=None, dtype="fp32")
+    for _ in range(2):
+        o = train.check_options(o)
+        assert o.device == "cuda:1"
+
+
 def test_an_update_that_cannot_be_split_says_so(tiny_task, tmp_path, monkeypatch):
     with stopped_by_ctrl_c():
         train.train(options_of(tiny_task, tmp_path / "run", batch_size=4))
     monkeypatch.setattr(parallel, "world", lambda: 3)
     with pytest.raises(ValueError, match="3 process.es. makes 12, and that number of processes does not divide 4"):
+        train.check_directory(train.check_options(options_of(tiny_task, tmp_path / "run", batch_size=4, resume=True)))
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match="2 process.es. makes 8: use --batch-size 2 --grad-accum 1$"):
         train.check_directory(train.check_options(options_of(tiny_task, tmp_path / "run", batch_size=4, resume=True)))
 
 

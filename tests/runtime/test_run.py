@@ -1,5 +1,8 @@
 """A run may end at any moment: by kill -9, by Ctrl-C, by a full disk, by a number that is not finite."""
 
+import dataclasses
+import errno
+import fcntl
 import gc
 import itertools
 import json
@@ -9,6 +12,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +152,13 @@ def test_a_run_is_known_by_its_directory(tiny_task, tmp_path, capsys, monkeypatc
     assert (again["max_steps"], again["lr"], again["data"]) == (6, 1e-3, str(tiny_task / "train.jsonl"))
 
 
+@pytest.mark.parametrize("before, free", [("cuda:0", True), ("cuda", True), ("cpu", False)])
+def test_a_run_may_go_on_on_another_card(before, free):
+    sizes = {"batch_size": 4, "grad_accum": 1, "processes": 1}
+    found = checkpoint.free_options({**sizes, "device": "cuda:1"}, {**sizes, "device": before})
+    assert ("device" in found) == free
+
+
 def test_a_run_that_is_older_than_an_option_goes_on(tiny_task, tmp_path):
     """Older runs with LoRA adapted all layers."""
     options = {"on_policy": 1, "max_len": 60, "lora": 4, "max_steps": 3}
@@ -258,9 +269,11 @@ def test_what_is_best_may_not_change_between_two_parts_of_a_run(tiny_task, tmp_p
     with pytest.raises(SystemExit, match="--resume: --keep-best is 'rouge', but .* was started with 'ce'"):
         train.main([*command(tiny_task, run, keep_best="rouge"), "--resume"])
     record = json.loads((run / "args.json").read_text())
-    for spoilt in (3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}):
-        (run / "args.json").write_text(json.dumps({**record, "best": spoilt}))
-        with pytest.raises(SystemExit, match="args.json: .* is not a possible value of best"):
+    bests = 3, [], {"step": 2}, {"step": 2.5, "valid_ce": 1.0}, {"step": 2, "valid_ce": math.nan}
+    others = ("batch_size", 0), ("processes", None), ("student_chat", "nowhere"), ("lr", "fast"), ("lr", True)
+    for name, spoilt in (*(("best", best) for best in bests), *others):
+        (run / "args.json").write_text(json.dumps({**record, name: spoilt}))
+        with pytest.raises(SystemExit, match=f"args.json: .* is not a possible value of {name}"):
             train.main([*command(tiny_task, run), "--resume"])
 
 
@@ -334,6 +347,28 @@ def test_asked_to_stop_a_run_saves_first(
     assert_same_run(whole, run)
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+    try:
+        with checkpoint.note_signals() as noted:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert noted == []
+
+
+def test_a_finished_stage_may_be_moved_and_name_what_it_left_open(tiny_task, tmp_path):
+    options = {"method": "sft", "teacher": None, "max_steps": 1, "max_len": None, "max_prompt_len": None}
+    o = train.Options(**train.parse(arguments(tiny_task, tmp_path / "one", **options)))
+    train.run_stage(o, "teacher")
+    o = dataclasses.replace(train.check_options(o), out=str((tmp_path / "one").rename(tmp_path / "two")))
+    for same_updates in ({}, {"max_len": 128}, {"batch_size": 2, "grad_accum": 2}):
+        assert checkpoint.is_finished(dataclasses.replace(o, **same_updates))
+    for changed, was in (({"max_len": 100}, "max-len 128"), ({"batch_size": 2}, "batch-size 4")):
+        with pytest.raises(ValueError, match=f"was trained with --{was}; give another --out"):
+            checkpoint.is_finished(dataclasses.replace(o, **changed))
+
+
 def test_stopped_while_loading_there_is_nothing_to_go_on_with(tiny_task, tmp_path, at_call, capsys):
     at_call("tokenise", 1, send(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
@@ -371,6 +406,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_task, whole, tmp_path, at_c
     message = caught.value.code
     assert message.startswith(f"error: {run}") and "File too large" in message and "with --resume" in message
     assert snapshot(run) == before and step_of(run) == 2
+    (run / "checkpoint.new" / "resume").mkdir(parents=True)  # as a run leaves it that is killed while it saves
     train.main([*command(tiny_task, run, **STOPPED), "--resume"])
     assert_same_run(whole, run)
 
@@ -445,17 +481,31 @@ def test_a_cut_off_last_line_is_dropped_and_other_damage_named(tiny_task, tmp_pa
         assert log.read_text() == lines[0] + damage + lines[1]
 
 
-def test_one_process_at_a_time(tiny_task, tmp_path):
+def test_one_process_at_a_time(tiny_task, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train.main(command(tiny_task, run))
     held = f"{run} is in use by process {os.getpid()} on "
-    with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
+    with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held), monkeypatch.context() as patch:
+        patch.setattr(train, "load", lambda o: pytest.fail("models were loaded first"))
         train.main([*command(tiny_task, run), "--resume"])
-    train.main([*command(tiny_task, run), "--resume"])
+    words = [*command(tiny_task, run), "--resume"]
+    train.main(words)
+    assert checkpoint.say_how_to_go_on(train.parse(words), words).count("--resume") == 1
+    assert (run / "resume" / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     (run / "args.json").unlink()
     shutil.rmtree(run / "student")
     with checkpoint.lock_directory(run), pytest.raises(SystemExit, match=held):
         train.main(command(tiny_task, run))
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / "resume").mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with checkpoint.lock_directory(tmp_path):
+        assert f"{tmp_path} cannot be locked (" in capsys.readouterr().err
 
 
 def test_of_two_runs_that_load_at_the_same_time_one_gets_the_directory(tiny_task, tmp_path, at_call):

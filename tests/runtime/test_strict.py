@@ -63,6 +63,7 @@ def test_wrong_tensors(tmp_path):
         (key, tensors[key].T.contiguous(), r"shape \[96, 24\] in the file, but \[24, 96\]"),
         ("transformer.ln_f.bias", torch.zeros(25), r"ln_f.bias: shape \[25\] in the file, but \[24\] according"),
         ("transformer.ln_f.bias", torch.zeros(24, dtype=torch.int8), "ln_f.bias: I8 weights"),
+        ("transformer.ln_f.bias", torch.zeros(24, dtype=torch.float8_e4m3fn), "F8_E4M3 weights .a quantised"),
         ("transformer.h.2.ln_1.bias", torch.zeros(24), "tensor 'transformer.h.2.ln_1.bias' is not known"),
         ("score.weight", torch.zeros(2, 24), "tensor 'score.weight' is not known for model_type gpt2"),
         (key, None, rf"lacks 1 tensors: {key}"),
@@ -111,12 +112,18 @@ def test_shards(tmp_path):
         ({k: v for k, v in GPT2.items() if k != "n_head"}, "n_head must be an integer from 1 to .*is 'missing'"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size must be an integer from 1"),
         ({**GPT2, "n_layer": 0}, "n_layer must be an integer from 1 to 1024, but is 0"),
+        ({**GPT2, "n_layer": True}, "n_layer must be an integer from 1 to 1024, but is True"),
+        ({**GPT2, "n_inner": 0}, "n_inner must be an integer from 1"),
         ({**GPT2, "n_head": 5}, "n_embd 24 is not divisible by 5 heads"),
         ({**LLAMA, "hidden_size": 50}, "hidden_size 50 is not divisible by 6 heads"),  # transformers does not load it
         ({**LLAMA, "model_type": "qwen2", "hidden_size": 4}, "hidden_size 4 is not divisible by 6 heads"),
         ({**LLAMA, "num_key_value_heads": 4}, "6 attention heads cannot share 4 key-value heads"),
         ({**LLAMA, "head_dim": 5}, "head_dim 5 is odd"),
         ({**GPT2, "hidden_size": 32}, "hidden_size = 32 is not supported, only 24"),  # n_embd's other name
+        ({**GPT2, "max_position_embeddings": 50}, "max_position_embeddings = 50 is not supported, only 40"),
+        *[({**LLAMA, name: value}, f"{name} = .* is not supported, only") for name, value in (
+            ("use_mrope", True), ("pruned_heads", {"0": [1]}), ("compression_config", {"format": "x"}),
+            ("transformers_weights", "x.safetensors"), ("is_encoder_decoder", True))],
         ({**LLAMA, "quantization_config": {"bits": 4}}, "'bits': 4. is not supported.* not quantised"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
         ({**GPT2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = True"),
@@ -135,7 +142,7 @@ def test_shards(tmp_path):
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number from 0.001 to .* is 0"),
         ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor must be a number from .*, but is 'missing'"),
         ({**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}}, "factor must be a number from .*, but is '8'"),
-        ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_freq_factor below its high_freq_factor"),
+        ({**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor below its high_freq_factor"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "truncate": 1}}, "truncate must be true or false"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "'yarn' needs a rope_theta above"),
         ({**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta 10000.*contradict"),
@@ -158,7 +165,7 @@ def test_configs_of_the_hub_are_understood():
     old_gpt2 = {"n_ctx": 1024, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None,
                 "task_specific_params": {"text-generation": {"max_length": 50}}, "n_special": 0, "output_past": True,
                 "predict_special_tokens": True, "architectures": ["GPT2LMHeadModel"], "_num_labels": 1}  # fmt: skip
-    check_config({**GPT2, **old_gpt2})
+    check_config({**GPT2, **old_gpt2, "n_embd": 15})  # an odd width of its heads: there is nothing to rotate
     check_config({**LLAMA, "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16", "use_cache": True})
     smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "rope_theta": 1e5}
     assert check_config({**LLAMA, **smollm2, "tie_word_embeddings": True}).tied

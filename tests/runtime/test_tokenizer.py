@@ -3,13 +3,15 @@
 import json
 
 import pytest
-from helpers import CHAT_TEMPLATES, SENTENCES, wordpiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from helpers import CHAT_TEMPLATES, SENTENCES, byte_level, wordpiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from data import Example, tokenise
 from runtime.run import tokenizer_of
-from runtime.tokenizer import check_size, read_tokenizer
+from runtime.tokenizer import TextTokenizer, check_size, count_shared, read_tokenizer
 
+NO_TEXT = byte_level({"a": 0, "b": 1})  # its template for a text has no place for one
+NO_TEXT.post_processor = processors.TemplateProcessing(single="a", special_tokens=[("a", 0)])
 CONFIG = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
@@ -67,6 +69,9 @@ def test_which_ids_are_ends(tmp_path, trained_folder, files, expected):
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: expected a JSON object"),
         ({"tokenizer.json": "{"}, "tokenizer.json: cannot be read as a tokenizer"),
+        ({"tokenizer.json": NO_TEXT.to_str()}, "tokenizer.json: cannot be read as a tokenizer"),
+        *[({"tokenizer.json": byte_level({"a": 0, "b": 1}).to_str().replace('"b":1', f'"b":{index}')},
+           f"tokenizer.json: 2 tokens have .* ids up to {index}: not a valid vocabulary") for index in (0, 2**24)],
     ],
 )
 def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path, trained_folder, files, expected):
@@ -157,11 +162,14 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     rows, eos = tokenizer.get_vocab_size(), tokenizer.id_to_token(0)
 
-    def read(*tokens, chat="none", **files):
+    def read(*tokens, chat="none", in_vocabulary=False, **files):
         changed = Tokenizer.from_str(tokenizer.to_str())
         changed.add_tokens(list(tokens))
+        content = json.loads(changed.to_str())
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        content["model"]["vocab"] |= added if in_vocabulary else {}
         files = {"tokenizer_config.json": {"eos_token": eos}, "config.json": {**CONFIG, "vocab_size": rows}, **files}
-        return tokenizer_of(with_files(tmp_path, trained_folder, {**files, "tokenizer.json": changed.to_str()}), chat)
+        return tokenizer_of(with_files(tmp_path, trained_folder, {**files, "tokenizer.json": content}), chat)
 
     pad, end = AddedToken("<pad>", special=True), AddedToken("<|im_end|>", special=True)
     found = read(pad, end, **{"generation_config.json": {"eos_token_id": [0, rows + 1]}})
@@ -169,6 +177,7 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
     assert found.size == rows and found.end_ids == [0] and found.tokenizer.get_vocab() == tokenizer.get_vocab()
     ids = found.encode_prompt("a<pad>b<|im_end|>")
     assert max(ids) < rows and found.decode(ids) == "a<pad>b<|im_end|>"
+    assert read(pad, end, in_vocabulary=True).tokenizer.get_vocab() == tokenizer.get_vocab()
     (tmp_path / "generation_config.json").unlink()
     for tokens, chat, named in (
         ([AddedToken("photosynthesis")], "none", "photosynthesis"),
@@ -180,6 +189,17 @@ def test_special_tokens_without_an_embedding_are_left_out(tmp_path, trained_fold
         assert named in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(ValueError, match="the first without one is '<pad>'"):
         read(pad, **{"tokenizer_config.json": {"eos_token": "<pad>"}})
+
+
+@pytest.mark.parametrize("tokens, end, shared", [(["<end>", "<x>"], 2, 3), (["<x>", "<end>"], 3, 0)])
+def test_end_of_text_is_among_the_shared_ids(tokens, end, shared):
+    """Or none is shared: the same id behind one with two meanings would be a label without a column."""
+    both = []
+    for name in ("<x>", "<y>"):
+        tokenizer = byte_level({"a": 0, "b": 1})
+        tokenizer.add_special_tokens([token.replace("<x>", name) for token in tokens])
+        both.append(TextTokenizer(None, tokenizer, [end]))
+    assert count_shared(*both) == shared
 
 
 def test_size_counts_ids_not_tokens(tmp_path):
