@@ -108,7 +108,9 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     data = str(tiny_task / "test.jsonl")
     short = ["--max-len", "40", "--device", "cpu"]
     evaluation.main(["one", "two", "--data", data, "--seeds", "1", "2", "--limit", "3", *short])
-    lines, differences = map(str.splitlines, capsys.readouterr().out.split("\n\n"))
+    out, err = capsys.readouterr()
+    lines, differences = map(str.splitlines, out.split("\n\n"))
+    assert "device: cpu (" in err
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-------", "one", "two"]
     assert differences[2].split("|")[1:3] == [" two                 ", " +0.00 ± 0.00         "]
     assert lines[2].split("|")[2:] == lines[3].split("|")[2:] and "±" in lines[2]  # the same model, the same seeds
@@ -118,6 +120,8 @@ def test_command_line_compares_models_and_writes_json(tiny_task, tmp_path, capsy
     evaluation.main(["one", "--data", data, "--greedy", "--limit", "3", *short])
     assert "±" not in capsys.readouterr().out
     assert json.loads((tmp_path / "one" / "eval-test-first-3.json").read_text()) == report  # is still there
+    both = [report, json.loads((tmp_path / "one" / "eval-test-first-3-greedy.json").read_text())]
+    assert [report["seeds"] for report in both] == [[1, 2], None]
 
 
 def test_a_missing_directory_is_named_before_anything_is_loaded(tiny_task, tmp_path):

@@ -139,6 +139,8 @@ def test_attached_layers_take_over_the_mode_and_generate_with_the_cache():
         ((True, 8.0), "rank True"),
         ((4, 0.0), "alpha 0.0"),
         ((4, float("nan")), "alpha nan"),
+        ((4, float("inf")), "alpha inf"),
+        ((4, "8"), "alpha '8'"),
         ((4, 8.0, 1.0), "dropout 1.0"),
         ((4, 8.0, -0.1), "dropout -0.1"),
         # c_fc does not end in ".fc"; the head, here an own layer, gets no adapter
@@ -168,6 +170,7 @@ def test_a_rank_above_the_width_and_a_second_adapter():
     with pytest.raises(ValueError, match="already has adapters"):
         lora.attach(m, 4, 8)
     assert close(logits_of(lora.attach(lora.merge(m), 2, 8)), adapted)
+    assert not any(module.training for module in m.modules())  # else its dropout would be active
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral-no-window", "qwen2", "qwen3"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CONFIGS, GPT2, LLAMA, LLAMA3, perturb, random_batch, random_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
@@ -74,6 +75,17 @@ def test_activations_are_those_of_transformers(transformers):
     x = torch.linspace(-4, 4, 99)
     for name, activation in model.ACTIVATIONS.items():
         torch.testing.assert_close(activation(x), ACT2FN[name](x), atol=1e-6, rtol=0)
+
+
+def test_a_field_that_is_left_out_is_what_it_is_in_transformers(transformers):
+    """As a config.json may leave it out; but for those that follow from other fields."""
+    for family, fields in model.FIELDS.items():
+        asked = {"use_sliding_window": True} if "use_sliding_window" in fields else {}  # else there is no window
+        follow = {"n_inner", "head_dim", "layer_types", *model._ROPE} - ({"head_dim"} if family == "qwen3" else set())
+        follow |= {"num_key_value_heads"} if family == "llama" else set()
+        theirs, ours = transformers.AutoConfig.for_model(family, **asked), {**fields, **asked}
+        ours = {field: x for field, x in ours.items() if field not in follow and x is not model.REQUIRED}
+        assert {field: getattr(theirs, field) for field in ours} == ours
 
 
 @every_family
@@ -235,6 +247,7 @@ def test_generate_restores_the_mode_and_refuses_nonsense():
         ({"prompts": [[-1]]}, "below the vocabulary"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": [1, 2]}, "one per prompt"),
@@ -488,6 +501,8 @@ def test_round_trip_is_exact(name, tmp_path):
     tied = (again.head_weight is again.embed.weight) == (m.head_weight is m.embed.weight)
     assert tied and ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (m.lm_head is not None)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # without it transformers 4 does not read the file
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_dtypes(tmp_path):
@@ -501,6 +516,9 @@ def test_dtypes(tmp_path):
     assert {p.dtype for p in load_model(tmp_path, torch.bfloat16).parameters()} == {torch.bfloat16}
     save_model(again, tmp_path)  # from here on it is a float32 checkpoint and says so
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+    save_model(random_model({**LLAMA, "dtype": "bfloat16"}), tmp_path)  # transformers 5 spells it so
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
 
 
 def test_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):

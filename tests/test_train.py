@@ -82,9 +82,10 @@ def test_resume_wants_the_same_examples(tiny_task, tmp_path):
     assert log_of(tmp_path / "run")[-1]["step"] == 5
 
 
-def test_the_digest_knows_where_a_response_begins():
-    one, other = (Pieces(None, None, None, None, [Row(Side(*ids))]) for ids in (([1], [2, 3]), ([1, 2], [3])))
-    assert one.digest != other.digest
+def test_the_digest_knows_every_token_and_where_a_response_begins():
+    sides = [[Side([1], [2, 3])], [Side([1, 2], [3])], [Side([1], [2, 4])]]
+    sides += [[*sides[0], Side([1], [last])] for last in (5, 6)]  # the teacher's
+    assert len({Pieces(None, None, None, None, [Row(*both)]).digest for both in sides}) == 5
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,11 @@ def test_a_response_that_cannot_be_used_leaves_the_gold_one(tiny_task, tmp_path,
     """Every second one is half a character and cut; `on_policy` says how many were sampled."""
     tokenizer = read_tokenizer(tiny_task / "student")
     half, word = [tokenizer.bytes.index(b"\xf0")], [*tokenizer.encode("The fox"), tokenizer.eos_id]
-    monkeypatch.setattr(train, "generate", lambda *arguments, **_: [half, word] * 2)
+    asked = []
+    monkeypatch.setattr(train, "generate", lambda *words, **_: asked.append(words) or [half, word] * 2)
     train.main(arguments(tiny_task, tmp_path / "run", on_policy=1, max_steps=1))
+    [(_, prompts, rooms, _)] = asked
+    assert [len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)] == [96] * 4
     line = log_of(tmp_path / "run")[0]
     assert line["on_policy"] == 0.5 and line["student_tokens"] > 2 * len(word)
 
@@ -167,6 +171,24 @@ def dry_run(tiny_task, capsys):
         return json.loads(output.splitlines()[-1]), notes
 
     return run
+
+
+def test_a_dry_run_is_over_the_first_batch(tiny_task, tmp_path, dry_run):
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join((tiny_task / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    train.main(arguments(tiny_task, tmp_path / "run", data=data, max_steps=1))
+    [line] = log_of(tmp_path / "run")
+    terms, _ = dry_run()
+    for name in ("ce", "student_tokens", "teacher_tokens"):
+        assert terms[name] == pytest.approx(line[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_term_that_is_not_finite_is_named(dry_run, monkeypatch, value):
+    loss = train.Method.loss
+    monkeypatch.setattr(train.Method, "loss", lambda *x: {**(terms := loss(*x)), "t2s_kd": value + terms["t2s_kd"]})
+    with pytest.raises(SystemExit, match=f"^error: t2s_kd is {value}$"):
+        dry_run()
 
 
 def test_equal_vocabularies_with_other_ends_or_other_cuts(tiny_task, tmp_path, dry_run):

@@ -287,6 +287,7 @@ DAMAGES = {
     "gone": lambda file: file.unlink(),
     "record of fewer rows": lambda file: file.with_suffix(".json").write_text('{"rows": 4, "sha256": "0"}'),
     "record of more rows": lambda file: file.with_suffix(".json").write_text('{"rows": 400, "sha256": "0"}'),
+    "record of no number of rows": lambda file: file.with_suffix(".json").write_text('{"rows": "4", "sha256": "0"}'),
     "no record": lambda file: file.with_suffix(".json").write_text("{"),
     "another record": lambda file: file.with_suffix(".json").write_text("[]"),
 }
@@ -329,6 +330,32 @@ def test_a_disk_that_becomes_full_is_named_and_the_fill_goes_on_later(setting, m
     assert (made.folder / "states.bin").stat().st_size == sum(row.states.nbytes for row in made.rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_teacher_runs_under_autocast_as_in_training(setting, monkeypatch, dtype):
+    """Which on a GPU is another number where it has LayerNorm."""
+    found, hidden_at = set(), cache.hidden_at
+    monkeypatch.setattr(cache, "hidden_at", lambda *x: found.add(torch.is_autocast_enabled("cpu")) or hidden_at(*x))
+    setting.make(dtype=dtype).attach_states()
+    assert found == {dtype == torch.bfloat16}
+
+
+def test_an_error_of_the_teacher_is_not_one_of_the_disk(setting, monkeypatch):
+    def gone(*things):
+        raise FileNotFoundError("config.json not found")
+
+    monkeypatch.setattr(cache, "load_model", gone)
+    with pytest.raises(FileNotFoundError, match="^config.json not found$"):
+        setting.make().attach_states()
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    cache.write_record(tmp_path / "states.json", {"rows": 1})
+    monkeypatch.setattr(cache.os, "fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.write_record(tmp_path / "states.json", {"rows": 2})
+    assert json.loads((tmp_path / "states.json").read_text()) == {"rows": 1}
+
+
 def test_a_finished_file_that_cannot_be_written_is_used(setting, monkeypatch):
     def open_read_only(file, mode="r"):
         assert "r" in mode and "+" not in mode
@@ -356,7 +383,7 @@ def test_two_runs_do_not_fill_one_file_at_once(setting, capsys):
     made = setting.make()
     made.folder.mkdir(parents=True)
     with open(made.folder / "states.bin", "ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        fcntl.flock(stream, fcntl.LOCK_SH)  # even this one excludes who writes
         other = threading.Thread(target=made.attach_states)
         other.start()
         waited = time.monotonic()

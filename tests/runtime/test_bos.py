@@ -122,6 +122,7 @@ def test_names_that_the_class_knew_are_written_down(tiny_task, tmp_path):
     assert (theirs.bos_token, theirs.eos_token, theirs.model_max_length) == ("<|endoftext|>", "<|endoftext|>", 128)
     config = json.loads((tmp_path / "gpt2" / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4 adds one that no model takes
+    assert not (tmp_path / "gpt2" / "special_tokens_map.json").exists()  # it had none, and needs none
 
 
 def test_both_models_get_their_own_and_only_prompts_change(kinds, tiny_task):

@@ -68,6 +68,7 @@ def test_a_directory_comes_before_a_preset(tmp_path, monkeypatch):
         (("tokenizer.json", "model.safetensors"), True, ["config.json"]),
         (("config.json", "tokenizer.json"), True, ["model.safetensors (or model.safetensors.index.json and its"]),
         (("config.json", "tokenizer.json", "pytorch_model.bin"), True, ["model.safetensors (or"]),
+        (("config.json", "tokenizer.json", "pytorch_model-00001-of-00002.bin"), True, ["model.safetensors (or"]),
         (("config.json",), False, ["tokenizer.json"]),
     ],
 )
@@ -79,6 +80,7 @@ def test_missing_files_are_named(tmp_path, files, weights, missing):
     assert message.startswith(f"{tmp_path}: no {missing[0]}")
     for file in ("config.json", "tokenizer.json", "model.safetensors (or"):
         assert (f"no {file}" in message) == any(file in named for named in missing)
+    assert ("pickled weights" in message) == any(file.startswith("pytorch_model") for file in files)
     assert ("--from-scratch" in message) == missing[0].startswith("model.safetensors")  # nothing else is missing
 
 
@@ -167,8 +169,8 @@ def test_malformed_index_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     "name, hint",
     [("runs/qwen-gtp2", "; did you mean runs/qwen-gpt2?"), ("runs/x", ""), ("here/qwen", ""), ("a/b/c", ""),
-     ("a/model.safetensors", ""), ("a/model.gguf", ""), ("./gpt2-of-mine", ""), ("/nowhere/model", ""),
-     ("~/model", "")],
+     ("a/model.safetensors", ""), ("a/model.gguf", ""), ("a/model.pt", ""), ("a/model.pth", ""), ("a/x.jsonl", ""),
+     ("./gpt2-of-mine", ""), ("/nowhere/model", ""), ("~/model", "")],
 )  # fmt: skip
 def test_a_mistyped_path_is_not_looked_up(tmp_path, monkeypatch, name, hint):
     monkeypatch.chdir(tmp_path)
@@ -290,7 +292,8 @@ def test_offline_with_an_empty_cache(tmp_path):
     dolly, uinst = probe(tmp_path, ("data_file", "dolly", "train"), ("data_file", "uinst", "test"))
     for line, name, repository in [(full, "gpt2", MODELS["gpt2"]), (other, "someone/some-model", "someone/some-model")]:
         assert line.startswith(f"FileNotFoundError '{name}' is not a directory, is not in the local cache, and the hub")
-        assert "config.json, tokenizer.json, tokenizer_config.json" in line and "model.safetensors" in line
+        assert "config.json, tokenizer.json, tokenizer_config.json, generation_config.json, special_tok" in line
+        assert "special_tokens_map.json, chat_template.jinja, model.safetensors" in line
         assert f"of {repository} on a machine that can, and give its path instead of the name" in line
     assert "chat_template.jinja (to train or score, also the weights) of" in unweighted and "also" not in full
     assert invalid.startswith("FileNotFoundError 'some/b@d' is neither a directory nor the name of a repository")
@@ -330,6 +333,7 @@ def test_incomplete_snapshot_is_not_trusted(tmp_path):
              ("data_file", "dolly", "valid")]  # fmt: skip
     shard, tokenizer, weights, raw = probe(tmp_path, *calls)
     assert shard.startswith(f"FileNotFoundError {sharded}: no model-2.safetensors and no model-3.safetensors")
+    assert "pickled weights" in weights and "pickled weights" not in shard  # of which others are there
     assert tokenizer.startswith("FileNotFoundError") and "no tokenizer.json" in tokenizer
     assert weights.startswith("FileNotFoundError") and "no model.safetensors (or" in weights
     assert raw.startswith("FileNotFoundError 'dolly': neither the cache nor the repository MiniLLM/dolly has raw.jsonl")
@@ -372,13 +376,14 @@ def test_a_file_of_a_cached_set_that_is_not_there_yet_is_fetched(tmp_path, monke
     assert data_file("dolly", "test") == (cached / "valid.jsonl", 0, None)
 
 
-@pytest.mark.parametrize("damage", ["nothing", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["nothing", "model.safetensors", "config.json", "more/model.safetensors"])
 def test_downloads_are_verified(tmp_path, monkeypatch, damage):
     """The client's cache names a file by the checksum that the hub has announced: SHA-256, or git's for small files."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    contents = {"model.safetensors": b"weights" * 300_000, "config.json": b"{}", "tokenizer.json": b"{} "}
+    contents = {"model.safetensors": b"weights" * 300_000, "config.json": b"{}", "tokenizer.json": b"{} ",
+                "more/model.safetensors": b"more"}  # fmt: skip
     names = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     names["config.json"] = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # `printf {} | git hash-object --stdin`
     names["tokenizer.json"] = "W/another-server"
@@ -391,6 +396,7 @@ def test_downloads_are_verified(tmp_path, monkeypatch, damage):
             blob = blobs / names[name]
             blob.parent.mkdir(parents=True, exist_ok=True)
             blob.write_bytes(content[:-1] + b"?" if name == damage else content)
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).symlink_to(blob)
         return str(folder)
 

@@ -5,6 +5,7 @@ llama2's and mistral's were compared with copies of the files); the parameter co
 """
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -212,11 +213,13 @@ def test_which_teacher_it_is_is_said(tiny_task, tmp_path, presets, capsys):
     train.main([*words[2:], "--lr", "1e-2"])
     capsys.readouterr()
     tuned = tmp_path / "a" / "teacher" / "student"
-    ran = said(tmp_path / "c", teacher=tuned)
+    ran = said(tmp_path / "c", teacher=tuned, data=os.path.relpath(tiny_task / "train.jsonl"))  # the same file
     assert ran == [f"teacher: {tuned}, trained here: --method sft on --data {tiny_task}/train.jsonl"]
     other = said(tmp_path / "d", teacher=tuned, data=tiny_task / "valid.jsonl")
     assert other[0].endswith(f"train.jsonl; this run is on --data {tiny_task}/valid.jsonl")
     assert said(None, teacher=None, method="sft", dry_run=True) == []
+    [unused] = said(None, method="sft", dry_run=True)
+    assert unused.endswith("--teacher is not used")
 
 
 def test_teacher_sft_runs_the_stage_and_learns_from_it(tiny_task, tmp_path, presets, capsys):
@@ -265,6 +268,14 @@ def test_what_stops_the_student_is_found_before_the_teachers_stage(tiny_task, tm
     with pytest.raises(SystemExit, match=message):
         train.main(arguments(tiny_task, tmp_path / "run", **options, teacher_sft=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_from_scratch_needs_no_weights(tiny_task, tmp_path):
+    """Also where the teacher is fine-tuned first."""
+    bare = shutil.copytree(tiny_task / "student", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    options = {"student": bare, "from_scratch": True, "teacher_sft": True, "max_steps": 1}
+    train.main(arguments(tiny_task, tmp_path / "run", **options))
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
 
 
 def test_the_teachers_stage_has_every_option_that_is_not_about_the_student():

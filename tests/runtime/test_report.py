@@ -80,7 +80,8 @@ def test_the_next_commands_are_said_and_work(tiny_task, tmp_path, capsys):
     train.main(arguments(tiny_task, f"{tmp_path}/run/", valid=tiny_task / "valid.jsonl", resume=None))
     out, err = capsys.readouterr()
     assert out == f"student: {tmp_path / 'run' / 'student'}\n" and "device: cpu (" in err
-    assert "an epoch: 10 updates in 10 forward passes; " in err and "after 2 updates: loss " in err
+    assert "an epoch: 10 updates in 10 forward passes; " in err
+    assert "after 2 updates: loss " in err and ", valid_ce " in err
     said = dict(line.split(":", 1) for line in err.splitlines() if ":  " in line)
     commands = {name: shlex.split(command)[1:] for name, command in said.items() if " python " in command}
     assert list(commands) == ["score it", "talk to it", "train further"]
@@ -127,7 +128,9 @@ def test_commands_that_are_printed_have_the_same_settings(tmp_path, capsys, monk
     given = train.parse([*words.split(), "--data", "dolly", "--out", str(tmp_path / "a run")])
     settings = train.settings(given)
     report.say_next(given, train.Options(**settings), {})
-    [further] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train further")]
+    said = capsys.readouterr().err.splitlines()
+    [scored], [further] = ([line for line in said if line.startswith(name)] for name in ("score it", "train further"))
+    assert shlex.split(scored.split("eval.py ")[1]) == [str(tmp_path / "a run"), "--data", "dolly"]
     again = train.settings(train.parse(shlex.split(further.split("train.py ")[1])))
     assert again == {**settings, "student": f"{tmp_path}/a run/student", "out": f"{tmp_path}/a run-2"}
 
@@ -149,6 +152,7 @@ def test_the_model_card(tiny_task, run, monkeypatch, capsys):
     [command] = [line.strip() for line in card.text.splitlines() if line.startswith("    python train.py ")]
     record, again = (json.loads((run / "args.json").read_text()), train.parse(shlex.split(command)[2:]))
     assert all(record[name] == value for name, value in again.items()) and again["max_steps"] == 2
+    assert "device" not in again  # which is that of one machine
     evaluation.main([str(run), "--data", str(tiny_task / "test.jsonl"), "--greedy", "--max-len", "20", "--limit", "1",
                      "--device", "cpu"])  # fmt: skip
     file = run / "student" / "README.md"
@@ -183,6 +187,10 @@ def test_the_card_names_what_the_hub_knows(run, tmp_path):
     data = card.data
     assert "teacher `Qwen/Qwen1.5-1.8B`" in card.text
     assert data.base_model == "openai-community/gpt2" and data.datasets == ["MiniLLM/dolly"]
+    scratch = {"base_model": None, "student": "gpt2", "from_scratch": True}
+    (tmp_path / "args.json").write_text(json.dumps(record | scratch))
+    report.write_card(tmp_path)
+    assert "\n`gpt2` (its config.json alone), trained with" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_the_scores_on_the_card_are_those_of_the_best_checkpoint_and_of_all_seeds(run, tmp_path):

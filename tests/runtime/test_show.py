@@ -11,7 +11,7 @@ from helpers import arguments
 
 import align
 import train
-from runtime.show import describe_alignment, kind_of, measure_alignment, show_pairs
+from runtime.show import describe_alignment, kind_of, measure_alignment, show_pairs, show_token
 
 TEACHER = [b"It", b" is", b" ", b"4", b"8", b".", None]
 STUDENT = [b"It", b" is", b" 48", b".", None]
@@ -38,11 +38,17 @@ def test_both_tokenisations_stand_over_each_other():
     assert [line.strip() for line in lines[3:]] == ["", "␣·4·8 . end", "×     | |", "␣48   . end"]
 
 
+def test_what_a_terminal_cannot_show_well_is_a_number():
+    tokens = b" a\n", b"\t\x1b", "狐".encode(), b"\xe5\x8c", None
+    assert [*map(show_token, tokens)] == ["␣a↵", "U+9U+1B", "U+72D0", "E5 8C", "end"]
+
+
 def test_a_kind_far_behind_is_warned_of():
     pairs = align.exact_token_alignment(TEACHER, STUDENT)
     shares = measure_alignment([(STUDENT, pairs[1])] * 12)
     assert shares["numerals"] == {"tokens": 12, "aligned": 0.0, "missed": "␣48"}
     assert shares["words"] == {"tokens": 24, "aligned": 1.0} and shares["all"] == {"tokens": 60, "aligned": 0.8}
+    assert measure_alignment([([b"a"] * 3, np.arange(1))])["words"]["aligned"] == 0.3333
     line, warning = describe_alignment(shares).splitlines()
     assert "words 100.0% of 24" in line and "numerals 0.0% of 12" in line and line.endswith("all 80.0% of 60")
     assert warning.startswith("warning: the two vocabularies split numerals differently (such as ␣48)")
@@ -72,6 +78,8 @@ def test_command_line(tiny_task, tmp_path, monkeypatch, capsys):
         show(monkeypatch, capsys, "x", "--teacher", "./nowhere", *both[2:])
     with pytest.raises(SystemExit, match="error: data 'tran.jsonl' is neither a file"):
         show(monkeypatch, capsys, "tran.jsonl", *both)
+    with pytest.raises(SystemExit, match="error: .*surrogates not allowed"):
+        show(monkeypatch, capsys, "caf\udce9", *both)
 
 
 def test_a_run_says_and_keeps_what_aligns(tiny_task, tmp_path, capsys):

@@ -79,6 +79,9 @@ def test_compare_averages_over_sets_for_each_seed():
     assert whole == ["m", "15.00 ± 7.07", "35.00 ± 7.07", "25.00 ± 0.00", "3 of 6"]  # 25 with either seed
     assert part == ["n", "5.00 ± 0.00", "-", "-", "0 of 2"]  # the run ended before b
     assert difference == ["n", "+2.50", "-"]  # one prompt: no standard error
+    results["m", "b"]["no_reference_tokens"] = 1
+    text = compare(sets, results)
+    assert text.count("*") == 2 and "\n* b: the references of 1 of 0 examples" in text
     sets[1].task, results["m", "b"]["pass_at_1"] = "code", [1.0, 2.0]
     assert "average" not in compare(sets, results) and "b pass@1" in compare(sets, results)
 
