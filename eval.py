@@ -18,9 +18,9 @@ done, all responses are written to eval-<data>.json in the run (with --greedy, e
 directory that is not a run, to eval-<model>-<data>.json in the current directory. "Not ended" counts the responses,
 over all seeds, that reached the limit of new tokens before the model ended them.
 
-A response has at most --max-len minus --max-prompt-len tokens (512 - 256; for math and code 1024 -
-512), however long the prompts of a set are.
-Prompts longer than --max-prompt-len are cut and counted; the official runs drop such examples and average over fewer.
+A response has at most --max-len minus --max-prompt-len tokens (512 - 256; for math and code 1024 - 512), however long
+the prompts of a set are. Prompts longer than --max-prompt-len are cut and counted; the official runs drop such examples
+and average over fewer.
 """
 
 import sys

@@ -409,8 +409,8 @@ def read_rope(f: SimpleNamespace, rope: dict | None = None) -> dict:
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes both into `rope_parameters`."""
     rope, length = rope or f.rope_parameters or f.rope_scaling or {}, f.original_max_position_embeddings
     given = {"rope_theta": f.rope_theta or 1e4, "original_max_position_embeddings": length or f.max_position_embeddings}
-    # null is the default, but for truncate it is false
-    given |= {"truncate": True} | {name: x for name, x in rope.items() if x is not None or name == "truncate"}
+    given |= {field: value for field, value in rope.items() if value is not None}
+    given["truncate"] = rope.get("truncate", True)  # the one field whose null is not its default
     kind = given.get("rope_type") or given.get("type") or "default"
     return {"rope_type": kind, "factor": 1.0} | {field: given.get(field) for field in ("rope_theta", *ROPE[kind])}
 

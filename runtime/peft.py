@@ -152,8 +152,8 @@ def merge_into(base: Path, adapter: Path) -> Path:
 
 
 def how_to_merge(model: nn.Module, file: Path) -> str:
-    """What to do with an adapter that cannot be read here. peft merges an adapter of the head or the token embedding
-    wrongly into a base that ties the two."""
+    """What the errors below advise for an adapter that is not supported. If it adapts the head or the token embedding,
+    and the base ties the two, peft would merge it wrongly. Raises ValueError for a damaged file."""
     names: list[str] = []
     if file.is_file():
         check_safetensors(file, str(file), "; fetch it again")

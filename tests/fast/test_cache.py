@@ -332,7 +332,7 @@ def test_a_disk_that_becomes_full_is_named_and_the_fill_goes_on_later(setting, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teacher_runs_under_autocast_as_in_training(setting, monkeypatch, dtype):
-    """Which on a GPU is another number where it has LayerNorm."""
+    """On a GPU, LayerNorm gives other numbers without it."""
     found, hidden_at = set(), cache.hidden_at
     monkeypatch.setattr(cache, "hidden_at", lambda *x: found.add(torch.is_autocast_enabled("cpu")) or hidden_at(*x))
     setting.make(dtype=dtype).attach_states()
